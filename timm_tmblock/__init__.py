@@ -1,0 +1,11 @@
+"""Template matching residual networks for small images, registered with timm.
+
+>>> import timm, timm_tmblock
+>>> model = timm.create_model('rn26_tm', pretrained=True)
+"""
+from timm import create_model as create_model
+
+from . import layers as layers
+from . import models as models
+
+from ._version import __version__ as __version__

@@ -1,0 +1,2 @@
+from .patch_mean import PatchMean as PatchMean
+from .template_matching import TemplateMatching as TemplateMatching

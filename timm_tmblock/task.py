@@ -1,0 +1,93 @@
+""" Training task of networks with template matching
+
+`Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992 (section 3.3, equation 3.1)
+"""
+from typing import Any, Callable, Dict, Optional, Union
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+
+class TemplateMatchingTask(ClassificationTask):
+    """Classification with supervision of each region by the label of its image.
+
+    Equation 3.1 with lambda = `patch_loss_weight`:
+
+        loss = (1 - lambda) * criterion(logits, y) + lambda * mean over regions of criterion(patch_logits, y)
+
+    Targets are class indices (B,) or soft labels (B, num_classes), as the criterion takes them.
+
+    Examples:
+
+        ```python
+        model = timm.create_model('rn26_tm', num_classes=10)
+        task = TemplateMatchingTask(model, criterion_kwargs=dict(smoothing=0.1))
+        result = task(input, target)
+        result['loss'].backward()
+        ```
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: Optional[Union[nn.Module, Callable]] = None,
+            criterion_kwargs: Optional[Dict[str, Any]] = None,
+            patch_loss_weight: float = 0.5,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: Model with `set_patch_supervision`, which is switched on.
+            criterion: Loss function that averages over samples. Created from criterion_kwargs when None.
+            criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
+            patch_loss_weight: Weight lambda of the patch loss, in [0, 1].
+            device: Device for task tensors/buffers
+            dtype: Dtype for task tensors/buffers
+            verbose: Enable info logging
+
+        Raises:
+            ValueError: If lambda is out of range, or the model has no patch logits for its classes.
+        """
+        super().__init__(
+            model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        if not 0. <= patch_loss_weight <= 1.:
+            raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
+        unwrapped = unwrap_model(model)
+        if not hasattr(unwrapped, 'set_patch_supervision'):
+            raise ValueError(f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask.')
+        unwrapped.set_patch_supervision(True)
+        if unwrapped.tm.num_templates != unwrapped.num_classes:
+            raise ValueError(
+                f'The patch loss needs one template per class, but the model has {unwrapped.tm.num_templates} templates '
+                f'and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
+        self.patch_loss_weight = patch_loss_weight
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Forward pass through model and compute the loss of equation 3.1.
+
+        Args:
+            input: Input tensor [B, C, H, W]
+            target: Class indices [B] or soft labels [B, num_classes]
+
+        Returns:
+            Dictionary containing:
+                - 'loss': Weighted sum of the two terms
+                - 'output': Logits
+                - 'class_loss': Term of the logits
+                - 'patch_loss': Term of the patch logits
+        """
+        logits, patch_logits = self.trainable_module(input)
+        regions = patch_logits.shape[-2] * patch_logits.shape[-1]
+        patch_logits = patch_logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, K)
+        class_loss = self.criterion(logits, target)
+        patch_loss = self.criterion(patch_logits, target.repeat_interleave(regions, dim=0))
+        return {
+            'loss': (1. - self.patch_loss_weight) * class_loss + self.patch_loss_weight * patch_loss,
+            'output': logits,
+            'class_loss': class_loss,
+            'patch_loss': patch_loss,
+        }
