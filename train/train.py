@@ -45,6 +45,7 @@ from timm.utils import ModelEmaV3, unwrap_model, update_summary
 from tqdm import tqdm
 
 import timm_tmblock
+from timm_tmblock.checkpoint import save_weights, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.task import TemplateMatchingTask
 from train import checkpoint
@@ -242,9 +243,9 @@ class Trainer:
         data = self.data_config
         return dict(
             model=self.args.model,
-            model_kwargs=self.args.model_kwargs,
+            model_args=self.args.model_kwargs,
             num_classes=len(self.class_names),
-            class_names=self.class_names,
+            label_names=self.class_names,
             input_size=data.input_size,
             mean=data.mean,
             std=data.std,
@@ -255,7 +256,7 @@ class Trainer:
     def start_record(self) -> None:
         args = self.args
         if self.main_process:
-            with checkpoint.writing(self.folder / 'args.yaml') as tmp:
+            with writing(self.folder / 'args.yaml') as tmp:
                 tmp.write_text(yaml.safe_dump(vars(args)))
                 tmp.replace(self.folder / 'args.yaml')
             print(
@@ -374,9 +375,9 @@ class Trainer:
         if self.main_process:
             description = self.describe()
             last = candidates['ema_' if self.ema is not None else '']
-            checkpoint.save_weights(self.folder / 'last.safetensors', last.state_dict(), description)
+            save_weights(self.folder / 'last.safetensors', last.state_dict(), description)
             if improved:
-                checkpoint.save_weights(
+                save_weights(
                     self.folder / 'best.safetensors', candidates[prefix].state_dict(), description)
             update_summary(state.epoch, metrics, evaluation, self.folder / 'summary.csv', lr=self.lr)
             print(

@@ -1,0 +1,133 @@
+"""Weight files that say what they are: safetensors with a description of the model in the metadata.
+
+timm loads them as any other weights; `load_model` also restores architecture, class names and preprocessing.
+"""
+import errno
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Union
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .errors import InputError
+
+# fields of the description that timm keeps in pretrained_cfg under the same name
+_PRETRAINED_CFG_KEYS = ('num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'label_names')
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write `path` under a temporary name, so that nothing is ever half-written.
+
+    Yields:
+        The temporary name. Renaming it to `path` is the caller's last step; whatever is left of it is removed.
+
+    Raises:
+        InputError: If the disk is full or not writable.
+    """
+    tmp = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        raise InputError(f'Cannot write {path}: {_reason(e)}; files already there are intact.') from e
+    finally:
+        remove(tmp)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text or 'PytorchStreamWriter' in text:
+        return 'the disk is full, free some space'
+    return getattr(error, 'strerror', None) or text.split('\n')[0]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], description: Dict[str, Any]) -> None:
+    """Write weights and what they are.
+
+    Args:
+        path: File to write, `*.safetensors`.
+        state_dict: Weights.
+        description: `model` and `model_args` for `timm.create_model`, and `num_classes`, `input_size`, `mean`, `std`,
+            `interpolation`, `crop_pct`, `label_names` as in timm's pretrained_cfg. JSON-serialisable.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    path = Path(path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+    with writing(path) as tmp:
+        save_file(tensors, tmp, metadata={'format': 'pt', 'timm_tmblock': json.dumps(description)})
+        os.replace(tmp, path)
+
+
+def read_description(path: Union[str, Path]) -> Dict[str, Any]:
+    """The description that `save_weights` put into a file, empty for a file of another origin.
+
+    Raises:
+        InputError: If there is no such file, or it is not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework='pt') as f:
+            return json.loads((f.metadata() or {}).get('timm_tmblock', '{}'))
+    except FileNotFoundError as e:
+        raise InputError(f'There is no checkpoint {path}.') from e
+    except (SafetensorError, OSError) as e:
+        raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
+
+
+def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torch.nn.Module:
+    """Create the model that a weight file is of, in evaluation mode, with its classes and preprocessing.
+
+    Args:
+        path: File written by `save_weights`, or weights of `model_name` from elsewhere.
+        model_name: Name registered with timm; the description's if None.
+
+    Raises:
+        InputError: If the file cannot be read, or is of another model.
+    """
+    description = read_description(path)
+    name = model_name or description.get('model')
+    if name is None:
+        raise InputError(f'{path} does not say which model it is of; name the model.')
+    if description.get('model', name) != name:
+        raise InputError(f'{path} holds weights of {description["model"]}, not of {name}.')
+    if not timm.is_model(name):
+        raise InputError(f'timm has no model {name!r}; timm.list_models("*_tm*") lists those with template matching.')
+    overlay = {k: description[k] for k in _PRETRAINED_CFG_KEYS if k in description}
+    if not description:
+        overlay['num_classes'] = _count_classes(path, name)
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay=dict(overlay, file=str(path)),
+            **description.get('model_args', {}),
+        )
+    except (RuntimeError, TypeError, KeyError) as e:
+        reason = str(e).strip().split('\n')
+        raise InputError(f'{path} does not hold weights of {name}: {reason[-1].strip() or reason[0]}') from e
+    return model.eval()
+
+
+def _count_classes(path: Union[str, Path], name: str) -> int:
+    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    weights = load_file(path)
+    try:
+        return len(weights[f'{classifier}.weight'])
+    except KeyError as e:
+        raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.') from e

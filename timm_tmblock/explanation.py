@@ -1,0 +1,279 @@
+""" Which class each region of an image matched
+
+The patch logits of a template matching block, read as probabilities over classes for each region, from
+`Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
+"""
+import colorsys
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from timm.data import create_transform, resolve_data_config
+
+from .checkpoint import load_model
+from .errors import InputError
+from .image import read_image
+
+ImageSource = Union[str, Path, Image.Image, np.ndarray]
+
+# Matplotlib's tab10, then hues a golden angle apart
+_COLORS = ['#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf']
+# eight points of Matplotlib's viridis
+_HEAT = np.array([
+    (68, 1, 84), (70, 50, 127), (54, 92, 141), (39, 127, 142), (31, 161, 135), (74, 194, 109), (159, 218, 58),
+    (253, 231, 37),
+], dtype=float)
+
+
+@dataclass
+class Explanation:
+    """What a network made of an image, region by region."""
+    image: Image.Image  # what the network saw, in the resolution of the file
+    probabilities: np.ndarray  # (num_classes,)
+    patch_probabilities: np.ndarray  # (num_templates, H/r, W/r), sums to 1 over templates
+    class_names: Sequence[str]
+    template_names: Sequence[str]
+
+    @property
+    def patch_classes(self) -> np.ndarray:
+        """Index of the best matching template of each region, (H/r, W/r)."""
+        return self.patch_probabilities.argmax(axis=0)
+
+    def top(self, k: int = 3) -> List[Tuple[str, float]]:
+        """The k most probable classes of the image, with their probabilities."""
+        order = self.probabilities.argsort()[::-1][:k]
+        return [(self.class_names[i], float(self.probabilities[i])) for i in order]
+
+    def template_index(self, name: Optional[str] = None) -> int:
+        """Index of a template by its class name; of the one most probable over all regions if None.
+
+        Raises:
+            InputError: If there is no such class.
+        """
+        if name is None:
+            best = self.top(1)[0][0]
+            if best not in self.template_names:
+                return int(self.patch_probabilities.mean(axis=(1, 2)).argmax())
+            name = best
+        if name not in self.template_names:
+            raise InputError(f'There is no class {name!r}; the classes are {", ".join(self.template_names)}.')
+        return list(self.template_names).index(name)
+
+    def heat_map(self, class_name: Optional[str] = None) -> np.ndarray:
+        """Probability that each pixel's region matches a class, upsampled to the image, (H, W) in [0, 1].
+
+        Args:
+            class_name: The predicted class if None.
+
+        Raises:
+            InputError: If there is no such class.
+        """
+        values = self.patch_probabilities[self.template_index(class_name)].astype(np.float32)
+        return np.asarray(Image.fromarray(values).resize(self.image.size, Image.Resampling.BILINEAR)).clip(0, 1)
+
+    def picture(self, class_name: Optional[str] = None, size: int = 288) -> Image.Image:
+        """The image, the class each region matched with a legend, and the heat map of one class, side by side.
+
+        Args:
+            class_name: Class of the heat map, the predicted class if None.
+            size: Side of each of the three panels, in pixels.
+
+        Raises:
+            InputError: If there is no such class.
+        """
+        return _draw(self, class_name, size)
+
+
+class Explainer:
+    """Explains images by one model; call it with an image, or use `explain` for a single one."""
+
+    def __init__(self, source: Union[nn.Module, str, Path]) -> None:
+        """
+        Args:
+            source: A model with patch logits, an ONNX file exported with them, a weight file of training, or the name
+                of a pretrained model.
+
+        Raises:
+            InputError: If the source cannot be read, or has no patch logits.
+        """
+        if isinstance(source, nn.Module):
+            self._use_torch(source)
+        elif str(source).endswith('.onnx'):
+            self._use_onnx(Path(source))
+        elif str(source).endswith('.safetensors'):
+            self._use_torch(load_model(source))
+        else:
+            try:
+                model = timm.create_model(str(source), pretrained=True)
+            except RuntimeError as e:
+                raise InputError(f'{source!r} is no model with pretrained weights, nor a .onnx or .safetensors file '
+                                 f'({e}).') from e
+            self._use_torch(model.eval())
+
+    def _use_torch(self, model: nn.Module) -> None:
+        if not getattr(model, 'has_template_matching', False):
+            raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
+        self.data_config = resolve_data_config(model=model)
+        names = model.pretrained_cfg.get('label_names') or ()
+        self._name(names, model.num_classes, model.tm.num_templates)
+
+        def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+            parameter = next(model.parameters())
+            training = model.training
+            model.eval()
+            with torch.inference_mode():
+                outputs = model.forward_patch_logits(torch.from_numpy(x).to(parameter.device, parameter.dtype))
+            model.train(training)
+            logits, patch_logits = (y.float().cpu().numpy() for y in outputs)
+            return logits, patch_logits
+
+        self.run: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray]] = run
+
+    def _use_onnx(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as e:
+            raise InputError('ONNX files need ONNX Runtime; pip install "timm-tmblock[ort]".') from e
+        if not path.is_file():
+            raise InputError(f'There is no file {path}.')
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        except Exception as e:  # onnxruntime's errors share no public base class
+            raise InputError(f'{path} is no ONNX file that ONNX Runtime can load ({e}).') from e
+        names = [output.name for output in session.get_outputs()]
+        if 'patch_logits' not in names:
+            raise InputError(f'{path} has no patch logits; export it again with --patch-logits.')
+        metadata = session.get_modelmeta().custom_metadata_map
+        try:
+            self.data_config = json.loads(metadata['preprocessing'])
+            class_names = json.loads(metadata['class_names'])
+        except (KeyError, ValueError) as e:
+            raise InputError(f'{path} lacks the metadata that python -m export onnx writes ({e}).') from e
+        outputs = {output.name: output for output in session.get_outputs()}
+        self._name(class_names, len(class_names), outputs['patch_logits'].shape[1])
+        input_name = session.get_inputs()[0].name
+        self.run = lambda x: tuple(session.run(['logits', 'patch_logits'], {input_name: x}))
+
+    def _name(self, names: Sequence[str], num_classes: int, num_templates: int) -> None:
+        self.class_names = list(names) if len(names) == num_classes else [f'class {i}' for i in range(num_classes)]
+        self.template_names = self.class_names
+        if num_templates != num_classes:  # templates kept from another set of classes
+            self.template_names = [f'template {i}' for i in range(num_templates)]
+
+    def __call__(self, image: ImageSource) -> Explanation:
+        """
+        Args:
+            image: File, PIL image or uint8 array, of any size.
+
+        Raises:
+            InputError: If the image cannot be read.
+        """
+        channels, height, width = self.data_config['input_size']
+        picture = read_image(image)
+        transform = create_transform(
+            (channels, height, width),
+            interpolation=self.data_config['interpolation'],
+            mean=tuple(self.data_config['mean']),
+            std=tuple(self.data_config['std']),
+            crop_pct=self.data_config['crop_pct'],
+        )
+        x = transform(picture.convert('L') if channels == 1 else picture)[None].numpy()
+        logits, patch_logits = self.run(x)
+        return Explanation(
+            image=_visible(picture, width / height, self.data_config['crop_pct']),
+            probabilities=_softmax(logits[0]),
+            patch_probabilities=_softmax(patch_logits[0]),
+            class_names=self.class_names,
+            template_names=self.template_names,
+        )
+
+
+def explain(source: Union[nn.Module, str, Path], image: ImageSource) -> Explanation:
+    """Classify an image and tell which class each of its regions matched.
+
+    Args:
+        source: A model with patch logits, an ONNX file exported with them, a weight file of training, or the name of a
+            pretrained model.
+        image: File, PIL image or uint8 array, of any size.
+
+    Raises:
+        InputError: If either cannot be used.
+    """
+    return Explainer(source)(image)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=0))
+    return e / e.sum(axis=0)
+
+
+def _visible(image: Image.Image, aspect: float, crop_pct: float) -> Image.Image:
+    """The part of an image that resizing its shorter side and cropping the centre leaves."""
+    w, h = image.size
+    crop_w, crop_h = (round(min(w, h) * crop_pct * s) for s in (max(aspect, 1), max(1 / aspect, 1)))
+    crop_w, crop_h = min(crop_w, w), min(crop_h, h)
+    left, top = (w - crop_w) // 2, (h - crop_h) // 2
+    return image.crop((left, top, left + crop_w, top + crop_h))
+
+
+def _color(index: int) -> Tuple[int, int, int]:
+    if index < len(_COLORS):
+        c = _COLORS[index]
+        return int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)
+    r, g, b = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.55 + 0.4 * (index % 2), 0.9 - 0.3 * (index % 3 == 0))
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def _heat_color(values: np.ndarray) -> np.ndarray:
+    """Colour of values in [0, 1]: (...) -> (..., 3) uint8."""
+    at = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(values, at, _HEAT[:, i]) for i in range(3)], axis=-1).astype(np.uint8)
+
+
+def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Image.Image:
+    index = explanation.template_index(class_name)
+    gap, line = 16, 20
+    font = ImageFont.load_default(14)
+    classes = explanation.patch_classes
+    present, counts = np.unique(classes, return_counts=True)
+    order = counts.argsort()[::-1]
+
+    base = explanation.image.resize((size, size), Image.Resampling.BICUBIC)
+    colors = np.array([_color(i) for i in range(len(explanation.template_names))], dtype=np.uint8)
+    regions = Image.fromarray(colors[classes]).resize((size, size), Image.Resampling.NEAREST)
+    heat = Image.fromarray(explanation.heat_map(explanation.template_names[index])).resize(
+        (size, size), Image.Resampling.BILINEAR)
+    heat_image = Image.fromarray(_heat_color(np.asarray(heat)))
+    grey = base.convert('L').convert('RGB')
+    panels = (base, Image.blend(grey, regions, 0.55), Image.blend(grey, heat_image, 0.6))
+    top3 = [f'{name} {100 * p:.1f} %' for name, p in explanation.top(3)]
+    titles = (f'Image: {top3[0]}', 'Class each region matched', f'Match with "{explanation.template_names[index]}"')
+
+    rows = max(len(top3), (len(present) + 1) // 2, 2)
+    canvas = Image.new('RGB', (3 * size + 4 * gap, size + 3 * gap + line * (rows + 1)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    below = gap + line + size + gap // 2
+    lefts = [gap + i * (size + gap) for i in range(3)]
+    for left, panel, title in zip(lefts, panels, titles):
+        draw.text((left, gap // 2), title, fill='black', font=font)
+        canvas.paste(panel, (left, gap + line))
+    for row, text in enumerate(top3):
+        draw.text((lefts[0], below + row * line), text, fill='black', font=font)
+    for entry, i in enumerate(order):  # legend, two columns, most frequent class first
+        x = lefts[1] + entry % 2 * size // 2
+        y = below + entry // 2 * line
+        draw.rectangle((x, y + 3, x + 11, y + 14), fill=_color(int(present[i])))
+        share = 100 * counts[i] / classes.size
+        draw.text((x + 17, y), f'{explanation.template_names[present[i]]} {share:.0f} %', fill='black', font=font)
+    scale = Image.fromarray(np.broadcast_to(_heat_color(np.linspace(0, 1, size)), (12, size, 3)).copy())
+    canvas.paste(scale, (lefts[2], below + 3))
+    for text, anchor, x in (('0', 'la', lefts[2]), ('probability', 'ma', lefts[2] + size // 2),
+                            ('1', 'ra', lefts[2] + size)):
+        draw.text((x, below + line), text, fill='black', font=font, anchor=anchor)
+    return canvas

@@ -1,0 +1,48 @@
+"""Reading images of any size and mode."""
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+
+
+def read_image(source: Union[str, Path, Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
+    """Read an image and convert it to 8 bits in `mode`, upright and on white where it is transparent.
+
+    Args:
+        source: File, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        mode: 'RGB' or 'L'.
+
+    Raises:
+        InputError: If the source is missing, empty, damaged, or no image.
+    """
+    name = 'The image' if not isinstance(source, (str, Path)) else str(source)
+    try:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8:
+                raise InputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
+            image = Image.fromarray(source)
+        else:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except FileNotFoundError as e:
+        raise InputError(f'There is no image {name}.') from e
+    except IsADirectoryError as e:
+        raise InputError(f'{name} is a folder; name the images in it.') from e
+    except UnidentifiedImageError as e:
+        raise InputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
+    except InputError:
+        raise
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
+    if image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion clips it at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == 'F':
+        raise InputError(f'{name} has floating-point pixels of unknown range; convert it to 8 bits.')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert(mode)
