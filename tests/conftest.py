@@ -1,0 +1,38 @@
+import os
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+import timm_tmblock  # noqa: F401  registers the models
+
+
+def make_trained_like(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the norms statistics and affine parameters as training leaves them, so that none is an identity."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: torch.Tensor, low: float, high: float) -> None:
+        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        tensor.copy_(values)
+
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                uniform(m.weight, -0.3, 1.5)
+                uniform(m.bias, -0.5, 0.5)
+                uniform(m.running_mean, -1, 1)
+                uniform(m.running_var, 0.3, 3)
+    return module
+
+
+@pytest.fixture
+def trained_like():
+    """A function that creates a model with weights as after training."""
+    def create(name: str, **kwargs) -> nn.Module:
+        torch.manual_seed(0)
+        return make_trained_like(timm.create_model(name, **kwargs)).eval()
+
+    return create

@@ -1,0 +1,175 @@
+"""The registered networks: parameters, timm's contract, patch logits and templates."""
+import pytest
+import timm
+import torch
+from timm.models._hub import save_for_hf
+from timm.optim import param_groups_layer_decay
+
+from timm_tmblock.checkpoint import save_weights
+
+PARAMETERS = {'rn26': (961_488, 257), 'rn26_tm': (977_872, 516)}  # constant + slope * classes, Table 1
+MODELS = sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize('num_classes', [1, 10, 37, 100])
+@pytest.mark.parametrize('name', MODELS)
+def test_parameter_count_is_the_papers(name, num_classes):
+    model = timm.create_model(name, num_classes=num_classes, device='meta')
+    constant, slope = PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == constant + slope * num_classes
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_patch_logits_accompany_the_same_logits(trained_like, batch_size):
+    model = trained_like('rn26_tm')
+    x = torch.randn(batch_size, 3, 32, 32)
+    logits, patch_logits = model.forward_patch_logits(x)
+    assert torch.equal(logits, model(x))
+    assert patch_logits.shape == (batch_size, 10, 8, 8)
+    trunk = model.layer3(model.layer2(model.layer1(model.conv1(x))))
+    expected = model.tm.match(model.tm.patch_mean(trunk))
+    torch.testing.assert_close(patch_logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_returns_patch_logits_only_in_training_and_only_when_switched_on():
+    model = timm.create_model('rn26_tm').train()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.is_tensor(model(x))
+    model.set_patch_supervision()
+    logits, patch_logits = model(x)
+    assert logits.shape == (2, 10) and patch_logits.shape == (2, 10, 8, 8)
+    assert torch.is_tensor(model.eval()(x))
+    model.train().set_patch_supervision(False)
+    assert torch.is_tensor(model(x))
+
+
+def test_supervised_model_scripts_to_plain_logits(trained_like):
+    model = trained_like('rn26_tm')
+    model.set_patch_supervision()
+    x = torch.randn(2, 3, 32, 32)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x))
+    assert torch.is_tensor(scripted.train()(x))
+
+
+def test_baseline_says_it_has_no_patch_logits():
+    model = timm.create_model('rn26')
+    for call in (model.set_patch_supervision, lambda: model.reset_templates(3),
+                 lambda: model.forward_patch_logits(torch.randn(1, 3, 32, 32))):
+        with pytest.raises(ValueError, match='no template matching block'):
+            call()
+    model.set_patch_supervision(False)  # switching off what is not there is fine
+
+
+def test_checkpointed_gradients_are_the_same(trained_like):
+    model = trained_like('rn26_tm').train()
+    x = torch.randn(3, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_meta_device_model_initializes_every_tensor(name):
+    model = timm.create_model(name, device='meta').to_empty(device='cpu')
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(float('nan'))
+    model.init_weights()
+    assert not [k for k, v in model.state_dict().items() if v.isnan().any()]
+    assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
+    deviation = model.layer4.blocks[0].conv2.weight.std().item()
+    assert deviation == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)  # Kaiming, fan-out
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_features_are_one_tap_a_reduction(name):
+    model = timm.create_model(name, features_only=True)
+    assert model.feature_info.reduction() == [1, 2, 4]  # what segmentation decoders accept
+    assert model.feature_info.channels() == [64, 128, 256]
+    assert [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 32, 32))] == [
+        (64, 32, 32), (128, 16, 16), (256, 8, 8)]
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (84, 84), (7, 5)])
+def test_other_input_sizes_run(trained_like, size):
+    logits, patch_logits = trained_like('rn26_tm').forward_patch_logits(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 10)
+    assert patch_logits.shape[2:] == tuple(-(-s // 4) for s in size)
+
+
+def test_layer_decay_scales_the_block_between_stages_3_and_4():
+    model = timm.create_model('rn26_tm')
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    names = {id(p): n for n, p in model.named_parameters()}
+    scale = {names[id(p)]: g['lr_scale'] for g in groups for p in g['params']}
+    order = ['conv1.weight', 'layer1.blocks.0.conv1.weight', 'layer3.blocks.1.conv1.weight', 'tm.match.weight',
+             'layer4.blocks.0.conv1.weight', 'fc.weight']
+    scales = [scale[n] for n in order]
+    assert scales == sorted(set(scales))
+
+
+def test_reset_classifier_keeps_templates():
+    model = timm.create_model('rn26_tm')
+    before = model.tm.match.weight.clone()
+    model.reset_classifier(4)
+    assert torch.equal(model.tm.match.weight, before)
+    logits, patch_logits = model.forward_patch_logits(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 4) and patch_logits.shape == (2, 10, 8, 8)
+
+
+def test_model_without_classifier_keeps_the_default_templates():
+    assert timm.create_model('rn26_tm', num_classes=0).tm.num_templates == 10
+    assert timm.create_model('rn26_tm', num_classes=0, num_templates=6).tm.num_templates == 6
+
+
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('rn26', dict(num_templates=10), 'no templates'),
+    ('rn26_tm', dict(num_templates=0), 'num_templates'),
+])
+def test_impossible_templates_are_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **kwargs)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, trained_like):
+    """Weights of an rn26_tm with 6 classes, and their path."""
+    model = trained_like('rn26_tm', num_classes=6)
+    save_weights(tmp_path / 'six.safetensors', model.state_dict(), {})
+    return model, dict(file=str(tmp_path / 'six.safetensors'), num_classes=6)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=4), dict(num_classes=0), dict(num_classes=4, in_chans=1)])
+def test_fine_tuning_keeps_the_templates_of_the_checkpoint(checkpoint, kwargs):
+    source, overlay = checkpoint
+    model = timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert model.num_classes == kwargs.get('num_classes', 6)
+    for name, tensor in source.tm.state_dict().items():
+        assert torch.equal(model.tm.state_dict()[name], tensor)
+    model.eval()(torch.randn(1, kwargs.get('in_chans', 3), 32, 32))
+
+
+def test_fine_tuning_rebuilds_templates_on_request(checkpoint):
+    source, overlay = checkpoint
+    model = timm.create_model(
+        'rn26_tm', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, num_templates=4)
+    assert model.tm.match.weight.shape[0] == model.tm.value.weight.shape[1] == 4
+    assert torch.equal(model.tm.shortcut.weight, source.tm.shortcut.weight)
+    assert torch.equal(model.layer4.blocks[0].conv1.weight, source.layer4.blocks[0].conv1.weight)
+
+
+def test_kept_templates_round_trip_through_a_local_dir(checkpoint, tmp_path):
+    _, overlay = checkpoint
+    model = timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4).eval()
+    save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
+    x = torch.randn(3, 3, 32, 32)
+    assert loaded.tm.num_templates == 6
+    assert torch.equal(loaded(x), model(x))
+    untrained = timm.create_model(f'local-dir:{tmp_path / "hub"}')  # as transformers builds it before loading weights
+    assert untrained.tm.num_templates == 6
