@@ -7,7 +7,7 @@ from typing import Dict, List, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 
 import timm_tmblock
 from timm_tmblock.checkpoint import writing
@@ -61,7 +61,7 @@ def export_onnx(model: nn.Module, path: Path, patch_logits: bool = False, opset:
         raise InputError(f'{path} is a folder; name the file to write.')
     names = ['logits', 'patch_logits'] if patch_logits else ['logits']
     module = PatchLogits(model).eval() if patch_logits else model
-    config = resolve_data_config(model=model)
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     proto = _trace(module, config['input_size'], names, opset)
     onnx.helper.set_model_props(proto, describe(model, config, patch_logits))
     onnx.checker.check_model(proto, full_check=True)

@@ -7,10 +7,10 @@ from timm import create_model as create_model
 
 from . import layers as layers
 from . import models as models
+from ._version import __version__ as __version__
+from .checkpoint import load_model as load_model
 from .errors import InputError as InputError
 from .explanation import Explainer as Explainer
 from .explanation import Explanation as Explanation
 from .explanation import explain as explain
 from .task import TemplateMatchingTask as TemplateMatchingTask
-
-from ._version import __version__ as __version__

@@ -14,7 +14,8 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
+from timm.data.model_config import resolve_input_data_config
 
 from .checkpoint import load_model
 from .errors import InputError
@@ -119,7 +120,7 @@ class Explainer:
     def _use_torch(self, model: nn.Module) -> None:
         if not getattr(model, 'has_template_matching', False):
             raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
-        self.data_config = resolve_data_config(model=model)
+        self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
         names = model.pretrained_cfg.get('label_names') or ()
         self._name(names, model.num_classes, model.tm.num_templates)
 

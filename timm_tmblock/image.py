@@ -1,6 +1,6 @@
 """Reading images of any size and mode."""
 from pathlib import Path
-from typing import Union
+from typing import IO, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -8,17 +8,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import InputError
 
 
-def read_image(source: Union[str, Path, Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
+def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
     """Read an image and convert it to 8 bits in `mode`, upright and on white where it is transparent.
 
     Args:
-        source: File, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
         mode: 'RGB' or 'L'.
 
     Raises:
         InputError: If the source is missing, empty, damaged, or no image.
     """
-    name = 'The image' if not isinstance(source, (str, Path)) else str(source)
+    name = str(source) if isinstance(source, (str, Path)) else getattr(source, 'name', 'The image')
     try:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8:

@@ -1,6 +1,6 @@
 """ Training task of networks with template matching
 
-`Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992 (section 3.3, equation 3.1)
+Equation 3.1 of `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
 """
 from typing import Any, Callable, Dict, Optional, Union
 
@@ -62,8 +62,8 @@ class TemplateMatchingTask(ClassificationTask):
         unwrapped.set_patch_supervision(True)
         if unwrapped.tm.num_templates != unwrapped.num_classes:
             raise ValueError(
-                f'The patch loss needs one template per class, but the model has {unwrapped.tm.num_templates} templates '
-                f'and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
+                f'The patch loss needs one template per class, but the model has {unwrapped.tm.num_templates} templates'
+                f' and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
         self.patch_loss_weight = patch_loss_weight
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -1,5 +1,7 @@
 """Settings of a training run: flags, and YAML recipes that set them."""
 import argparse
+import sys
+from pathlib import Path
 from typing import Any, List, NoReturn, Optional
 
 import yaml
@@ -8,11 +10,21 @@ from timm.utils import ParseKwargs
 from timm_tmblock.errors import InputError
 
 
+SETTINGS = 'args.yaml'  # in the experiment folder
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose complaint is one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message}; see {self.prog} --help.')
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
+    return value
 
 
 def create_parser() -> Parser:
@@ -37,8 +49,8 @@ def create_parser() -> Parser:
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
     group.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
-    group.add_argument('--batch-size', type=int, default=128, help='images per process and step')
-    group.add_argument('--val-batch-size', type=int, default=256)
+    group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
+    group.add_argument('--val-batch-size', type=positive, default=256)
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
@@ -58,10 +70,10 @@ def create_parser() -> Parser:
     group.add_argument('--opt-args', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
     group.add_argument('--clip-grad', type=float, help='largest gradient norm')
-    group.add_argument('--grad-accum-steps', type=int, default=1)
+    group.add_argument('--grad-accum-steps', type=positive, default=1)
 
     group = parser.add_argument_group('schedule, by timm, stepped each update')
-    group.add_argument('--epochs', type=int, default=30)
+    group.add_argument('--epochs', type=positive, default=30)
     group.add_argument('--sched', default='cosine')
     group.add_argument('--warmup-epochs', type=float, default=0.)
     group.add_argument('--warmup-lr', type=float, default=1e-5)
@@ -86,7 +98,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
-    group.add_argument('--resume', metavar='FOLDER', help='continue the run in this experiment folder')
+    group.add_argument('--resume', metavar='FOLDER', help='continue the run in this experiment folder, with its settings')
     group.add_argument('--checkpoint-interval', type=int, default=0, help='updates between checkpoints; 0: each epoch')
     group.add_argument('--seed', type=int, default=42)
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
@@ -96,17 +108,23 @@ def create_parser() -> Parser:
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    """Read flags and, below them, the recipe they name.
+    """Read flags, below them the recipe they name, and below it the settings of the run they resume.
 
     Raises:
         InputError: For an unknown flag, an unknown key of the recipe, or a value of the wrong kind.
     """
     parser = create_parser()
-    args, _ = parser.parse_known_args(argv)
-    if args.config:
-        import sys
-        argv = _recipe_flags(parser, args.config) + list(sys.argv[1:] if argv is None else argv)
-    return parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
+    recipes += [args.config] if args.config else []
+    flags = [flag for recipe in recipes for flag in _recipe_flags(parser, recipe)]
+    return parser.parse_args(flags + argv)
+
+
+def dump_args(args: argparse.Namespace) -> str:
+    """The settings as a recipe that repeats the run."""
+    return yaml.safe_dump({k: v for k, v in vars(args).items() if k not in ('config', 'resume')})
 
 
 def _recipe_flags(parser: Parser, path: str) -> List[str]:

@@ -10,12 +10,12 @@ from typing import Any, Iterator, List, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.data.transforms_factory import create_transform
 from tqdm import tqdm
 
 from timm_tmblock.errors import InputError
+from timm_tmblock.image import read_image
 
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
@@ -62,8 +62,8 @@ def open_dataset(
         name: str,
         split: str,
         root: Optional[str] = None,
-        input_key: Optional[str] = None,
-        target_key: Optional[str] = None,
+        input_key: str = 'image',
+        target_key: str = 'label',
         download: bool = False,
         channels: int = 3,
 ) -> Any:
@@ -81,29 +81,21 @@ def open_dataset(
         kwargs['root'] = root or name
     try:
         dataset = create_dataset(name, **kwargs)
-    except Exception as e:
-        raise InputError(_explain_open_error(name, split, e)) from e
-    if len(dataset) == 0:
+        size = len(dataset)
+    except Exception as e:  # every kind of set has errors of its own
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
+    if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
+    if name.startswith('hfds/'):
+        table = dataset.reader.dataset.data
+        # timm casts the image column, which adds an empty one where there was none
+        columns = [c for c in table.column_names if table.column(c).null_count < size]
+        for key, option in ((input_key, '--input-key'), (target_key, '--target-key')):
+            if key not in columns:
+                raise InputError(
+                    f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
     return dataset
-
-
-def _explain_open_error(name: str, split: str, error: Exception) -> str:
-    reason = str(error).strip().split('\n')[0] or type(error).__name__
-    columns = _hf_columns(name, split) if name.startswith('hfds/') else None
-    if columns is not None:
-        return (f'Dataset {name!r} has the columns {", ".join(columns)}; name the image column with --input-key and '
-                f'the label column with --target-key ({reason}).')
-    return f'Cannot open split {split!r} of dataset {name!r}: {reason}'
-
-
-def _hf_columns(name: str, split: str) -> Optional[List[str]]:
-    """Columns of a Hugging Face set that itself opens, None for one that does not."""
-    import datasets
-    try:
-        return datasets.load_dataset(name[len('hfds/'):], split=split).column_names
-    except Exception:
-        return None
 
 
 def get_class_names(dataset: Any) -> List[str]:
@@ -133,17 +125,18 @@ def decode(dataset: Any, config: DataConfig, progress: bool = True) -> InMemoryS
     targets = torch.empty(len(dataset), dtype=torch.int64)
     for i in tqdm(range(len(dataset)), desc='Decoding', unit='img', disable=not progress, leave=False):
         try:
-            image, target = dataset[i]
+            # the reader, because timm's dataset silently puts another image in place of one that it cannot read
+            image, target = (dataset.reader if hasattr(dataset, 'reader') else dataset)[i]
             images[i] = _to_uint8(image, config, resize)
-        except Exception as e:
-            raise InputError(f'Image {i} of the dataset cannot be read ({e}); remove or replace it.') from e
+        except (InputError, OSError, KeyError) as e:
+            raise InputError(f'Image {i} of the dataset cannot be read, remove or replace it: {e}') from e
         targets[i] = int(target)
     return InMemorySet(images, targets, class_names)
 
 
-def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:
+def _to_uint8(source: Any, config: DataConfig, resize: Any) -> torch.Tensor:
     channels, height, width = config.input_size
-    image = image.convert('L' if channels == 1 else 'RGB')
+    image = read_image(source, 'L' if channels == 1 else 'RGB')
     if image.size == (width, height):
         pixels = torch.from_numpy(np.array(image))
         return pixels.view(height, width, channels).permute(2, 0, 1)

@@ -12,7 +12,7 @@ With a recipe, in bfloat16, on all GPUs of this machine:
 
 Continue a run that was stopped:
 
-    python train/train.py -c RECIPE --resume output/EXPERIMENT
+    python train/train.py --resume output/EXPERIMENT
 
 Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the paper, the others with cross-entropy.
 The last line of output is the result as JSON.
@@ -34,7 +34,6 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
@@ -50,7 +49,7 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.task import TemplateMatchingTask
 from train import checkpoint
 from train.checkpoint import TrainState
-from train.config import parse_args
+from train.config import SETTINGS, dump_args, parse_args
 from train.data import (
     DataConfig,
     InMemoryLoader,
@@ -63,12 +62,24 @@ from train.data import (
 )
 
 
+@contextmanager
+def refusing(settings: str) -> Iterator[None]:
+    """Turn what a library says of settings it cannot take into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as e:
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise InputError(f'{settings} cannot be used: {reason}') from e
+
+
 def create_accelerator(args: Namespace, folder: Path) -> Accelerator:
     if args.device != 'auto' and args.device != 'cpu':
         available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
-    try:
+    with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
             cpu=args.device == 'cpu',
             mixed_precision=args.mixed_precision,
@@ -76,8 +87,6 @@ def create_accelerator(args: Namespace, folder: Path) -> Accelerator:
             log_with=None if args.report_to == 'none' else args.report_to,
             project_dir=folder,
         )
-    except ValueError as e:
-        raise InputError(f'Accelerate cannot start with these settings: {e}') from e
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     return accelerator
@@ -87,7 +96,7 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
     if not timm.is_model(args.model):
         near = timm.list_models(f'*{args.model[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
         raise InputError(f'timm has no model {args.model!r}; is it one of {", ".join(near)}?')
-    try:
+    with refusing(f'These settings of {args.model}'):
         return timm.create_model(
             args.model,
             pretrained=args.pretrained,
@@ -95,8 +104,6 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
             drop_rate=args.drop,
             **args.model_kwargs,
         )
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f'Cannot create {args.model}: {str(e).splitlines()[0]}') from e
 
 
 def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, Loader, DataConfig, List[str]]:
@@ -154,17 +161,18 @@ def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, L
                 channels_last=args.channels_last,
             ))
     if names[0] != names[1]:
-        raise InputError(f'The classes of {args.train_split!r} and {args.val_split!r} differ; their folders must match.')
+        raise InputError(f'The classes of {args.train_split!r} and {args.val_split!r} differ; they must be the same.')
     return loaders[0], loaders[1], config, names[0]
 
 
 def create_task(args: Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
     soft_targets = args.mixup > 0 or args.cutmix > 0
     criterion_kwargs = dict(smoothing=args.smoothing, soft_targets=soft_targets)
-    if getattr(unwrap_model(model), 'has_template_matching', False):
-        return TemplateMatchingTask(
-            model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
-    return ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
+    with refusing('These settings of the loss'):
+        if getattr(unwrap_model(model), 'has_template_matching', False):
+            return TemplateMatchingTask(
+                model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
+        return ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
 
 
 class Meter:
@@ -208,7 +216,8 @@ class Trainer:
         self.train_loader, self.val_loader, self.data_config, self.class_names = create_loaders(args, accelerator)
         self.mixup = None
         if args.mixup > 0 or args.cutmix > 0:
-            self.mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(self.class_names))
+            self.mixup = Mixup(
+                args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(self.class_names))
 
         model = create_model(args, self.class_names).to(accelerator.device)
         if args.channels_last:
@@ -216,17 +225,20 @@ class Trainer:
         self.ema: Optional[ModelEmaV3] = None
         if args.model_ema:
             self.ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=args.filter_bias_and_bn)
+        with refusing(f'These settings of the optimizer {args.opt!r}'):
+            optimizer = create_optimizer_v2(
+                model, **optimizer_kwargs(args), filter_bias_and_bn=args.filter_bias_and_bn)
         self.updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
         self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
         # timm's schedule is a function of the update count alone: nothing of it to prepare or to save
-        self.scheduler, self.epochs = create_scheduler_v2(
-            optimizer,
-            **{**scheduler_kwargs(args), 'step_on_epochs': False},
-            updates_per_epoch=self.updates_per_epoch,
-        )
+        with refusing(f'These settings of the schedule {args.sched!r}'):
+            self.scheduler, self.epochs = create_scheduler_v2(
+                optimizer,
+                **{**scheduler_kwargs(args), 'step_on_epochs': False},
+                updates_per_epoch=self.updates_per_epoch,
+            )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.task = create_task(args, self.model, accelerator.device)
         set_seed(args.seed, device_specific=True)  # dropout and mixup differ between processes
@@ -256,9 +268,9 @@ class Trainer:
     def start_record(self) -> None:
         args = self.args
         if self.main_process:
-            with writing(self.folder / 'args.yaml') as tmp:
-                tmp.write_text(yaml.safe_dump(vars(args)))
-                tmp.replace(self.folder / 'args.yaml')
+            with writing(self.folder / SETTINGS) as tmp:
+                tmp.write_text(dump_args(args))
+                tmp.replace(self.folder / SETTINGS)
             print(
                 f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes\n'
                 f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '

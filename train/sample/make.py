@@ -1,4 +1,6 @@
-"""Cut the sample out of the full CIFAR-10, as Hugging Face parquet: the first images of each class, in stored order.
+"""Cut the sample out of the full CIFAR-10: the first images of each class, in stored order.
+
+Writes data/*.parquet, and images/*.png, the first test image of each class as a file to try things on.
 
     python train/sample/make.py ../shared/datasets/cifar10
 """
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import datasets
 
+FOLDER = Path(__file__).parent
 PER_CLASS = {'train': 150, 'test': 50}
 
 
@@ -20,7 +23,12 @@ def main(source: str) -> None:
             seen[label] += 1
             if seen[label] <= per_class:
                 rows.append(i)
-        data.select(rows).to_parquet(str(Path(__file__).parent / 'data' / f'{split}-00000-of-00001.parquet'))
+        sample = data.select(rows)
+        sample.to_parquet(str(FOLDER / 'data' / f'{split}-00000-of-00001.parquet'))
+    (FOLDER / 'images').mkdir(exist_ok=True)
+    for label, name in enumerate(sample.features['label'].names):
+        image = sample[sample['label'].index(label)]['img']
+        image.save(FOLDER / 'images' / f'{name}.png')
 
 
 if __name__ == '__main__':

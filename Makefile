@@ -1,0 +1,31 @@
+# make demo    train on the sample, export, explain: the whole path in about three minutes
+# make test    the tests
+# make lint    ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := output/demo
+
+.PHONY: demo test lint
+demo: $(VENV)/.installed
+	$(BIN)/python train/train.py -c train/recipes/sample/rn26_tm.yaml --output output --experiment demo
+	$(BIN)/python -m export onnx rn26_tm --checkpoint $(DEMO)/best.safetensors --patch-logits --output $(DEMO)/rn26_tm.onnx
+	$(BIN)/python -m timm_tmblock explain $(DEMO)/rn26_tm.onnx train/sample/images/*.png --output $(DEMO)/explained
+	@echo
+	@echo "Weights              $(DEMO)/best.safetensors"
+	@echo "ONNX, patch logits   $(DEMO)/rn26_tm.onnx"
+	@echo "Explanations         $(DEMO)/explained/*.png"
+	@echo "Record               $(DEMO)/summary.csv, tensorboard --logdir $(DEMO)"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "timm-tmblock needs Python 3.10 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[train,export,ort,dev]"
+	touch $@

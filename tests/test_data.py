@@ -1,0 +1,204 @@
+"""Batches: the right pixels, each image as often as it should be, the same again after a restart."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_tmblock.errors import InputError
+from train.data import (
+    DataConfig,
+    InMemoryLoader,
+    InMemorySet,
+    StreamingLoader,
+    decode,
+    fits_in_memory,
+    get_class_names,
+    open_dataset,
+    random_crop_flip,
+)
+
+CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def make_set(n=22) -> InMemorySet:
+    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return InMemorySet(images, torch.arange(n), [f'class {i}' for i in range(n)])
+
+
+def make_loader(training=True, dataset=None, batch_size=5, config=CONFIG, **kwargs) -> InMemoryLoader:
+    return InMemoryLoader(dataset or make_set(), config, batch_size, torch.device('cpu'), training=training, **kwargs)
+
+
+def crops_of(image: np.ndarray, padding: int, mode: str, fill) -> dict:
+    """Every crop of a padded image, plain and mirrored, made by numpy."""
+    h, w = image.shape[1:]
+    if mode == 'constant':
+        padded = np.stack([np.pad(c, padding, constant_values=f) for c, f in zip(image, fill)])
+    else:
+        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode='reflect')
+    crops = {}
+    for i in range(2 * padding + 1):
+        for j in range(2 * padding + 1):
+            crop = padded[:, i:i + h, j:j + w]
+            crops[crop.tobytes()] = (i, j, False)
+            crops[crop[:, :, ::-1].tobytes()] = (i, j, True)
+    return crops
+
+
+@pytest.mark.parametrize('size', [(8, 8), (6, 9)])
+@pytest.mark.parametrize('mode', ['reflect', 'constant'])
+def test_crops_are_those_of_the_padded_image_and_all_occur(mode, size):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    config = DataConfig(input_size=(3, *size), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), padding=2, padding_mode=mode)
+    fill = [round(255 * m) for m in config.mean]
+    expected = crops_of(image.numpy(), 2, mode, fill)
+    out = random_crop_flip(image.expand(2000, -1, -1, -1), config, torch.Generator().manual_seed(0))
+    seen = {expected[np.ascontiguousarray(o).tobytes()] for o in out.numpy()}
+    assert len(seen) == 5 * 5 * 2
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_without_padding_and_flip_images_stay(batch_size):
+    images = make_set().images[:batch_size]
+    config = DataConfig(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), padding=0, hflip=0.)
+    assert torch.equal(random_crop_flip(images, config, torch.Generator()), images)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_evaluation_sees_each_image_once_in_all_processes(world_size):
+    seen = []
+    for rank in range(world_size):
+        loader = make_loader(training=False, rank=rank, world_size=world_size)
+        batches = list(loader.epoch(0))
+        assert len(batches) == len(loader)
+        seen += [t.item() for _, targets in batches for t in targets]
+    assert sorted(seen) == list(range(22))
+
+
+def test_evaluation_images_are_normalised_and_nothing_else():
+    dataset = make_set()
+    images = torch.cat([x for x, _ in make_loader(training=False, dataset=dataset).epoch(0)])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
+    torch.testing.assert_close(images, (dataset.images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_training_epochs_are_disjoint_full_batches_in_changing_order(world_size):
+    loaders = [make_loader(rank=r, world_size=world_size) for r in range(world_size)]
+    orders = []
+    for epoch in (0, 1):
+        order = [t.item() for loader in loaders for _, targets in loader.epoch(epoch) for t in targets]
+        assert len(order) == len(set(order)) == 20
+        orders.append(order)
+    assert orders[0] != orders[1]
+
+
+def test_processes_draw_different_augmentation():
+    dataset = InMemorySet(make_set(1).images.expand(40, -1, -1, -1), torch.zeros(40, dtype=torch.int64), ['a'])
+    first, second = (next(make_loader(dataset=dataset, rank=r, world_size=2).epoch(0))[0] for r in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_epoch_taken_up_in_the_middle_goes_on_the_same():
+    loader = make_loader()
+    whole = list(loader.epoch(3))
+    rest = list(make_loader().epoch(3, start=2))
+    assert len(whole) == 4 and len(rest) == 2
+    for (a, b), (c, d) in zip(whole[2:], rest):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_seed_changes_order_and_crops():
+    a, b = (next(make_loader(seed=s).epoch(0)) for s in (0, 1))
+    assert not torch.equal(a[1], b[1])
+
+
+def test_channels_last_batches():
+    images, _ = next(make_loader(channels_last=True).epoch(0))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(InputError, match='smaller --batch-size'):
+        make_loader(batch_size=23)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders of images of several sizes and modes."""
+    for split in ('train', 'validation'):
+        for i, name in enumerate(('ant', 'bee')):
+            (tmp_path / split / name).mkdir(parents=True)
+            for j, mode in enumerate(('RGB', 'L', 'RGBA', 'P')):
+                Image.new('RGB', (8 + 4 * j, 8 + 2 * j), (60 * i, 100, 50 * j)).convert(mode).save(
+                    tmp_path / split / name / f'{j}.png')
+    return tmp_path
+
+
+def test_folder_of_images_is_decoded_to_the_input_size(folder):
+    dataset = open_dataset(str(folder), 'train')
+    decoded = decode(dataset, CONFIG, progress=False)
+    assert decoded.class_names == ['ant', 'bee']
+    assert decoded.images.shape == (8, 3, 8, 8)
+    assert sorted(decoded.targets.tolist()) == [0] * 4 + [1] * 4
+    for image, target in zip(decoded.images[::4], (0, 1)):  # the two of the input's size, in RGB
+        assert image.unique(dim=1).squeeze().unique(dim=1).flatten().tolist() == [60 * target, 100, 0]
+
+
+def test_stored_images_are_decoded_exactly():
+    dataset = open_dataset('sample', 'test[:20]')
+    decoded = decode(dataset, DataConfig((3, 32, 32), (0, 0, 0), (1, 1, 1)), progress=False)
+    for i in (0, 7, 19):
+        image, target = dataset[i]  # by timm
+        np.testing.assert_array_equal(decoded.images[i].permute(1, 2, 0).numpy(), np.asarray(image))
+        assert decoded.targets[i] == target
+
+
+def test_sample_is_stratified():
+    for split, n in (('train', 150), ('test', 50)):
+        dataset = open_dataset('sample', split)
+        decoded = decode(dataset, DataConfig((3, 32, 32), (0, 0, 0), (1, 1, 1)), progress=False)
+        assert torch.bincount(decoded.targets).tolist() == [n] * 10
+        assert decoded.class_names[0] == 'airplane' and decoded.class_names[9] == 'truck'
+
+
+def test_larger_sets_stream(folder):
+    dataset = open_dataset(str(folder), 'validation')
+    assert fits_in_memory(dataset, CONFIG, 1.) and not fits_in_memory(dataset, CONFIG, 1e-6)
+    loader = StreamingLoader(dataset, CONFIG, 3, torch.device('cpu'), num_workers=0)
+    targets = torch.cat([t for _, t in loader.epoch(0)])
+    assert sorted(targets.tolist()) == [0] * 4 + [1] * 4
+    expected = decode(dataset, CONFIG, progress=False)
+    images = torch.cat([x for x, _ in loader.epoch(0)])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
+    torch.testing.assert_close(images, (expected.images / 255 - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, split, kwargs, message', [
+    ('hfds/does/not-exist', 'train', {}, 'Cannot open'),
+    ('torch/nothing', 'train', {}, 'Cannot open'),
+    ('missing_folder', 'train', {}, 'Cannot open'),
+    ('sample', 'holdout', {}, 'holdout'),
+])
+def test_sets_that_cannot_be_opened_are_named(name, split, kwargs, message):
+    with pytest.raises(InputError, match=message) as error:
+        open_dataset(name, split, **kwargs)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kwargs', [dict(input_key='picture'), dict(input_key='img', target_key='fine_label')])
+def test_unknown_columns_are_answered_with_those_there_are(kwargs):
+    from train.data import SAMPLE
+    with pytest.raises(InputError, match='it has img, label; name one with --'):
+        open_dataset(f'hfds/{SAMPLE}', 'test[:5]', **kwargs)
+
+
+def test_damaged_image_is_named(folder):
+    (folder / 'train' / 'bee' / '1.png').write_bytes(b'')
+    with pytest.raises(InputError, match=r'cannot be read.*bee/1\.png'):
+        decode(open_dataset(str(folder), 'train'), CONFIG, progress=False)
+
+
+def test_labels_without_names_are_refused():
+    with pytest.raises(InputError, match='ClassLabel'):
+        get_class_names(object())

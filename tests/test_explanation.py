@@ -1,0 +1,136 @@
+"""Explanations say what the network computed, at the right place, for any image."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+from timm_tmblock import Explainer, Explanation, InputError, explain
+from timm_tmblock.__main__ import main
+
+NAMES = ['ant', 'bee', 'cat']
+
+
+def make_explanation(patch_probabilities, size=(16, 16), probabilities=(0.7, 0.2, 0.1)) -> Explanation:
+    return Explanation(Image.new('RGB', size, 'gray'), np.array(probabilities), patch_probabilities, NAMES, NAMES)
+
+
+@pytest.fixture
+def regions():
+    """Ant everywhere but for one region of bee at the upper right."""
+    p = np.empty((3, 4, 4))
+    p[0], p[1], p[2] = 0.8, 0.1, 0.1
+    p[:, 0, 3] = 0.05, 0.9, 0.05
+    return p
+
+
+def test_probabilities_are_the_networks(trained_like):
+    model = trained_like('rn26_tm')
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    explanation = explain(model, image)
+    x = create_transform(**resolve_data_config(model=model))(Image.fromarray(image))[None]
+    with torch.no_grad():
+        logits, patch_logits = model.forward_patch_logits(x)
+    np.testing.assert_allclose(explanation.probabilities, logits.softmax(1)[0], atol=1e-6)
+    np.testing.assert_allclose(explanation.patch_probabilities, patch_logits.softmax(1)[0], atol=1e-6)
+    assert explanation.patch_classes.tolist() == patch_logits[0].argmax(0).tolist()
+    assert explanation.top(1)[0][1] == pytest.approx(logits.softmax(1).max().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_model_is_evaluated_and_left_as_it_was(trained_like, training):
+    model = trained_like('rn26_tm').train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    explain(model, np.zeros((32, 32, 3), np.uint8))
+    assert model.training == training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_heat_map_peaks_where_the_class_matched(regions):
+    heat = make_explanation(regions, size=(64, 64)).heat_map('bee')
+    assert heat.shape == (64, 64)
+    row, col = np.unravel_index(heat.argmax(), heat.shape)
+    assert row < 16 and col >= 48
+    assert heat.max() == pytest.approx(0.9, abs=1e-3) and heat.min() == pytest.approx(0.1, abs=1e-3)
+
+
+def test_heat_map_is_of_the_predicted_class_by_default(regions):
+    explanation = make_explanation(regions)
+    np.testing.assert_array_equal(explanation.heat_map(), explanation.heat_map('ant'))
+
+
+def test_picture_colours_each_region_by_its_class(regions):
+    size = 64
+    picture = np.asarray(make_explanation(regions, size=(64, 64)).picture(size=size)).astype(int)
+    panel = picture[36:36 + size, 2 * 16 + size:2 * 16 + 2 * size]
+    ant, bee = panel[40, 20], panel[8, 56]
+    assert np.array_equal(panel[60, 4], ant) and not np.array_equal(ant, bee)
+    legend = picture[36 + size:, 2 * 16 + size:2 * 16 + 2 * size].reshape(-1, 3)
+    assert {(31, 119, 180), (255, 127, 14)} <= set(map(tuple, legend))  # both classes
+    assert (44, 160, 44) not in set(map(tuple, legend))  # no region matched it
+
+
+@pytest.mark.parametrize('size', [(32, 32), (100, 60), (5, 9)])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'P'])
+def test_images_of_any_size_and_mode_are_explained(trained_like, size, mode):
+    explanation = explain(trained_like('rn26_tm'), Image.new('RGB', size, 'teal').convert(mode))
+    assert explanation.image.size == (min(size), min(size))
+    assert explanation.picture().size == (3 * 288 + 4 * 16, explanation.picture().size[1])
+
+
+def test_kept_templates_are_not_named_as_the_new_classes(trained_like):
+    explanation = explain(trained_like('rn26_tm', num_classes=4, num_templates=6), np.zeros((32, 32, 3), np.uint8))
+    assert explanation.template_names == [f'template {i}' for i in range(6)]
+    assert len(explanation.class_names) == 4
+    explanation.picture()
+
+
+def test_grey_models_take_colour_images(trained_like):
+    explain(trained_like('rn26_tm', in_chans=1), np.zeros((32, 32, 3), np.uint8))
+
+
+def test_unknown_class_is_refused(regions):
+    with pytest.raises(InputError, match="'cow'.*ant, bee, cat"):
+        make_explanation(regions).picture('cow')
+
+
+@pytest.mark.parametrize('source, message', [
+    ('missing.onnx', 'There is no file'), ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
+    (lambda: timm.create_model('rn26'), 'no template matching block'),
+])
+def test_sources_without_patch_logits_are_refused(source, message):
+    with pytest.raises(InputError, match=message):
+        Explainer(source() if callable(source) else source)
+
+
+def test_damaged_onnx_file_is_named(tmp_path):
+    path = tmp_path / 'x.onnx'
+    path.write_bytes(b'not a graph')
+    with pytest.raises(InputError, match='x.onnx'):
+        Explainer(path)
+
+
+def test_command_continues_past_a_bad_image(tmp_path, capsys):
+    good, bad = tmp_path / 'good.png', tmp_path / 'bad.png'
+    Image.new('RGB', (32, 32), 'navy').save(good)
+    bad.touch()
+    with pytest.raises(InputError, match='1 of 2 images'):
+        main(['explain', 'rn26_tm', str(bad), str(good), '--output', str(tmp_path / 'out'), '--json'])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result['image'] == str(good) and len(result['top']) == 3
+    assert str(bad) in printed.err
+    assert Image.open(result['picture']).format == 'PNG'
+    assert len(list((tmp_path / 'out').iterdir())) == 1
+
+
+def test_command_exits_with_2_and_one_line(tmp_path):
+    run = subprocess.run(
+        [sys.executable, '-m', 'timm_tmblock', 'explain', 'nothing', 'x.png'], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1

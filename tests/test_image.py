@@ -1,0 +1,83 @@
+"""Images of every mode become 8-bit RGB; what is no image is named."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_tmblock.errors import InputError
+from timm_tmblock.image import read_image
+
+GREY = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
+
+
+def save(image: Image.Image, path) -> str:
+    image.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGB', 'RGBA', 'LA', 'CMYK'])
+def test_modes_keep_the_pixels(tmp_path, mode):
+    image = Image.fromarray(GREY).convert(mode)
+    suffix = 'tiff' if mode == 'CMYK' else 'png'
+    pixels = np.asarray(read_image(save(image, tmp_path / f'x.{suffix}')))
+    assert pixels.shape == (3, 4, 3) and pixels.dtype == np.uint8
+    np.testing.assert_allclose(pixels, GREY[..., None].repeat(3, -1), atol=1)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    path = save(Image.fromarray(GREY.astype(np.uint16) << 8), tmp_path / 'x.png')
+    assert Image.open(path).mode.startswith('I')
+    np.testing.assert_array_equal(np.asarray(read_image(path))[..., 0], GREY)
+
+
+def test_transparency_shows_white(tmp_path):
+    image = Image.new('RGBA', (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(read_image(save(image, tmp_path / 'x.png'))).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    palette = image.quantize()
+    assert np.asarray(read_image(save(palette, tmp_path / 'p.png')))[0, 1].tolist() == [255, 255, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.fromarray(GREY)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(tmp_path / 'x.png', exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'x.png', 'L')), np.rot90(GREY, -1))
+
+
+def test_arrays_and_pil_images_are_taken():
+    np.testing.assert_array_equal(np.asarray(read_image(GREY, 'L')), GREY)
+    np.testing.assert_array_equal(np.asarray(read_image(Image.fromarray(GREY), 'L')), GREY)
+
+
+def make_bad(tmp_path, kind):
+    path = tmp_path / 'bad.png'
+    if kind == 'empty':
+        path.touch()
+    elif kind == 'text':
+        path.write_text('not an image')
+    elif kind == 'truncated':
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:3000])
+    elif kind == 'folder':
+        path.mkdir()
+    elif kind == 'float':
+        path = path.with_suffix('.tiff')
+        Image.fromarray(GREY.astype(np.float32)).save(path)
+    return path
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('missing', 'There is no image'), ('empty', 'empty or no image'), ('text', 'empty or no image'),
+    ('truncated', 'cannot be decoded'), ('folder', 'is a folder'), ('float', 'floating-point'),
+])
+def test_what_is_no_image_is_named(tmp_path, kind, message):
+    path = make_bad(tmp_path, kind)
+    with pytest.raises(InputError, match=message) as error:
+        read_image(path)
+    assert str(path) in str(error.value)
+
+
+def test_arrays_of_another_dtype_are_refused():
+    with pytest.raises(InputError, match='float64'):
+        read_image(np.zeros((4, 4, 3)))

@@ -1,0 +1,305 @@
+"""The training script: what it writes, that it resumes exactly, and what it says to bad input."""
+import csv
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_tmblock.checkpoint import load_model, read_description, save_weights
+from timm_tmblock.errors import InputError
+from train.checkpoint import find_checkpoints
+from train.config import create_parser, parse_args
+from train.train import Trainer, main
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob('train/recipes/*/*.yaml'))
+TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '2',
+        '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
+
+
+def run_tiny(folder, *flags):
+    return main([*TINY, '--output', str(folder), *flags])
+
+
+def run_command(*flags, launch=(sys.executable,), **kwargs):
+    return subprocess.run(
+        [*launch, str(ROOT / 'train' / 'train.py'), *flags], capture_output=True, text=True, cwd=ROOT, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """The output folder of `python train/train.py` and what it printed."""
+    folder = tmp_path_factory.mktemp('finished')
+    flags = [f if f != 'none' else 'tensorboard' for f in TINY]
+    run = run_command(*flags, '--output', str(folder), '--model-ema', '--smoothing', '0.1')
+    assert run.returncode == 0, run.stderr[-2000:]
+    return folder / 'run', run
+
+
+def test_last_line_is_the_result_as_json(finished):
+    folder, run = finished
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result['model'] == 'rn26_tm' and result['parameters'] == 983_032 and result['epochs'] == 2
+    assert result['history'][-1] == result['last']
+    assert result['best']['top1'] == max(max(row['eval_top1'], row['eval_ema_top1']) for row in result['history'])
+    for row in result['history']:
+        assert row['train_loss'] == pytest.approx((row['train_class_loss'] + row['train_patch_loss']) / 2)
+
+
+def test_progress_and_tensorboard_are_written(finished):
+    folder, run = finished
+    assert re.search(r'Epoch 2/2: 100%.*3/3.*class_loss=.*top1=.*img/s=', run.stderr)
+    assert list(folder.glob('log/events.*'))
+
+
+def test_summary_has_a_row_an_epoch(finished):
+    folder, run = finished
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    history = json.loads(run.stdout.splitlines()[-1])['history']
+    assert [float(r['eval_top1']) for r in rows] == [h['eval_top1'] for h in history]
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['smoothing'] == 0.1
+
+
+@pytest.mark.parametrize('name', ['last', 'best'])
+def test_weights_load_in_timm_and_score_what_was_recorded(finished, name):
+    folder, run = finished
+    path = folder / f'{name}.safetensors'
+    model = timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    assert read_description(path)['label_names'][3] == 'cat'
+    described = load_model(path)
+    assert described.pretrained_cfg['label_names'][3] == 'cat'
+    loader = Trainer(parse_args([*TINY, '--output', str(folder / 'other')])).val_loader
+    result = json.loads(run.stdout.splitlines()[-1])
+    best = result['best']
+    expected = best['top1'] if name == 'best' else result['last']['eval_ema_top1']
+    correct = 0
+    with torch.no_grad():
+        for images, targets in loader.epoch(0):
+            assert torch.equal(model(images), described(images))
+            correct += (model(images).argmax(1) == targets).sum().item()
+    assert 100 * correct / 15 == pytest.approx(expected)
+
+
+def test_baseline_trains_with_cross_entropy(tmp_path):
+    result = run_tiny(tmp_path, '--model', 'rn26', '--epochs', '1')
+    assert result['parameters'] == 964_058
+    assert 'train_patch_loss' not in result['last']
+
+
+def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):
+    result = run_tiny(
+        tmp_path, '--mixup', '0.2', '--cutmix', '1', '--smoothing', '0.1', '--grad-accum-steps', '3',
+        '--clip-grad', '1', '--opt', 'sgd', '--lr', '0.1', '--sched', 'step', '--decay-epochs', '1',
+        '--decay-rate', '0.5', '--batch-size', '6', '--no-channels-last', '--padding-mode', 'constant')
+    state = json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())
+    assert state['update'] == 4  # 36 images: 6 batches, 2 updates an epoch
+    assert result['last']['lr'] == pytest.approx(0.05)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
+    flags = ['--opt', 'sgd', '--lr', '0.1', '--momentum', '0', '--weight-decay', '0', '--padding', '0', '--hflip', '0']
+    gradients = []
+    for extra in (['--batch-size', '12'], ['--batch-size', '4', '--grad-accum-steps', '3']):
+        trainer = Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags, *extra]))
+        for m in trainer.model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 0.  # statistics of a smaller batch differ, so use the running ones
+        batches = trainer.train_loader.epoch(0)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        steps = 3 if '--grad-accum-steps' in extra else 1
+        for images, targets in (next(batches) for _ in range(steps)):
+            trainer.model.eval()
+            trainer.model.training = True  # patch supervision with fixed statistics
+            trainer.step(images, targets)
+        assert trainer.state.update == 1
+        gradients.append({n: before[n] - p.detach() for n, p in trainer.model.named_parameters()})
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('flags', [[], ['--opt', 'muon', '--model-ema', '--mixup', '0.2', '--drop', '0.1']])
+def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, flags):
+    flags = ['--checkpoint-interval', '1', *flags]
+    expected = run_tiny(tmp_path / 'whole', *flags)
+
+    step, steps = Trainer.step, []
+
+    def interrupted(self, images, targets):
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        steps.append(1)
+        step(self, images, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'step', interrupted)
+        with pytest.raises(InputError, match='Interrupted in epoch 2 at update 5; continue with --resume'):
+            run_tiny(tmp_path / 'cut', *flags)
+    folder = tmp_path / 'cut' / 'run'
+    result = main(['--resume', str(folder)])  # with the settings of the run
+
+    for name in ('last', 'best'):
+        a, b = (load_file(tmp_path / f / 'run' / f'{name}.safetensors') for f in ('whole', 'cut'))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = ('train_images_per_second',)
+    for a, b in zip(expected['history'], result['history']):
+        assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
+    assert len(find_checkpoints(folder)) == 2
+
+
+def test_terminated_run_exits_with_2_and_keeps_its_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'train' / 'train.py'), *TINY, '--epochs', '500', '--checkpoint-interval', '1',
+         '--output', str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not find_checkpoints(tmp_path / 'run') and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert re.search(r'^error: Interrupted .* continue with --resume', error.splitlines()[-1])
+    assert find_checkpoints(tmp_path / 'run')
+    assert not list((tmp_path / 'run' / 'checkpoints').glob('.*'))
+
+
+def test_full_disk_leaves_the_earlier_weights(tmp_path):
+    """The file size limit stands in for the disk: both make a write fail half-way."""
+    path = tmp_path / 'x.safetensors'
+    save_weights(path, {'w': torch.ones(3)}, {})
+    before = path.read_bytes()
+    code = (
+        'import torch\n'
+        'from timm_tmblock.checkpoint import save_weights\n'
+        'from timm_tmblock.errors import InputError\n'
+        f'try: save_weights({str(path)!r}, {{"w": torch.ones(1_000_000)}}, {{}})\n'
+        'except InputError as e: print("refused:", e)\n')
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, preexec_fn=limit)
+    assert run.stdout.startswith(f'refused: Cannot write {path}'), run.stderr
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_accelerate_launch(tmp_path, processes):
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', f'--num_processes={processes}',
+              '--num_machines=1', '--mixed_precision=bf16', '--dynamo_backend=no']
+    run = run_command(
+        *TINY, '--epochs', '1', '--batch-size', '6', '--output', str(tmp_path), launch=launch,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result['processes'] == processes and result['mixed_precision'] == 'bf16'
+    assert run.stdout.count('writing to') == 1
+    correct = result['last']['eval_top1'] * 15 / 100
+    assert correct == pytest.approx(round(correct), abs=1e-6)  # of exactly 15 images
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(
+        'lr: 1e-2\nepochs: 7\nmodel_ema: true\nmodel_kwargs: {patch_size: 3}\nmean: [0.5, 0.5, 0.4]\ndrop: null\n')
+    args = parse_args(['-c', str(recipe), '--epochs', '3'])
+    assert (args.lr, args.epochs, args.model_ema, args.drop) == (0.01, 3, True, 0.)
+    assert args.model_kwargs == dict(patch_size=3) and args.mean == [0.5, 0.5, 0.4]
+    assert not parse_args(['-c', str(recipe), '--no-model-ema']).model_ema
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_recipes_parse_and_name_what_there_is(recipe):
+    args = parse_args(['-c', str(recipe)])
+    assert timm.is_model(args.model)
+    assert f'-c {recipe.relative_to(ROOT)}' in recipe.read_text()  # the command that runs it
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epoch: 3', 'unknown keys: epoch'), ('- 3', 'must map'), ('a: [', 'Cannot read'), ('lr: fast', 'invalid float'),
+    ('model_ema: 3', 'must be true or false'), ('padding_mode: zeros', 'invalid choice'),
+])
+def test_bad_recipes_are_one_sentence(tmp_path, text, message):
+    (tmp_path / 'recipe.yaml').write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        parse_args(['-c', str(tmp_path / 'recipe.yaml')])
+    assert '\n' not in str(error.value)
+
+
+def test_every_setting_has_a_help_text_that_renders():
+    assert '--patch-loss-weight' in create_parser().format_help()
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--model', 'rn27_tm'], "no model 'rn27_tm'"),
+    (['--model-kwargs', 'depth=3'], 'depth'),
+    (['--dataset', 'hfds/not/there'], 'not/there'),
+    (['--train-split', 'holdout'], 'holdout'),
+    (['--dataset', f'hfds/{ROOT}/train/sample'], "no column 'image', it has img, label"),
+    (['--device', 'cuda'], 'no cuda device'),
+    (['--mixed-precision', 'fp16'], 'needs a GPU'),
+    (['--opt', 'gradient_descent'], 'gradient_descent'),
+    (['--sched', 'zigzag'], 'zigzag'),
+    (['--batch-size', '50'], 'smaller --batch-size'),
+    (['--batch-size', '0'], 'batch-size'),
+    (['--mean', '0.5'], '3 values'),
+    (['--pretrained', '--model', 'rn26'], 'No pretrained weights'),
+    (['--patch-loss-weight', '2'], 'patch_loss_weight'),
+    (['--lr', '1e30', '--opt', 'sgd'], 'loss is (nan|inf)'),
+    (['--resume', 'nowhere'], 'no experiment folder nowhere'),
+    (['--output', '/proc/none'], 'Cannot write'),
+    (['--no-such-flag'], 'no-such-flag'),
+])
+def test_bad_input_is_one_sentence(tmp_path, flags, message):
+    if '--device' in flags and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(InputError, match=message) as error:
+        run_tiny(tmp_path, *flags)
+    assert '\n' not in str(error.value)
+
+
+def test_resuming_another_model_is_refused(tmp_path):
+    run_tiny(tmp_path, '--epochs', '1')
+    before = {p: p.read_bytes() for p in (tmp_path / 'run').glob('*.safetensors')}
+    with pytest.raises(InputError, match='does not fit this run'):
+        run_tiny(tmp_path, '--model', 'rn26', '--resume', str(tmp_path / 'run'))
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_damaged_image_stops_before_training(tmp_path):
+    for split in ('train', 'validation'):
+        for name in ('ant', 'bee'):
+            folder = tmp_path / 'images' / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f'{i}.png')
+    flags = ['--dataset', str(tmp_path / 'images'), '--train-split', 'train', '--val-split', 'validation',
+             '--batch-size', '2', '--epochs', '1']
+    result = run_tiny(tmp_path, *flags)
+    assert result['num_classes'] == 2
+    damaged = tmp_path / 'images' / 'train' / 'bee' / '1.png'
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(InputError, match=r'cannot be read.*bee/1\.png'):
+        run_tiny(tmp_path, *flags, '--experiment', 'damaged')
+    assert not (tmp_path / 'damaged').exists()
+
+
+def test_command_exits_with_2_and_one_line():
+    run = run_command('--model', 'nothing')
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: timm has no model 'nothing'")
+    assert 'Traceback' not in run.stderr
