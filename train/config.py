@@ -9,7 +9,6 @@ from timm.utils import ParseKwargs
 
 from timm_tmblock.errors import InputError
 
-
 SETTINGS = 'args.yaml'  # in the experiment folder
 
 
@@ -98,7 +97,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
-    group.add_argument('--resume', metavar='FOLDER', help='continue the run in this experiment folder, with its settings')
+    group.add_argument('--resume', metavar='FOLDER', help='continue this experiment, with its settings')
     group.add_argument('--checkpoint-interval', type=int, default=0, help='updates between checkpoints; 0: each epoch')
     group.add_argument('--seed', type=int, default=42)
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
