@@ -2,7 +2,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class PatchLogits(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         return self.model.forward_patch_logits(x)
@@ -105,7 +105,7 @@ def _trace(module: nn.Module, input_size: Tuple[int, ...], names: List[str], ops
     return proto
 
 
-def describe(model: nn.Module, config: Dict, patch_logits: bool) -> Dict[str, str]:
+def describe(model: Any, config: Dict[str, Any], patch_logits: bool) -> Dict[str, str]:
     """Metadata that a user of the file alone needs. All values are strings, structured ones JSON.
 
     metadata_version: '1'
@@ -118,7 +118,7 @@ def describe(model: nn.Module, config: Dict, patch_logits: bool) -> Dict[str, st
     cfg = model.pretrained_cfg
     metadata = dict(
         metadata_version=METADATA_VERSION,
-        model=cfg['architecture'],
+        model=str(cfg['architecture']),
         class_names=json.dumps(list(cfg.get('label_names') or map(str, range(model.num_classes)))),
         preprocessing=json.dumps({k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}),
         timm_tmblock_version=timm_tmblock.__version__,

@@ -167,6 +167,7 @@ def test_kept_templates_round_trip_through_a_local_dir(checkpoint, tmp_path):
     _, overlay = checkpoint
     model = timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4).eval()
     save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+    assert str(tmp_path) not in (tmp_path / 'hub' / 'config.json').read_text()
     loaded = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
     x = torch.randn(3, 3, 32, 32)
     assert loaded.tm.num_templates == 6

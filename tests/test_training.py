@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +29,13 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob('train/recipes/*/*.yaml'))
 TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '2',
         '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and device for the life of a process; each test has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_tiny(folder, *flags):
@@ -110,7 +118,8 @@ def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
-    flags = ['--opt', 'sgd', '--lr', '0.1', '--momentum', '0', '--weight-decay', '0', '--padding', '0', '--hflip', '0']
+    flags = ['--opt', 'momentum', '--lr', '0.1', '--momentum', '0', '--weight-decay', '0', '--padding', '0',
+             '--hflip', '0']
     gradients = []
     for extra in (['--batch-size', '12'], ['--batch-size', '4', '--grad-accum-steps', '3']):
         trainer = Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags, *extra]))
@@ -196,17 +205,22 @@ def test_full_disk_leaves_the_earlier_weights(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_accelerate_launch(tmp_path, processes):
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', f'--num_processes={processes}',
-              '--num_machines=1', '--mixed_precision=bf16', '--dynamo_backend=no']
+ACCELERATE = ['accelerate.commands.launch', '--cpu', '--num_processes=1', '--num_machines=1', '--mixed_precision=bf16',
+              '--dynamo_backend=no']
+TORCHRUN = ['torch.distributed.run', '--nproc_per_node=2']  # accelerate launches several CPU processes by MPI alone
+
+
+@pytest.mark.parametrize('launch, processes, precision', [(ACCELERATE, 1, 'bf16'), (TORCHRUN, 2, 'no')])
+def test_launchers(tmp_path, launch, processes, precision):
     run = run_command(
-        *TINY, '--epochs', '1', '--batch-size', '6', '--output', str(tmp_path), launch=launch,
+        *TINY, '--epochs', '1', '--batch-size', '6', '--output', str(tmp_path), launch=[sys.executable, '-m', *launch],
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count('writing to') == run.stdout.count('{"model"') == 1
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result['processes'] == processes and result['mixed_precision'] == 'bf16'
-    assert run.stdout.count('writing to') == 1
+    assert result['processes'] == processes and result['mixed_precision'] == precision
+    state = json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())
+    assert state['update'] == 6 // processes
     correct = result['last']['eval_top1'] * 15 / 100
     assert correct == pytest.approx(round(correct), abs=1e-6)  # of exactly 15 images
 
@@ -250,7 +264,7 @@ def test_every_setting_has_a_help_text_that_renders():
     (['--train-split', 'holdout'], 'holdout'),
     (['--dataset', f'hfds/{ROOT}/train/sample'], "no column 'image', it has img, label"),
     (['--device', 'cuda'], 'no cuda device'),
-    (['--mixed-precision', 'fp16'], 'needs a GPU'),
+    (['--mixed-precision', 'fp16'], 'GPU'),
     (['--opt', 'gradient_descent'], 'gradient_descent'),
     (['--sched', 'zigzag'], 'zigzag'),
     (['--batch-size', '50'], 'smaller --batch-size'),

@@ -7,7 +7,7 @@ import colorsys
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -117,7 +117,7 @@ class Explainer:
                                  f'({e}).') from e
             self._use_torch(model.eval())
 
-    def _use_torch(self, model: nn.Module) -> None:
+    def _use_torch(self, model: Any) -> None:
         if not getattr(model, 'has_template_matching', False):
             raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)

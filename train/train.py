@@ -20,6 +20,7 @@ The last line of output is the result as JSON.
 import json
 import math
 import platform
+import re
 import signal
 import sys
 import time
@@ -80,16 +81,13 @@ def create_accelerator(args: Namespace, folder: Path) -> Accelerator:
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     with refusing('These settings of Accelerate'):
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=args.device == 'cpu',
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum_steps,
             log_with=None if args.report_to == 'none' else args.report_to,
             project_dir=folder,
         )
-    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
-        raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
-    return accelerator
 
 
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
@@ -468,7 +466,11 @@ def stopping_at_signals() -> Iterator[None]:
 def describe_hardware(device: torch.device) -> str:
     if device.type == 'cuda':
         return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
-    return f'{platform.machine()} {device.type}, {torch.get_num_threads()} threads'
+    name = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').is_file():
+        names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+        name = names[0] if names else name
+    return f'{name}, {torch.get_num_threads()} threads'
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:

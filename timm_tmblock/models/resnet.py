@@ -8,7 +8,7 @@ The networks have four stages; template matching sits between the last two and t
 """
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -119,6 +119,12 @@ class PreActResNet(nn.Module):
     patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`, and
     by `forward` in training once `set_patch_supervision` switched them on.
     """
+    if TYPE_CHECKING:  # set by name, which type checkers cannot follow
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
+        layer4: nn.Module
+        tm: Any
 
     def __init__(
             self,
@@ -209,8 +215,9 @@ class PreActResNet(nn.Module):
     def init_weights(self) -> None:
         """Initialize all parameters and buffers, Kaiming normal (fan-out) for convolutions."""
         for m in self.modules():
-            if hasattr(m, 'reset_parameters'):
-                m.reset_parameters()
+            reset_parameters = getattr(m, 'reset_parameters', None)
+            if reset_parameters is not None:
+                reset_parameters()
             if isinstance(m, nn.Conv2d) and m.bias is None:  # the one with bias is the classifier of the patches
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 

@@ -1,0 +1,56 @@
+"""The weights in the package: load with no network, and have the accuracy that is stated."""
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_tmblock
+from train.data import DataConfig, decode, open_dataset
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / 'train' / 'results' / 'rn26_tm.cifar10' / 'result.json'
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('this must work without a network')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+
+
+def test_every_pretrained_tag_loads_without_network(no_network):
+    tags = [t for t in timm.list_pretrained() if timm.model_entrypoint(t).__module__.startswith('timm_tmblock.')]
+    assert 'rn26_tm.cifar10' in tags
+    for tag in tags:
+        model = timm.create_model(tag, pretrained=True)
+        assert len(model.pretrained_cfg['label_names']) == model.num_classes
+
+
+def test_accuracy_on_the_sample_is_that_of_the_result():
+    """500 of the 10,000 test images: within three standard errors."""
+    stated = json.loads(RESULT.read_text())['last']['eval_top1'] / 100
+    model = timm.create_model('rn26_tm.cifar10', pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    data = decode(open_dataset('sample', 'test'), DataConfig(cfg['input_size'], cfg['mean'], cfg['std']), progress=False)
+    mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    assert list(cfg['label_names']) == data.class_names
+    with torch.no_grad():
+        predicted = torch.cat([model((x / 255 - mean) / std).argmax(1) for x in data.images.split(100)])
+    accuracy = (predicted == data.targets).double().mean().item()
+    assert abs(accuracy - stated) < 3 * (stated * (1 - stated) / len(data)) ** 0.5
+
+
+def test_readme_states_the_accuracy_of_the_result():
+    top1 = json.loads(RESULT.read_text())['last']['eval_top1']
+    assert f'{top1:.2f} %' in (ROOT / 'README.md').read_text()
+
+
+def test_pretrained_model_explains_a_test_image_by_its_class():
+    images = ROOT / 'train' / 'sample' / 'images'
+    explanation = timm_tmblock.explain('rn26_tm', images / 'ship.png')
+    assert explanation.top(1)[0][0] == 'ship'
+    assert explanation.patch_probabilities.shape == (10, 8, 8)
