@@ -8,6 +8,7 @@ DEMO := output/demo
 
 .PHONY: demo test lint
 demo: $(VENV)/.installed
+	rm -rf $(DEMO)
 	$(BIN)/python train/train.py -c train/recipes/sample/rn26_tm.yaml --output output --experiment demo
 	$(BIN)/python -m export onnx rn26_tm --checkpoint $(DEMO)/best.safetensors --patch-logits --output $(DEMO)/rn26_tm.onnx
 	$(BIN)/python -m timm_tmblock explain $(DEMO)/rn26_tm.onnx train/sample/images/*.png --output $(DEMO)/explained

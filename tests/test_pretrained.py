@@ -35,7 +35,8 @@ def test_accuracy_on_the_sample_is_that_of_the_result():
     stated = json.loads(RESULT.read_text())['last']['eval_top1'] / 100
     model = timm.create_model('rn26_tm.cifar10', pretrained=True).eval()
     cfg = model.pretrained_cfg
-    data = decode(open_dataset('sample', 'test'), DataConfig(cfg['input_size'], cfg['mean'], cfg['std']), progress=False)
+    config = DataConfig(cfg['input_size'], cfg['mean'], cfg['std'])
+    data = decode(open_dataset('sample', 'test'), config, progress=False)
     mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
     assert list(cfg['label_names']) == data.class_names
     with torch.no_grad():

@@ -285,6 +285,12 @@ def test_bad_input_is_one_sentence(tmp_path, flags, message):
     assert '\n' not in str(error.value)
 
 
+def test_run_is_not_written_over(tmp_path):
+    run_tiny(tmp_path, '--epochs', '1')
+    with pytest.raises(InputError, match='already holds a run'):
+        run_tiny(tmp_path, '--epochs', '1')
+
+
 def test_resuming_another_model_is_refused(tmp_path):
     run_tiny(tmp_path, '--epochs', '1')
     before = {p: p.read_bytes() for p in (tmp_path / 'run').glob('*.safetensors')}

@@ -17,6 +17,7 @@ Continue a run that was stopped:
 Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the paper, the others with cross-entropy.
 The last line of output is the result as JSON.
 """
+import csv
 import json
 import math
 import platform
@@ -36,12 +37,12 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, ClassificationTask, TrainingTask, evaluation_sample_limit
-from timm.utils import ModelEmaV3, unwrap_model, update_summary
+from timm.utils import ModelEmaV3, unwrap_model
 from tqdm import tqdm
 
 import timm_tmblock
@@ -75,7 +76,7 @@ def refusing(settings: str) -> Iterator[None]:
         raise InputError(f'{settings} cannot be used: {reason}') from e
 
 
-def create_accelerator(args: Namespace, folder: Path) -> Accelerator:
+def create_accelerator(args: Namespace) -> Accelerator:
     if args.device != 'auto' and args.device != 'cpu':
         available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
         if not available:
@@ -86,8 +87,26 @@ def create_accelerator(args: Namespace, folder: Path) -> Accelerator:
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum_steps,
             log_with=None if args.report_to == 'none' else args.report_to,
-            project_dir=folder,
+            project_dir=args.output,
         )
+
+
+def create_folder_name(args: Namespace) -> Path:
+    """The experiment folder, the same on every process.
+
+    Raises:
+        InputError: If there is no run to resume, or there is one that was not to be resumed.
+    """
+    if args.resume:
+        if not Path(args.resume).is_dir():
+            raise InputError(f'There is no experiment folder {args.resume} to resume.')
+        return Path(args.resume)
+    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}']
+    folder = Path(args.output) / broadcast_object_list(names)[0]
+    if checkpoint.find_checkpoints(folder):
+        raise InputError(
+            f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
+    return folder
 
 
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
@@ -188,9 +207,11 @@ class Meter:
         for k, v in values.items():
             self.sums[k] = self.sums[k] + v.double() if k in self.sums else v.double()
 
-    def means(self) -> Dict[str, float]:
-        batches = self.sums['batches'].item()
-        return {k: v.item() / batches for k, v in self.sums.items() if k != 'batches'}
+    def means(self, accelerator: Optional[Accelerator] = None) -> Dict[str, float]:
+        """Means over the batches so far, of all processes if an accelerator is given."""
+        sums = self.sums if accelerator is None else accelerator.reduce(self.sums)
+        batches = sums['batches'].item()
+        return {k: v.item() / batches for k, v in sums.items() if k != 'batches'}
 
     def state_dict(self) -> Dict[str, float]:
         return {k: v.item() for k, v in self.sums.items()}
@@ -203,12 +224,10 @@ class Trainer:
     """One run: everything it needs, set up from its settings."""
 
     def __init__(self, args: Namespace) -> None:
-        name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}'
         self.args = args
-        self.folder = Path(args.resume) if args.resume else Path(args.output) / name
-        if args.resume and not self.folder.is_dir():
-            raise InputError(f'There is no experiment folder {self.folder} to resume.')
-        self.accelerator = accelerator = create_accelerator(args, self.folder)
+        self.accelerator = accelerator = create_accelerator(args)
+        self.folder = create_folder_name(args)
+        accelerator.project_configuration.set_directories(str(self.folder))
         self.main_process = accelerator.is_main_process
         set_seed(args.seed)  # the same initial weights on every process
         self.train_loader, self.val_loader, self.data_config, self.class_names = create_loaders(args, accelerator)
@@ -370,7 +389,7 @@ class Trainer:
             for prefix, model in candidates.items()
             for key, value in validate(model, self.val_loader, self.accelerator).items()
         }
-        metrics = {**self.meter.means(), 'images_per_second': self.images_per_second}
+        metrics = {**self.meter.means(self.accelerator), 'images_per_second': self.images_per_second}
         state.history.append({
             'epoch': state.epoch, 'lr': self.lr, **{f'train_{k}': v for k, v in metrics.items()},
             **{f'eval_{k}': v for k, v in evaluation.items()},
@@ -389,7 +408,7 @@ class Trainer:
             if improved:
                 save_weights(
                     self.folder / 'best.safetensors', candidates[prefix].state_dict(), description)
-            update_summary(state.epoch, metrics, evaluation, self.folder / 'summary.csv', lr=self.lr)
+            self.write_summary()
             print(
                 f'Epoch {state.epoch + 1}/{self.epochs}: training loss {metrics["loss"]:.4f}, validation '
                 + ', '.join(f'{k} {v:.4g}' for k, v in evaluation.items()), flush=True)
@@ -399,6 +418,16 @@ class Trainer:
         state.epoch, state.batch = state.epoch + 1, 0
         self.meter = Meter(self.accelerator.device)
         self.save()
+
+    def write_summary(self) -> None:
+        """One row an epoch. Written anew each time: a resumed run may repeat an epoch that is already in the file."""
+        path = self.folder / 'summary.csv'
+        with writing(path) as tmp:
+            with tmp.open('w', newline='') as f:
+                writer = csv.DictWriter(f, fieldnames=self.state.history[0])
+                writer.writeheader()
+                writer.writerows(self.state.history)
+            tmp.replace(path)
 
     def save(self) -> None:
         now = time.perf_counter()
