@@ -3,6 +3,7 @@
 Papers:
     * `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
     * `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027
+    * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 
 The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
 """
@@ -67,11 +68,51 @@ class PreActBottleneck(nn.Module):
         return y + shortcut
 
 
-class PreActStage(nn.Module):
-    """Pre-activation blocks of one resolution; the first one projects its shortcut and is strided."""
+class PreActBasic(nn.Module):
+    """Pre-activation basic block: twice norm-act-conv, 3x3 (strided), 3x3."""
 
     def __init__(
             self,
+            in_chs: int,
+            mid_chs: int,
+            out_chs: int,
+            stride: int = 1,
+            project: bool = False,
+            norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            mid_chs: Output channels of the first convolution.
+            out_chs: Output channels.
+            stride: Stride of the first convolution and the shortcut.
+            project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
+            norm_act_layer: Norm + activation layer.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = norm_act_layer(in_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, mid_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.norm2 = norm_act_layer(mid_chs, **dd)
+        self.conv2 = nn.Conv2d(mid_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if project else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv1(y)
+        y = self.conv2(self.norm2(y))
+        return y + shortcut
+
+
+class PreActStage(nn.Module):
+    """Pre-activation blocks of one resolution; the first one is strided."""
+
+    def __init__(
+            self,
+            block: Type[nn.Module],
             in_chs: int,
             mid_chs: int,
             out_chs: int,
@@ -83,8 +124,9 @@ class PreActStage(nn.Module):
     ) -> None:
         """
         Args:
+            block: PreActBottleneck, whose first one projects its shortcut, or PreActBasic, where channels change.
             in_chs: Input channels.
-            mid_chs: Channels of the 3x3 convolutions.
+            mid_chs: Channels inside the blocks.
             out_chs: Output channels.
             depth: Number of blocks.
             stride: Stride of the first block.
@@ -92,13 +134,14 @@ class PreActStage(nn.Module):
         """
         super().__init__()
         self.grad_checkpointing = False
+        project = block is PreActBottleneck or in_chs != out_chs
         self.blocks = nn.Sequential(*[
-            PreActBottleneck(
+            block(
                 in_chs if i == 0 else out_chs,
                 mid_chs,
                 out_chs,
                 stride=stride if i == 0 else 1,
-                project=i == 0,
+                project=project and i == 0,
                 norm_act_layer=norm_act_layer,
                 device=device,
                 dtype=dtype,
@@ -128,6 +171,7 @@ class PreActResNet(nn.Module):
 
     def __init__(
             self,
+            block: Type[nn.Module] = PreActBottleneck,
             layers: Tuple[int, ...] = (2, 2, 2, 2),
             mid_channels: Tuple[int, ...] = (32, 64, 128, 128),
             channels: Tuple[int, ...] = (64, 128, 128, 256),
@@ -147,8 +191,9 @@ class PreActResNet(nn.Module):
     ) -> None:
         """
         Args:
+            block: Class of the residual blocks, PreActBottleneck or PreActBasic.
             layers: Blocks in each stage.
-            mid_channels: Channels of the 3x3 convolutions in each stage.
+            mid_channels: Channels inside the blocks of each stage.
             channels: Output channels of each stage.
             strides: Stride of the first block of each stage.
             num_classes: Number of classes, 0 for no classifier.
@@ -195,7 +240,7 @@ class PreActResNet(nn.Module):
                     **dd,
                 ) if template_matching else nn.Identity()
             self.add_module(f'layer{i + 1}', PreActStage(
-                in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer, **dd))
+                block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer, **dd))
             in_chs = out_chs
             reduction *= stride
             if i < 2:
@@ -481,7 +526,11 @@ def _weights(name: str) -> str:
 
 default_cfgs = generate_default_cfgs({
     'rn26.untrained': _cfg(),
-    'rn26_tm.untrained': _cfg(),
+    'rn26_tm.cifar10': _cfg(file=_weights('rn26_tm.cifar10'), label_names=CIFAR10_LABELS),
+    'rn38.untrained': _cfg(),
+    'rn38_tm.untrained': _cfg(),
+    'wrn16.untrained': _cfg(),
+    'wrn16_tm.untrained': _cfg(),
 })
 
 
@@ -499,3 +548,36 @@ def rn26_tm(pretrained: bool = False, **kwargs) -> PreActResNet:
     """
     model_args = dict(layers=(2, 2, 2, 2), template_matching=True)
     return _create_resnet('rn26_tm', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def rn38(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """ RN38: pre-activation bottleneck ResNet, three blocks a stage. 1,426,394 parameters with 10 classes.
+    """
+    model_args = dict(layers=(3, 3, 3, 3))
+    return _create_resnet('rn38', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def rn38_tm(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """ RN38 with the template matching block. 1,445,368 parameters with 10 classes.
+    """
+    model_args = dict(layers=(3, 3, 3, 3), template_matching=True)
+    return _create_resnet('rn38_tm', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wrn16(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """ WRN16: pre-activation basic ResNet of width factor 2, two blocks a stage. 1,282,522 parameters with 10 classes.
+    """
+    model_args = dict(block=PreActBasic, mid_channels=(32, 64, 128, 128), channels=(32, 64, 128, 128))
+    return _create_resnet('wrn16', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wrn16_tm(pretrained: bool = False, **kwargs) -> PreActResNet:
+    """ WRN16 with the template matching block. 1,301,496 parameters with 10 classes.
+    """
+    model_args = dict(
+        block=PreActBasic, mid_channels=(32, 64, 128, 128), channels=(32, 64, 128, 128), template_matching=True)
+    return _create_resnet('wrn16_tm', pretrained, **dict(model_args, **kwargs))
