@@ -1,1 +1,2 @@
+from .densenet import DenseNetSmall as DenseNetSmall
 from .resnet import PreActResNet as PreActResNet

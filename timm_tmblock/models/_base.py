@@ -1,0 +1,314 @@
+""" What all the networks share: head, features, patch logits, templates and pretrained weights
+"""
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
+
+from ..layers import TemplateMatching
+
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+class TemplateMatchingNet(nn.Module):
+    """Base of networks with or without a template matching block before their last stage.
+
+    A subclass builds its modules in the order they run, `tm` among them (Identity in a baseline), then the final `norm`
+    and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
+
+    The patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`,
+    and by `forward` in training once `set_patch_supervision` switched them on.
+    """
+    feature_info: List[Dict[str, Any]]
+    patch_reduction: int
+    if TYPE_CHECKING:
+        tm: Any
+
+        def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor: ...
+
+        def _forward_last(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.patch_supervision = False
+
+    def _create_tm(
+            self,
+            template_matching: bool,
+            dim: int,
+            num_templates: Optional[int],
+            **kwargs,
+    ) -> nn.Module:
+        """The block, or Identity for a baseline.
+
+        Raises:
+            ValueError: If templates are asked for without template matching, or their number cannot be told.
+        """
+        self.has_template_matching = template_matching
+        if not template_matching:
+            if num_templates is not None:
+                raise ValueError('num_templates needs template_matching=True; the baselines have no templates.')
+            return nn.Identity()
+        if num_templates is None:
+            num_templates = self.num_classes
+        if num_templates < 1:
+            raise ValueError('num_templates must be given when num_classes is 0.')
+        return TemplateMatching(dim, num_templates, **kwargs)
+
+    def _init_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
+        self.num_features = num_features
+        self._body = [name for name, _ in self.named_children()]
+        self.global_pool, self.fc = create_classifier(
+            num_features, self.num_classes, pool_type=global_pool, device=device, dtype=dtype)
+        self.head_drop = nn.Dropout(self.drop_rate)
+        self.head_hidden_size = num_features * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialize all parameters and buffers, Kaiming normal (fan-out) for convolutions."""
+        for m in self.modules():
+            reset_parameters = getattr(m, 'reset_parameters', None)
+            if reset_parameters is not None:
+                reset_parameters()
+            if isinstance(m, nn.Conv2d) and m.bias is None:  # the one with bias is the classifier of the patches
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing."""
+        for m in self.modules():
+            if hasattr(m, 'grad_checkpointing'):
+                m.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_patch_supervision(self, enable: bool = True) -> None:
+        """Make `forward` return `(logits, patch_logits)` in training; in evaluation it returns logits all the same.
+
+        Raises:
+            ValueError: If the model has no template matching block.
+        """
+        if enable:
+            self._check_template_matching()
+        self.patch_supervision = enable
+
+    @torch.jit.ignore
+    def _check_template_matching(self) -> None:
+        if not self.has_template_matching:
+            raise ValueError('This model has no template matching block, so it has no patch logits.')
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Get the classifier module."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Reset the classifier head; the templates stay.
+
+        Args:
+            num_classes: Number of classes for new classifier.
+            global_pool: Global pooling type, current pooling is kept if None.
+        """
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    @torch.jit.ignore
+    def reset_templates(self, num_templates: int) -> None:
+        """Replace the templates by `num_templates` newly initialized ones.
+
+        Raises:
+            ValueError: If the model has no template matching block.
+        """
+        self._check_template_matching()
+        self.tm.reset_templates(num_templates)
+        update_model_args(self, num_templates=num_templates)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Input image tensor.
+            indices: Take last n features if int, all if None, select matching indices if sequence.
+                Indices 0 and 1 are the outputs of the first two stages, index 2 the final norm output.
+            norm: Apply norm layer to compatible intermediates (unused, the last feature is the final norm output).
+            stop_early: Stop iterating over blocks when last desired intermediate hit.
+            output_fmt: Shape of intermediate feature outputs.
+            intermediates_only: Only return intermediate features.
+
+        Returns:
+            Features and list of intermediate features or just intermediate features.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        taps = [info['module'] for info in self.feature_info]
+        take_indices, max_index = feature_take_indices(len(taps), indices)
+        intermediates = []
+        for name in self._body:
+            x = getattr(self, name)(x)  # won't work with torchscript
+            if name in taps and taps.index(name) in take_indices:
+                intermediates.append(x)
+            if stop_early and name == taps[max_index]:
+                break
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates.
+
+        Args:
+            indices: Indices of intermediate layers to keep.
+            prune_norm: Whether to prune normalization layers (unused, the final norm is the last feature).
+            prune_head: Whether to prune the classifier head.
+
+        Returns:
+            List of indices that were kept.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        prune_end = max_index < len(self.feature_info) - 1
+        if prune_end:
+            last = self._body.index(self.feature_info[max_index]['module'])
+            for name in self._body[last + 1:]:
+                setattr(self, name, nn.Identity())
+            self.has_template_matching = self.patch_supervision = False
+            # features now end at the last kept tap, the head is sized for the final features so it goes too
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass through feature extraction layers."""
+        return self._forward_last(self.tm(self._forward_trunk(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Forward pass through classifier head.
+
+        Args:
+            x: Feature tensor.
+            pre_logits: Return features before final classifier layer.
+
+        Returns:
+            Output tensor.
+        """
+        x = self.global_pool(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.fc(x)
+
+    @torch.jit.ignore
+    def forward_patch_logits(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Forward pass that also returns the class scores of the patch around each region.
+
+        Args:
+            x: Input image tensor (B, C, H, W).
+
+        Returns:
+            Logits (B, num_classes) and patch logits (B, num_templates, H/r, W/r), r = `patch_reduction`.
+
+        Raises:
+            ValueError: If the model has no template matching block.
+        """
+        self._check_template_matching()
+        x = self._forward_trunk(x)
+        patch_logits = self.tm.patch_logits(x)
+        x = self._forward_last(self.tm.embed(x, patch_logits))
+        return self.forward_head(x), patch_logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass."""
+        if self.patch_supervision and self.training and not torch.jit.is_scripting():
+            return self.forward_patch_logits(x)
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def checkpoint_filter_fn(
+        state_dict: Dict[str, torch.Tensor],
+        model: TemplateMatchingNet,
+        keep_templates: bool = True,
+) -> Dict[str, torch.Tensor]:
+    """Fit the templates of the model and of the checkpoint to each other.
+
+    Args:
+        state_dict: Weights of the checkpoint.
+        model: Model they will be loaded into.
+        keep_templates: Give the model as many templates as the checkpoint has. Otherwise templates of another number
+            are left out of the checkpoint, and the model keeps its newly initialized ones.
+    """
+    weight = state_dict.get('tm.match.weight')
+    if weight is None or not model.has_template_matching or len(weight) == model.tm.num_templates:
+        return state_dict
+    if keep_templates:
+        model.reset_templates(len(weight))
+        return state_dict
+    new = {k: v for k, v in model.state_dict().items() if k.startswith(('tm.match.', 'tm.norm.', 'tm.value.'))}
+    return {**state_dict, **new}
+
+
+def create_network(
+        model_cls: Type[TemplateMatchingNet],
+        variant: str,
+        pretrained: bool = False,
+        **kwargs,
+) -> TemplateMatchingNet:
+    """Build a network by timm's `build_model_with_cfg`, with templates as in `checkpoint_filter_fn`."""
+    keep_templates = 'num_templates' not in kwargs
+    if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and keep_templates:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        kwargs['num_templates'] = cfg.num_classes  # without a classifier, as many as the untouched model has
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2)),
+        pretrained_filter_fn=partial(checkpoint_filter_fn, keep_templates=keep_templates),
+        **kwargs,
+    )
+
+
+def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    """Pretrained config of a network of 32x32 images."""
+    return {
+        'url': url,
+        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
+        'crop_pct': 1.0, 'interpolation': 'bicubic',  # 32x32 images are neither resized nor cropped
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2210.00992',
+        'paper_name': 'Feature Embedding by Template Matching as a ResNet Block',
+        **kwargs
+    }
+
+
+def weights_path(tag: str) -> str:
+    """File of weights that come with the package."""
+    return str(Path(__file__).parent.parent / 'weights' / f'{tag}.safetensors')

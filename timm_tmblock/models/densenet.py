@@ -1,0 +1,256 @@
+""" DenseNet-BC for small images, with and without the template matching block
+
+Papers:
+    * `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
+    * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
+
+The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
+"""
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, get_norm_act_layer
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._manipulate import MATCH_PREV_GROUP
+
+from ._base import TemplateMatchingNet, create_cfg, create_network
+
+__all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to this
+
+
+class DenseLayer(nn.Module):
+    """Norm-act-conv 1x1, norm-act-conv 3x3; the result is concatenated to the input."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            mid_chs: int,
+            growth_rate: int,
+            norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            mid_chs: Channels between the convolutions.
+            growth_rate: Channels added to the input.
+            norm_act_layer: Norm + activation layer.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = norm_act_layer(in_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
+        self.norm2 = norm_act_layer(mid_chs, **dd)
+        self.conv2 = nn.Conv2d(mid_chs, growth_rate, 3, padding=1, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y))
+        return torch.cat([x, y], dim=1)
+
+
+class DenseStage(nn.Module):
+    """Dense layers of one resolution: (B, C, H, W) -> (B, C + depth * growth_rate, H, W)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            mid_chs: int,
+            growth_rate: int,
+            depth: int,
+            norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            mid_chs: Channels between the convolutions of a layer.
+            growth_rate: Channels each layer adds.
+            depth: Number of layers.
+            norm_act_layer: Norm + activation layer.
+        """
+        super().__init__()
+        self.grad_checkpointing = False
+        self.blocks = nn.Sequential(*[
+            DenseLayer(
+                in_chs + i * growth_rate,
+                mid_chs,
+                growth_rate,
+                norm_act_layer=norm_act_layer,
+                device=device,
+                dtype=dtype,
+            )
+            for i in range(depth)
+        ])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class DenseTransition(nn.Module):
+    """Norm-act-conv 1x1 and 2x2 average pooling."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            norm_act_layer: Norm + activation layer.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_act_layer(in_chs, **dd)
+        self.conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.conv(self.norm(x)))
+
+
+class DenseNetSmall(TemplateMatchingNet):
+    """DenseNet-BC of four stages, for images of about 32x32; transitions follow the first two."""
+    if TYPE_CHECKING:  # set by name, which type checkers cannot follow
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
+        layer4: nn.Module
+        transition1: nn.Module
+        transition2: nn.Module
+
+    def __init__(
+            self,
+            layers: Tuple[int, ...] = (16, 16, 16, 16),
+            growth_rate: int = 12,
+            bn_size: int = 4,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            stem_width: int = 24,
+            template_matching: bool = False,
+            num_templates: Optional[int] = None,
+            patch_size: int = 4,
+            concat: bool = False,
+            act_layer: str = 'relu',
+            norm_layer: str = 'batchnorm2d',
+            drop_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            layers: Dense layers in each stage.
+            growth_rate: Channels each layer adds.
+            bn_size: Channels between the convolutions of a layer, in growth rates.
+            num_classes: Number of classes, 0 for no classifier.
+            in_chans: Number of input channels.
+            global_pool: Global pooling type.
+            stem_width: Output channels of the stem convolution.
+            template_matching: Put a template matching block between the last two stages.
+            num_templates: Templates of that block, `num_classes` if None. They do not change with the classifier.
+            patch_size: Side of the matched patch at the input of the last stage, in pixels of that map.
+            concat: Concatenate value vectors, as wide as what a stage adds, to the features instead of adding them.
+            act_layer: Activation layer.
+            norm_layer: Normalization layer.
+            drop_rate: Dropout rate before the classifier.
+
+        Raises:
+            ValueError: If templates are asked for without template matching, or their number cannot be told.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_classes, in_chans, drop_rate)
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+
+        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False, **dd)
+        self.feature_info = []
+        reduction = 1
+        chs = stem_width
+        for i, depth in enumerate(layers):
+            if i == 3:
+                self.patch_reduction = reduction
+                self.tm = self._create_tm(
+                    template_matching, chs, num_templates, patch_size=patch_size, concat=concat,
+                    value_dim=depth * growth_rate if concat else None, norm_act_layer=norm_act_layer, **dd)
+                if template_matching:
+                    chs = self.tm.out_dim
+            self.add_module(f'layer{i + 1}', DenseStage(
+                chs, bn_size * growth_rate, growth_rate, depth, norm_act_layer=norm_act_layer, **dd))
+            chs += depth * growth_rate
+            if i < 2:
+                self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'layer{i + 1}'))
+                self.add_module(f'transition{i + 1}', DenseTransition(
+                    chs, chs // 2, norm_act_layer=norm_act_layer, **dd))
+                chs //= 2
+                reduction *= 2
+        self.norm = norm_act_layer(chs, **dd)
+        # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
+        self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='norm'))
+        self._init_head(chs, global_pool, **dd)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Create regex patterns for parameter grouping."""
+        return dict(
+            stem=r'^conv1',
+            blocks=[
+                (r'^layer([123])' if coarse else r'^layer([123])\.blocks\.(\d+)', None),
+                (r'^transition(\d)', MATCH_PREV_GROUP),
+                (r'^tm', (3, 99)),  # between stages 3 and 4
+                (r'^layer(4)' if coarse else r'^layer(4)\.blocks\.(\d+)', None),
+                (r'^norm', MATCH_PREV_GROUP),
+            ],
+        )
+
+    def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = self.transition1(self.layer1(x))  # (B, 108, H/2, W/2)
+        x = self.transition2(self.layer2(x))  # (B, 150, H/4, W/4)
+        return self.layer3(x)  # (B, D, H/4, W/4), f of section 3.3
+
+    def _forward_last(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer4(x))
+
+
+def _create_densenet(variant: str, pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    return create_network(DenseNetSmall, variant, pretrained, **kwargs)
+
+
+default_cfgs = generate_default_cfgs({
+    'dn100.untrained': create_cfg(),
+    'dn100_tm.untrained': create_cfg(),
+    'dn100_tm_cat.untrained': create_cfg(),
+})
+
+
+@register_model
+def dn100(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    """ DN100: DenseNet-BC of growth rate 12, 16 layers a stage. 1,201,546 parameters with 10 classes.
+    """
+    return _create_densenet('dn100', pretrained, **kwargs)
+
+
+@register_model
+def dn100_tm(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    """ DN100 with the template matching block, values added. 1,325,380 parameters with 10 classes.
+    """
+    model_args = dict(template_matching=True)
+    return _create_densenet('dn100_tm', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dn100_tm_cat(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    """ DN100 with the template matching block, values concatenated. 1,362,820 parameters with 10 classes.
+    """
+    model_args = dict(template_matching=True, concat=True)
+    return _create_densenet('dn100_tm_cat', pretrained, **dict(model_args, **kwargs))
