@@ -8,6 +8,8 @@ from timm.optim import param_groups_layer_decay
 from timm_tmblock.checkpoint import save_weights
 
 PARAMETERS = {  # constant + slope * classes, Table 1 of the paper
+    'rn20': (583_120, 257),
+    'rn20_tm': (583_120 + 128 * 128, 257 + 259),  # not in the paper: the block has (2 D + 3) K + D^2
     'rn26': (961_488, 257),
     'rn26_tm': (977_872, 516),
     'rn38': (1_423_824, 257),

@@ -150,7 +150,7 @@ class PreActStage(nn.Module):
 
 
 class PreActResNet(TemplateMatchingNet):
-    """Pre-activation ResNet of four stages, for images of about 32x32."""
+    """Pre-activation ResNet of three or four stages, for images of about 32x32."""
     if TYPE_CHECKING:  # set by name, which type checkers cannot follow
         layer1: nn.Module
         layer2: nn.Module
@@ -207,17 +207,21 @@ class PreActResNet(TemplateMatchingNet):
         reduction = 1
         in_chs = stem_width
         for i, (depth, mid_chs, out_chs, stride) in enumerate(zip(layers, mid_channels, channels, strides)):
-            if i == 3:
+            name = f'layer{i + 1}'
+            if i == len(layers) - 1:
+                name = 'layer4'  # whatever their number
+                if i == 2:
+                    self.layer3 = nn.Identity()
                 self.patch_reduction = reduction
                 self.tm = self._create_tm(
                     template_matching, in_chs, num_templates, patch_size=patch_size, norm_act_layer=norm_act_layer,
                     **dd)
-            self.add_module(f'layer{i + 1}', PreActStage(
+            self.add_module(name, PreActStage(
                 block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer, **dd))
             in_chs = out_chs
             reduction *= stride
             if i < 2:
-                self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=f'layer{i + 1}'))
+                self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
         self.norm = norm_act_layer(in_chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
         self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module='norm'))
@@ -240,7 +244,7 @@ class PreActResNet(TemplateMatchingNet):
         x = self.conv1(x)
         x = self.layer1(x)  # (B, C, H, W)
         x = self.layer2(x)  # (B, C, H/2, W/2)
-        return self.layer3(x)  # (B, D, H/4, W/4), f of section 3.3
+        return self.layer3(x)  # (B, D, H/4, W/4), f of section 3.3; as before with three stages
 
     def _forward_last(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.layer4(x))
@@ -251,6 +255,8 @@ def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> Template
 
 
 default_cfgs = generate_default_cfgs({
+    'rn20.untrained': create_cfg(),
+    'rn20_tm.untrained': create_cfg(),
     'rn26.untrained': create_cfg(),
     'rn26_tm.cifar10': create_cfg(file=weights_path('rn26_tm.cifar10'), label_names=CIFAR10_LABELS),
     'rn38.untrained': create_cfg(),
@@ -258,6 +264,24 @@ default_cfgs = generate_default_cfgs({
     'wrn16.untrained': create_cfg(),
     'wrn16_tm.untrained': create_cfg(),
 })
+
+
+@register_model
+def rn20(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    """ RN20: pre-activation bottleneck ResNet of three stages, two blocks each. 585,690 parameters with 10 classes.
+    """
+    model_args = dict(layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2))
+    return _create_resnet('rn20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def rn20_tm(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
+    """ RN20 with the template matching block, on a map of half the image's size. 604,664 parameters with 10 classes.
+    """
+    model_args = dict(
+        layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2), patch_size=8,
+        template_matching=True)
+    return _create_resnet('rn20_tm', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
