@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, Optional, Union
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .errors import InputError
 
@@ -71,7 +71,8 @@ def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], de
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
     with writing(path) as tmp:
-        save_file(tensors, tmp, metadata={'format': 'pt', 'timm_tmblock': json.dumps(description)})
+        # not save_file, whose files only their owner may read
+        tmp.write_bytes(save(tensors, metadata={'format': 'pt', 'timm_tmblock': json.dumps(description)}))
         os.replace(tmp, path)
 
 

@@ -87,6 +87,7 @@ class TemplateMatchingNet(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
+        m: Any
         for m in self.modules():
             if hasattr(m, 'grad_checkpointing'):
                 m.grad_checkpointing = enable
