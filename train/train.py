@@ -37,7 +37,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -82,13 +82,16 @@ def create_accelerator(args: Namespace) -> Accelerator:
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     with refusing('These settings of Accelerate'):
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=args.device == 'cpu',
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum_steps,
             log_with=None if args.report_to == 'none' else args.report_to,
-            project_dir=args.output,
+            project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
         )
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
+    return accelerator
 
 
 def create_folder_name(args: Namespace) -> Path:
@@ -227,7 +230,7 @@ class Trainer:
         self.args = args
         self.accelerator = accelerator = create_accelerator(args)
         self.folder = create_folder_name(args)
-        accelerator.project_configuration.set_directories(str(self.folder))
+        accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.main_process = accelerator.is_main_process
         set_seed(args.seed)  # the same initial weights on every process
         self.train_loader, self.val_loader, self.data_config, self.class_names = create_loaders(args, accelerator)
