@@ -1,4 +1,4 @@
-# make demo    train on the sample, export, explain: the whole path in about three minutes
+# make demo    train on the sample, export, explain: the whole path in about four minutes
 # make test    the tests
 # make lint    ruff and mypy
 PYTHON ?= python3
