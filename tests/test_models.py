@@ -31,6 +31,74 @@ def test_parameter_count_is_the_papers(name, num_classes):
     assert sum(p.numel() for p in model.parameters()) == constant + slope * num_classes
 
 
+SIZES = {  # of the image: extra halvings
+    16: 0, 32: 0, 63: 0, 64: 1, 84: 1, 127: 1, 128: 2, 224: 2, 300: 2,
+}
+
+
+@pytest.mark.parametrize('name', ['rn20_tm', 'rn26_tm', 'wrn16_tm', 'dn100_tm', 'dn100_tm_cat'])
+@pytest.mark.parametrize('size', SIZES)
+def test_image_size_lays_out_map_and_patch_and_keeps_the_parameters(name, size):
+    model = timm.create_model(name, img_size=size, device='meta').eval()
+    halvings = (1 if name == 'rn20_tm' else 2) + SIZES[size]
+    pools = min(halvings, 3) if name.startswith('dn') else 0
+    maps = []
+    model.tm.register_forward_pre_hook(lambda module, args: maps.append(args[0].shape[2:]))
+    model(torch.empty(1, 3, size, size, device='meta'))
+    side = size
+    for _ in range(halvings - pools):
+        side = -(-side // 2)  # strided convolutions round up
+    side //= 2 ** pools
+    assert tuple(maps[0]) == (side, side)
+    assert model.patch_reduction == 2 ** halvings
+    assert model.patch_size == model.tm.patch_mean.patch_size == side // 2
+    constant, slope = PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == constant + slope * 10
+    assert timm.data.resolve_model_data_config(model)['input_size'] == (3, size, size)
+    assert f'img_size=({size}, {size}), patch_size={side // 2}' in repr(model)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_mini_imagenet_tag_is_the_papers_network(name):
+    model = timm.create_model(f'{name}.mini_imagenet', device='meta')
+    constant, slope = PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == constant + slope * 100
+    assert model.img_size == (84, 84)
+    assert model.patch_size == (10 if name.startswith('rn20') else 5)
+    side = 10 if name.startswith('dn') else 11
+    assert model.forward_features(torch.empty(2, 3, 84, 84, device='meta')).shape[2:] == (side, side)
+    reductions = timm.create_model(f'{name}.mini_imagenet', features_only=True).feature_info.reduction()
+    assert reductions == ([1, 2, 4, 8] if name.startswith('dn') else [2, 4, 8])
+
+
+def test_oblong_images_get_patches_of_their_shorter_side():
+    model = timm.create_model('rn26_tm', img_size=(48, 160))
+    assert (model.img_size, model.patch_reduction, model.patch_size) == ((48, 160), 4, 6)
+
+
+def test_other_image_size_is_announced(caplog):
+    with caplog.at_level('INFO', logger='timm_tmblock'):
+        timm.create_model('rn26_tm', img_size=84)
+    assert 'rn26_tm is laid out for 84x84 images: reduced by 8, patches of 5x5' in caplog.text
+    caplog.clear()
+    with caplog.at_level('INFO', logger='timm_tmblock'):
+        timm.create_model('rn26_tm')
+    assert not caplog.text
+
+
+def test_image_size_round_trips_and_takes_weights_of_another(tmp_path, checkpoint):
+    source, overlay = checkpoint
+    model = timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=overlay, img_size=84).eval()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
+    x = torch.randn(3, 3, 84, 84)
+    assert loaded.img_size == (84, 84) and loaded.patch_size == 5
+    assert torch.equal(loaded(x), model(x))
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 84, 84)
+
+
 @pytest.mark.parametrize('batch_size', [1, 2, 5])
 def test_patch_logits_accompany_the_same_logits(trained_like, batch_size):
     model = trained_like('rn26_tm')
@@ -142,8 +210,9 @@ def test_model_without_classifier_keeps_the_default_templates():
 @pytest.mark.parametrize('name, kwargs, message', [
     ('rn26', dict(num_templates=10), 'no templates'),
     ('rn26_tm', dict(num_templates=0), 'num_templates'),
+    ('rn26_tm', dict(img_size=3), 'at least 4 pixels'),
 ])
-def test_impossible_templates_are_refused(name, kwargs, message):
+def test_impossible_arguments_are_refused(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, **kwargs)
 

@@ -41,6 +41,9 @@ class Fixed(nn.Module):
     def set_patch_supervision(self, enable):
         self.enabled = enable
 
+    def get_patch_classifier(self):
+        return self.tm
+
     def forward(self, x):
         assert self.enabled
         return self.outputs

@@ -107,6 +107,24 @@ def test_baseline_trains_with_cross_entropy(tmp_path):
     assert 'train_patch_loss' not in result['last']
 
 
+def test_auxiliary_head_leaves_nothing_in_the_weights(tmp_path):
+    result = run_tiny(tmp_path, '--model', 'rn26', '--aux-head', '--model-ema')
+    assert result['parameters'] == 964_058
+    assert 'train_patch_loss' in result['history'][0]
+    baseline = timm.create_model('rn26')
+    for name in ('best', 'last'):
+        assert load_file(tmp_path / 'run' / f'{name}.safetensors').keys() == baseline.state_dict().keys()
+    assert type(load_model(tmp_path / 'run' / 'best.safetensors')) is type(baseline)
+
+
+def test_image_size_reaches_data_model_and_weights(tmp_path):
+    result = run_tiny(tmp_path, '--model', 'rn26_tm', '--img-size', '64', '--epochs', '1')
+    assert result['parameters'] == 983_032
+    model = load_model(tmp_path / 'run' / 'last.safetensors')
+    assert model.img_size == (64, 64) and model.patch_reduction == 8
+    assert read_description(tmp_path / 'run' / 'last.safetensors')['input_size'] == [3, 64, 64]
+
+
 def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):
     result = run_tiny(
         tmp_path, '--mixup', '0.2', '--cutmix', '1', '--smoothing', '0.1', '--grad-accum-steps', '3',

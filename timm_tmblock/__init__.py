@@ -8,6 +8,7 @@ from timm import create_model as create_model
 from . import layers as layers
 from . import models as models
 from ._version import __version__ as __version__
+from .auxiliary import PatchSupervised as PatchSupervised
 from .checkpoint import load_model as load_model
 from .errors import InputError as InputError
 from .explanation import Explainer as Explainer

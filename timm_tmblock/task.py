@@ -41,7 +41,7 @@ class TemplateMatchingTask(ClassificationTask):
     ) -> None:
         """
         Args:
-            model: Model with `set_patch_supervision`, which is switched on.
+            model: Model with `set_patch_supervision`, which is switched on; a baseline as `PatchSupervised(model)`.
             criterion: Loss function that averages over samples. Created from criterion_kwargs when None.
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             patch_loss_weight: Weight lambda of the patch loss, in [0, 1].
@@ -58,11 +58,14 @@ class TemplateMatchingTask(ClassificationTask):
             raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
         unwrapped = unwrap_model(model)
         if not hasattr(unwrapped, 'set_patch_supervision'):
-            raise ValueError(f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask.')
-        unwrapped.set_patch_supervision(True)
-        if unwrapped.tm.num_templates != unwrapped.num_classes:
             raise ValueError(
-                f'The patch loss needs one template per class, but the model has {unwrapped.tm.num_templates} templates'
+                f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask, '
+                f'or a baseline of this package as PatchSupervised(model).')
+        unwrapped.set_patch_supervision(True)
+        num_templates = unwrapped.get_patch_classifier().num_templates
+        if num_templates != unwrapped.num_classes:
+            raise ValueError(
+                f'The patch loss needs one template per class, but the model has {num_templates} templates'
                 f' and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
         self.patch_loss_weight = patch_loss_weight
 

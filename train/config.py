@@ -55,6 +55,10 @@ def create_parser() -> Parser:
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
     group.add_argument('--pretrained', action=boolean, default=False)
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--img-size', type=positive, help=(
+        "side the images are resized to and the model is laid out for; the model's if not given"))
+    group.add_argument('--aux-head', action=boolean, default=False, help=(
+        'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
     group.add_argument('--drop', type=float, default=0., help='dropout rate before the classifier')
     group.add_argument('--patch-loss-weight', type=float, default=0.5, help='lambda of equation 3.1')
     group.add_argument('--channels-last', action=boolean, default=True)

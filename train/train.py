@@ -39,6 +39,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from timm.data import Mixup
+from timm.layers import to_2tuple
+from timm.models import PretrainedCfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, ClassificationTask, TrainingTask, evaluation_sample_limit
@@ -46,6 +48,7 @@ from timm.utils import ModelEmaV3, unwrap_model
 from tqdm import tqdm
 
 import timm_tmblock
+from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import save_weights, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.task import TemplateMatchingTask
@@ -113,26 +116,37 @@ def create_folder_name(args: Namespace) -> Path:
     return folder
 
 
+def check_model_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
+        raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
+
+
+def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
+    """Image size. `--img-size` becomes an argument of models whose layout depends on it."""
+    has_layout = cfg.fixed_input_size or timm.model_entrypoint(args.model).__module__.startswith('timm_tmblock.')
+    if args.img_size and has_layout:
+        args.model_kwargs.setdefault('img_size', args.img_size)
+    return to_2tuple(args.model_kwargs.get('img_size') or args.img_size or cfg.input_size[1:])
+
+
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
-    if not timm.is_model(args.model):
-        near = timm.list_models(f'*{args.model[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
-        raise InputError(f'timm has no model {args.model!r}; is it one of {", ".join(near)}?')
     with refusing(f'These settings of {args.model}'):
-        return timm.create_model(
+        model = timm.create_model(
             args.model,
             pretrained=args.pretrained,
             num_classes=len(class_names),
             drop_rate=args.drop,
             **args.model_kwargs,
         )
+        return PatchSupervised(model) if args.aux_head else model
 
 
 def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, Loader, DataConfig, List[str]]:
     """Training and validation loader, the input they give, and the class names."""
-    cfg = timm.get_pretrained_cfg(args.model) or timm.models.PretrainedCfg()
-    input_size = tuple(args.model_kwargs.get('input_size') or cfg.input_size)
+    cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     config = DataConfig(
-        input_size=(args.model_kwargs.get('in_chans', input_size[0]), *input_size[1:]),
+        input_size=(args.model_kwargs.get('in_chans', cfg.input_size[0]), *resolve_img_size(args, cfg)),
         mean=tuple(args.mean or cfg.mean),
         std=tuple(args.std or cfg.std),
         interpolation=cfg.interpolation,
@@ -186,11 +200,17 @@ def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, L
     return loaders[0], loaders[1], config, names[0]
 
 
+def network(model: torch.nn.Module) -> torch.nn.Module:
+    """What is left of a model after training."""
+    model = unwrap_model(model)
+    return model.model if isinstance(model, PatchSupervised) else model
+
+
 def create_task(args: Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
     soft_targets = args.mixup > 0 or args.cutmix > 0
     criterion_kwargs = dict(smoothing=args.smoothing, soft_targets=soft_targets)
     with refusing('These settings of the loss'):
-        if getattr(unwrap_model(model), 'has_template_matching', False):
+        if args.aux_head or getattr(unwrap_model(model), 'has_template_matching', False):
             return TemplateMatchingTask(
                 model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
         return ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
@@ -201,6 +221,7 @@ class Trainer:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        check_model_name(args.model)
         self.accelerator = accelerator = create_accelerator(args)
         self.folder = create_folder_name(args)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
@@ -265,7 +286,8 @@ class Trainer:
                 tmp.write_text(dump_args(args))
                 tmp.replace(self.folder / SETTINGS)
             print(
-                f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes\n'
+                f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
+                f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
                 f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
                 f'{self.accelerator.num_processes} processes, {self.epochs} epochs\n'
                 f'{args.opt}, learning rate {args.lr:g}, {args.sched} schedule; '
@@ -278,7 +300,7 @@ class Trainer:
 
     @property
     def num_params(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for p in network(self.model).parameters())
 
     def run(self) -> Dict[str, Any]:
         """Train to the last epoch and return the result."""
@@ -380,10 +402,10 @@ class Trainer:
         if self.main_process:
             description = self.describe()
             last = candidates['ema_' if self.ema is not None else '']
-            save_weights(self.folder / 'last.safetensors', last.state_dict(), description)
+            save_weights(self.folder / 'last.safetensors', network(last).state_dict(), description)
             if improved:
                 save_weights(
-                    self.folder / 'best.safetensors', candidates[prefix].state_dict(), description)
+                    self.folder / 'best.safetensors', network(candidates[prefix]).state_dict(), description)
             self.write_summary()
             print(
                 f'Epoch {state.epoch + 1}/{self.epochs}: training loss {metrics["loss"]:.4f}, validation '

@@ -12,19 +12,52 @@ from timm.layers import BatchNormAct2d, get_device_dtype
 from .patch_mean import PatchMean
 
 
-class TemplateMatching(nn.Module):
-    """Feature embedding by template matching.
+class PatchClassifier(nn.Module):
+    """Class scores of the patch around each pixel, the patch logits.
 
-    With f the input feature map (B, D, H, W) and K templates:
-
-        x_g  = patch_mean(f)                    (B, D, H, W)
-        a    = match(x_g)                       (B, K, H, W)  patch logits, 1x1 conv with bias (alpha, beta)
-        p    = relu(bn(a))                      (B, K, H, W)  mixing coefficients
-        f'   = value(p)                         (B, V, H, W)  1x1 conv, column k is the value vector nu_k
-        out  = shortcut(f) + f'  or  [f, f']    (B, out_dim, H, W)
+        x_g = patch_mean(f)                     (B, D, H, W)
+        a   = match(x_g)                        (B, K, H, W)  1x1 conv with bias (alpha, beta)
 
     A 1x1 convolution commutes with the patch mean, bias included, so the mean is taken of whichever of f and a has
     fewer channels.
+    """
+
+    def __init__(self, dim: int, num_templates: int, patch_size: int = 4, device=None, dtype=None) -> None:
+        """
+        Args:
+            dim: Input channels D.
+            num_templates: Number of templates K, one per class when the patch logits are supervised.
+            patch_size: Side of the matched patch, in pixels of the feature map.
+
+        Raises:
+            ValueError: If `num_templates` or `patch_size` is less than 1.
+        """
+        super().__init__()
+        if num_templates < 1:
+            raise ValueError(f'num_templates must be at least 1, got {num_templates}.')
+        self.dim = dim
+        self.num_templates = num_templates
+        self.patch_mean = PatchMean(patch_size)
+        self.match = nn.Conv2d(dim, num_templates, 1, bias=True, device=device, dtype=dtype)
+
+    def patch_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores of the patch around each pixel, before normalisation: (B, D, H, W) -> (B, K, H, W)."""
+        if self.num_templates < self.dim:
+            return self.patch_mean(self.match(x))
+        return self.match(self.patch_mean(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.patch_logits(x)
+
+
+class TemplateMatching(PatchClassifier):
+    """Feature embedding by template matching.
+
+    With f the input feature map (B, D, H, W), a its patch logits and K templates:
+
+        p    = relu(bn(a))                      (B, K, H, W)  mixing coefficients
+        f'   = value(p)                         (B, V, H, W)  1x1 conv, column k is the value vector nu_k
+        out  = shortcut(f) + f'  or  [f, f']    (B, out_dim, H, W)
     """
 
     def __init__(
@@ -51,24 +84,19 @@ class TemplateMatching(nn.Module):
             ValueError: If `num_templates` is less than 1, or `value_dim` differs from `dim` without `concat`.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
+        super().__init__(dim, num_templates, patch_size, **dd)
         value_dim = dim if value_dim is None else value_dim
-        if num_templates < 1:
-            raise ValueError(f'num_templates must be at least 1, got {num_templates}.')
         if value_dim != dim and not concat:
             raise ValueError(f'value_dim ({value_dim}) must equal dim ({dim}) where values are added; set concat=True.')
-        self.dim = dim
-        self.num_templates = num_templates
         self.value_dim = value_dim
         self.out_dim = dim + value_dim if concat else dim
         self.norm_act_layer = norm_act_layer
 
-        self.patch_mean = PatchMean(patch_size)
-        self.match = nn.Conv2d(dim, num_templates, 1, bias=True, **dd)
         self.norm = norm_act_layer(num_templates, **dd)
         self.value = nn.Conv2d(num_templates, value_dim, 1, bias=False, **dd)
         self.shortcut = None if concat else nn.Conv2d(dim, dim, 1, bias=False, **dd)
 
+    @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:
         """Replace the templates and their value vectors by `num_templates` new ones, keeping the shortcut."""
         dd = get_device_dtype(self)
@@ -79,12 +107,6 @@ class TemplateMatching(nn.Module):
         self.value = nn.Conv2d(num_templates, self.value_dim, 1, bias=False, **dd)
         for module in (self.match, self.norm, self.value):
             module.train(self.training).requires_grad_(requires_grad)
-
-    def patch_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Class scores of the patch around each pixel, before normalisation: (B, D, H, W) -> (B, K, H, W)."""
-        if self.num_templates < self.dim:
-            return self.patch_mean(self.match(x))
-        return self.match(self.patch_mean(x))
 
     def embed(self, x: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
         """Add or concatenate the value vectors of the matched templates: (B, D, H, W) -> (B, out_dim, H, W)."""

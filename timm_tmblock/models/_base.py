@@ -1,18 +1,22 @@
 """ What all the networks share: head, features, patch logits, templates and pretrained weights
 """
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import create_classifier, get_device_dtype
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 
 from ..layers import TemplateMatching
+
+_logger = logging.getLogger(__name__)
 
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
@@ -23,11 +27,16 @@ class TemplateMatchingNet(nn.Module):
     A subclass builds its modules in the order they run, `tm` among them (Identity in a baseline), then the final `norm`
     and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
 
+    `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
+    are matched on a map of about 8x8, and patches half as wide as that map. Parameters are the same for every size, so
+    weights of one size are a start for another.
+
     The patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`,
     and by `forward` in training once `set_patch_supervision` switched them on.
     """
     feature_info: List[Dict[str, Any]]
     patch_reduction: int
+    patch_size: int
     if TYPE_CHECKING:
         tm: Any
 
@@ -35,26 +44,55 @@ class TemplateMatchingNet(nn.Module):
 
         def _forward_last(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
+    def __init__(
+            self,
+            num_classes: int,
+            in_chans: int,
+            img_size: Union[int, Tuple[int, int]],
+            drop_rate: float,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.img_size = to_2tuple(img_size)
+        if min(self.img_size) < 4:
+            raise ValueError(f'img_size must be at least 4 pixels, got {img_size}.')
+        self.extra_halvings = count_extra_halvings(self.img_size)
         self.drop_rate = drop_rate
         self.patch_supervision = False
+
+    @staticmethod
+    def count_features(img_size: Tuple[int, int]) -> int:
+        """Number of feature maps `features_only` gives, one for each resolution."""
+        return 3
 
     def _create_tm(
             self,
             template_matching: bool,
             dim: int,
+            map_size: Tuple[int, int],
+            reduction: int,
             num_templates: Optional[int],
+            patch_size: Optional[int],
             **kwargs,
     ) -> nn.Module:
         """The block, or Identity for a baseline.
+
+        Args:
+            template_matching: Whether there is a block.
+            dim: Channels of the map patches are matched on.
+            map_size: Height and width of that map at `img_size`.
+            reduction: Pixels of the image to a pixel of that map.
+            num_templates: Number of templates, `num_classes` if None.
+            patch_size: Side of the patches, half the shorter side of the map if None (section 3.3).
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be told.
         """
         self.has_template_matching = template_matching
+        self.patch_channels = dim
+        self.patch_reduction = reduction
+        self.patch_size = max(1, min(map_size) // 2) if patch_size is None else patch_size
         if not template_matching:
             if num_templates is not None:
                 raise ValueError('num_templates needs template_matching=True; the baselines have no templates.')
@@ -63,7 +101,7 @@ class TemplateMatchingNet(nn.Module):
             num_templates = self.num_classes
         if num_templates < 1:
             raise ValueError('num_templates must be given when num_classes is 0.')
-        return TemplateMatching(dim, num_templates, **kwargs)
+        return TemplateMatching(dim, num_templates, self.patch_size, **kwargs)
 
     def _init_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
         self.num_features = num_features
@@ -84,6 +122,9 @@ class TemplateMatchingNet(nn.Module):
             if isinstance(m, nn.Conv2d) and m.bias is None:  # the one with bias is the classifier of the patches
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
+    def extra_repr(self) -> str:
+        return f'img_size={self.img_size}, patch_size={self.patch_size}, patch_reduction={self.patch_reduction}'
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
@@ -102,6 +143,16 @@ class TemplateMatchingNet(nn.Module):
         if enable:
             self._check_template_matching()
         self.patch_supervision = enable
+
+    @torch.jit.ignore
+    def get_patch_classifier(self) -> nn.Module:
+        """Get the module whose class scores are the patch logits.
+
+        Raises:
+            ValueError: If the model has no template matching block.
+        """
+        self._check_template_matching()
+        return self.tm
 
     @torch.jit.ignore
     def _check_template_matching(self) -> None:
@@ -154,7 +205,7 @@ class TemplateMatchingNet(nn.Module):
         Args:
             x: Input image tensor.
             indices: Take last n features if int, all if None, select matching indices if sequence.
-                Indices 0 and 1 are the outputs of the first two stages, index 2 the final norm output.
+                The last one is the final norm output, those before it are outputs of the first stages.
             norm: Apply norm layer to compatible intermediates (unused, the last feature is the final norm output).
             stop_early: Stop iterating over blocks when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs.
@@ -252,6 +303,14 @@ class TemplateMatchingNet(nn.Module):
         return x
 
 
+def count_extra_halvings(img_size: Tuple[int, int]) -> int:
+    """How often images of this size are halved beyond what 32x32 images are, at most twice.
+
+    0 below 64, 1 below 128 (the paper's Mini-ImageNet networks of 84x84), 2 from 128 on; of the shorter side.
+    """
+    return min(max((min(img_size) // 32).bit_length() - 1, 0), 2)
+
+
 def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: TemplateMatchingNet,
@@ -281,19 +340,33 @@ def create_network(
         pretrained: bool = False,
         **kwargs,
 ) -> TemplateMatchingNet:
-    """Build a network by timm's `build_model_with_cfg`, with templates as in `checkpoint_filter_fn`."""
+    """Build a network by timm's `build_model_with_cfg`, laid out for the input size of its pretrained config.
+
+    `img_size` lays it out for another size and becomes the input size. Templates are as in `checkpoint_filter_fn`.
+    """
     keep_templates = 'num_templates' not in kwargs
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and keep_templates:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         kwargs['num_templates'] = cfg.num_classes  # without a classifier, as many as the untouched model has
-    return build_model_with_cfg(
+    img_size = to_2tuple(kwargs.pop('img_size', cfg.input_size[1:]))
+    if img_size != tuple(cfg.input_size[1:]):
+        overlay.update(input_size=(cfg.input_size[0], *img_size), pool_size=None)
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2)),
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(out_indices=tuple(range(model_cls.count_features(img_size)))),
         pretrained_filter_fn=partial(checkpoint_filter_fn, keep_templates=keep_templates),
+        img_size=img_size,
         **kwargs,
     )
+    if img_size != (32, 32) and isinstance(model, TemplateMatchingNet):
+        _logger.info(
+            '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
+            variant, *img_size, model.patch_reduction, model.patch_size, model.patch_size)
+    return model
 
 
 def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -308,6 +381,13 @@ def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'paper_name': 'Feature Embedding by Template Matching as a ResNet Block',
         **kwargs
     }
+
+
+def create_mini_imagenet_cfg(pool_size: int = 11, **kwargs) -> Dict[str, Any]:
+    """Config of a network of 84x84 images, as in section 4."""
+    return create_cfg(
+        num_classes=100, input_size=(3, 84, 84), pool_size=(pool_size, pool_size),
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **kwargs)
 
 
 def weights_path(tag: str) -> str:

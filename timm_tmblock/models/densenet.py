@@ -6,7 +6,7 @@ Papers:
 
 The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
 """
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from ._base import TemplateMatchingNet, create_cfg, create_network
+from ._base import TemplateMatchingNet, count_extra_halvings, create_cfg, create_mini_imagenet_cfg, create_network
 
 __all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to this
 
@@ -136,11 +136,12 @@ class DenseNetSmall(TemplateMatchingNet):
             bn_size: int = 4,
             num_classes: int = 10,
             in_chans: int = 3,
+            img_size: Union[int, Tuple[int, int]] = 32,
             global_pool: str = 'avg',
             stem_width: int = 24,
             template_matching: bool = False,
             num_templates: Optional[int] = None,
-            patch_size: int = 4,
+            patch_size: Optional[int] = None,
             concat: bool = False,
             act_layer: str = 'relu',
             norm_layer: str = 'batchnorm2d',
@@ -155,11 +156,14 @@ class DenseNetSmall(TemplateMatchingNet):
             bn_size: Channels between the convolutions of a layer, in growth rates.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
+            img_size: Image size the network is laid out for. From 64 on there is a 2x2 average pooling after stage 3
+                too, from 128 on the stem is strided. Other sizes run all the same.
             global_pool: Global pooling type.
             stem_width: Output channels of the stem convolution.
             template_matching: Put a template matching block between the last two stages.
             num_templates: Templates of that block, `num_classes` if None. They do not change with the classifier.
-            patch_size: Side of the matched patch at the input of the last stage, in pixels of that map.
+            patch_size: Side of the matched patch at the input of the last stage, in pixels of that map; half the map
+                if None.
             concat: Concatenate value vectors, as wide as what a stage adds, to the features instead of adding them.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
@@ -169,34 +173,44 @@ class DenseNetSmall(TemplateMatchingNet):
             ValueError: If templates are asked for without template matching, or their number cannot be told.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(num_classes, in_chans, drop_rate)
+        super().__init__(num_classes, in_chans, img_size, drop_rate)
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
-        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False, **dd)
+        reduction = 2 if self.extra_halvings > 1 else 1
+        map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
+        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=reduction, padding=1, bias=False, **dd)
         self.feature_info = []
-        reduction = 1
         chs = stem_width
         for i, depth in enumerate(layers):
+            name = f'layer{i + 1}'
             if i == 3:
-                self.patch_reduction = reduction
                 self.tm = self._create_tm(
-                    template_matching, chs, num_templates, patch_size=patch_size, concat=concat,
+                    template_matching, chs, map_size, reduction, num_templates, patch_size, concat=concat,
                     value_dim=depth * growth_rate if concat else None, norm_act_layer=norm_act_layer, **dd)
                 if template_matching:
                     chs = self.tm.out_dim
-            self.add_module(f'layer{i + 1}', DenseStage(
+            self.add_module(name, DenseStage(
                 chs, bn_size * growth_rate, growth_rate, depth, norm_act_layer=norm_act_layer, **dd))
             chs += depth * growth_rate
+            halved = i < 2 or i == 2 and self.extra_halvings > 0
+            if halved:
+                self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
+                map_size = (map_size[0] // 2, map_size[1] // 2)
+                reduction *= 2
             if i < 2:
-                self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'layer{i + 1}'))
                 self.add_module(f'transition{i + 1}', DenseTransition(
                     chs, chs // 2, norm_act_layer=norm_act_layer, **dd))
                 chs //= 2
-                reduction *= 2
+            elif i == 2:
+                self.pool3 = nn.AvgPool2d(2) if halved else nn.Identity()
         self.norm = norm_act_layer(chs, **dd)
-        # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
+        # one tap for each reduction, the last module at it; stages 3 and 4 share theirs unless one is pooled
         self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='norm'))
         self._init_head(chs, global_pool, **dd)
+
+    @staticmethod
+    def count_features(img_size: Tuple[int, int]) -> int:
+        return 4 if count_extra_halvings(img_size) else 3
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -216,7 +230,7 @@ class DenseNetSmall(TemplateMatchingNet):
         x = self.conv1(x)
         x = self.transition1(self.layer1(x))  # (B, 108, H/2, W/2)
         x = self.transition2(self.layer2(x))  # (B, 150, H/4, W/4)
-        return self.layer3(x)  # (B, D, H/4, W/4), f of section 3.3
+        return self.pool3(self.layer3(x))  # (B, D, H/4, W/4), f of section 3.3
 
     def _forward_last(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.layer4(x))
@@ -228,8 +242,11 @@ def _create_densenet(variant: str, pretrained: bool = False, **kwargs) -> Templa
 
 default_cfgs = generate_default_cfgs({
     'dn100.untrained': create_cfg(),
+    'dn100.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm.untrained': create_cfg(),
+    'dn100_tm.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm_cat.untrained': create_cfg(),
+    'dn100_tm_cat.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
 })
 
 

@@ -7,7 +7,7 @@ Papers:
 
 The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
 """
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,14 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from ._base import CIFAR10_LABELS, TemplateMatchingNet, create_cfg, create_network, weights_path
+from ._base import (
+    CIFAR10_LABELS,
+    TemplateMatchingNet,
+    create_cfg,
+    create_mini_imagenet_cfg,
+    create_network,
+    weights_path,
+)
 
 __all__ = ['PreActResNet']  # model_registry will add each entrypoint fn to this
 
@@ -166,11 +173,12 @@ class PreActResNet(TemplateMatchingNet):
             strides: Tuple[int, ...] = (1, 2, 2, 1),
             num_classes: int = 10,
             in_chans: int = 3,
+            img_size: Union[int, Tuple[int, int]] = 32,
             global_pool: str = 'avg',
             stem_width: int = 16,
             template_matching: bool = False,
             num_templates: Optional[int] = None,
-            patch_size: int = 4,
+            patch_size: Optional[int] = None,
             act_layer: str = 'relu',
             norm_layer: str = 'batchnorm2d',
             drop_rate: float = 0.,
@@ -186,11 +194,14 @@ class PreActResNet(TemplateMatchingNet):
             strides: Stride of the first block of each stage.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
+            img_size: Image size the network is laid out for. From 64 on the first stage is strided too, from 128 on
+                also the stem. Other sizes run all the same.
             global_pool: Global pooling type.
             stem_width: Output channels of the stem convolution.
             template_matching: Put a template matching block between the last two stages.
             num_templates: Templates of that block, `num_classes` if None. They do not change with the classifier.
-            patch_size: Side of the matched patch at the input of the last stage, in pixels of that map.
+            patch_size: Side of the matched patch at the input of the last stage, in pixels of that map; half the map
+                if None.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
@@ -199,23 +210,25 @@ class PreActResNet(TemplateMatchingNet):
             ValueError: If templates are asked for without template matching, or their number cannot be told.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(num_classes, in_chans, drop_rate)
+        super().__init__(num_classes, in_chans, img_size, drop_rate)
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
-        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False, **dd)
+        reduction = 2 if self.extra_halvings > 1 else 1
+        self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=reduction, padding=1, bias=False, **dd)
         self.feature_info = []
-        reduction = 1
         in_chs = stem_width
         for i, (depth, mid_chs, out_chs, stride) in enumerate(zip(layers, mid_channels, channels, strides)):
+            if i == 0 and self.extra_halvings > 0:
+                stride *= 2
             name = f'layer{i + 1}'
             if i == len(layers) - 1:
                 name = 'layer4'  # whatever their number
                 if i == 2:
                     self.layer3 = nn.Identity()
-                self.patch_reduction = reduction
+                map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
                 self.tm = self._create_tm(
-                    template_matching, in_chs, num_templates, patch_size=patch_size, norm_act_layer=norm_act_layer,
-                    **dd)
+                    template_matching, in_chs, map_size, reduction, num_templates, patch_size,
+                    norm_act_layer=norm_act_layer, **dd)
             self.add_module(name, PreActStage(
                 block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer, **dd))
             in_chs = out_chs
@@ -256,13 +269,21 @@ def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> Template
 
 default_cfgs = generate_default_cfgs({
     'rn20.untrained': create_cfg(),
+    'rn20.mini_imagenet': create_mini_imagenet_cfg(),
     'rn20_tm.untrained': create_cfg(),
+    'rn20_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26.untrained': create_cfg(),
+    'rn26.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26_tm.cifar10': create_cfg(file=weights_path('rn26_tm.cifar10'), label_names=CIFAR10_LABELS),
+    'rn26_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'rn38.untrained': create_cfg(),
+    'rn38.mini_imagenet': create_mini_imagenet_cfg(),
     'rn38_tm.untrained': create_cfg(),
+    'rn38_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'wrn16.untrained': create_cfg(),
+    'wrn16.mini_imagenet': create_mini_imagenet_cfg(),
     'wrn16_tm.untrained': create_cfg(),
+    'wrn16_tm.mini_imagenet': create_mini_imagenet_cfg(),
 })
 
 
@@ -279,7 +300,7 @@ def rn20_tm(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
     """ RN20 with the template matching block, on a map of half the image's size. 604,664 parameters with 10 classes.
     """
     model_args = dict(
-        layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2), patch_size=8,
+        layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2),
         template_matching=True)
     return _create_resnet('rn20_tm', pretrained, **dict(model_args, **kwargs))
 

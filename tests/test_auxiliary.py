@@ -1,0 +1,67 @@
+"""RN26-aux: the paper's baseline with auxiliary supervision."""
+import pytest
+import timm
+import torch
+from conftest import make_trained_like
+
+from timm_tmblock import PatchSupervised, TemplateMatchingTask
+
+
+@pytest.fixture
+def supervised():
+    torch.manual_seed(0)
+    return PatchSupervised(make_trained_like(timm.create_model('rn26')))
+
+
+@pytest.mark.parametrize('num_classes', [1, 10, 100])
+def test_parameter_count_is_the_papers(num_classes):
+    model = PatchSupervised(timm.create_model('rn26', num_classes=num_classes))
+    assert sum(p.numel() for p in model.parameters()) == 961_488 + 386 * num_classes
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_patch_logits_are_those_of_stage_3(supervised, batch_size):
+    x = torch.randn(batch_size, 3, 32, 32)
+    supervised.train()
+    for m in supervised.modules():  # statistics of the batch would differ between the two passes below
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()
+    logits, patch_logits = supervised(x)
+    model = supervised.model
+    features = model.layer3(model.layer2(model.layer1(model.conv1(x)))).double()
+    weight, bias = supervised.aux.match.weight.double(), supervised.aux.match.bias.double()
+    for i, j in ((0, 0), (3, 4), (7, 7)):
+        patch = features[:, :, max(i - 1, 0):i + 3, max(j - 1, 0):j + 3].mean((2, 3))  # offsets -1 ... 2
+        expected = patch @ weight[:, :, 0, 0].T + bias
+        torch.testing.assert_close(patch_logits[:, :, i, j].double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, model(x))
+
+
+def test_evaluation_is_the_baseline(supervised):
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(supervised.eval()(x), supervised.model(x))
+    assert torch.is_tensor(supervised.train()(x)) is False
+    supervised.set_patch_supervision(False)
+    assert torch.is_tensor(supervised(x))
+
+
+def test_head_reaches_the_trunk_and_leaves_no_trace(supervised):
+    task = TemplateMatchingTask(supervised, patch_loss_weight=1.)
+    task(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))['loss'].backward()
+    gradients = {n: p.grad for n, p in supervised.model.named_parameters()}
+    assert gradients['layer3.blocks.1.conv3.weight'].abs().sum() > 0
+    assert gradients['layer4.blocks.0.conv1.weight'].abs().sum() == 0  # the loss of the patches stops before
+    plain = timm.create_model('rn26')
+    assert supervised.model.state_dict().keys() == plain.state_dict().keys()
+    assert type(supervised.model) is type(plain) and len(list(supervised.model.modules())) == len(list(plain.modules()))
+
+
+@pytest.mark.parametrize('name, message', [('rn26_tm', 'patch logits of its own'), ('test_resnet', 'use rn26')])
+def test_models_it_does_not_fit_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        PatchSupervised(timm.create_model(name))
+
+
+def test_model_without_classes_is_refused():
+    with pytest.raises(ValueError, match='num_templates'):
+        PatchSupervised(timm.create_model('rn26', num_classes=0))

@@ -1,0 +1,66 @@
+""" Auxiliary supervision of a network without the block, the RN26-aux of Table 1
+
+The patch classifier of section 3.3 on the output of stage 3, used for the loss of equation 3.1 and nothing else, from
+`Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992 (section 4.2)
+"""
+from typing import Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from .layers import PatchClassifier
+from .models._base import TemplateMatchingNet
+
+
+class PatchSupervised(nn.Module):
+    """A baseline and, for its training, a classifier of the patches at the input of its last stage.
+
+    `model` stays as it is: what is evaluated, saved and exported is `model`, in which nothing of `aux` is left.
+
+    Examples:
+
+        ```python
+        supervised = PatchSupervised(timm.create_model('rn26', num_classes=10))
+        task = TemplateMatchingTask(supervised)
+        ...
+        torch.save(supervised.model.state_dict(), 'rn26.pth')
+        ```
+    """
+
+    def __init__(self, model: TemplateMatchingNet) -> None:
+        """
+        Args:
+            model: Network of this package without template matching.
+
+        Raises:
+            ValueError: If the model has no place for the classifier, has patch logits of its own, or has no classes.
+        """
+        super().__init__()
+        if not isinstance(model, TemplateMatchingNet):
+            raise ValueError(f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like.')
+        if model.has_template_matching:
+            raise ValueError('This model has patch logits of its own; train it as it is.')
+        self.model = model
+        parameter = next(model.parameters())
+        self.aux = PatchClassifier(
+            model.patch_channels, model.num_classes, model.patch_size, device=parameter.device, dtype=parameter.dtype)
+        self.num_classes = model.num_classes
+        self.patch_supervision = True
+
+    @torch.jit.ignore
+    def set_patch_supervision(self, enable: bool = True) -> None:
+        """Make `forward` return `(logits, patch_logits)` in training, which it does unless switched off."""
+        self.patch_supervision = enable
+
+    @torch.jit.ignore
+    def get_patch_classifier(self) -> nn.Module:
+        """Get the module whose class scores are the patch logits."""
+        return self.aux
+
+    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        """Logits (B, num_classes), in training also patch logits (B, num_classes, H/r, W/r)."""
+        if not (self.patch_supervision and self.training):
+            return self.model(x)
+        x = self.model._forward_trunk(x)
+        patch_logits = self.aux(x)
+        return self.model.forward_head(self.model._forward_last(x)), patch_logits
