@@ -12,6 +12,7 @@ from timm.data.model_config import resolve_input_data_config
 import timm_tmblock
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.layers import PerturbedMaximizer
 
 try:
     import onnx
@@ -57,6 +58,11 @@ def export_onnx(model: nn.Module, path: Path, patch_logits: bool = False, opset:
     """
     if patch_logits and not getattr(model, 'has_template_matching', False):
         raise InputError(f'{type(model).__name__} has no template matching block; leave out --patch-logits.')
+    for m in model.modules():
+        if isinstance(m, PerturbedMaximizer):
+            raise InputError(
+                f'The model has perturbed maximizers, which draw {m.num_samples} random samples in each forward pass, '
+                f'so no ONNX file can repeat its results; export a model with maximizer=softmax.')
     if path.is_dir():
         raise InputError(f'{path} is a folder; name the file to write.')
     names = ['logits', 'patch_logits'] if patch_logits else ['logits']

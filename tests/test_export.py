@@ -84,6 +84,24 @@ def test_graph_holds_the_convolutions_and_no_training_operator(exported):
     assert 'Dropout' not in operators and operators.count('Conv') == 1 + 4 * 7 + 3
 
 
+@pytest.mark.parametrize('batch_size', [1, 2, 7])
+def test_soft_maximizers_export(trained_like, tmp_path, batch_size):
+    model = trained_like('rn20_tm', maximizer='softmax')
+    export.onnx.export_onnx(model, tmp_path / 'soft.onnx', patch_logits=True)
+    x = torch.randn(batch_size, 3, 32, 32)
+    got = onnxruntime.InferenceSession(tmp_path / 'soft.onnx').run(None, {'image': x.numpy()})
+    with torch.no_grad():
+        for value, expected in zip(got, model.forward_patch_logits(x)):
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_perturbed_maximizers_do_not_export_and_say_why(trained_like, tmp_path):
+    model = trained_like('rn20_tm', maximizer='perturbed')
+    with pytest.raises(InputError, match='600 random samples in each forward pass, so no ONNX file can repeat'):
+        export.onnx.export_onnx(model, tmp_path / 'perturbed.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_difference_from_pytorch_leaves_no_file(exported, tmp_path, monkeypatch):
     _, weights, _, _ = exported
     monkeypatch.setattr(export.onnx, 'TOLERANCE', 1e-12)

@@ -108,9 +108,13 @@ class TemplateMatching(PatchClassifier):
         for module in (self.match, self.norm, self.value):
             module.train(self.training).requires_grad_(requires_grad)
 
+    def mix(self, patch_logits: torch.Tensor) -> torch.Tensor:
+        """Mixing coefficients of the value vectors, not negative: (B, K, H, W) -> (B, K, H, W)."""
+        return self.norm(patch_logits)
+
     def embed(self, x: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
         """Add or concatenate the value vectors of the matched templates: (B, D, H, W) -> (B, out_dim, H, W)."""
-        values = self.value(self.norm(patch_logits))
+        values = self.value(self.mix(patch_logits))
         if self.shortcut is None:
             return torch.cat([x, values], dim=1)
         return self.shortcut(x) + values

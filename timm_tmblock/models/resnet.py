@@ -7,7 +7,7 @@ Papers:
 
 The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
 """
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
+from ..layers import get_maximizer_layer
 from ._base import (
     CIFAR10_LABELS,
     TemplateMatchingNet,
@@ -38,6 +39,7 @@ class PreActBottleneck(nn.Module):
             stride: int = 1,
             project: bool = False,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            maximizer_layer: Optional[Callable[[], nn.Module]] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -49,6 +51,7 @@ class PreActBottleneck(nn.Module):
             stride: Stride of the 3x3 convolution and the shortcut.
             project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
             norm_act_layer: Norm + activation layer.
+            maximizer_layer: What follows the (first) 3x3 convolution instead of norm + activation.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -56,7 +59,7 @@ class PreActBottleneck(nn.Module):
         self.conv1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
         self.norm2 = norm_act_layer(mid_chs, **dd)
         self.conv2 = nn.Conv2d(mid_chs, mid_chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.norm3 = norm_act_layer(mid_chs, **dd)
+        self.norm3 = maximizer_layer() if maximizer_layer else norm_act_layer(mid_chs, **dd)
         self.conv3 = nn.Conv2d(mid_chs, out_chs, 1, bias=False, **dd)
         self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if project else None
 
@@ -80,6 +83,7 @@ class PreActBasic(nn.Module):
             stride: int = 1,
             project: bool = False,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            maximizer_layer: Optional[Callable[[], nn.Module]] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -91,12 +95,13 @@ class PreActBasic(nn.Module):
             stride: Stride of the first convolution and the shortcut.
             project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
             norm_act_layer: Norm + activation layer.
+            maximizer_layer: What follows the (first) 3x3 convolution instead of norm + activation.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm1 = norm_act_layer(in_chs, **dd)
         self.conv1 = nn.Conv2d(in_chs, mid_chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.norm2 = norm_act_layer(mid_chs, **dd)
+        self.norm2 = maximizer_layer() if maximizer_layer else norm_act_layer(mid_chs, **dd)
         self.conv2 = nn.Conv2d(mid_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if project else None
 
@@ -120,6 +125,7 @@ class PreActStage(nn.Module):
             depth: int,
             stride: int = 1,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
+            maximizer_layer: Optional[Callable[[], nn.Module]] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -132,6 +138,7 @@ class PreActStage(nn.Module):
             depth: Number of blocks.
             stride: Stride of the first block.
             norm_act_layer: Norm + activation layer.
+            maximizer_layer: What follows 3x3 convolutions inside the blocks instead of norm + activation.
         """
         super().__init__()
         self.grad_checkpointing = False
@@ -144,6 +151,7 @@ class PreActStage(nn.Module):
                 stride=stride if i == 0 else 1,
                 project=project and i == 0,
                 norm_act_layer=norm_act_layer,
+                maximizer_layer=maximizer_layer,
                 device=device,
                 dtype=dtype,
             )
@@ -179,6 +187,8 @@ class PreActResNet(TemplateMatchingNet):
             template_matching: bool = False,
             num_templates: Optional[int] = None,
             patch_size: Optional[int] = None,
+            maximizer: str = 'bn_relu',
+            maximizer_kwargs: Optional[Dict[str, Any]] = None,
             act_layer: str = 'relu',
             norm_layer: str = 'batchnorm2d',
             drop_rate: float = 0.,
@@ -202,16 +212,21 @@ class PreActResNet(TemplateMatchingNet):
             num_templates: Templates of that block, `num_classes` if None. They do not change with the classifier.
             patch_size: Side of the matched patch at the input of the last stage, in pixels of that map; half the map
                 if None.
+            maximizer: What follows the 3x3 convolutions inside the blocks: 'bn_relu', i.e. norm and activation layer,
+                'softmax' or 'perturbed', as in section 4.1.
+            maximizer_kwargs: Arguments of a maximizer other than BN-ReLU: mu, eta, epsilon, num_samples.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
 
         Raises:
-            ValueError: If templates are asked for without template matching, or their number cannot be told.
+            ValueError: If templates are asked for without template matching, or their number cannot be told; for an
+                unknown maximizer.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        maximizer_layer = get_maximizer_layer(maximizer, **maximizer_kwargs or {})
 
         reduction = 2 if self.extra_halvings > 1 else 1
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=reduction, padding=1, bias=False, **dd)
@@ -230,7 +245,8 @@ class PreActResNet(TemplateMatchingNet):
                     template_matching, in_chs, map_size, reduction, num_templates, patch_size,
                     norm_act_layer=norm_act_layer, **dd)
             self.add_module(name, PreActStage(
-                block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer, **dd))
+                block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer,
+                maximizer_layer=maximizer_layer, **dd))
             in_chs = out_chs
             reduction *= stride
             if i < 2:

@@ -1,0 +1,115 @@
+"""BN-ReLU as a soft maximizer: the identity of section 3.2, and mu and eta of section 4.1."""
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_tmblock.analysis import match_threshold, measure_maximizer, soft_assignment
+from timm_tmblock.layers import HardMaximizer
+
+
+def convolutions_after(model, x):
+    """Input, activations a, output and norm of each 3x3-BN-ReLU-1x1 chain of the network, in float64."""
+    records, hooks = [], []
+    for block in (b for n in ('layer1', 'layer2', 'layer3', 'layer4') for b in getattr(model, n).blocks):
+        hooks.append(block.conv2.register_forward_hook(
+            lambda m, args, out, block=block: records.append([block, out.clone()])))
+        hooks.append(block.conv3.register_forward_hook(lambda m, args, out: records[-1].append(out.clone())))
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return records
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 3])
+def test_bn_relu_block_is_a_scaled_convex_combination_of_value_vectors(trained_like, batch_size):
+    """x' = eta * sum of p_star_k nu_k, with p_star feasible for (P1), at every pixel of every block."""
+    model = trained_like('rn26').double()
+    records = convolutions_after(model, torch.randn(batch_size, 3, 32, 32).double())
+    assert len(records) == 8
+    for block, a, x_prime in records:
+        mean, var = block.norm3.running_mean, block.norm3.running_var
+        a_hat = (a - mean[:, None, None]) / (var + block.norm3.eps).sqrt()[:, None, None]
+        p = (block.norm3.weight[:, None, None] * a_hat + block.norm3.bias[:, None, None]).clamp(min=0)
+        p_star, eta = soft_assignment(p)
+        values = block.conv3.weight[:, :, 0, 0]  # nu_k is column k
+        torch.testing.assert_close(x_prime, eta * torch.einsum('bkhw,vk->bvhw', p_star, values))
+        assert (p_star >= 0).all()
+        total = p_star.sum(1)
+        torch.testing.assert_close(total, (eta[:, 0] > 0).double())
+        # BN-ReLU keeps the order of the normalised activations wherever it passes them
+        top = a_hat.mul(block.norm3.weight[:, None, None]).add(block.norm3.bias[:, None, None]).argmax(1)
+        matched = eta[:, 0] > 0
+        assert torch.equal(p_star.argmax(1)[matched], top[matched])
+
+
+def test_no_activation_above_its_threshold_is_the_optimum_of_p1():
+    """Where all a_k are below mu_k, BN-ReLU gives 0, the solution of (P1) with these thresholds."""
+    norm = timm.layers.BatchNormAct2d(6).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(6, generator=generator) + 0.1)
+        norm.bias.copy_(torch.randn(6, generator=generator))
+        norm.running_mean.copy_(torch.randn(6, generator=generator))
+        norm.running_var.copy_(torch.rand(6, generator=generator) + 0.5)
+    mu = match_threshold(norm)[:, None, None]
+    offsets = torch.rand(3, 6, 4, 4, generator=generator).double() + 1e-6
+    with torch.no_grad():
+        assert not norm(mu - offsets).any()
+        assert (norm(mu + offsets) > 0).all()
+    # a_k - mu_k against a margin of 0 is (P1) with a threshold for each kernel
+    assert not HardMaximizer(mu=0., eta=1.)(-offsets).any()
+
+
+def test_nothing_matched_is_no_division_by_zero():
+    p = torch.tensor([[0., 0., 0.], [1., 3., 0.]])[:, :, None, None]
+    p_star, eta = soft_assignment(p)
+    assert p_star[:, :, 0, 0].tolist() == [[0., 0., 0.], [0.25, 0.75, 0.]]
+    assert eta.flatten().tolist() == [0., 4.]
+
+
+@pytest.mark.parametrize('name, blocks', [('rn20', 6), ('wrn16_tm', 8)])
+def test_constants_equal_loops_over_layers_and_pixels(trained_like, name, blocks):
+    model = trained_like(name).train()
+    batches = [torch.randn(n, 3, 32, 32) for n in (2, 1, 3)]
+    constants = measure_maximizer(model, batches)
+    assert model.training and len(constants.layer_mu) == len(constants.layer_eta) == blocks
+    model.eval()
+    modules = dict(model.named_modules())
+    for layer in constants.layer_mu:
+        norm, seen = modules[layer], []
+        norm.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out.permute(0, 2, 3, 1).flatten(0, 2)))
+        model(torch.cat(batches))
+        assert constants.layer_eta[layer] == pytest.approx(
+            np.mean([pixel.double().sum().item() for pixel in seen]), rel=1e-5)
+        mu = [
+            mean - beta * (var + norm.eps) ** 0.5 / gamma
+            for mean, beta, var, gamma in zip(*(t.tolist() for t in (
+                norm.running_mean, norm.bias, norm.running_var, norm.weight)))]
+        assert constants.layer_mu[layer] == pytest.approx(np.mean(mu), rel=1e-6)
+    assert constants.mu == pytest.approx(np.mean(list(constants.layer_mu.values())))
+    assert constants.eta == pytest.approx(np.mean(list(constants.layer_eta.values())))
+
+
+def test_thresholds_of_zero_and_of_dead_kernels_are_left_out(trained_like):
+    model = trained_like('rn20')
+    norm = model.layer1.blocks[0].norm3
+    with torch.no_grad():
+        norm.weight.fill_(1.)
+        norm.bias.fill_(0.)
+        norm.running_mean.fill_(0.)
+        norm.running_mean[0], norm.running_mean[1] = 3., 5.
+        norm.weight[2], norm.bias[2] = 0., 1.
+    constants = measure_maximizer(model, [torch.randn(1, 3, 32, 32)])
+    assert constants.layer_mu['layer1.blocks.0.norm3'] == pytest.approx(4.)
+
+
+@pytest.mark.parametrize('name, kwargs, batches, message', [
+    ('dn100', {}, 1, 'no BN-ReLU after a 3x3'),
+    ('rn20', dict(maximizer='softmax'), 1, 'no BN-ReLU after a 3x3'),
+    ('rn20', {}, 0, 'no images'),
+])
+def test_what_cannot_be_measured_is_refused(name, kwargs, batches, message):
+    with pytest.raises(ValueError, match=message):
+        measure_maximizer(timm.create_model(name, **kwargs), [torch.randn(1, 3, 32, 32)] * batches)

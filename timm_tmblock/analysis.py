@@ -1,0 +1,103 @@
+""" BN-ReLU as a soft maximizer, measured
+
+The quantities of sections 3.2 and 4.1 of
+`Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
+"""
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Tuple
+
+import torch
+import torch.nn as nn
+
+from .models._base import TemplateMatchingNet
+from .models.resnet import PreActBasic, PreActBottleneck
+
+
+def soft_assignment(p: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Split mixing coefficients into a convex combination and its scale, p = eta * p_star (section 3.2).
+
+    Args:
+        p: Output of BN-ReLU (B, K, H, W), not negative.
+
+    Returns:
+        p_star (B, K, H, W), which sums to 1 over K, or to 0 where nothing matched; eta (B, 1, H, W), the sum of p.
+    """
+    eta = p.sum(dim=1, keepdim=True)
+    return p / eta.where(eta > 0, torch.ones_like(eta)), eta
+
+
+def match_threshold(norm: nn.BatchNorm2d) -> torch.Tensor:
+    """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation at which BN-ReLU starts to pass kernel k.
+
+    Returns:
+        Thresholds (K,) in float64 from the running statistics; infinite or NaN where gamma_k is 0.
+
+    Raises:
+        ValueError: If the norm keeps no running statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError('The norm keeps no running statistics, so it has no threshold.')
+    std = (norm.running_var.double() + norm.eps).sqrt()
+    return (norm.running_mean.double() - norm.bias.double() * std / norm.weight.double()).detach()
+
+
+@dataclass
+class MaximizerConstants:
+    """Constants for soft maximizers in place of BN-ReLU, and those of each layer by its name.
+
+    mu: mean of the thresholds that are not zero; eta: mean over pixels of the sum after BN-ReLU. Over layers, the mean.
+    """
+    mu: float
+    eta: float
+    layer_mu: Dict[str, float]
+    layer_eta: Dict[str, float]
+
+
+def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor]) -> MaximizerConstants:
+    """Measure mu and eta of the BN-ReLU layers that follow 3x3 convolutions in a trained network (section 4.1).
+
+    Args:
+        model: A ResNet of this package with BN-ReLU. It is run in evaluation mode, and left in the mode it was in.
+        batches: Images (B, C, H, W), as normalised for the model.
+
+    Raises:
+        ValueError: If there are no images, or the model has no such layers.
+    """
+    norms = dict(_norms_after_3x3(model))
+    if not norms:
+        raise ValueError('The model has no BN-ReLU after a 3x3 convolution; give a ResNet with maximizer="bn_relu".')
+    sums: Dict[str, List[float]] = {name: [0., 0] for name in norms}  # of the output, and number of pixels
+
+    def count(name: str):
+        def hook(module: nn.Module, args: Tuple[torch.Tensor], output: torch.Tensor) -> None:
+            sums[name][0] += output.double().sum().item()
+            sums[name][1] += output.numel() // output.shape[1]
+        return hook
+
+    hooks = [norm.register_forward_hook(count(name)) for name, norm in norms.items()]
+    training = model.training
+    try:
+        model.eval()
+        with torch.inference_mode():
+            for images in batches:
+                model(images)
+    finally:
+        model.train(training)
+        for handle in hooks:
+            handle.remove()
+    if not all(pixels for _, pixels in sums.values()):
+        raise ValueError('There were no images to measure on.')
+    layer_eta = {name: total / pixels for name, (total, pixels) in sums.items()}
+    layer_mu = {}
+    for name, norm in norms.items():
+        mu = match_threshold(norm)
+        layer_mu[name] = mu[mu.isfinite() & (mu != 0)].mean().item()
+    return MaximizerConstants(
+        sum(layer_mu.values()) / len(norms), sum(layer_eta.values()) / len(norms), layer_mu, layer_eta)
+
+
+def _norms_after_3x3(model: nn.Module) -> Iterable[Tuple[str, nn.BatchNorm2d]]:
+    for name, module in model.named_modules():
+        attribute = {PreActBottleneck: 'norm3', PreActBasic: 'norm2'}.get(type(module))
+        if attribute is not None and isinstance(getattr(module, attribute), nn.BatchNorm2d):
+            yield f'{name}.{attribute}', getattr(module, attribute)
