@@ -1,3 +1,4 @@
+from .fuse import fuse_conv_norm as fuse_conv_norm
 from .maximizer import HardMaximizer as HardMaximizer
 from .maximizer import PerturbedMaximizer as PerturbedMaximizer
 from .maximizer import SoftMaximizer as SoftMaximizer

@@ -7,8 +7,10 @@ from typing import Optional, Type
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, get_device_dtype
 
+from .fuse import fuse_conv_norm
 from .patch_mean import PatchMean
 
 
@@ -121,3 +123,55 @@ class TemplateMatching(PatchClassifier):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.embed(x, self.patch_logits(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The block for inference, the block itself if its norm is not a batch norm with running statistics."""
+        match, act = fuse_conv_norm(self.match, self.norm)
+        return self if match is self.match else FusedTemplateMatching(self, match, act)
+
+
+class FusedTemplateMatching(nn.Module):
+    """TemplateMatching for inference: batch norm folded into the matching convolution, which with the shortcut becomes
+    one 1x1 convolution of f. The mean of patches is taken after it.
+
+    The patch logits, which lie before the batch norm, have a convolution of their own.
+    """
+
+    def __init__(self, block: TemplateMatching, match: nn.Conv2d, act: nn.Module) -> None:
+        """
+        Args:
+            block: The block to fuse.
+            match: Its matching convolution with the batch norm folded in.
+            act: Its activation.
+        """
+        super().__init__()
+        self.num_templates = block.num_templates
+        self.out_dim = block.out_dim
+        self.concat = block.shortcut is None
+        self.conv = match
+        if block.shortcut is not None:
+            assert match.bias is not None
+            weight, bias = torch.cat([match.weight, block.shortcut.weight]), F.pad(match.bias, [0, block.dim])
+            self.conv = nn.Conv2d(block.dim, len(weight), 1, device='meta')
+            self.conv.weight, self.conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        self.patch_mean = block.patch_mean
+        self.act = act
+        self.value = block.value
+        self.match = block.match  # of the patch logits alone
+        self.train(block.training)
+
+    def patch_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """As the unfused block's: (B, D, H, W) -> (B, K, H, W)."""
+        return self.patch_mean(self.match(x))
+
+    def embed(self, x: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
+        """As the unfused block's; the patch logits are not needed for it."""
+        return self(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)  # (B, K, H, W) or (B, K + D, H, W)
+        values = self.value(self.act(self.patch_mean(y[:, :self.num_templates])))
+        if self.concat:
+            return torch.cat([x, values], dim=1)
+        return y[:, self.num_templates:] + values

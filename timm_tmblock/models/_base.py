@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
+from timm.utils import reparameterize_model
 
 from ..layers import TemplateMatching
 
@@ -185,11 +186,26 @@ class TemplateMatchingNet(nn.Module):
         """Replace the templates by `num_templates` newly initialized ones.
 
         Raises:
-            ValueError: If the model has no template matching block.
+            ValueError: If the model has no template matching block, or is fused.
         """
         self._check_template_matching()
+        if not isinstance(self.tm, TemplateMatching):
+            raise ValueError('A fused model keeps its templates; reset them before fuse().')
         self.tm.reset_templates(num_templates)
         update_model_args(self, num_templates=num_templates)
+
+    @torch.jit.ignore
+    def fuse(self) -> 'TemplateMatchingNet':
+        """Fold, in place, each batch norm that directly follows a convolution into it, for inference.
+
+        What `timm.utils.reparameterize_model` does, which treats one module at a time, and the norm after the stem.
+        Template matching becomes one convolution of its input. Norms that follow an addition or a concatenation stay.
+
+        Returns:
+            The model.
+        """
+        reparameterize_model(self, inplace=True)
+        return self
 
     def forward_intermediates(
             self,

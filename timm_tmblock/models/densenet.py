@@ -14,6 +14,7 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
+from ..layers import fuse_conv_norm
 from ._base import TemplateMatchingNet, count_extra_halvings, create_cfg, create_mini_imagenet_cfg, create_network
 
 __all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to this
@@ -49,6 +50,11 @@ class DenseLayer(nn.Module):
         y = self.conv1(self.norm1(x))
         y = self.conv2(self.norm2(y))
         return torch.cat([x, y], dim=1)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm that follows a convolution into it, for inference."""
+        self.conv1, self.norm2 = fuse_conv_norm(self.conv1, self.norm2)
 
 
 class DenseStage(nn.Module):

@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from ..layers import get_maximizer_layer
+from ..layers import fuse_conv_norm, get_maximizer_layer
 from ._base import (
     CIFAR10_LABELS,
     TemplateMatchingNet,
@@ -71,6 +71,12 @@ class PreActBottleneck(nn.Module):
         y = self.conv3(self.norm3(y))
         return y + shortcut
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norms that follow a convolution into it, for inference."""
+        self.conv1, self.norm2 = fuse_conv_norm(self.conv1, self.norm2)
+        self.conv2, self.norm3 = fuse_conv_norm(self.conv2, self.norm3)
+
 
 class PreActBasic(nn.Module):
     """Pre-activation basic block: twice norm-act-conv, 3x3 (strided), 3x3."""
@@ -111,6 +117,11 @@ class PreActBasic(nn.Module):
         y = self.conv1(y)
         y = self.conv2(self.norm2(y))
         return y + shortcut
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm that follows a convolution into it, for inference."""
+        self.conv1, self.norm2 = fuse_conv_norm(self.conv1, self.norm2)
 
 
 class PreActStage(nn.Module):
@@ -277,6 +288,15 @@ class PreActResNet(TemplateMatchingNet):
 
     def _forward_last(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.layer4(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> 'PreActResNet':
+        super().fuse()
+        first: Any = self.layer1
+        first = first.blocks[0]
+        if first.shortcut is not None:  # otherwise the stem's output is needed before the norm too
+            self.conv1, first.norm1 = fuse_conv_norm(self.conv1, first.norm1)
+        return self
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> TemplateMatchingNet:

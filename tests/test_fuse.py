@@ -1,0 +1,118 @@
+"""Fused networks: equal to the unfused ones, and without the norms that follow a convolution."""
+import copy
+
+import pytest
+import timm
+import torch
+from test_models import MODELS
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from timm.utils import reparameterize_model
+
+from timm_tmblock.layers import TemplateMatching
+
+# those that follow an addition or a concatenation: the first of each block and the last of the network, but for the
+# ResNets' first, which follows the stem alone; in the DenseNets also those of the transitions
+NORMS_LEFT = {
+    'rn20': 6, 'rn20_tm': 6, 'rn26': 8, 'rn26_tm': 8, 'rn38': 12, 'rn38_tm': 12, 'wrn16': 8, 'wrn16_tm': 8,
+    'dn100': 64 + 2 + 1, 'dn100_tm': 64 + 2 + 1, 'dn100_tm_cat': 64 + 2 + 1,
+}
+
+
+def assert_equal(got, expected):
+    for a, b in zip(got, expected):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        if model.has_template_matching:
+            return (model(x), model.forward_features(x), *model.forward_patch_logits(x))
+        return model(x), model.forward_features(x)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(img_size=84, num_classes=100)])
+@pytest.mark.parametrize('name', MODELS)
+def test_fused_network_equals_the_unfused(trained_like, name, kwargs):
+    model = trained_like(name, **kwargs)
+    fused = copy.deepcopy(model).fuse()
+    for batch_size in (1, 2, 5):
+        x = torch.randn(batch_size, 3, *model.img_size, generator=torch.Generator().manual_seed(batch_size))
+        assert_equal(outputs(fused, x), outputs(model, x))
+
+
+def test_pretrained_network_equals_the_unfused():
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_no_norm_follows_a_convolution(trained_like, name):
+    fused = trained_like(name).fuse()
+    graph = torch.fx.symbolic_trace(fused).graph
+    modules = dict(fused.named_modules())
+    norms = [n for n in graph.nodes if n.target is torch.nn.functional.batch_norm]
+    for node in norms:
+        source = node.args[0]
+        alone = len(source.users) == 1  # otherwise what the convolution gives is needed before the norm too
+        assert not (alone and isinstance(modules.get(source.target), torch.nn.Conv2d)), source
+    assert len(norms) == NORMS_LEFT[name]
+
+
+def test_matching_and_shortcut_are_one_convolution(trained_like):
+    block = trained_like('rn26_tm').tm
+    fused = block.fuse()
+    graph = torch.fx.symbolic_trace(fused).graph
+    modules = dict(fused.named_modules())
+    inputs = [n.args[0].op for n in graph.nodes if isinstance(modules.get(n.target), torch.nn.Conv2d)]
+    assert inputs == ['placeholder', 'call_module']  # of f, and the values of the mixing coefficients
+    assert not any(n.target is torch.nn.functional.batch_norm for n in graph.nodes)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_reparameterize_model_fuses_all_but_the_stem(trained_like, name):
+    model = trained_like(name)
+    fused = reparameterize_model(model)
+    x = torch.randn(3, 3, 32, 32)
+    assert_equal(outputs(fused, x), outputs(model, x))
+    norms = sum(isinstance(m, BatchNormAct2d) for m in fused.modules())
+    assert norms == NORMS_LEFT[name] + (not name.startswith('dn'))
+    assert isinstance(getattr(model, 'tm', None), TemplateMatching) == name.count('_tm')  # a copy was fused
+    assert_equal(outputs(reparameterize_model(torch.nn.Sequential(model))[0], x), outputs(model, x))
+
+
+def test_templates_more_than_channels(trained_like):
+    model = trained_like('rn26_tm', num_classes=200)
+    x = torch.randn(2, 3, 32, 32)
+    assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
+
+
+@pytest.mark.parametrize('kwargs', [dict(act_layer='silu'), dict(maximizer='softmax'), dict(norm_layer='groupnorm1')])
+def test_other_layers_fuse_or_stay(trained_like, kwargs):
+    model = trained_like('rn26_tm', **kwargs)
+    x = torch.randn(2, 3, 32, 32)
+    assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
+
+
+def test_frozen_norms_fuse(trained_like):
+    model = freeze_batch_norm_2d(trained_like('rn26_tm'))
+    fused = copy.deepcopy(model).fuse()
+    x = torch.randn(2, 3, 32, 32)
+    assert_equal(outputs(fused, x), outputs(model, x))
+    assert isinstance(fused.layer1.blocks[0].norm2, torch.nn.ReLU)
+
+
+def test_fused_network_works_wherever_others_do(trained_like):
+    model = trained_like('rn26_tm').fuse()
+    x = torch.randn(3, 3, 32, 32)
+    for other in (torch.jit.script(model), torch.compile(model, fullgraph=True, backend='eager'),
+                  torch.fx.symbolic_trace(model), torch.export.export(model, (x,)).module(), model.fuse(),
+                  copy.deepcopy(model).to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_templates_of_a_fused_network_stay():
+    with pytest.raises(ValueError, match='before fuse'):
+        timm.create_model('rn26_tm').fuse().reset_templates(3)

@@ -1,0 +1,26 @@
+""" Folding of batch norms into the convolutions they follow, for inference
+"""
+from copy import deepcopy
+from typing import Any, Tuple
+
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch.nn.utils import fuse_conv_bn_weights
+
+
+def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Module]:
+    """Fold a norm + activation layer into the convolution before it.
+
+    Returns:
+        A convolution with bias and the activation that follows it; what was given, if the norm is not a batch norm with
+        running statistics.
+    """
+    if not isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) or norm.running_mean is None:
+        return conv, norm
+    fused = deepcopy(conv)
+    tensors: Any = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, var, scale, shift = (None if t is None else t.double() for t in tensors)  # it is done once
+    fused.weight, fused.bias = (
+        nn.Parameter(p.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+        for p in fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift))
+    return fused, norm.act
