@@ -1,3 +1,5 @@
+from .dense_features import can_share_features as can_share_features
+from .dense_features import forward_shared as forward_shared
 from .fuse import fuse_conv_norm as fuse_conv_norm
 from .maximizer import HardMaximizer as HardMaximizer
 from .maximizer import PerturbedMaximizer as PerturbedMaximizer

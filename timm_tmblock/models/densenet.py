@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._manipulate import MATCH_PREV_GROUP
 
-from ..layers import fuse_conv_norm
+from ..layers import can_share_features, forward_shared, fuse_conv_norm
 from ._base import TemplateMatchingNet, count_extra_halvings, create_cfg, create_mini_imagenet_cfg, create_network
 
 __all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to this
@@ -93,8 +93,11 @@ class DenseStage(nn.Module):
         ])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.blocks, x)
+            if can_share_features(self.blocks, x):
+                return forward_shared(self.blocks, x)
         return self.blocks(x)
 
 

@@ -1,0 +1,183 @@
+"""Dense stages over a shared buffer are the plain layers, and keep less for the backward."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import make_trained_like
+
+from timm_tmblock.layers import can_share_features
+from timm_tmblock.models.densenet import DenseStage
+
+
+def make_stages(dtype=torch.float64, depth=4):
+    """A stage and the plain layers of the same weights, in training."""
+    torch.manual_seed(0)
+    stage = make_trained_like(DenseStage(10, 8, 6, depth)).to(dtype).train()
+    return stage, copy.deepcopy(stage.blocks)
+
+
+def run(module, x, grad=None):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = module(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype) if grad is None else grad
+    out.backward(grad)
+    return out.detach(), x.grad, [p.grad for p in module.parameters()], list(module.buffers())
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+@pytest.mark.parametrize('depth', [1, 4])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_shared_features_equal_the_plain_layers(memory_format, depth, batch_size):
+    """Output, gradients of input and parameters, and running statistics, over two steps."""
+    stage, blocks = make_stages(depth=depth)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        x = torch.randn(batch_size, 10, 6, 5, generator=generator).double() * 2 + 1
+        x = x.contiguous(memory_format=memory_format)
+        assert can_share_features(stage.blocks, x)
+        got, expected = run(stage, x), run(blocks, x)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        assert got[0].is_contiguous(memory_format=memory_format)
+
+
+def test_whole_networks_train_the_same(monkeypatch):
+    for name in ('dn100', 'dn100_tm_cat'):
+        torch.manual_seed(0)
+        model = timm.create_model(name).double()
+        x = torch.randn(3, 3, 32, 32).double()
+        results = []
+        for shared in (True, False):
+            copied = copy.deepcopy(model)
+            if not shared:
+                monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda layers, x: False)
+            results.append(run(copied, x))
+        monkeypatch.undo()
+        torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_is_as_close_to_float64_as_the_plain_layers(dtype):
+    stage, blocks = make_stages(torch.float32)
+    exact, _ = make_stages()
+    x = torch.randn(4, 10, 6, 5)
+    expected = exact(x.double())
+    errors = []
+    for module in (stage, blocks):
+        with torch.autocast('cpu', dtype):
+            out = module(x.to(dtype))
+        assert out.dtype == dtype
+        out.float().sum().backward()
+        errors.append((out - expected).abs().mean().item())
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_backward_can_be_repeated():
+    stage, blocks = make_stages()
+    gradients = []
+    for module in (stage, blocks):
+        x = torch.randn(2, 10, 6, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+        out = module(x).square().sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        gradients.append([x.grad, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('frozen', [
+    [], ['0.conv1.weight', '1.norm1.weight'], ['0.norm1.weight', '0.norm1.bias', '0.conv1.weight'],
+    ['3.norm1.bias', '3.conv1.weight', '3.conv2.weight']])
+@pytest.mark.parametrize('input_requires_grad', [True, False])
+def test_frozen_parameters_get_no_gradient_and_change_no_other(frozen, input_requires_grad):
+    gradients = []
+    for module, prefix in zip(make_stages(), ('blocks.', '')):
+        x = torch.randn(2, 10, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+        x.requires_grad_(input_requires_grad)
+        parameters = dict(module.named_parameters())
+        for name in frozen:
+            parameters[prefix + name].requires_grad_(False)
+        module(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_less_than_two_thirds_is_kept_for_the_backward():
+    kept = []
+    for module in make_stages(torch.float32, depth=16):
+        storages = {}
+
+        def pack(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = module(torch.randn(4, 10, 8, 8, requires_grad=True))
+        kept.append(sum(storages.values()))
+        del out
+    assert kept[0] < 2 / 3 * kept[1]
+
+
+def test_memory_is_released_by_the_backward():
+    """Nothing but the output stays alive while the loss is."""
+    stage, _ = make_stages()
+    x = torch.randn(2, 10, 6, 5).double().requires_grad_()
+    out = stage(x)
+    features = next(n for n in walk(out.grad_fn) if type(n).__name__ == '_NormActConvBackward').features
+    out.sum().backward()
+    assert features.grad is None
+
+
+def walk(node):
+    yield node
+    for child, _ in node.next_functions:
+        if child is not None:
+            yield from walk(child)
+
+
+@pytest.mark.parametrize('change', [
+    lambda stage: stage.eval(),
+    lambda stage: stage.blocks[1].norm1.eval(),
+    lambda stage: stage.blocks[1].conv1.register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks[2].register_forward_hook(lambda *args: None),
+    lambda stage: nn.utils.parametrizations.weight_norm(stage.blocks[0].conv1),
+    lambda stage: stage.blocks[0].norm1.__setattr__('act', nn.SiLU()),
+    lambda stage: stage.blocks[0].norm1.__setattr__('momentum', None),
+    lambda stage: stage.bfloat16(),
+    lambda stage: stage.to('meta'),
+    lambda stage: nn.SyncBatchNorm.convert_sync_batchnorm(stage),
+    lambda stage: timm.layers.convert_sync_batchnorm(stage),
+    lambda stage: timm.layers.freeze_batch_norm_2d(stage),
+])
+def test_layers_that_are_not_plain_are_run_as_they_are(change):
+    stage, _ = make_stages(torch.float32)
+    assert can_share_features(stage.blocks, torch.randn(2, 10, 6, 5))
+    result = change(stage)
+    stage = result if isinstance(result, DenseStage) else stage
+    x = torch.randn(2, 10, 6, 5, dtype=stage.blocks[0].conv2.weight.dtype, device=stage.blocks[0].conv2.weight.device)
+    assert not can_share_features(stage.blocks, x)
+
+
+def test_one_pixel_is_refused_as_by_the_plain_layers():
+    for module in make_stages():
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            module(torch.randn(1, 10, 1, 1).double())
+
+
+def test_transforms_of_functions_see_the_plain_layers():
+    stage, _ = make_stages()
+    parameters = dict(stage.named_parameters())
+    buffers = dict(stage.named_buffers())
+
+    def loss(parameters, buffers, x):
+        return torch.func.functional_call(stage, (parameters, buffers), x).square().sum()
+
+    x = torch.randn(2, 10, 6, 5).double()
+    got = torch.func.grad(loss)(parameters, {k: v.clone() for k, v in buffers.items()}, x)
+    loss(parameters, buffers, x).backward()
+    for name, p in stage.named_parameters():
+        torch.testing.assert_close(got[name], p.grad)

@@ -1,0 +1,144 @@
+""" Training of dense stages without copies of the growing feature map
+
+In a plain DenseNet each layer concatenates all features before it, normalises the copy and keeps both for the backward:
+memory and traffic grow with the square of the depth. Here the features of a stage lie in one buffer, channels first,
+so that those before a layer are a slice of it; a layer keeps its normalised slice alone; and the batch statistics of a
+channel are taken once. Results are those of the plain layers up to rounding.
+"""
+from typing import Any, Iterable, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch.autograd.function import once_differentiable
+
+
+def can_share_features(layers: Iterable[Any], x: torch.Tensor) -> bool:
+    """Whether `forward_shared` may stand in for the layers: plain ones in training, called as they are."""
+    if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling() \
+            or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() == x.shape[1]:
+        return False
+    for layer in layers:
+        norm, conv = layer.norm1, layer.conv1
+        if type(norm) is not BatchNormAct2d or type(conv) is not nn.Conv2d or not norm.training:
+            return False  # synchronized, frozen, parametrized, ...
+        if norm.momentum is None or not norm.track_running_stats or not isinstance(norm.act, nn.ReLU) \
+                or norm.weight.dtype not in (torch.float32, torch.float64):
+            return False
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+               for m in (layer, norm, norm.act, conv)):
+            return False  # these would not be called
+    return True
+
+
+def forward_shared(layers: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
+    """Run dense layers over features in a shared buffer: (B, C, H, W) -> (B, C + growth of the layers, H, W)."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    layers = list(layers)
+    batch_size, _, height, width = x.shape
+    features = _Features(layers[-1].norm1, x)
+    news = [x]
+    for layer in layers:
+        shared = features.append(news[-1])  # (C, B * H * W)
+        features.update_running_stats(layer.norm1)
+        y = _NormActConv.apply(shared, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, features)
+        y = y.view(-1, batch_size, height, width).transpose(0, 1).contiguous(memory_format=memory_format)
+        news.append(layer.conv2(layer.norm2(y)))
+    return torch.cat(news, dim=1)
+
+
+class _Features:
+    """Features of a stage and the batch statistics of each channel.
+
+    The buffer is written through `.data`: slices saved for the backward stay valid, as only later channels change.
+    """
+
+    def __init__(self, last_norm: BatchNormAct2d, x: torch.Tensor) -> None:
+        channels = last_norm.num_features
+        self.eps = last_norm.eps
+        self.buffer = x.new_empty(channels, x.numel() // x.shape[1])
+        self.mean, self.var, self.sample_var, self.invstd = last_norm.weight.detach().new_zeros(4, channels).unbind()
+        self.end = 0
+        self.shared: Optional[torch.Tensor] = None
+        self.grad: Optional[torch.Tensor] = None  # of the buffer, while in the backward
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """All features with these at the end, to be given to autograd as a new tensor."""
+        self.shared = _Append.apply(self.shared, new, self)
+        return self.shared
+
+    def write(self, new: torch.Tensor) -> torch.Tensor:
+        start, self.end = self.end, self.end + new.shape[1]
+        rows = self.buffer.data[start:self.end]
+        rows.view(-1, len(new), *new.shape[2:]).copy_(new.transpose(0, 1))
+        # with a momentum of 1 the running statistics become those of the batch, the variance that of a sample
+        _, var = torch.batch_norm_update_stats(
+            rows[None], self.mean[start:self.end], self.sample_var[start:self.end], 1.)
+        self.var[start:self.end] = var
+        self.invstd[start:self.end] = (var + self.eps).rsqrt()
+        return self.buffer.data[:self.end]
+
+    @torch.no_grad()
+    def update_running_stats(self, norm: BatchNormAct2d) -> None:
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(self.mean[:self.end], norm.momentum)
+        norm.running_var.lerp_(self.sample_var[:self.end], norm.momentum)
+
+
+class _Append(torch.autograd.Function):
+    """Write new features (B, G, H, W) behind those there are: (C, N), (B, G, H, W) -> (C + G, N)."""
+
+    @staticmethod
+    def forward(ctx: Any, shared: Optional[torch.Tensor], new: torch.Tensor, features: _Features) -> torch.Tensor:
+        ctx.features, ctx.start, ctx.shape = features, features.end, new.shape
+        return features.write(new)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        batch_size, channels, height, width = ctx.shape
+        if ctx.start == 0:
+            ctx.features.grad = None
+        # the layer before adds to the rest of the same buffer and gives it on
+        return None, grad[ctx.start:].view(channels, batch_size, height, width).transpose(0, 1), None
+
+
+class _NormActConv(torch.autograd.Function):
+    """1x1 convolution of the normalised features: (C, N) -> (M, N)."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            x: torch.Tensor,
+            gamma: torch.Tensor,
+            beta: torch.Tensor,
+            weight: torch.Tensor,
+            features: _Features,
+    ) -> torch.Tensor:
+        c = len(x)
+        y = F.batch_norm(x[None], features.mean[:c], features.var[:c], gamma, beta, eps=features.eps).relu_()[0]
+        matrix = weight.flatten(1).to(x.dtype)
+        ctx.features = features
+        ctx.is_last = c == len(features.buffer)
+        ctx.save_for_backward(x, y, gamma, matrix)
+        return matrix @ y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, y, gamma, matrix = ctx.saved_tensors
+        features, c = ctx.features, len(x)
+        grad_weight = (grad @ y.T).to(gamma.dtype)[:, :, None, None] if ctx.needs_input_grad[3] else None
+        grad = torch.ops.aten.threshold_backward(matrix.T @ grad, y, 0)
+        grad, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+            grad[None], x[None], gamma, None, None, features.mean[:c], features.invstd[:c], True, features.eps,
+            list(ctx.needs_input_grad[:3]))
+        if not ctx.needs_input_grad[0]:
+            return None, grad_gamma, grad_beta, grad_weight, None
+        if ctx.is_last:
+            features.grad = grad[0]
+        else:
+            features.grad[:c] += grad[0]
+        return features.grad[:c], grad_gamma, grad_beta, grad_weight, None
