@@ -1,13 +1,15 @@
 """Dense stages over a shared buffer are the plain layers, and keep less for the backward."""
 import copy
+import gc
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from conftest import make_trained_like
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from timm_tmblock.layers import can_share_features
+from timm_tmblock.layers import can_share_features, dense_features
 from timm_tmblock.models.densenet import DenseStage
 
 
@@ -122,21 +124,29 @@ def test_less_than_two_thirds_is_kept_for_the_backward():
     assert kept[0] < 2 / 3 * kept[1]
 
 
-def test_memory_is_released_by_the_backward():
-    """Nothing but the output stays alive while the loss is."""
+@pytest.mark.parametrize('backward', [True, False])
+def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
+    """It goes with the backward although the loss stays, or with the output, and not when garbage is collected."""
+    storages = []
+    init = dense_features._Features.__init__
+
+    def record(self, *args):
+        init(self, *args)
+        storages.append(StorageWeakRef(self.buffer.untyped_storage()))
+
+    monkeypatch.setattr(dense_features._Features, '__init__', record)
     stage, _ = make_stages()
-    x = torch.randn(2, 10, 6, 5).double().requires_grad_()
-    out = stage(x)
-    features = next(n for n in walk(out.grad_fn) if type(n).__name__ == '_NormActConvBackward').features
-    out.sum().backward()
-    assert features.grad is None
-
-
-def walk(node):
-    yield node
-    for child, _ in node.next_functions:
-        if child is not None:
-            yield from walk(child)
+    gc.disable()
+    try:
+        loss = stage(torch.randn(2, 10, 6, 5).double()).sum()
+        assert len(storages) == 1 and not storages[0].expired()
+        if backward:
+            loss.backward()
+        else:
+            del loss
+        assert storages[0].expired()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('change', [
@@ -160,6 +170,21 @@ def test_layers_that_are_not_plain_are_run_as_they_are(change):
     stage = result if isinstance(result, DenseStage) else stage
     x = torch.randn(2, 10, 6, 5, dtype=stage.blocks[0].conv2.weight.dtype, device=stage.blocks[0].conv2.weight.device)
     assert not can_share_features(stage.blocks, x)
+
+
+def test_second_derivatives_need_the_plain_layers():
+    stage, _ = make_stages()
+    for memory_efficient in (True, False):
+        stage.memory_efficient = memory_efficient
+        x = torch.randn(2, 10, 6, 5).double().requires_grad_()
+        grad, = torch.autograd.grad(stage(x).square().sum(), x, create_graph=True)
+        if memory_efficient:
+            with pytest.raises(RuntimeError, match='once_differentiable'):
+                grad.sum().backward()
+        else:
+            grad.sum().backward()
+            assert x.grad.abs().sum() > 0
+    assert not timm.create_model('dn100', memory_efficient=False, device='meta').layer4.memory_efficient
 
 
 def test_one_pixel_is_refused_as_by_the_plain_layers():

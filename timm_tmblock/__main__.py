@@ -1,10 +1,12 @@
-"""Explain images from the command line.
+"""Explain images, or run a script that knows the models, from the command line.
 
     python -m timm_tmblock explain rn26_tm IMAGE ... --output pictures
     python -m timm_tmblock explain rn26_tm.onnx IMAGE ... --class-name ship
+    python -m timm_tmblock run validate.py --model rn26_tm ...
 """
 import argparse
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -18,7 +20,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Run a command.
 
     Raises:
-        InputError: If no image could be explained, or the model cannot be read.
+        InputError: If no image could be explained, or a model or script cannot be read.
     """
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -30,8 +32,26 @@ def main(argv: Optional[List[str]] = None) -> None:
     command.add_argument('--class-name', help='class of the heat map, the predicted one if not given')
     command.add_argument('--output', type=Path, help='folder for a picture of each image')
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
+    command.set_defaults(run=explain)
+    command = commands.add_parser(
+        'run', help="run a script, timm's own for example, with the models registered",
+        usage='%(prog)s SCRIPT [ARGUMENT ...]')
+    command.add_argument('script', type=Path)
+    command.add_argument('arguments', nargs=argparse.REMAINDER)
+    command.set_defaults(run=run_script)
     args = parser.parse_args(argv)
+    args.run(args)
 
+
+def run_script(args: argparse.Namespace) -> None:
+    if not args.script.is_file():
+        raise InputError(f'There is no script {args.script}.')
+    sys.argv = [str(args.script), *args.arguments]
+    sys.path[0] = str(args.script.resolve().parent)
+    runpy.run_path(str(args.script), run_name='__main__')
+
+
+def explain(args: argparse.Namespace) -> None:
     explainer = Explainer(args.model)
     failed = []
     for path in map(Path, args.images):

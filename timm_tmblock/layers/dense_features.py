@@ -39,13 +39,14 @@ def forward_shared(layers: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
     layers = list(layers)
     batch_size, _, height, width = x.shape
     features = _Features(layers[-1].norm1, x)
-    news = [x]
+    news, shared = [x], None
     for layer in layers:
-        shared = features.append(news[-1])  # (C, B * H * W)
+        shared = _Append.apply(shared, news[-1], features)  # (C, B * H * W)
         features.update_running_stats(layer.norm1)
         y = _NormActConv.apply(shared, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, features)
         y = y.view(-1, batch_size, height, width).transpose(0, 1).contiguous(memory_format=memory_format)
         news.append(layer.conv2(layer.norm2(y)))
+    del features.buffer  # from now on kept by autograd alone, which lets it go after the backward
     return torch.cat(news, dim=1)
 
 
@@ -61,15 +62,10 @@ class _Features:
         self.buffer = x.new_empty(channels, x.numel() // x.shape[1])
         self.mean, self.var, self.sample_var, self.invstd = last_norm.weight.detach().new_zeros(4, channels).unbind()
         self.end = 0
-        self.shared: Optional[torch.Tensor] = None
         self.grad: Optional[torch.Tensor] = None  # of the buffer, while in the backward
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
-        """All features with these at the end, to be given to autograd as a new tensor."""
-        self.shared = _Append.apply(self.shared, new, self)
-        return self.shared
-
-    def write(self, new: torch.Tensor) -> torch.Tensor:
+        """Write features (B, G, H, W) behind those there are, and give them all: (C + G, N)."""
         start, self.end = self.end, self.end + new.shape[1]
         rows = self.buffer.data[start:self.end]
         rows.view(-1, len(new), *new.shape[2:]).copy_(new.transpose(0, 1))
@@ -88,12 +84,12 @@ class _Features:
 
 
 class _Append(torch.autograd.Function):
-    """Write new features (B, G, H, W) behind those there are: (C, N), (B, G, H, W) -> (C + G, N)."""
+    """`_Features.append` with its gradient: (C, N), (B, G, H, W) -> (C + G, N)."""
 
     @staticmethod
     def forward(ctx: Any, shared: Optional[torch.Tensor], new: torch.Tensor, features: _Features) -> torch.Tensor:
         ctx.features, ctx.start, ctx.shape = features, features.end, new.shape
-        return features.write(new)
+        return features.append(new)
 
     @staticmethod
     @once_differentiable

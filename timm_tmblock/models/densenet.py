@@ -66,6 +66,7 @@ class DenseStage(nn.Module):
             mid_chs: int,
             growth_rate: int,
             depth: int,
+            memory_efficient: bool = True,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
             device=None,
             dtype=None,
@@ -76,10 +77,12 @@ class DenseStage(nn.Module):
             mid_chs: Channels between the convolutions of a layer.
             growth_rate: Channels each layer adds.
             depth: Number of layers.
+            memory_efficient: Train over a shared buffer of features, which allows no second derivatives.
             norm_act_layer: Norm + activation layer.
         """
         super().__init__()
         self.grad_checkpointing = False
+        self.memory_efficient = memory_efficient
         self.blocks = nn.Sequential(*[
             DenseLayer(
                 in_chs + i * growth_rate,
@@ -96,7 +99,7 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            if can_share_features(self.blocks, x):
+            if self.memory_efficient and can_share_features(self.blocks, x):
                 return forward_shared(self.blocks, x)
         return self.blocks(x)
 
@@ -152,6 +155,7 @@ class DenseNetSmall(TemplateMatchingNet):
             num_templates: Optional[int] = None,
             patch_size: Optional[int] = None,
             concat: bool = False,
+            memory_efficient: bool = True,
             act_layer: str = 'relu',
             norm_layer: str = 'batchnorm2d',
             drop_rate: float = 0.,
@@ -174,6 +178,7 @@ class DenseNetSmall(TemplateMatchingNet):
             patch_size: Side of the matched patch at the input of the last stage, in pixels of that map; half the map
                 if None.
             concat: Concatenate value vectors, as wide as what a stage adds, to the features instead of adding them.
+            memory_efficient: Train stages over a shared buffer of features, which allows no second derivatives.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
@@ -199,7 +204,7 @@ class DenseNetSmall(TemplateMatchingNet):
                 if template_matching:
                     chs = self.tm.out_dim
             self.add_module(name, DenseStage(
-                chs, bn_size * growth_rate, growth_rate, depth, norm_act_layer=norm_act_layer, **dd))
+                chs, bn_size * growth_rate, growth_rate, depth, memory_efficient, norm_act_layer, **dd))
             chs += depth * growth_rate
             halved = i < 2 or i == 2 and self.extra_halvings > 0
             if halved:
