@@ -3,11 +3,10 @@
     python -m export onnx rn26_tm --output rn26_tm.onnx --patch-logits
 """
 import argparse
-import sys
 from pathlib import Path
 from typing import List, Optional
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import exiting_on_input_error
 
 
 def add_onnx(commands: argparse._SubParsersAction) -> None:
@@ -46,8 +45,5 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with exiting_on_input_error():
         main()
-    except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)

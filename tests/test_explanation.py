@@ -129,6 +129,15 @@ def test_command_continues_past_a_bad_image(tmp_path, capsys):
     assert len(list((tmp_path / 'out').iterdir())) == 1
 
 
+def test_images_of_one_name_get_a_picture_each(tmp_path):
+    for i, color in enumerate(('navy', 'olive', 'teal')):
+        (tmp_path / str(i)).mkdir()
+        Image.new('RGB', (32, 32), color).save(tmp_path / str(i) / 'same.png')
+    main(['explain', 'rn26_tm', *map(str, sorted(tmp_path.glob('*/same.png'))), '--output', str(tmp_path / 'out')])
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        'same-2.explained.png', 'same-3.explained.png', 'same.explained.png']
+
+
 def test_command_exits_with_2_and_one_line(tmp_path):
     run = subprocess.run(
         [sys.executable, '-m', 'timm_tmblock', 'explain', 'nothing', 'x.png'], capture_output=True, text=True)

@@ -8,11 +8,12 @@ import argparse
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import List, Optional
 
 from .checkpoint import writing
-from .errors import InputError
+from .errors import InputError, exiting_on_input_error
 from .explanation import Explainer
 
 
@@ -54,6 +55,7 @@ def run_script(args: argparse.Namespace) -> None:
 def explain(args: argparse.Namespace) -> None:
     explainer = Explainer(args.model)
     failed = []
+    seen: Counter = Counter()
     for path in map(Path, args.images):
         try:
             explanation = explainer(path)
@@ -63,7 +65,9 @@ def explain(args: argparse.Namespace) -> None:
             continue
         result = dict(image=str(path), top=explanation.top())
         if args.output:
-            picture = args.output / f'{path.stem}.explained.png'
+            seen[path.stem] += 1
+            name = path.stem if seen[path.stem] == 1 else f'{path.stem}-{seen[path.stem]}'  # of another folder
+            picture = args.output / f'{name}.explained.png'
             with writing(picture) as tmp:
                 explanation.picture(args.class_name).save(tmp, format='PNG')
                 tmp.replace(picture)
@@ -78,8 +82,5 @@ def explain(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with exiting_on_input_error():
         main()
-    except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)

@@ -1,4 +1,7 @@
 """The error of bad input."""
+import sys
+from contextlib import contextmanager
+from typing import Iterator
 
 
 class InputError(ValueError):
@@ -6,3 +9,13 @@ class InputError(ValueError):
 
     The command lines print it alone and exit with code 2.
     """
+
+
+@contextmanager
+def exiting_on_input_error() -> Iterator[None]:
+    """What each command line does with an InputError."""
+    try:
+        yield
+    except InputError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)

@@ -50,7 +50,7 @@ from tqdm import tqdm
 import timm_tmblock
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import save_weights, writing
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.task import TemplateMatchingTask
 from train import checkpoint
 from train.checkpoint import TrainState
@@ -510,10 +510,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
 
 if __name__ == '__main__':
-    try:
+    with exiting_on_input_error():
         result = main()
-    except InputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
     if Accelerator().is_main_process:
         print(json.dumps(result))

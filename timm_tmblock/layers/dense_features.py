@@ -61,7 +61,7 @@ class _Features:
         self.eps = last_norm.eps
         self.buffer = x.new_empty(channels, x.numel() // x.shape[1])
         self.mean, self.var, self.sample_var, self.invstd = last_norm.weight.detach().new_zeros(4, channels).unbind()
-        self.end = 0
+        self.first, self.end = x.shape[1], 0
         self.grad: Optional[torch.Tensor] = None  # of the buffer, while in the backward
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
@@ -88,15 +88,13 @@ class _Append(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shared: Optional[torch.Tensor], new: torch.Tensor, features: _Features) -> torch.Tensor:
-        ctx.features, ctx.start, ctx.shape = features, features.end, new.shape
+        ctx.start, ctx.shape = features.end, new.shape
         return features.append(new)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         batch_size, channels, height, width = ctx.shape
-        if ctx.start == 0:
-            ctx.features.grad = None
         # the layer before adds to the rest of the same buffer and gives it on
         return None, grad[ctx.start:].view(channels, batch_size, height, width).transpose(0, 1), None
 
@@ -117,7 +115,7 @@ class _NormActConv(torch.autograd.Function):
         y = F.batch_norm(x[None], features.mean[:c], features.var[:c], gamma, beta, eps=features.eps).relu_()[0]
         matrix = weight.flatten(1).to(x.dtype)
         ctx.features = features
-        ctx.is_last = c == len(features.buffer)
+        ctx.is_first, ctx.is_last = c == features.first, c == len(features.buffer)
         ctx.save_for_backward(x, y, gamma, matrix)
         return matrix @ y
 
@@ -131,10 +129,13 @@ class _NormActConv(torch.autograd.Function):
         grad, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
             grad[None], x[None], gamma, None, None, features.mean[:c], features.invstd[:c], True, features.eps,
             list(ctx.needs_input_grad[:3]))
-        if not ctx.needs_input_grad[0]:
-            return None, grad_gamma, grad_beta, grad_weight, None
-        if ctx.is_last:
-            features.grad = grad[0]
-        else:
-            features.grad[:c] += grad[0]
-        return features.grad[:c], grad_gamma, grad_beta, grad_weight, None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.is_last:  # the first to come here
+                features.grad = grad[0]
+            else:
+                features.grad[:c] += grad[0]
+            grad_x = features.grad[:c]
+        if ctx.is_first:
+            features.grad = None
+        return grad_x, grad_gamma, grad_beta, grad_weight, None
