@@ -3,11 +3,11 @@
 
     python benchmarks/speed.py --output benchmarks/results/cpu        # writes cpu.json and cpu.md
     python benchmarks/speed.py --device cuda --output benchmarks/results/cuda
-    python benchmarks/speed.py --only dense --rounds 3                # some of it, printed
+    python benchmarks/speed.py --only dense --seconds 5               # some of it, printed
 
-Times are of steps that alternate between the two sides of a ratio; a ratio is the median over the rounds, its range the
-quartiles. Peak memory is what one training step takes above what the process held before, each in a process of its own.
-Images are random; nothing here depends on what they show.
+Times are of steps that alternate between the two sides of a ratio; a side's time is the 10th percentile over the
+rounds, as whatever else the machine does only adds to it. Peak memory is what one training step takes above what the
+process held before, each in a process of its own. Images are random; nothing here depends on what they show.
 """
 import argparse
 import gc
@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -122,32 +123,38 @@ class Ratio:
     setting: Dict[str, Any]
     ratio: float
     quartiles: Tuple[float, float]
-    numerator: float  # seconds or bytes, median
+    numerator: float  # seconds, 10th percentile; or bytes, median
     denominator: float
+    rounds: int
     goal: Optional[float] = None
 
 
-def compare(group: str, name: str, setting: Setting, steps: Tuple[Step, Step], rounds: int, goal=None) -> Ratio:
-    """Time two steps in turn. Each turn takes at least half a second and one step."""
+def compare(group: str, name: str, setting: Setting, steps: Tuple[Step, Step], seconds: float, goal=None) -> Ratio:
+    """Time two steps in short turns of at least 50 ms, so that what else the machine does meets both."""
     timers = [Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads()) for step in steps]
     numbers = []
     for timer in timers:  # warms up too
         timer.timeit(2)
-        numbers.append(max(1, round(0.5 / timer.timeit(1).median)))
-    times = [[timer.timeit(n).median for timer, n in zip(timers, numbers)] for _ in range(rounds)]
-    ratios = sorted(a / b for a, b in times)
-    quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else [ratios[0]] * 3
-    numerator, denominator = (statistics.median(t) for t in zip(*times))
-    return Ratio(group, name, asdict(setting), statistics.median(ratios), (quartiles[0], quartiles[2]),
-                 numerator, denominator, goal)
+        numbers.append(max(1, round(0.05 / timer.timeit(1).median)))
+    times: List[List[float]] = []
+    start = time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - start < seconds:
+        times.append([timer.timeit(n).median for timer, n in zip(timers, numbers)])
+    quartiles = statistics.quantiles([a / b for a, b in times], n=4)
+    numerator, denominator = (statistics.quantiles(t, n=10, method='inclusive')[0] for t in zip(*times))
+    return Ratio(
+        group, name, asdict(setting), numerator / denominator, (quartiles[0], quartiles[2]), numerator, denominator,
+        len(times), goal)
 
 
-def compare_memory(group: str, name: str, setting: Setting, models: Tuple[str, str], rounds: int, goal=None) -> Ratio:
-    peaks = [[measure_in_process(setting, model) for model in models] for _ in range(min(rounds, 3))]
+def compare_memory(group: str, name: str, setting: Setting, models: Tuple[str, str], rounds: int = 2,
+                   goal=None) -> Ratio:
+    peaks = [[measure_in_process(setting, model) for model in models] for _ in range(rounds)]
     ratios = [a / b for a, b in peaks]
     numerator, denominator = (statistics.median(p) for p in zip(*peaks))
-    return Ratio(group, name, asdict(setting), statistics.median(ratios), (min(ratios), max(ratios)),
-                 numerator, denominator, goal)
+    return Ratio(
+        group, name, asdict(setting), numerator / denominator, (min(ratios), max(ratios)), numerator, denominator,
+        rounds, goal)
 
 
 def measure_in_process(setting: Setting, model: str) -> int:
@@ -184,12 +191,12 @@ def template_matching(args: argparse.Namespace) -> Iterator[Ratio]:
     for name, baseline in PAIRS:
         label = f'{name} / {baseline}'
         yield compare('Template matching over its baseline, training step', label, setting,
-                      (train_step(setting, name), train_step(setting, baseline)), args.rounds, 1.05)
+                      (train_step(setting, name), train_step(setting, baseline)), args.seconds, 1.05)
         for s in (setting, single):
             yield compare('Template matching over its baseline, inference', label, s,
-                          (inference(s, name), inference(s, baseline)), args.rounds, 1.03)
+                          (inference(s, name), inference(s, baseline)), args.seconds, 1.03)
             yield compare('Template matching over its baseline, inference, both fused', label, s,
-                          (inference(s, name, fused=True), inference(s, baseline, fused=True)), args.rounds, 1.03)
+                          (inference(s, name, fused=True), inference(s, baseline, fused=True)), args.seconds, 1.03)
 
 
 def fused(args: argparse.Namespace) -> Iterator[Ratio]:
@@ -197,7 +204,7 @@ def fused(args: argparse.Namespace) -> Iterator[Ratio]:
                     Setting(args.device, 1, 'float32')):
         for name in ('rn26_tm', 'wrn16_tm', 'dn100_tm'):
             yield compare('Fused over unfused, inference', name, setting,
-                          (inference(setting, name, fused=True), inference(setting, name)), args.rounds)
+                          (inference(setting, name, fused=True), inference(setting, name)), args.seconds)
 
 
 def dense(args: argparse.Namespace) -> Iterator[Ratio]:
@@ -205,18 +212,18 @@ def dense(args: argparse.Namespace) -> Iterator[Ratio]:
         for memory_format in FORMATS:
             setting = Setting(args.device, args.batch_size, precision, memory_format)
             yield compare("dn100 over timm's DenseNet layers, training step", 'time', setting,
-                          (train_step(setting, 'dn100'), train_step(setting, 'timm')), args.rounds, 0.9)
+                          (train_step(setting, 'dn100'), train_step(setting, 'timm')), args.seconds, 0.9)
             yield compare_memory("dn100 over timm's DenseNet layers, training step", 'peak memory', setting,
-                                 ('dn100', 'timm'), args.rounds, 0.9)
+                                 ('dn100', 'timm'), goal=0.9)
 
 
 def compiled(args: argparse.Namespace) -> Iterator[Ratio]:
     setting = Setting(args.device, args.batch_size)
     for name in ('rn26_tm', 'wrn16_tm'):
         yield compare('Eager over compiled', f'{name}, training step', setting,
-                      (train_step(setting, name), train_step(setting, name, compiled=True)), args.rounds)
+                      (train_step(setting, name), train_step(setting, name, compiled=True)), args.seconds)
         yield compare('Eager over compiled', f'{name}, inference', setting,
-                      (inference(setting, name), inference(setting, name, compiled=True)), args.rounds)
+                      (inference(setting, name), inference(setting, name, compiled=True)), args.seconds)
 
 
 def maximizers(args: argparse.Namespace) -> Iterator[Ratio]:
@@ -227,7 +234,7 @@ def maximizers(args: argparse.Namespace) -> Iterator[Ratio]:
         return 'rn20 ' + json.dumps(dict(maximizer='perturbed', maximizer_kwargs=dict(num_samples=samples)))
 
     yield compare(group, 'softmax / bn_relu, time', setting,
-                  (train_step(setting, 'rn20', maximizer='softmax'), train_step(setting, 'rn20')), args.rounds)
+                  (train_step(setting, 'rn20', maximizer='softmax'), train_step(setting, 'rn20')), args.seconds)
     yield compare_memory(group, 'perturbed, 600 / 6 samples, peak memory', setting,
                          (perturbed(600), perturbed(6)), 1)
     yield compare_memory(group, 'perturbed, 600 samples / bn_relu, peak memory', setting, (perturbed(600), 'rn20'), 1)
@@ -241,24 +248,25 @@ def render(result: Dict[str, Any]) -> str:
     machine, lines = result['machine'], []
     lines.append(
         f'`{result["command"]}` on {machine["hardware"]}; torch {machine["torch"]}, timm {machine["timm"]}, '
-        f'timm-tmblock {machine["timm_tmblock"]}, Python {machine["python"]}. Images of 32×32; medians of '
-        f'{result["rounds"]} rounds, in brackets the quartiles (of memory, smallest and largest). '
-        f'Below 1 the first side is faster or smaller.')
+        f'timm-tmblock {machine["timm_tmblock"]}, Python {machine["python"]}. Images of 32×32. The two sides of '
+        f'a ratio took turns; a time is the 10th percentile over the rounds, in brackets are the quartiles of the '
+        f"rounds' own ratios (of memory, smallest and largest). Below 1 the first side is faster or smaller.")
     ratios = [Ratio(**r) for r in result['ratios']]
     groups = list(dict.fromkeys(r.group for r in ratios))
     group = None
     for ratio in sorted(ratios, key=lambda r: groups.index(r.group)):
         if ratio.group != group:
             group = ratio.group
-            lines += ['', f'## {group}', '', '| | batch | precision | memory format | ratio | goal | first | second |',
-                      '|---|---|---|---|---|---|---|---|']
+            columns = ['', 'batch', 'precision', 'memory format', 'ratio', 'goal', 'first', 'second', 'rounds']
+            lines += ['', f'## {group}', '', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
         s, goal = ratio.setting, '' if ratio.goal is None else f'≤ {ratio.goal:.2f}'
         first, second = (
             f'{v / 2 ** 20:.0f} MiB' if 'memory' in ratio.name else f'{v * 1e3:.3g} ms' if v < 1 else f'{v:.2f} s'
             for v in (ratio.numerator, ratio.denominator))
         lines.append(
             f'| {ratio.name} | {s["batch_size"]} | {s["precision"]} | {s["memory_format"]} '
-            f'| {ratio.ratio:.3f} [{ratio.quartiles[0]:.3f}, {ratio.quartiles[1]:.3f}] | {goal} | {first} | {second} |')
+            f'| {ratio.ratio:.3f} [{ratio.quartiles[0]:.3f}, {ratio.quartiles[1]:.3f}] | {goal} | {first} | {second} '
+            f'| {ratio.rounds} |')
     return '# Speed and memory\n\n' + '\n'.join(lines) + '\n'
 
 
@@ -266,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--seconds', type=float, default=15., help='of measurement for each ratio of times')
     parser.add_argument('--only', nargs='+', choices=GROUPS, default=list(GROUPS))
     parser.add_argument('--output', type=Path, help='files to write, without their suffixes .json and .md')
     parser.add_argument('--peak-memory-of', help=argparse.SUPPRESS)
@@ -287,7 +295,6 @@ def main() -> None:
         torch.compiler.reset()
     result = dict(
         command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
-        rounds=args.rounds,
         machine=dict(
             hardware=describe_hardware(torch.device(args.device)), torch=torch.__version__, timm=timm.__version__,
             timm_tmblock=timm_tmblock.__version__, python=platform.python_version()),
