@@ -1,8 +1,9 @@
 """Settings of a training run: flags, and YAML recipes that set them."""
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, List, NoReturn, Optional
+from typing import Any, Iterator, List, NoReturn, Optional
 
 import yaml
 from timm.utils import ParseKwargs
@@ -108,6 +109,18 @@ def create_parser() -> Parser:
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--report-to', choices=['tensorboard', 'none'], default='tensorboard')
     return parser
+
+
+@contextmanager
+def refusing(settings: str) -> Iterator[None]:
+    """Turn what a library says of settings it cannot take into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as e:
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise InputError(f'{settings} cannot be used: {reason}') from e
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

@@ -39,7 +39,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from timm.data import Mixup
-from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -48,13 +47,12 @@ from timm.utils import ModelEmaV3, unwrap_model
 from tqdm import tqdm
 
 import timm_tmblock
-from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.task import TemplateMatchingTask
 from train import checkpoint
 from train.checkpoint import TrainState
-from train.config import SETTINGS, dump_args, parse_args
+from train.config import SETTINGS, dump_args, parse_args, refusing
 from train.data import (
     DataConfig,
     InMemoryLoader,
@@ -66,18 +64,7 @@ from train.data import (
     open_dataset,
 )
 from train.meter import Meter
-
-
-@contextmanager
-def refusing(settings: str) -> Iterator[None]:
-    """Turn what a library says of settings it cannot take into one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as e:
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
-        raise InputError(f'{settings} cannot be used: {reason}') from e
+from train.model import check_model_name, create_model, network, resolve_img_size
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -114,32 +101,6 @@ def create_folder_name(args: Namespace) -> Path:
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
     return folder
-
-
-def check_model_name(name: str) -> None:
-    if not timm.is_model(name):
-        near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
-        raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
-
-
-def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
-    """Image size. `--img-size` becomes an argument of models whose layout depends on it."""
-    has_layout = cfg.fixed_input_size or timm.model_entrypoint(args.model).__module__.startswith('timm_tmblock.')
-    if args.img_size and has_layout:
-        args.model_kwargs.setdefault('img_size', args.img_size)
-    return to_2tuple(args.model_kwargs.get('img_size') or args.img_size or cfg.input_size[1:])
-
-
-def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
-    with refusing(f'These settings of {args.model}'):
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained,
-            num_classes=len(class_names),
-            drop_rate=args.drop,
-            **args.model_kwargs,
-        )
-        return PatchSupervised(model) if args.aux_head else model
 
 
 def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, Loader, DataConfig, List[str]]:
@@ -198,12 +159,6 @@ def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, L
     if names[0] != names[1]:
         raise InputError(f'The classes of {args.train_split!r} and {args.val_split!r} differ; they must be the same.')
     return loaders[0], loaders[1], config, names[0]
-
-
-def network(model: torch.nn.Module) -> torch.nn.Module:
-    """What is left of a model after training."""
-    model = unwrap_model(model)
-    return model.model if isinstance(model, PatchSupervised) else model
 
 
 def create_task(args: Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
