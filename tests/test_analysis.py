@@ -109,6 +109,7 @@ def test_thresholds_of_zero_and_of_dead_kernels_are_left_out(trained_like):
     ('dn100', {}, 1, 'no BN-ReLU after a 3x3'),
     ('rn20', dict(maximizer='softmax'), 1, 'no BN-ReLU after a 3x3'),
     ('rn20', {}, 0, 'no images'),
+    ('rn20', {}, 1, 'as before training'),
 ])
 def test_what_cannot_be_measured_is_refused(name, kwargs, batches, message):
     with pytest.raises(ValueError, match=message):

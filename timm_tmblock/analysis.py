@@ -61,7 +61,7 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
         batches: Images (B, C, H, W), as normalised for the model.
 
     Raises:
-        ValueError: If there are no images, or the model has no such layers.
+        ValueError: If there are no images, or the model has no such layers or is not trained.
     """
     norms = dict(_norms_after_3x3(model))
     if not norms:
@@ -91,7 +91,10 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
     layer_mu = {}
     for name, norm in norms.items():
         mu = match_threshold(norm)
-        layer_mu[name] = mu[mu.isfinite() & (mu != 0)].mean().item()
+        mu = mu[mu.isfinite() & (mu != 0)]
+        if not len(mu):
+            raise ValueError(f'All thresholds of {name} are 0, as before training; give a trained network.')
+        layer_mu[name] = mu.mean().item()
     return MaximizerConstants(
         sum(layer_mu.values()) / len(norms), sum(layer_eta.values()) / len(norms), layer_mu, layer_eta)
 
