@@ -1,21 +1,16 @@
 """Batches: the right pixels, each image as often as it should be, the same again after a restart."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from timm_tmblock.errors import InputError
-from train.data import (
-    DataConfig,
-    InMemoryLoader,
-    InMemorySet,
-    StreamingLoader,
-    decode,
-    fits_in_memory,
-    get_class_names,
-    open_dataset,
-    random_crop_flip,
-)
+from train.augment import DataConfig
+from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset
+from train.failure import naming_failures
+from train.loader import InMemoryLoader, StreamingLoader
 
 CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -27,41 +22,6 @@ def make_set(n=22) -> InMemorySet:
 
 def make_loader(training=True, dataset=None, batch_size=5, config=CONFIG, **kwargs) -> InMemoryLoader:
     return InMemoryLoader(dataset or make_set(), config, batch_size, torch.device('cpu'), training=training, **kwargs)
-
-
-def crops_of(image: np.ndarray, padding: int, mode: str, fill) -> dict:
-    """Every crop of a padded image, plain and mirrored, made by numpy."""
-    h, w = image.shape[1:]
-    if mode == 'constant':
-        padded = np.stack([np.pad(c, padding, constant_values=f) for c, f in zip(image, fill)])
-    else:
-        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode='reflect')
-    crops = {}
-    for i in range(2 * padding + 1):
-        for j in range(2 * padding + 1):
-            crop = padded[:, i:i + h, j:j + w]
-            crops[crop.tobytes()] = (i, j, False)
-            crops[crop[:, :, ::-1].tobytes()] = (i, j, True)
-    return crops
-
-
-@pytest.mark.parametrize('size', [(8, 8), (6, 9)])
-@pytest.mark.parametrize('mode', ['reflect', 'constant'])
-def test_crops_are_those_of_the_padded_image_and_all_occur(mode, size):
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    config = DataConfig(input_size=(3, *size), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), padding=2, padding_mode=mode)
-    fill = [round(255 * m) for m in config.mean]
-    expected = crops_of(image.numpy(), 2, mode, fill)
-    out = random_crop_flip(image.expand(2000, -1, -1, -1), config, torch.Generator().manual_seed(0))
-    seen = {expected[np.ascontiguousarray(o).tobytes()] for o in out.numpy()}
-    assert len(seen) == 5 * 5 * 2
-
-
-@pytest.mark.parametrize('batch_size', [1, 2, 5])
-def test_without_padding_and_flip_images_stay(batch_size):
-    images = make_set().images[:batch_size]
-    config = DataConfig(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), padding=0, hflip=0.)
-    assert torch.equal(random_crop_flip(images, config, torch.Generator()), images)
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
@@ -164,7 +124,7 @@ def test_sample_is_stratified():
 
 def test_larger_sets_stream(folder):
     dataset = open_dataset(str(folder), 'validation')
-    assert fits_in_memory(dataset, CONFIG, 1.) and not fits_in_memory(dataset, CONFIG, 1e-6)
+    assert fits_in_memory(len(dataset), CONFIG, 1.) and not fits_in_memory(len(dataset), CONFIG, 1e-6)
     loader = StreamingLoader(dataset, CONFIG, 3, torch.device('cpu'), num_workers=0)
     targets = torch.cat([t for _, t in loader.epoch(0)])
     assert sorted(targets.tolist()) == [0] * 4 + [1] * 4
@@ -172,6 +132,33 @@ def test_larger_sets_stream(folder):
     images = torch.cat([x for x, _ in loader.epoch(0)])
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
     torch.testing.assert_close(images, (expected.images / 255 - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_streamed_epoch_taken_up_in_the_middle_goes_on_the_same(folder, num_workers):
+    def make():
+        config = replace(CONFIG, policy='rand-m9-mstd0.5-inc1', re_prob=0.5)
+        return StreamingLoader(
+            open_dataset(str(folder), 'train'), config, 2, torch.device('cpu'), training=True, seed=3,
+            num_workers=num_workers)
+
+    loader = make()
+    first, whole = list(loader.epoch(4)), list(loader.epoch(5))
+    rest = list(make().epoch(5, start=2))
+    assert len(whole) == 4 and len(rest) == 2
+    assert any(not torch.equal(a, b) for (a, _), (b, _) in zip(first, whole))
+    for (a, b), (c, d) in zip(whole[2:], rest):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_workers):
+    (folder / 'train' / 'bee' / '1.png').write_bytes(b'')
+    loader = StreamingLoader(
+        open_dataset(str(folder), 'train'), CONFIG, 2, torch.device('cpu'), training=True, num_workers=num_workers)
+    with pytest.raises(InputError, match=r'cannot be read.*bee/1\.png') as error, naming_failures(None):
+        list(loader.epoch(0))
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name, split, kwargs, message', [

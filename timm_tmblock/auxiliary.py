@@ -3,10 +3,11 @@
 The patch classifier of section 3.3 on the output of stage 3, used for the loss of equation 3.1 and nothing else, from
 `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992 (section 4.2)
 """
-from typing import Tuple, Union
+from typing import Callable, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.models import group_parameters
 
 from .layers import PatchClassifier
 from .models._base import TemplateMatchingNet
@@ -56,6 +57,13 @@ class PatchSupervised(nn.Module):
     def get_patch_classifier(self) -> nn.Module:
         """Get the module whose class scores are the patch logits."""
         return self.aux
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer of each parameter, for layer-wise learning rates: the model's, with `aux` in the last one."""
+        layers = group_parameters(self.model, self.model.group_matcher(coarse), reverse=True)
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix('model.'), last)
 
     def forward(self, x: torch.Tensor) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Logits (B, num_classes), in training also patch logits (B, num_classes, H/r, W/r)."""

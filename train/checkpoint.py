@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from timm_tmblock.checkpoint import remove, writing
@@ -27,9 +28,13 @@ class TrainState:
     batch: int = 0  # batches of it already used
     update: int = 0  # optimizer updates in all
     seconds: float = 0.  # time in all, validation included
+    epoch_seconds: List[float] = field(default_factory=list)  # of training, by epoch
     best: Optional[Dict[str, Any]] = None  # epoch and metrics of best.safetensors
+    kept: List[Dict[str, Any]] = field(default_factory=list)  # epoch and accuracy of history/, the best first
     history: List[Dict[str, Any]] = field(default_factory=list)  # metrics of each epoch
-    running: Dict[str, float] = field(default_factory=dict)  # sums over the epoch in progress
+    running: List[Dict[str, float]] = field(default_factory=list)  # sums over the epoch in progress, by process
+    layout: Dict[str, int] = field(default_factory=dict)  # what a batch number means
+    run_id: str = ''  # the run's name among trackers
 
 
 def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, ema: Optional[torch.nn.Module]) -> None:
@@ -41,40 +46,87 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
     path = folder / 'checkpoints' / f'update-{state.update:08d}'
     with writing(path) as tmp:
         accelerator.save_state(str(tmp))
-        if accelerator.is_main_process:
-            if ema is not None:
-                save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, tmp / 'ema.safetensors')
-            (tmp / 'state.json').write_text(json.dumps(asdict(state)))
+        if accelerator.is_main_process and ema is not None:
+            save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, tmp / 'ema.safetensors')
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))
+            for file in tmp.rglob('*'):
+                _flush(file)  # the name must not reach the disk before the content
             remove(path)
             os.replace(tmp, path)
+            _flush(path.parent)
         accelerator.wait_for_everyone()  # nobody cleans up before the rename
     if accelerator.is_main_process:
         for old in find_checkpoints(folder)[:-KEEP]:
             remove(old)
 
 
+def _measure(path: Path) -> Dict[str, int]:
+    return {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob('*')) if p.is_file()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        files = json.loads((path / 'state.json').read_text())['files']
+        found = _measure(path)
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(found.get(name) == size for name, size in files.items())
+
+
 def find_checkpoints(folder: Path) -> List[Path]:
     """Complete checkpoints of an experiment folder, oldest first."""
-    return sorted(p.parent for p in folder.glob('checkpoints/update-*/state.json'))
+    return sorted(path for path in folder.glob('checkpoints/update-*') if _is_complete(path))
 
 
-def load_checkpoint(folder: Path, accelerator: Accelerator, ema: Optional[torch.nn.Module]) -> TrainState:
+def load_checkpoint(
+        folder: Path,
+        accelerator: Accelerator,
+        ema: Optional[torch.nn.Module],
+        layout: Dict[str, int],
+) -> TrainState:
     """Restore the newest checkpoint of an experiment folder.
 
+    Args:
+        folder: Experiment folder.
+        accelerator: What was prepared is restored.
+        ema: Its weights are restored, if there are any.
+        layout: Processes and batch size of this run, which decide what a batch number means.
+
     Raises:
-        InputError: If there is none, or it is of another model.
+        InputError: If there is none, it is of another model, or lies within an epoch divided otherwise.
     """
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
         raise InputError(f'{folder} holds no checkpoint to resume from; give the folder of an earlier run.')
     path = checkpoints[-1]
     try:
+        content = json.loads((path / 'state.json').read_text())
+        content.pop('files')
+        state = TrainState(**content)
+        if state.layout != layout and state.batch:
+            changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
+            raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the same.')
         accelerator.load_state(str(path))
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))
-        return TrainState(**json.loads((path / 'state.json').read_text()))
-    except (RuntimeError, ValueError, KeyError, OSError) as e:
+        return state
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as e:
         reason = str(e).strip().split('\n')[0]
         raise InputError(f'Checkpoint {path} does not fit this run ({reason}); resume with the same settings.') from e
+
+
+def gather_running(sums: Dict[str, float]) -> List[Dict[str, float]]:
+    """The running sums of every process, in their order."""
+    return gather_object([sums])

@@ -3,7 +3,7 @@ import argparse
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, NoReturn, Optional
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
@@ -35,7 +35,8 @@ def create_parser() -> Parser:
         allow_abbrev=False,
     )
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe; flags on the command line override it')
+    parser.add_argument('-c', '--config', metavar='FILE', help=(
+        "YAML recipe; its key 'base' names another one that it changes, flags on the command line override both"))
 
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', default='sample', help=(
@@ -44,17 +45,26 @@ def create_parser() -> Parser:
     group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
     group.add_argument('--train-split', default='train')
-    group.add_argument('--val-split', default='test')
+    group.add_argument('--val-split', help='images that choose the best weights; by default a part of the train split')
+    group.add_argument('--val-fraction', type=float, help=(
+        'part of the train split held out for that choice, 0.1 if not given; 0: train on all, keep the last weights'))
+    group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
+    group.add_argument('--pool', type=float, nargs=3, metavar='SIZE', help=(
+        'pool the splits and divide them anew for training, validation and test; 65 15 20 in the paper'))
+    group.add_argument('--split-seed', type=int, default=0, help='of the parts that are held out or divided')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
-    group.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
+    group.add_argument('--workers', type=int, default=4, help='processes that decode larger sets and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('--val-batch-size', type=positive, default=256)
+    group.add_argument('--interpolation', help="of images that are resized; the model's if not given")
+    group.add_argument('--crop-pct', type=float, help="share of a resized image that is kept; the model's if not given")
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
     group.add_argument('--pretrained', action=boolean, default=False)
+    group.add_argument('--initial-checkpoint', metavar='FILE', help='safetensors weights to start from')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--img-size', type=positive, help=(
         "side the images are resized to and the model is laid out for; the model's if not given"))
@@ -63,35 +73,69 @@ def create_parser() -> Parser:
     group.add_argument('--drop', type=float, default=0., help='dropout rate before the classifier')
     group.add_argument('--patch-loss-weight', type=float, default=0.5, help='lambda of equation 3.1')
     group.add_argument('--channels-last', action=boolean, default=True)
+    group.add_argument('--grad-checkpointing', action=boolean, default=False, help='less memory for more time')
+    group.add_argument('--sync-bn', action=boolean, default=False, help='batch statistics over all processes, on GPUs')
+    group.add_argument('--dist-bn', choices=['broadcast', 'reduce'], default='broadcast', help=(
+        "running statistics that are validated and kept: the main process's, or the mean of all"))
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
     group.add_argument('--mean', type=float, nargs='+', help="of the set's pixels in [0, 1]; the model's if not given")
     group.add_argument('--std', type=float, nargs='+')
 
     group = parser.add_argument_group('optimizer, by timm')
     group.add_argument('--opt', default='adam')
-    group.add_argument('--lr', type=float, default=1e-3)
+    group.add_argument('--lr', type=float, help='learning rate, 0.001 if neither this nor --lr-base is given')
+    group.add_argument('--lr-base', type=float, help='learning rate at --lr-base-size images an update')
+    group.add_argument('--lr-base-size', type=positive, default=256)
+    group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help='how it grows with images')
     group.add_argument('--weight-decay', type=float, default=1e-4)
     group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--opt-eps', type=float)
+    group.add_argument('--opt-betas', type=float, nargs='+')
     group.add_argument('--opt-args', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
-    group.add_argument('--clip-grad', type=float, help='largest gradient norm')
+    group.add_argument('--layer-decay', type=float, help='factor of the learning rate from a layer to the one below')
+    group.add_argument('--layer-decay-min-scale', type=float)
+    group.add_argument('--clip-grad', type=float, help='bound of the gradients')
+    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm')
     group.add_argument('--grad-accum-steps', type=positive, default=1)
 
     group = parser.add_argument_group('schedule, by timm, stepped each update')
     group.add_argument('--epochs', type=positive, default=30)
-    group.add_argument('--sched', default='cosine')
+    group.add_argument('--max-steps', type=positive, help='length of the schedule in updates, in place of --epochs')
+    group.add_argument('--sched', default='cosine', help='cosine, poly, step, multistep, tanh, wsd, rsqrt, constant')
     group.add_argument('--warmup-epochs', type=float, default=0.)
     group.add_argument('--warmup-lr', type=float, default=1e-5)
+    group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to the epochs')
+    group.add_argument('--cooldown-epochs', type=float, default=0.)
     group.add_argument('--min-lr', type=float, default=0.)
     group.add_argument('--decay-rate', type=float, default=0.1, help="factor of 'step', power of 'poly'")
-    group.add_argument('--decay-epochs', type=float, default=90)
+    group.add_argument('--decay-epochs', type=float, help="between steps (90 if not given), or the decay of 'wsd'")
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
+    group.add_argument('--lr-noise', type=float, nargs='+', help='fractions of the schedule where noise starts, ends')
+    group.add_argument('--lr-noise-pct', type=float, default=0.67)
+    group.add_argument('--lr-noise-std', type=float, default=1.)
+    group.add_argument('--lr-cycle-mul', type=float, default=1.)
+    group.add_argument('--lr-cycle-decay', type=float, default=0.5)
+    group.add_argument('--lr-cycle-limit', type=positive, default=1)
+    group.add_argument('--lr-k-decay', type=float, default=1.)
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--padding', type=int, default=4, help='random crop after padding by this many pixels')
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect')
     group.add_argument('--hflip', type=float, default=0.5)
+    group.add_argument('--aa', metavar='POLICY', help=(
+        "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', ..."))
+    group.add_argument('--reprob', type=float, default=0., help='probability of random erasing')
+    group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const')
+    group.add_argument('--recount', type=positive, default=1, help='largest number of rectangles erased')
     group.add_argument('--mixup', type=float, default=0., help='alpha of mixup, 0 for none')
     group.add_argument('--cutmix', type=float, default=0., help='alpha of cutmix, 0 for none')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, help='range of the side of the part that is cut')
+    group.add_argument('--mixup-prob', type=float, default=1., help='of a batch to be mixed at all')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='of cutmix where both are on')
+    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, help='first epoch without mixing; 0: none')
     group.add_argument('--smoothing', type=float, default=0., help='label smoothing')
 
     group = parser.add_argument_group('EMA of the weights, by timm')
@@ -99,15 +143,31 @@ def create_parser() -> Parser:
     group.add_argument('--model-ema-decay', type=float, default=0.998)
     group.add_argument('--model-ema-warmup', action=boolean, default=True)
 
+    group = parser.add_argument_group('distillation')
+    group.add_argument('--kd-model-name', metavar='NAME', help='teacher: a model of timm or of the Hub, with weights')
+    group.add_argument('--kd-checkpoint', metavar='FILE', help='weights of the teacher; those of this script name it')
+    group.add_argument('--kd-temperature', type=float, default=4.)
+    group.add_argument('--task-loss-weight', type=float, help='of the loss without the teacher, 1 if not given')
+    group.add_argument('--distill-loss-weight', type=float, help=(
+        "of the teacher's part; if not given, 1 - task-loss-weight where that is given, else 1"))
+
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
     group.add_argument('--resume', metavar='FOLDER', help='continue this experiment, with its settings')
     group.add_argument('--checkpoint-interval', type=int, default=0, help='updates between checkpoints; 0: each epoch')
+    group.add_argument('--checkpoint-hist', type=int, default=0, help='keep the weights of this many best epochs')
+    group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
+    group.add_argument('--log-interval', type=int, default=50, help='updates between values sent to trackers; 0: none')
+    group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
+        "'flip': report accuracy averaged with the mirrored image too"))
+    group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
     group.add_argument('--seed', type=int, default=42)
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
-    group.add_argument('--report-to', choices=['tensorboard', 'none'], default='tensorboard')
+    group.add_argument('--report-to', nargs='+', default=['tensorboard'], metavar='TRACKER', help=(
+        "tensorboard, wandb, mlflow, trackio, ... (Accelerate's), 'all' that are installed, or 'none'"))
+    group.add_argument('--project', default='timm-tmblock', help='name the trackers file the run under')
     return parser
 
 
@@ -134,7 +194,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
-    flags = [flag for recipe in recipes for flag in _recipe_flags(parser, recipe)]
+    flags = [flag for recipe in recipes for flag in _recipe_flags(parser, Path(recipe))]
     return parser.parse_args(flags + argv)
 
 
@@ -143,23 +203,29 @@ def dump_args(args: argparse.Namespace) -> str:
     return yaml.safe_dump({k: v for k, v in vars(args).items() if k not in ('config', 'resume')})
 
 
-def _recipe_flags(parser: Parser, path: str) -> List[str]:
-    """A YAML recipe as the flags it stands for, so that both pass the same checks."""
+def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f'The recipe {path} is its own base.')
     try:
-        with open(path) as f:
-            recipe = yaml.safe_load(f) or {}
-    except (OSError, yaml.YAMLError) as e:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise InputError(f'Cannot read the recipe {path}: {" ".join(str(e).split())}') from e
     if not isinstance(recipe, dict):
         raise InputError(f'The recipe {path} must map setting names to values.')
+    base = recipe.pop('base', None)
+    if base is None:
+        return recipe
+    return {**_read_recipe(path.parent / str(base), (*seen, path.resolve())), **recipe}
+
+
+def _recipe_flags(parser: Parser, path: Path) -> List[str]:
+    """A YAML recipe as the flags it stands for, so that both pass the same checks."""
+    recipe = _read_recipe(path)
     known = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
     unknown = sorted(str(k) for k in recipe if k not in known)
     if unknown:
         raise InputError(f'The recipe {path} has unknown keys: {", ".join(unknown)}; see train.py --help.')
-    flags: List[str] = []
-    for key, value in recipe.items():
-        flags += _flag(known[key], value)
-    return flags
+    return [flag for key, value in recipe.items() for flag in _flag(known[key], value)]
 
 
 def _flag(action: argparse.Action, value: Any) -> List[str]:

@@ -1,8 +1,10 @@
 """Means over a training epoch."""
-from typing import Dict, Optional
+from typing import Callable, Dict, List, Optional
 
 import torch
 from accelerate import Accelerator
+
+from timm_tmblock.errors import InputError
 
 
 class Meter:
@@ -11,10 +13,15 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: Dict[str, torch.Tensor] = {}
+        self.bad_update = torch.full((), torch.inf, device=device)  # the first with a loss that is not finite
+        self.bad_lr = torch.zeros((), device=device)
 
-    def update(self, result: Dict[str, torch.Tensor], targets: torch.Tensor) -> None:
+    def update(self, result: Dict[str, torch.Tensor], targets: torch.Tensor, update: int, lr: float) -> None:
         """Add the scalars of a task's result, and the top-1 accuracy against hard targets."""
         values = {k: v.detach() for k, v in result.items() if v.ndim == 0}
+        first = ~values['loss'].isfinite() & self.bad_update.isinf()
+        self.bad_update = torch.where(first, float(update), self.bad_update)
+        self.bad_lr = torch.where(first, lr, self.bad_lr)
         values['top1'] = (result['output'].detach().argmax(1) == targets).float().mean() * 100
         values['batches'] = torch.ones((), device=self.device)
         for k, v in values.items():
@@ -26,8 +33,28 @@ class Meter:
         batches = sums['batches'].item()
         return {k: v.item() / batches for k, v in sums.items() if k != 'batches'}
 
+    def check_finite(self, resumption: Callable[[], str], accelerator: Optional[Accelerator] = None) -> None:
+        """Stop a run whose loss has gone.
+
+        Args:
+            resumption: Says where the run can be taken up again.
+            accelerator: Ask all processes, so that none writes down what has gone wrong on another.
+
+        Raises:
+            InputError: If a loss was not finite.
+        """
+        bad = torch.stack([self.bad_update, self.bad_lr])[None]
+        bad = (bad if accelerator is None else accelerator.gather(bad)).cpu()
+        update, lr = min(bad.tolist())
+        if update != float('inf'):
+            raise InputError(
+                f'The loss was not finite in update {update + 1:.0f}, at learning rate {lr:g}; {resumption()}. '
+                f'Use a lower --lr, a longer warmup, or --clip-grad.')
+
     def state_dict(self) -> Dict[str, float]:
         return {k: v.item() for k, v in self.sums.items()}
 
-    def load_state_dict(self, state: Dict[str, float]) -> None:
+    def load_state_dict(self, states: List[Dict[str, float]], process: int) -> None:
+        """Take up this process's sums, or all on the first where the number of processes has changed."""
+        state = states[process] if process < len(states) else {}
         self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.device) for k, v in state.items()}

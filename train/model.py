@@ -1,14 +1,16 @@
 """The network to train: its name, its image size, and what is left of it after training."""
 from argparse import Namespace
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 import timm
 import torch
+from accelerate import Accelerator
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
+from timm_tmblock.checkpoint import read_description
 from timm_tmblock.errors import InputError
 from train.config import refusing
 
@@ -28,14 +30,24 @@ def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
 
 
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
+    overlay = None
+    if args.initial_checkpoint:
+        description = read_description(args.initial_checkpoint)
+        if description.get('model', args.model) != args.model:
+            raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
+        # the classifier is kept where the number of classes is the same, as with any weights of timm
+        overlay = dict(file=args.initial_checkpoint, num_classes=description.get('num_classes', len(class_names)))
     with refusing(f'These settings of {args.model}'):
         model = timm.create_model(
             args.model,
-            pretrained=args.pretrained,
+            pretrained=args.pretrained or overlay is not None,
+            pretrained_cfg_overlay=overlay,
             num_classes=len(class_names),
             drop_rate=args.drop,
             **args.model_kwargs,
         )
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
         return PatchSupervised(model) if args.aux_head else model
 
 
@@ -43,3 +55,11 @@ def network(model: torch.nn.Module) -> torch.nn.Module:
     """What is left of a model after training."""
     model = unwrap_model(model)
     return model.model if isinstance(model, PatchSupervised) else model
+
+
+def network_weights(model: torch.nn.Module, accelerator: Accelerator) -> Dict[str, torch.Tensor]:
+    """Weights of `network(model)`, gathered where processes share them out. All processes call this."""
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in accelerator.get_state_dict(model).items()}
+    if isinstance(unwrap_model(model), PatchSupervised):
+        return {k.removeprefix('model.'): v for k, v in weights.items() if k.startswith('model.')}
+    return weights

@@ -10,26 +10,28 @@ With a recipe, in bfloat16, on all GPUs of this machine:
     accelerate launch --mixed_precision bf16 train/train.py -c train/recipes/cifar10/rn26_tm.yaml \
         --dataset hfds/uoft-cs/cifar10
 
-Continue a run that was stopped:
+In a notebook, where there is no command line:
+
+    accelerate.notebook_launcher(train.train.main, (["--epochs", "5"],), num_processes=1)
+
+Continue a run that was stopped, or measure what it has:
 
     python train/train.py --resume output/EXPERIMENT
+    python train/train.py --resume output/EXPERIMENT --eval-only --test-split test
 
 Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the paper, the others with cross-entropy.
 The last line of output is the result as JSON.
 """
-import csv
 import json
-import math
 import platform
-import re
 import signal
 import sys
 import time
+import uuid
 from argparse import Namespace
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -37,138 +39,72 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.models import PretrainedCfg
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationEvaluator, ClassificationTask, TrainingTask, evaluation_sample_limit
-from timm.utils import ModelEmaV3, unwrap_model
+from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
 import timm_tmblock
-from timm_tmblock.checkpoint import save_weights, writing
+from timm_tmblock.checkpoint import load_model, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
-from timm_tmblock.task import TemplateMatchingTask
-from train import checkpoint
+from train import checkpoint, record
+from train.augment import DataConfig
 from train.checkpoint import TrainState
 from train.config import SETTINGS, dump_args, parse_args, refusing
-from train.data import (
-    DataConfig,
-    InMemoryLoader,
-    Loader,
-    StreamingLoader,
-    decode,
-    fits_in_memory,
-    get_class_names,
-    open_dataset,
-)
+from train.data import InMemorySet, get_class_names
+from train.engine import create_accelerator, describe_hardware, start_trackers
+from train.evaluation import validate
+from train.failure import check_disk_space, naming_failures
+from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
-from train.model import check_model_name, create_model, network, resolve_img_size
+from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
+from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
+from train.splits import load_parts, open_splits
+from train.task import create_task, create_teacher
 
 
-def create_accelerator(args: Namespace) -> Accelerator:
-    if args.device != 'auto' and args.device != 'cpu':
-        available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
-        if not available:
-            raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
-    with refusing('These settings of Accelerate'):
-        accelerator = Accelerator(
-            cpu=args.device == 'cpu',
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.grad_accum_steps,
-            log_with=None if args.report_to == 'none' else args.report_to,
-            project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
-        )
-    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
-        raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
-    return accelerator
-
-
-def create_folder_name(args: Namespace) -> Path:
-    """The experiment folder, the same on every process.
-
-    Raises:
-        InputError: If there is no run to resume, or there is one that was not to be resumed.
-    """
-    if args.resume:
-        if not Path(args.resume).is_dir():
-            raise InputError(f'There is no experiment folder {args.resume} to resume.')
-        return Path(args.resume)
-    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}']
-    folder = Path(args.output) / broadcast_object_list(names)[0]
-    if checkpoint.find_checkpoints(folder):
-        raise InputError(
-            f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
-    return folder
-
-
-def create_loaders(args: Namespace, accelerator: Accelerator) -> Tuple[Loader, Loader, DataConfig, List[str]]:
-    """Training and validation loader, the input they give, and the class names."""
+def create_data_config(args: Namespace) -> DataConfig:
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     config = DataConfig(
         input_size=(args.model_kwargs.get('in_chans', cfg.input_size[0]), *resolve_img_size(args, cfg)),
         mean=tuple(args.mean or cfg.mean),
         std=tuple(args.std or cfg.std),
-        interpolation=cfg.interpolation,
-        crop_pct=cfg.crop_pct,
+        interpolation=args.interpolation or cfg.interpolation,
+        crop_pct=args.crop_pct or cfg.crop_pct,
         padding=args.padding,
         padding_mode=args.padding_mode,
         hflip=args.hflip,
+        policy=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
     )
     if not len(config.mean) == len(config.std) == config.input_size[0]:
         raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
-    loaders: List[Loader] = []
-    names: List[List[str]] = []
-    for split, training in ((args.train_split, True), (args.val_split, False)):
-        with accelerator.main_process_first():  # one process fills the cache
-            dataset = open_dataset(
-                args.dataset,
-                split,
-                root=args.data_dir,
-                input_key=args.input_key,
-                target_key=args.target_key,
-                download=args.dataset_download,
-                channels=config.input_size[0],
-            )
-        names.append(get_class_names(dataset))
-        batch_size = args.batch_size if training else args.val_batch_size
-        if fits_in_memory(dataset, config, args.memory_limit):
-            loaders.append(InMemoryLoader(
-                decode(dataset, config, progress=accelerator.is_main_process),
-                config,
-                batch_size,
-                accelerator.device,
-                training=training,
-                seed=args.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                channels_last=args.channels_last,
-            ))
-        else:
-            loaders.append(StreamingLoader(
-                dataset,
-                config,
-                batch_size,
-                accelerator.device,
-                training=training,
-                num_workers=args.workers,
-                distributed=accelerator.num_processes > 1,
-                channels_last=args.channels_last,
-            ))
-    if names[0] != names[1]:
-        raise InputError(f'The classes of {args.train_split!r} and {args.val_split!r} differ; they must be the same.')
-    return loaders[0], loaders[1], config, names[0]
+    return config
 
 
-def create_task(args: Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
-    soft_targets = args.mixup > 0 or args.cutmix > 0
-    criterion_kwargs = dict(smoothing=args.smoothing, soft_targets=soft_targets)
-    with refusing('These settings of the loss'):
-        if args.aux_head or getattr(unwrap_model(model), 'has_template_matching', False):
-            return TemplateMatchingTask(
-                model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
-        return ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
+def create_loader(
+        part: Any,
+        config: DataConfig,
+        args: Namespace,
+        accelerator: Accelerator,
+        training: bool = False,
+) -> Optional[Loader]:
+    """Batches of one part of the data, this process's share of them."""
+    if part is None:
+        return None
+    batch_size = args.batch_size if training else args.val_batch_size
+    common: Dict[str, Any] = dict(
+        training=training, seed=args.seed, num_workers=args.workers, channels_last=args.channels_last)
+    if isinstance(part, InMemorySet):
+        return InMemoryLoader(
+            part, config, batch_size, accelerator.device, rank=accelerator.process_index,
+            world_size=accelerator.num_processes, **common)
+    return StreamingLoader(
+        part, config, batch_size, accelerator.device, distributed=accelerator.num_processes > 1, **common)
 
 
 class Trainer:
@@ -178,45 +114,58 @@ class Trainer:
         self.args = args
         check_model_name(args.model)
         self.accelerator = accelerator = create_accelerator(args)
-        self.folder = create_folder_name(args)
-        accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.main_process = accelerator.is_main_process
-        set_seed(args.seed)  # the same initial weights on every process
-        self.train_loader, self.val_loader, self.data_config, self.class_names = create_loaders(args, accelerator)
-        self.mixup = None
-        if args.mixup > 0 or args.cutmix > 0:
-            self.mixup = Mixup(
-                args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(self.class_names))
+        self.folder = record.create_folder_name(args)
+        accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
+        self.data_config = config = create_data_config(args)
+        splits = open_splits(args, config.input_size[0], accelerator)
+        self.class_names = get_class_names(splits['train'])
 
+        set_seed(args.seed)  # the same initial weights on every process
         model = create_model(args, self.class_names).to(accelerator.device)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.ema: Optional[ModelEmaV3] = None
-        if args.model_ema:
-            self.ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        with refusing(f'These settings of the optimizer {args.opt!r}'):
-            optimizer = create_optimizer_v2(
-                model, **optimizer_kwargs(args), filter_bias_and_bn=args.filter_bias_and_bn)
-        self.updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
-        if self.updates_per_epoch == 0:
-            raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
-        self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
-        # timm's schedule is a function of the update count alone: nothing of it to prepare or to save
-        with refusing(f'These settings of the schedule {args.sched!r}'):
-            self.scheduler, self.epochs = create_scheduler_v2(
-                optimizer,
-                **{**scheduler_kwargs(args), 'step_on_epochs': False},
-                updates_per_epoch=self.updates_per_epoch,
-            )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.task = create_task(args, self.model, accelerator.device)
-        set_seed(args.seed, device_specific=True)  # dropout and mixup differ between processes
+        if args.sync_bn:
+            model = convert_sync_batchnorm(model)
+        self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        teacher = None
+        if args.kd_model_name or args.kd_checkpoint:
+            teacher = create_teacher(args, len(self.class_names), accelerator.device)
 
-        self.state = TrainState()
+        parts = load_parts(splits, args, config, progress=self.main_process)
+        train_loader = create_loader(parts.train, config, args, accelerator, training=True)
+        assert train_loader is not None
+        self.train_loader = train_loader
+        self.val_loader = create_loader(parts.validation, config, args, accelerator)
+        self.test_loader = create_loader(parts.test, config, args, accelerator)
+        self.mixup = None
+        if args.mixup > 0 or args.cutmix > 0:
+            with refusing('These settings of mixup'):
+                self.mixup = Mixup(
+                    args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                    args.mixup_mode, label_smoothing=args.smoothing, num_classes=len(self.class_names))
+
+        updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
+        if updates_per_epoch == 0:
+            raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
+        self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
+        args.lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
+        optimizer = create_optimizer(args, model)
+        self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
+        self.epochs = -(-self.updates // updates_per_epoch)
+        with refusing(f'The compiler {args.torchcompile!r}') if args.torchcompile else naming_failures(args):
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.task = create_task(args, self.model, accelerator, config, teacher)
+        set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
+
+        self.layout = dict(
+            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps)
+        self.state = TrainState(layout=self.layout, run_id=uuid.uuid4().hex)
         self.meter = Meter(accelerator.device)
-        if args.resume:
-            self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema)
-            self.meter.load_state_dict(self.state.running)
+        if args.resume and not args.eval_only:
+            self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
+            self.state.layout = self.layout
+            self.meter.load_state_dict(self.state.running, accelerator.process_index)
         self.clock = time.perf_counter()
 
     def describe(self) -> Dict[str, Any]:
@@ -237,42 +186,45 @@ class Trainer:
     def start_record(self) -> None:
         args = self.args
         if self.main_process:
+            check_disk_space(self.folder, network(self.model), args)
             with writing(self.folder / SETTINGS) as tmp:
                 tmp.write_text(dump_args(args))
                 tmp.replace(self.folder / SETTINGS)
+            processes = self.accelerator.num_processes
             print(
                 f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
                 f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
                 f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
-                f'{self.accelerator.num_processes} processes, {self.epochs} epochs\n'
+                f'{processes} processes, {self.updates} updates of '
+                f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
                 f'{args.opt}, learning rate {args.lr:g}, {args.sched} schedule; '
                 f'{describe_hardware(self.accelerator.device)}, '
                 f'mixed precision {self.accelerator.mixed_precision}\n'
                 f'writing to {self.folder}', flush=True)
-        if args.report_to != 'none':
-            config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-            self.accelerator.init_trackers('log', config=config)
+        start_trackers(self.accelerator, args, self.folder, self.state.run_id, self.state.update)
+
+    def describe_resumption(self) -> str:
+        return record.describe_resumption(self.folder)
 
     @property
     def num_params(self) -> int:
         return sum(p.numel() for p in network(self.model).parameters())
 
     def run(self) -> Dict[str, Any]:
-        """Train to the last epoch and return the result."""
+        """Train to the last update, measure the weights that were chosen, and return the result."""
         self.start_record()
         try:
-            with stopping_at_signals():
-                while self.state.epoch < self.epochs:
+            with stopping_at_signals(), naming_failures(self.args):
+                while self.state.update < self.updates:
                     self.train_epoch()
                     self.finish_epoch()
+                return self.result(self.test())
         except KeyboardInterrupt:
-            newest = checkpoint.find_checkpoints(self.folder)
-            hint = f'continue with --resume {self.folder}' if newest else 'there was no checkpoint yet'
             raise InputError(
-                f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; {hint}.') from None
+                f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
+                f'{self.describe_resumption()}.') from None
         finally:
             self.accelerator.end_training()
-        return self.result()
 
     def train_epoch(self) -> None:
         """The rest of the epoch in progress."""
@@ -288,44 +240,51 @@ class Trainer:
                 images_seen += len(images) * self.accelerator.num_processes
                 bar.update()
                 now = time.perf_counter()
-                if now - shown > 1 or state.batch == self.batches_per_epoch:
+                finished = state.batch == self.batches_per_epoch or state.update == self.updates
+                if now - shown > 1 or finished:
                     shown = now
-                    means = self.meter.means()
-                    if not math.isfinite(means['loss']):
-                        raise InputError(
-                            f'The loss is {means["loss"]} by update {state.update} at learning rate {self.lr:g}; '
-                            f'lower --lr or set --clip-grad.')
-                    shown_values = {k: f'{v:.3f}' for k, v in means.items()}
-                    bar.set_postfix(shown_values | {'img/s': f'{images_seen / (now - start):.0f}'})
-                if self.accelerator.sync_gradients and args.checkpoint_interval \
-                        and state.update % args.checkpoint_interval == 0:
-                    self.save()
-                if state.batch == self.batches_per_epoch:
+                    self.meter.check_finite(self.describe_resumption)
+                    values = {k: f'{v:.3f}' for k, v in self.meter.means().items()}
+                    bar.set_postfix(values | {'img/s': f'{images_seen / (now - start):.0f}'})
+                if finished:
                     break  # what is left does not fill an update
+                if self.accelerator.sync_gradients:
+                    if args.log_interval and state.update % args.log_interval == 0:
+                        self.log({f'train/{k}': v for k, v in self.meter.means().items()})
+                    if args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
+                        self.save()
+        state.epoch_seconds.append(round(time.perf_counter() - start, 2))
         self.images_per_second = images_seen / (time.perf_counter() - start)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         """One batch: forward, backward and, where gradients are complete, an update."""
+        args, state = self.args, self.state
         hard_targets = targets
         if self.mixup is not None:
+            self.mixup.mixup_enabled = not args.mixup_off_epoch or state.epoch < args.mixup_off_epoch
             even = len(images) // 2 * 2  # mixup pairs images
             images, hard_targets = images[:even], targets[:even]
             images, targets = self.mixup(images, hard_targets)
         if self.scheduler is not None:
-            self.scheduler.step_update(self.state.update)
+            self.scheduler.step_update(state.update)
         with self.accelerator.accumulate(self.model):
             result = self.task(images, targets)
             self.accelerator.backward(result['loss'])
-            if self.accelerator.sync_gradients and self.args.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+            if self.accelerator.sync_gradients and args.clip_grad is not None:
+                clip_gradients(self.accelerator, self.model, args)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.state.batch += 1
+        self.meter.update(result, hard_targets, state.update, self.lr)
+        state.batch += 1
         if self.accelerator.sync_gradients:
-            self.state.update += 1
+            state.update += 1
             if self.ema is not None:
-                self.ema.update(self.accelerator.unwrap_model(self.model), step=self.state.update)
-        self.meter.update(result, hard_targets)
+                self.ema.update(self.plain_model, step=state.update)
+
+    @property
+    def plain_model(self) -> torch.nn.Module:
+        """The model as it is evaluated: without what distributes or compiles it, with its precision."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
     def lr(self) -> float:
@@ -333,22 +292,47 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Validate, keep the weights that deserve it, and write everything down."""
-        state = self.state
-        candidates = {'': self.accelerator.unwrap_model(self.model)}
+        args, state = self.args, self.state
+        self.meter.check_finite(self.describe_resumption, self.accelerator)
+        candidates = {'': self.plain_model}
         if self.ema is not None:
             candidates['ema_'] = self.ema.module
-        evaluation = {
-            prefix + key: value
-            for prefix, model in candidates.items()
-            for key, value in validate(model, self.val_loader, self.accelerator).items()
-        }
-        metrics = {**self.meter.means(self.accelerator), 'images_per_second': self.images_per_second}
+        if self.accelerator.num_processes > 1:  # each process has statistics of its own images
+            for prefix, model in candidates.items():
+                distribute_bn(model, self.accelerator.num_processes, args.dist_bn == 'reduce' and not prefix)
+        metrics = self.meter.means(self.accelerator)
+        evaluation: Dict[str, float] = {}
+        last = state.update == self.updates
+        if self.val_loader is not None and (last or (state.epoch + 1) % args.val_interval == 0):
+            for prefix, model in candidates.items():
+                values = validate(model, self.val_loader, self.accelerator, flip=args.tta == 'flip')
+                evaluation.update({prefix + key: value for key, value in values.items()})
         state.history.append({
             'epoch': state.epoch, 'lr': self.lr, **{f'train_{k}': v for k, v in metrics.items()},
             **{f'eval_{k}': v for k, v in evaluation.items()},
         })
-        prefix = max(candidates, key=lambda p: evaluation[f'{p}top1'])
-        improved = state.best is None or evaluation[f'{prefix}top1'] > state.best['top1']
+        self.keep_weights(candidates, evaluation)
+        if self.main_process:
+            record.write_summary(self.folder, state.history)
+            figures = ', '.join(f'{k} {v:.4g}' for k, v in evaluation.items())
+            print(
+                f'Epoch {state.epoch + 1}/{self.epochs}: training loss {metrics["loss"]:.4f}, '
+                f'{self.images_per_second:.0f} images/s' + (f', validation {figures}' if figures else ''), flush=True)
+        self.log({
+            **{f'train/{k}': v for k, v in metrics.items()}, **{f'eval/{k}': v for k, v in evaluation.items()},
+            'images_per_second': self.images_per_second,
+        })
+        state.epoch, state.batch = state.epoch + 1, 0
+        self.meter = Meter(self.accelerator.device)
+        self.save()
+
+    def keep_weights(self, candidates: Dict[str, torch.nn.Module], evaluation: Dict[str, float]) -> None:
+        """Write the last weights and, where validation says so, the best."""
+        state = self.state
+        weights = {prefix: network_weights(model, self.accelerator) for prefix, model in candidates.items()}
+        final = 'ema_' if self.ema is not None else ''
+        prefix = max(candidates, key=lambda p: evaluation[f'{p}top1']) if evaluation else final
+        improved = bool(evaluation) and (state.best is None or evaluation[f'{prefix}top1'] > state.best['top1'])
         if improved:
             state.best = {
                 'epoch': state.epoch, 'weights': 'ema' if prefix else 'model',
@@ -356,76 +340,101 @@ class Trainer:
             }
         if self.main_process:
             description = self.describe()
-            last = candidates['ema_' if self.ema is not None else '']
-            save_weights(self.folder / 'last.safetensors', network(last).state_dict(), description)
+            save_weights(self.folder / 'last.safetensors', weights[final], description)
             if improved:
-                save_weights(
-                    self.folder / 'best.safetensors', network(candidates[prefix]).state_dict(), description)
-            self.write_summary()
-            print(
-                f'Epoch {state.epoch + 1}/{self.epochs}: training loss {metrics["loss"]:.4f}, validation '
-                + ', '.join(f'{k} {v:.4g}' for k, v in evaluation.items()), flush=True)
-        self.accelerator.log(
-            {f'train/{k}': v for k, v in metrics.items()} | {f'eval/{k}': v for k, v in evaluation.items()}
-            | {'lr': self.lr}, step=state.update)
-        state.epoch, state.batch = state.epoch + 1, 0
-        self.meter = Meter(self.accelerator.device)
-        self.save()
+                save_weights(self.folder / 'best.safetensors', weights[prefix], description)
+            if evaluation and self.args.checkpoint_hist:
+                record.keep_best(
+                    self.folder, state, evaluation[f'{prefix}top1'], self.args.checkpoint_hist, weights[prefix],
+                    description)
 
-    def write_summary(self) -> None:
-        """One row an epoch. Written anew each time: a resumed run may repeat an epoch that is already in the file."""
-        path = self.folder / 'summary.csv'
-        with writing(path) as tmp:
-            with tmp.open('w', newline='') as f:
-                writer = csv.DictWriter(f, fieldnames=self.state.history[0])
-                writer.writeheader()
-                writer.writerows(self.state.history)
-            tmp.replace(path)
+    def log(self, values: Dict[str, float]) -> None:
+        self.accelerator.log({**values, 'lr': self.lr}, step=self.state.update)
 
     def save(self) -> None:
+        self.meter.check_finite(self.describe_resumption, self.accelerator)
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
-        self.state.running = self.meter.state_dict()
+        self.state.running = checkpoint.gather_running(self.meter.state_dict())
         checkpoint.save_checkpoint(self.folder, self.accelerator, self.state, self.ema)
 
-    def result(self) -> Dict[str, Any]:
-        args, state = self.args, self.state
+    @property
+    def chosen(self) -> str:
+        """Name of the weights the run is for: the best by validation, the last where there is none."""
+        return 'last' if self.val_loader is None else 'best'
+
+    def test(self) -> Optional[Dict[str, Any]]:
+        """Accuracy of the chosen weights on the test part, which nothing else has looked at."""
+        if self.test_loader is None:
+            return None
+        self.accelerator.wait_for_everyone()
+        path = self.folder / f'{self.chosen}.safetensors'
+        model = load_model(path).to(self.accelerator.device)
+        if self.args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        values = validate(model, self.test_loader, self.accelerator, flip=self.args.tta == 'flip', desc='Testing')
+        if self.main_process:
+            print('Test: ' + ', '.join(f'{k} {v:.4g}' for k, v in values.items()), flush=True)
+        self.log({f'test/{k}': v for k, v in values.items()})
+        return {'weights': self.chosen, **values}
+
+    def evaluate(self) -> Dict[str, Any]:
+        """Measure the model as it is, on the validation and the test part."""
+        args = self.args
+        weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
+        try:
+            with naming_failures(args):
+                model = self.plain_model
+                if args.resume:
+                    weights = str(self.folder / f'{self.chosen}.safetensors')
+                    model = load_model(weights, args.model).to(self.accelerator.device)
+                loaders = {'validation': self.val_loader, 'test': self.test_loader}
+                values = {
+                    part: validate(model, loader, self.accelerator, flip=args.tta == 'flip')
+                    for part, loader in loaders.items() if loader is not None
+                }
+        finally:
+            self.accelerator.end_training()
+        return dict(self.describe_run(), weights=weights, **values)
+
+    def describe_run(self) -> Dict[str, Any]:
+        args = self.args
         return dict(
             model=args.model,
             parameters=self.num_params,
             dataset=args.dataset,
             num_classes=len(self.class_names),
-            epochs=self.epochs,
             seed=args.seed,
-            last=state.history[-1],
-            best=state.best,
-            history=state.history,
-            seconds=round(state.seconds, 1),
             hardware=describe_hardware(self.accelerator.device),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
             versions=dict(
                 timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
                 python=platform.python_version()),
-            weights=dict(last=str(self.folder / 'last.safetensors'), best=str(self.folder / 'best.safetensors')),
         )
 
-
-@torch.no_grad()
-def validate(model: torch.nn.Module, loader: Loader, accelerator: Accelerator) -> Dict[str, float]:
-    """Loss, top-1 and top-5 accuracy (%) over the whole set, each image counted once."""
-    model.eval()
-    evaluator = ClassificationEvaluator(
-        accelerator.device, max_samples=evaluation_sample_limit(getattr(loader, 'loader', None)))
-    batches = tqdm(
-        loader.epoch(0), total=len(loader), desc='Validating', unit='batch', leave=False,
-        disable=not accelerator.is_main_process)
-    for images, targets in batches:
-        with accelerator.autocast():
-            output = model(images)
-        evaluator.update(output, targets)
-    return dict(evaluator.compute(distributed=accelerator.num_processes > 1))
+    def result(self, test: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        state = self.state
+        names = ('last',) if state.best is None else ('last', 'best')
+        return dict(
+            self.describe_run(),
+            epochs=self.epochs,
+            updates=self.updates,
+            images={
+                part: len(loader.dataset)
+                for part, loader in (
+                    ('train', self.train_loader), ('validation', self.val_loader), ('test', self.test_loader))
+                if loader is not None
+            },
+            last=state.history[-1],
+            best=state.best,
+            test=test,
+            history=state.history,
+            seconds=round(state.seconds, 1),
+            epoch_seconds=state.epoch_seconds,
+            weights={name: str(self.folder / f'{name}.safetensors') for name in names},
+        )
 
 
 @contextmanager
@@ -445,23 +454,15 @@ def stopping_at_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def describe_hardware(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
-    name = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').is_file():
-        names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-        name = names[0] if names else name
-    return f'{name}, {torch.get_num_threads()} threads'
-
-
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """Train as the flags say (the command line's if None) and return the result.
 
     Raises:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
-    return Trainer(parse_args(argv)).run()
+    args = parse_args(argv)
+    trainer = Trainer(args)
+    return trainer.evaluate() if args.eval_only else trainer.run()
 
 
 if __name__ == '__main__':

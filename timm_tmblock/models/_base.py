@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
+from timm.models._manipulate import MATCH_PREV_GROUP
 from timm.utils import reparameterize_model
 
 from ..layers import TemplateMatching
@@ -112,6 +113,20 @@ class TemplateMatchingNet(nn.Module):
         self.head_drop = nn.Dropout(self.drop_rate)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
         self.init_weights()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Create regex patterns for parameter grouping."""
+        return dict(
+            stem=r'^conv1',
+            blocks=[
+                (r'^layer([123])' if coarse else r'^layer([123])\.blocks\.(\d+)', None),
+                (r'^transition(\d)', MATCH_PREV_GROUP),
+                (r'^tm', (3, 99)),  # between stages 3 and 4
+                (r'^layer(4)' if coarse else r'^layer(4)\.blocks\.(\d+)', None),
+                (r'^norm', MATCH_PREV_GROUP),
+            ],
+        )
 
     @torch.jit.ignore
     def init_weights(self) -> None:

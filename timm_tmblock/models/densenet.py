@@ -6,13 +6,12 @@ Papers:
 
 The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
 """
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._manipulate import MATCH_PREV_GROUP
 
 from ..layers import can_share_features, forward_shared, fuse_conv_norm
 from ._base import TemplateMatchingNet, count_extra_halvings, create_cfg, create_mini_imagenet_cfg, create_network
@@ -225,20 +224,6 @@ class DenseNetSmall(TemplateMatchingNet):
     @staticmethod
     def count_features(img_size: Tuple[int, int]) -> int:
         return 4 if count_extra_halvings(img_size) else 3
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping."""
-        return dict(
-            stem=r'^conv1',
-            blocks=[
-                (r'^layer([123])' if coarse else r'^layer([123])\.blocks\.(\d+)', None),
-                (r'^transition(\d)', MATCH_PREV_GROUP),
-                (r'^tm', (3, 99)),  # between stages 3 and 4
-                (r'^layer(4)' if coarse else r'^layer(4)\.blocks\.(\d+)', None),
-                (r'^norm', MATCH_PREV_GROUP),
-            ],
-        )
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)

@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._manipulate import MATCH_PREV_GROUP
 
 from ..layers import fuse_conv_norm, get_maximizer_layer
 from ._base import (
@@ -266,19 +265,6 @@ class PreActResNet(TemplateMatchingNet):
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
         self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module='norm'))
         self._init_head(in_chs, global_pool, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping."""
-        return dict(
-            stem=r'^conv1',
-            blocks=[
-                (r'^layer([123])' if coarse else r'^layer([123])\.blocks\.(\d+)', None),
-                (r'^tm', (3, 99)),  # between stages 3 and 4
-                (r'^layer(4)' if coarse else r'^layer(4)\.blocks\.(\d+)', None),
-                (r'^norm', MATCH_PREV_GROUP),
-            ],
-        )
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)

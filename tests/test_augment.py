@@ -1,0 +1,121 @@
+"""Augmentation: the right crops, policies that depend on the seed alone, with any number of workers."""
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from timm_tmblock.errors import InputError
+from train.augment import (
+    Crops,
+    DataConfig,
+    _crop_by_copy,
+    _crop_by_gather,
+    apply_policy,
+    create_policy,
+    crop_and_flip,
+    pad,
+)
+from train.data import InMemorySet
+from train.loader import InMemoryLoader, TrainingBatches
+
+
+def crops_of(image: np.ndarray, padding: int, mode: str, fill) -> dict:
+    """Every crop of a padded image, plain and mirrored, made by numpy."""
+    h, w = image.shape[1:]
+    if mode == 'constant':
+        padded = np.stack([np.pad(c, padding, constant_values=f) for c, f in zip(image, fill)])
+    else:
+        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode='reflect')
+    crops = {}
+    for i in range(2 * padding + 1):
+        for j in range(2 * padding + 1):
+            crop = padded[:, i:i + h, j:j + w]
+            crops[crop.tobytes()] = (i, j, False)
+            crops[crop[:, :, ::-1].tobytes()] = (i, j, True)
+    return crops
+
+
+@pytest.mark.parametrize('size', [(8, 8), (6, 9)])
+@pytest.mark.parametrize('mode', ['reflect', 'constant'])
+@pytest.mark.parametrize('crop', [_crop_by_copy, _crop_by_gather])
+def test_crops_are_those_of_the_padded_image_and_all_occur(crop, mode, size):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    config = DataConfig(input_size=(3, *size), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), padding=2, padding_mode=mode)
+    fill = [round(255 * m) for m in config.mean]
+    expected = crops_of(image.numpy(), 2, mode, fill)
+    crops = Crops.draw(2000, config, torch.Generator().manual_seed(0))
+    out = crop(pad(image[None], config), torch.zeros(2000, dtype=torch.int64), crops, size)
+    seen = {expected[np.ascontiguousarray(o).tobytes()] for o in out.numpy()}
+    assert len(seen) == 5 * 5 * 2
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_both_ways_to_crop_agree(batch_size):
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    config = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(1, 1, 1))
+    crops = Crops.draw(batch_size, config, torch.Generator().manual_seed(1))
+    index = torch.randint(0, 7, (batch_size,))
+    padded = pad(images, config)
+    assert torch.equal(_crop_by_copy(padded, index, crops, (8, 8)), _crop_by_gather(padded, index, crops, (8, 8)))
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_without_padding_and_flip_images_stay(batch_size):
+    images = torch.randint(0, 256, (batch_size, 3, 8, 8), dtype=torch.uint8)
+    config = DataConfig(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), padding=0, hflip=0.)
+    crops = Crops.draw(batch_size, config, torch.Generator())
+    assert torch.equal(crop_and_flip(pad(images, config), torch.arange(batch_size), crops, (8, 8)), images)
+
+
+POLICIES = ['trivial', 'rand-m9-mstd0.5-inc1', 'rand-m15-n4', 'original', 'v0', '3a', 'augmix-m3-w3']
+
+
+@pytest.mark.parametrize('channels, size', [(3, 32), (3, 84), (1, 32)])
+@pytest.mark.parametrize('policy', POLICIES)
+def test_policies_change_images_and_depend_on_the_seed_alone(policy, channels, size):
+    config = DataConfig((channels, size, size), (0.5,) * channels, (0.2,) * channels, policy=policy)
+    function = create_policy(config)
+    images = torch.randint(0, 256, (32, channels, size, size), dtype=torch.uint8)
+    before = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    first = apply_policy(images, function, seed=7)
+    after = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    assert after == (random.random(), np.random.rand(), torch.rand(1))  # the run's own generators are untouched
+    assert before != after
+    assert first.shape == images.shape and not torch.equal(first, images)
+    assert torch.equal(apply_policy(images, function, seed=7), first)
+    assert not torch.equal(apply_policy(images, function, seed=8), first)
+
+
+@pytest.mark.parametrize('policy', ['rand-q3', 'autoaugment', 'augmix-q3', 'zzz'])
+def test_unknown_policies_are_refused(policy):
+    dataset = InMemorySet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), list('abcd'))
+    with pytest.raises(InputError, match='The augmentation'):
+        TrainingBatches(dataset, DataConfig((3, 8, 8), (0,) * 3, (1,) * 3, policy=policy), 2, torch.device('cpu'))
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(num_workers):
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = InMemorySet(images, torch.arange(20), [str(i) for i in range(20)])
+    config = DataConfig((3, 8, 8), (0.5,) * 3, (0.2,) * 3, policy='trivial')
+    make = partial(InMemoryLoader, dataset, config, 5, torch.device('cpu'), training=True)
+    expected = list(make().epoch(2))
+    batches = list(make(num_workers=num_workers).epoch(2, start=1))
+    assert len(batches) == 3
+    for (a, b), (c, d) in zip(expected[1:], batches):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_random_erasing_is_timms_on_normalised_batches():
+    images = torch.full((40, 3, 16, 16), 255, dtype=torch.uint8)
+    dataset = InMemorySet(images, torch.arange(40), [str(i) for i in range(40)])
+    config = DataConfig((3, 16, 16), (0.5,) * 3, (0.5,) * 3, re_prob=0.5, re_count=2)
+    batch, _ = next(InMemoryLoader(dataset, config, 40, torch.device('cpu'), training=True).epoch(0))
+    erased = (batch == 0).any(dim=(1, 2, 3))  # 'const': the mean colour
+    assert 5 <= erased.sum() <= 35
+    assert torch.equal(batch[~erased], torch.ones_like(batch[~erased]))
+    assert ((batch == 0) | (batch == 1)).all()

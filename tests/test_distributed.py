@@ -1,0 +1,112 @@
+"""Two processes do what one does with twice the batch, and count every image once."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_tmblock.checkpoint import load_model
+from train.augment import DataConfig
+from train.checkpoint import find_checkpoints
+from train.data import decode, open_dataset
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / 'train' / 'accelerate' / 'cpu_2_processes.yaml'
+FLAGS = ['--train-split', 'train[:24]', '--val-split', 'test[:15]', '--epochs', '1', '--report-to', 'none',
+         '--experiment', 'run']
+# statistics of half the batch differ from those of the whole, so the step is made with the running ones
+STEP = '''
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from train.config import parse_args
+from train.train import Trainer
+from safetensors.torch import save_file
+trainer = Trainer(parse_args(sys.argv[2:]))
+batches = trainer.train_loader.epoch(0)
+for _ in range(2):
+    for m in trainer.model.modules():
+        m.training = not isinstance(m, torch.nn.BatchNorm2d)
+    trainer.step(*next(batches))
+if trainer.main_process:
+    save_file({{k: v.contiguous() for k, v in trainer.plain_model.state_dict().items()}}, sys.argv[1])
+trainer.accelerator.end_training()
+'''
+
+
+def launch(processes, script, *flags):
+    # accelerate's --cpu --num_processes 2 starts one process where there is no MPI; its config file starts two
+    command = ['-m', 'accelerate.commands.launch', '--config_file', str(CONFIG), '--main_process_port', '0']
+    run = subprocess.run(
+        [sys.executable, *(command if processes > 1 else []), str(script), *flags, '--device', 'cpu'],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def measure(path: Path, dataset) -> dict:
+    """Loss and accuracies of weights, by plain PyTorch in float64."""
+    model = load_model(path).double()
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[k], dtype=torch.float64).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    with torch.no_grad():
+        logits = model((dataset.images.double() / 255 - mean) / std)
+    order = logits.argsort(1, descending=True)
+    hits = (order == dataset.targets[:, None]).double().mean(0) * 100
+    return dict(
+        loss=F.cross_entropy(logits, dataset.targets).item(), top1=hits[0].item(),
+        top5=hits[:5].sum().item())
+
+
+def test_updates_equal_those_of_one_process_with_the_doubled_batch(tmp_path):
+    (tmp_path / 'step.py').write_text(STEP.format(root=str(ROOT)))
+    flags = [*FLAGS, '--opt', 'momentum', '--lr', '0.1', '--weight-decay', '0', '--padding', '0', '--hflip', '0',
+             '--clip-grad', '1']
+    weights = []
+    for processes, batch_size in ((1, 12), (2, 6)):
+        file = tmp_path / f'{processes}.safetensors'
+        launch(processes, tmp_path / 'step.py', str(file), *flags, '--batch-size', str(batch_size),
+               '--output', str(tmp_path / str(processes)))
+        weights.append(load_file(file))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def folder_of_images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    for split, n in (('train', 8), ('validation', 5)):
+        for label, name in enumerate(('ant', 'bee', 'cat')):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(100 * label + i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
+    return root
+
+
+@pytest.mark.parametrize('memory', ['in memory', 'streamed'])
+def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_path, folder_of_images, memory):
+    flags = ['--dataset', str(folder_of_images), '--val-split', 'validation', '--batch-size', '4', '--model-ema',
+             '--val-batch-size', '4', '--workers', '1', '--memory-limit', '4' if memory == 'in memory' else '0',
+             '--epochs', '2', '--report-to', 'none', '--experiment', 'run', '--checkpoint-hist', '2']
+    run = launch(2, ROOT / 'train' / 'train.py', *flags, '--output', str(tmp_path))
+    assert run.stdout.count('writing to') == run.stdout.count('{"model"') == 1
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result['processes'] == 2 and result['updates'] == 2 * (24 // 8)
+    state = json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())
+    assert len(state['layout']) == 3 and state['update'] == 6
+    config = DataConfig((3, 32, 32), (0,) * 3, (1,) * 3)
+    dataset = decode(open_dataset(str(folder_of_images), 'validation'), config, progress=False)
+    expected = measure(tmp_path / 'run' / 'last.safetensors', dataset)  # of the EMA
+    for key, value in expected.items():
+        assert result['last'][f'eval_ema_{key}'] == pytest.approx(value, rel=1e-4)
+    expected = measure(tmp_path / 'run' / 'best.safetensors', dataset)
+    for key, value in expected.items():
+        assert result['best'][key] == pytest.approx(value, rel=1e-4)

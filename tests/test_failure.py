@@ -1,0 +1,158 @@
+"""What ends a run early is named in one sentence, and nothing bad is written down."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import train.loader
+from timm_tmblock.errors import InputError
+from train.checkpoint import find_checkpoints
+from train.train import Trainer, main
+
+ROOT = Path(__file__).parent.parent
+TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '2',
+        '--device', 'cpu', '--report-to', 'none', '--experiment', 'run', '--checkpoint-interval', '1']
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def fail_at(monkeypatch, n, action):
+    step, calls = Trainer.step, []
+
+    def failing(self, images, targets):
+        calls.append(1)
+        if len(calls) == n:
+            images = action(images)
+        step(self, images, targets)
+
+    monkeypatch.setattr(Trainer, 'step', failing)
+
+
+def assert_stops(tmp_path, match, *flags):
+    with pytest.raises(InputError, match=match) as error:
+        main([*TINY, '--output', str(tmp_path), *flags])
+    assert '\n' not in str(error.value)
+    return tmp_path / 'run'
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_loss_that_is_not_finite_is_named_and_never_saved(tmp_path, monkeypatch, value):
+    fail_at(monkeypatch, 5, lambda images: images * value)
+    folder = assert_stops(
+        tmp_path, r'not finite in update 5, at learning rate 0\.0002.*; the last good checkpoint is update-00000004, '
+        r'continue with --resume .*--clip-grad', '--epochs', '2')
+    weights = load_file(find_checkpoints(folder)[-1] / 'model.safetensors')
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_memory_that_runs_out_names_the_batch_size_to_try(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 2, lambda images: torch.empty(2 ** 60))
+    assert_stops(tmp_path, r'too little memory for rn26_tm with a batch of 12; try --batch-size 6 --grad-accum-steps 2')
+
+
+def test_memory_of_a_gpu_that_runs_out_is_named_too(tmp_path, monkeypatch):
+    def out_of_memory(images):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')
+
+    fail_at(monkeypatch, 2, out_of_memory)
+    assert_stops(tmp_path, r'try --batch-size 6')
+
+
+def test_worker_that_dies_is_named(tmp_path, monkeypatch):
+    """Killed for real, as the kernel does it when memory is short."""
+    parent = os.getpid()
+
+    def create_policy(config):
+        def policy(image):
+            if os.getpid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return image
+        return policy
+
+    monkeypatch.setattr(train.loader, 'create_policy', create_policy)
+    assert_stops(tmp_path, r'A process that loads data died \(DataLoader worker.*try fewer --workers', '--aa', 'v0')
+
+
+@pytest.fixture
+def images(tmp_path):
+    for split in ('train', 'validation'):
+        for label, name in enumerate(('ant', 'bee')):
+            (tmp_path / 'images' / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.random.default_rng(10 * label + i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'images' / split / name / f'{i}.png')
+    return tmp_path / 'images'
+
+
+STREAM = ['--train-split', 'train', '--val-split', 'validation', '--batch-size', '2', '--memory-limit', '0',
+          '--workers', '1']
+
+
+def test_unreadable_image_of_a_streamed_set_is_named(tmp_path, images):
+    (images / 'train' / 'bee' / '2.png').write_bytes(b'not an image')
+    assert_stops(tmp_path, r'Image 6 of the dataset cannot be read.*bee/2\.png', '--dataset', str(images), *STREAM)
+
+
+def test_set_that_is_lost_while_training_is_named(tmp_path, images, monkeypatch):
+    def lose(batch):
+        shutil.rmtree(images / 'train', ignore_errors=True)
+        return batch
+
+    fail_at(monkeypatch, 4, lose)
+    assert_stops(tmp_path, r'cannot be read.*images/train', '--dataset', str(images), *STREAM)
+
+
+def test_disk_without_room_for_the_checkpoints_is_refused_before_training(tmp_path, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(10 ** 9, 10 ** 9 - 10 ** 7, 10 ** 7))
+    assert_stops(tmp_path, r'run needs up to \d+ MB for weights and checkpoints and its disk has 10 MB free')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_room_that_is_asked_for_is_room_that_is_used(tmp_path):
+    """The estimate is above what a run with Adam, the largest optimizer, leaves, and not by far."""
+    main([*TINY, '--output', str(tmp_path), '--opt', 'adam', '--model-ema'])
+    used = sum(p.stat().st_size for p in (tmp_path / 'run').rglob('*') if p.is_file())
+    weights = 4 * 983_032
+    assert used < 3 * 4 * weights + 3 * weights < 2 * used
+
+
+def test_failure_on_one_of_two_processes_ends_both(tmp_path):
+    script = tmp_path / 'failing.py'
+    script.write_text(f'''
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from timm_tmblock.errors import exiting_on_input_error
+from train import train
+step = train.Trainer.step
+def poisoned(self, images, targets):
+    bad = self.state.update == 2 and os.environ["RANK"] == "1"
+    step(self, images * torch.nan if bad else images, targets)
+train.Trainer.step = poisoned
+with exiting_on_input_error():
+    train.main(sys.argv[1:])
+''')
+    flags = [f if f != '12' else '6' for f in TINY]
+    run = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', str(script), *flags,
+         '--output', str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode != 0
+    assert 'error: The loss was not finite in update 3' in run.stderr
+    weights = load_file(find_checkpoints(tmp_path / 'run')[-1] / 'model.safetensors')
+    assert all(w.isfinite().all() for w in weights.values())

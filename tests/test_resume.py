@@ -1,0 +1,159 @@
+"""A run that is killed, at any place, goes on to the very weights and log of one that is not."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from timm_tmblock.errors import InputError
+from train.checkpoint import find_checkpoints
+from train.train import main
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--test-split', 'test[15:24]', '--epochs', '2',
+         '--checkpoint-interval', '1', '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
+EVERYTHING = ['--opt', 'muon', '--model-ema', '--mixup', '0.2', '--drop', '0.1', '--reprob', '0.5', '--remode', 'pixel',
+              '--aa', 'trivial', '--workers', '1', '--checkpoint-hist', '1', '--tta', 'flip']
+PERTURBED = ['--model', 'rn20', '--model-kwargs', 'maximizer=perturbed', 'maximizer_kwargs={"num_samples":3}',
+             '--model-ema']
+# kills one process, for real, before its step or within a checkpoint, which is when most can be left behind
+KILLER = '''
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from train import checkpoint, train
+calls = 0
+def die_at_call(function, n, rank):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == n and os.environ.get("RANK", "0") == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+{patch}
+train.main(sys.argv[1:])
+'''
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(script, *flags, processes=1, **kwargs):
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *flags], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Weights, table and counters of two runs agree to the last bit."""
+    assert (a / 'summary.csv').read_bytes() == (b / 'summary.csv').read_bytes()
+    files = sorted(p.relative_to(a) for p in a.rglob('*.safetensors'))
+    assert files == sorted(p.relative_to(b) for p in b.rglob('*.safetensors')) and len(files) >= 4
+    for file in files:
+        x, y = load_file(a / file), load_file(b / file)
+        assert all(torch.equal(x[k], y[k]) for k in x), file
+    states = [json.loads((find_checkpoints(f)[-1] / 'state.json').read_text()) for f in (a, b)]
+    for state in states:
+        for key in ('seconds', 'epoch_seconds', 'run_id', 'files'):
+            state.pop(key)
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize('processes, patch, flags', [
+    (1, 'train.Trainer.step = die_at_call(train.Trainer.step, 5, "0")', EVERYTHING),
+    (1, 'checkpoint.asdict = die_at_call(checkpoint.asdict, 5, "0")', []),
+    (2, 'train.Trainer.step = die_at_call(train.Trainer.step, 6, "1")', PERTURBED),
+], ids=['before a step', 'within a checkpoint', 'the second of two processes'])
+def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, processes, patch, flags):
+    flags = [*FLAGS, *flags, '--batch-size', str(12 // processes)]
+    script = ROOT / 'train' / 'train.py'
+    whole = run(script, *flags, '--output', str(tmp_path / 'whole'), processes=processes)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+
+    killer = tmp_path / 'killer.py'
+    killer.write_text(KILLER.format(root=str(ROOT), patch=patch))
+    killed = run(killer, *flags, '--output', str(tmp_path / 'killed'), processes=processes)
+    folder = tmp_path / 'killed' / 'run'
+    assert killed.returncode != 0 and (processes > 1 or killed.returncode == -signal.SIGKILL)
+    assert json.loads((find_checkpoints(folder)[-1] / 'state.json').read_text())['update'] in (3, 4, 5)
+
+    resumed = run(script, '--resume', str(folder), processes=processes)  # with the settings of the run
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert_same(tmp_path / 'whole' / 'run', folder)
+    results = [json.loads(r.stdout.splitlines()[-1]) for r in (whole, resumed)]
+    for key in ('history', 'best', 'test', 'images'):
+        assert results[0][key] == results[1][key]
+
+
+def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
+    """The file size limit stands in for the disk: both make a write fail half-way."""
+    flags = [*FLAGS, '--batch-size', '12']
+    main([*flags, '--output', str(tmp_path / 'whole')])
+    folder = tmp_path / 'cut' / 'run'
+    script = ROOT / 'train' / 'train.py'
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # weights fit, the optimizer does not
+
+    started = run(script, *flags, '--output', str(tmp_path / 'cut'), '--checkpoint-interval', '3', '--max-steps', '3')
+    assert started.returncode == 0, started.stderr[-2000:]
+    before = find_checkpoints(folder)
+    full = run(script, '--resume', str(folder), '--max-steps', '6', '--checkpoint-interval', '1', preexec_fn=limit)
+    assert full.returncode == 2
+    assert full.stderr.splitlines()[-1].startswith(f'error: Cannot write {folder}/checkpoints')
+    assert 'full' in full.stderr.splitlines()[-1]
+    assert find_checkpoints(folder) == before
+    assert [p.name for p in (folder / 'checkpoints').iterdir()] == [before[0].name]
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'missing', 'unfinished'])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, damage):
+    flags = [*FLAGS, '--batch-size', '12', '--val-fraction', '0', '--max-steps', '4']
+    flags = [f for f in flags if f not in ('--val-split', 'test[:15]')]
+    main([*flags, '--output', str(tmp_path / 'whole')])
+    main([*flags, '--output', str(tmp_path / 'cut')])
+    folder = tmp_path / 'cut' / 'run'
+    older, newest = find_checkpoints(folder)
+    if damage == 'cut short':
+        content = (newest / 'optimizer.bin').read_bytes()
+        (newest / 'optimizer.bin').write_bytes(content[:len(content) // 2])
+    elif damage == 'missing':
+        (newest / 'model.safetensors').unlink()
+    else:
+        (newest / 'state.json').write_text((newest / 'state.json').read_text()[:100])
+    assert find_checkpoints(folder) == [older]
+    main(['--resume', str(folder)])
+    a, b = (load_file(tmp_path / f / 'run' / 'last.safetensors') for f in ('whole', 'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert find_checkpoints(folder)[-1] == newest  # written anew
+
+
+def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
+    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--max-steps', '2'])
+    folder = tmp_path / 'run'
+    newest = find_checkpoints(folder)[-1]
+    state = json.loads((newest / 'state.json').read_text())
+    (newest / 'state.json').write_text(json.dumps(dict(state, batch=2, epoch=0)))
+    with pytest.raises(InputError, match=r'within an epoch of batch_size 12 \(now 6\)'):
+        main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
+
+
+def test_resumed_run_keeps_the_trackers_run(tmp_path):
+    flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2', '--output', str(tmp_path), '--report-to', 'tensorboard']
+    main(flags)
+    ids = [json.loads((p / 'state.json').read_text())['run_id'] for p in find_checkpoints(tmp_path / 'run')]
+    main(['--resume', str(tmp_path / 'run'), '--max-steps', '4'])
+    ids += [json.loads((p / 'state.json').read_text())['run_id'] for p in find_checkpoints(tmp_path / 'run')]
+    assert len(set(ids)) == 1 and len(ids[0]) == 32

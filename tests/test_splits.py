@@ -1,0 +1,98 @@
+"""Splits: what is held out, by class, on every machine alike, and never the test part."""
+import pytest
+import torch
+from accelerate import Accelerator
+
+from timm_tmblock.errors import InputError
+from train.augment import DataConfig
+from train.config import parse_args
+from train.data import InMemorySet
+from train.splits import load_parts, open_splits, stratified_split
+
+CONFIG = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
+FROZEN = [21, 17, 24, 7, 13, 9, 22, 32, 20, 30]
+
+
+def make_set(sizes=(60, 20, 33), seed=0) -> InMemorySet:
+    n = sum(sizes)
+    images = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    targets = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return InMemorySet(images, targets, [str(i) for i in range(len(sizes))])
+
+
+def fingerprints(dataset: InMemorySet):
+    return [(int(t), i.numpy().tobytes()) for i, t in zip(dataset.images, dataset.targets)]
+
+
+def load(*flags):
+    args = parse_args([*flags, '--device', 'cpu'])
+    splits = open_splits(args, 3, Accelerator(cpu=True))
+    return load_parts(splits, args, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize('fractions', [(65, 15, 20), (0.9, 0.1), (1,), (1, 0, 1)])
+def test_every_class_is_divided_in_the_same_proportions(fractions):
+    dataset = make_set()
+    parts = stratified_split(dataset, fractions)
+    for label, size in enumerate((60, 20, 33)):
+        for part, fraction in zip(parts, fractions):
+            assert abs((part.targets == label).sum().item() - size * fraction / sum(fractions)) < 1
+    assert sorted(f for part in parts for f in fingerprints(part)) == sorted(fingerprints(dataset))
+
+
+def test_cifar_sized_pool_is_divided_exactly():
+    parts = stratified_split(make_set((6000, 6000)), (65, 15, 20))
+    assert [torch.bincount(p.targets).tolist() for p in parts] == [[3900, 3900], [900, 900], [1200, 1200]]
+
+
+def test_split_does_not_depend_on_the_order_in_which_a_copy_stores_its_images():
+    dataset = make_set()
+    shuffled = dataset.subset(torch.randperm(len(dataset)))
+    for a, b in zip(stratified_split(dataset, (65, 15, 20)), stratified_split(shuffled, (65, 15, 20))):
+        assert fingerprints(a) == fingerprints(b)  # in the same order, too
+
+
+def test_split_is_what_it_was():
+    """The first images of a split made once, so that no change of this code or a library moves an image."""
+    dataset = InMemorySet(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 2, ['a', 'b'])
+    train, rest = stratified_split(dataset, (3, 1), seed=5)
+    assert rest.images.flatten().tolist() == FROZEN
+    assert stratified_split(dataset, (3, 1), seed=6)[1].images.flatten().tolist() != FROZEN
+
+
+def test_held_out_part_is_of_the_training_split_alone():
+    parts = load('--train-split', 'train[:200]', '--test-split', 'test[:50]')
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (180, 20, 50)
+    seen, held_out = set(fingerprints(parts.train)), set(fingerprints(parts.validation))
+    assert not seen & held_out
+    everything = load('--train-split', 'train[:200]', '--val-fraction', '0')
+    assert everything.validation is None and everything.test is None
+    assert set(fingerprints(everything.train)) == seen | held_out
+
+
+def test_named_validation_split_leaves_training_whole():
+    parts = load('--train-split', 'train[:50]', '--val-split', 'train[50:70]')
+    assert (len(parts.train), len(parts.validation)) == (50, 20)
+
+
+def test_pool_of_all_splits_is_divided_as_in_the_paper():
+    parts = load('--test-split', 'test', '--pool', '65', '15', '20')
+    assert [torch.bincount(p.targets).tolist() for p in (parts.train, parts.validation, parts.test)] == [
+        [130] * 10, [30] * 10, [40] * 10]
+    another = load('--test-split', 'test', '--pool', '65', '15', '20', '--split-seed', '1')
+    assert set(fingerprints(another.test)) != set(fingerprints(parts.test))
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--val-split', 'test', '--test-split', 'test'], 'named for validation and for test'),
+    (['--train-split', 'test', '--test-split', 'test'], 'named for train and for test'),
+    (['--val-split', 'test', '--val-fraction', '0.2'], 'leave out --val-fraction'),
+    (['--val-fraction', '1'], 'at least 0 and less than 1'),
+    (['--train-split', 'train[:20]', '--val-fraction', '0.01'], 'holds none out'),
+    (['--memory-limit', '0'], 'do not fit in memory'),
+    (['--pool', '0', '1', '1'], '65 15 20'),
+])
+def test_divisions_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        load(*flags)
+    assert '\n' not in str(error.value)

@@ -1,0 +1,86 @@
+"""Accelerate's part of a run: processes, precision, compilation and trackers."""
+import platform
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, TorchDynamoPlugin
+
+from timm_tmblock.errors import InputError
+from train.config import refusing
+
+
+def create_accelerator(args: Namespace) -> Accelerator:
+    """Accelerate's state, from the flags and below them from `accelerate launch`.
+
+    Raises:
+        InputError: For a device, precision, compiler or tracker that is not to be had here.
+    """
+    if args.device != 'auto' and args.device != 'cpu':
+        available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
+        if not available:
+            raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
+    plugins = {}
+    if args.torchcompile:
+        with refusing(f'The compiler {args.torchcompile!r}'):
+            plugins['dynamo_plugin'] = TorchDynamoPlugin(
+                backend=args.torchcompile.upper(), mode=args.torchcompile_mode, dynamic=False)
+    with refusing('These settings of Accelerate'):
+        accelerator = Accelerator(
+            cpu=args.device == 'cpu',
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.grad_accum_steps,
+            log_with=_resolve_trackers(args.report_to) or None,
+            project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
+            **plugins,
+        )
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and args.model_ema:
+        raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
+    if args.sync_bn and accelerator.device.type == 'cpu':
+        raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
+    return accelerator
+
+
+def _resolve_trackers(names: List[str]) -> List[str]:
+    # Accelerate leaves out what is not installed without a word
+    if 'none' in names:
+        return []
+    available = [str(t.value if hasattr(t, 'value') else t) for t in get_available_trackers()]
+    if 'all' in names:
+        return available
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f'There is no tracker {name!r}; --report-to takes {", ".join(LOGGER_TYPE_TO_CLASS)}.')
+        if name not in available:
+            raise InputError(f'The tracker {name!r} is not installed; pip install {name}, or use --report-to none.')
+    return names
+
+
+def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_id: str, update: int) -> None:
+    """Begin or, with the same `run_id`, take up the run in every tracker."""
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+    settings: Dict[str, Dict[str, Any]] = {
+        'tensorboard': {'purge_step': update},  # what a resumed run repeats is not shown twice
+        'wandb': {'name': folder.name, 'id': run_id, 'resume': 'allow', 'dir': str(folder)},
+        'mlflow': {'run_name': folder.name},
+        'trackio': {'name': folder.name, 'resume': 'allow'},
+    }
+    with refusing(f'The tracker ({" ".join(args.report_to)})'):
+        accelerator.init_trackers(args.project, config=config, init_kwargs=settings)
+
+
+def describe_hardware(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
+    name = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').is_file():
+        names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+        name = names[0] if names else name
+    return f'{name}, {torch.get_num_threads()} threads'

@@ -1,0 +1,66 @@
+"""What can end a run early, each in one sentence that says what to do."""
+import re
+import shutil
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from timm_tmblock.errors import InputError
+from train.checkpoint import KEEP
+
+
+@contextmanager
+def naming_failures(args: Namespace) -> Iterator[None]:
+    """Say what an error of the data or the device means.
+
+    Raises:
+        InputError: For memory that ran out, a worker that died, an image that cannot be read, a set that is gone.
+    """
+    try:
+        yield
+    except InputError as e:
+        # a worker's error arrives with its traceback; the last line is the error itself
+        lines = str(e).strip().split('\n')
+        raise e if len(lines) == 1 else InputError(re.sub(r'^[\w.]*InputError: ', '', lines[-1])) from e
+    except (RuntimeError, OSError) as e:
+        text = str(e)
+        if isinstance(e, torch.OutOfMemoryError) or should_reduce_batch_size(e):
+            half = args.batch_size // 2
+            advice = (
+                f'try --batch-size {half} --grad-accum-steps {2 * args.grad_accum_steps}, which makes the same updates'
+                if half else 'use a smaller model or image size')
+            raise InputError(
+                f'The device has too little memory for {args.model} with a batch of {args.batch_size}; {advice}, '
+                f'or --grad-checkpointing.') from e
+        if 'DataLoader worker' in text:
+            died = re.search(r'DataLoader worker \(pid[^)]*\)[^.]*', text)
+            raise InputError(
+                f'A process that loads data died ({died[0] if died else text.splitlines()[0]}); the machine may be '
+                f'short of memory, so try fewer --workers.') from e
+        if isinstance(e, OSError) and e.filename is not None:
+            raise InputError(f'{e.filename} can no longer be read ({e.strerror}); is the data still there?') from e
+        raise
+
+
+def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
+    """Refuse a run whose weights and checkpoints will not find room.
+
+    Raises:
+        InputError: If the disk of the folder has too little free space.
+    """
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    ema = weights if args.model_ema else 0
+    checkpoint = 3 * weights + ema  # weights, and at most two moments in the optimizer
+    needed = (KEEP + 1) * checkpoint + (3 + args.checkpoint_hist) * weights  # one more of each while it is replaced
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f'{folder} needs up to {needed / 1e6:.0f} MB for weights and checkpoints and its disk has {free / 1e6:.0f} '
+            f'MB free; make room or choose another --output.')

@@ -1,0 +1,230 @@
+"""Batches for training and evaluation, a process's share of them.
+
+A set in memory is cropped, flipped and normalised in batches; a larger one streams through timm's loader.
+"""
+import math
+import os
+from typing import Any, Iterator, List, Optional, Protocol, Sized, Tuple
+
+import numpy as np
+import torch
+from timm.data import create_loader
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor
+from torch.utils.data import DataLoader, Dataset
+
+from timm_tmblock.errors import InputError
+from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
+from train.config import refusing
+from train.data import ImageSet, InMemorySet
+
+Batch = Tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader(Protocol):
+    """Batches of normalised images (B, C, H, W) and class indices (B,), already on the training device."""
+
+    @property
+    def dataset(self) -> Sized:
+        """All images, of every process."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches an epoch on this process."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
+        ...
+
+
+def mix_seed(*key: int) -> int:
+    """A seed of 63 bits for a place in a run, such as (seed, epoch, batch)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class TrainingBatches(Dataset):
+    """Augmented batches by (epoch, batch): images (B, C, H, W) uint8 and targets (B,).
+
+    Order, crops, flips and policy are functions of seed, epoch, batch and process alone, so a run taken up again at
+    any batch goes on as if it had never stopped, with any number of workers. The last incomplete batch is dropped.
+    """
+
+    def __init__(
+            self,
+            dataset: InMemorySet,
+            config: DataConfig,
+            batch_size: int,
+            device: torch.device,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+    ) -> None:
+        self.config = config
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        with refusing(f'The augmentation {config.policy!r}'):
+            self.policy = create_policy(config)
+        if self.policy is not None:
+            device = torch.device('cpu')  # policies are of single images, there
+        self.padded = pad(dataset.images, config).to(device)
+        self.targets = dataset.targets.to(device)
+        self.order: Tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.targets) // (self.batch_size * self.world_size)
+
+    def _shuffled(self, epoch: int) -> torch.Tensor:
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+            self.order = epoch, torch.randperm(len(self.targets), generator=generator).to(self.targets.device)
+        return self.order[1]
+
+    def __getitem__(self, key: Tuple[int, int]) -> Batch:
+        epoch, batch = key
+        seed = mix_seed(self.seed, epoch, batch, self.rank)
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        index = self._shuffled(epoch)[first:first + self.batch_size]
+        crops = Crops.draw(self.batch_size, self.config, torch.Generator().manual_seed(seed))
+        images = crop_and_flip(self.padded, index, crops, self.config.input_size[1:])
+        if self.policy is not None:
+            images = apply_policy(images, self.policy, seed)
+        return images, self.targets[index]
+
+
+class InMemoryLoader:
+    """Batches of an InMemorySet. In evaluation each image is seen once, by one process."""
+
+    def __init__(
+            self,
+            dataset: InMemorySet,
+            config: DataConfig,
+            batch_size: int,
+            device: torch.device,
+            training: bool = False,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            channels_last: bool = False,
+            num_workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.batch_size = batch_size
+        self.device = device
+        self.num_workers = num_workers
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.training = training
+        self.erase: Optional[RandomErasing] = None
+        if training:
+            self.batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
+            if len(self.batches) == 0:
+                raise InputError(
+                    f'{len(dataset)} training images do not fill one batch of {batch_size} on {world_size} processes; '
+                    f'use a smaller --batch-size.')
+            if config.re_prob > 0:
+                with refusing('These settings of random erasing'):
+                    self.erase = RandomErasing(
+                        config.re_prob, mode=config.re_mode, max_count=config.re_count, device=device)
+        else:
+            share = slice(rank, None, world_size)
+            self.images, self.targets = dataset.images[share].to(device), dataset.targets[share].to(device)
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        self.scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
+        self.shift = (-mean / std).view(1, -1, 1, 1).to(device)
+
+    def __len__(self) -> int:
+        return len(self.batches) if self.training else math.ceil(len(self.targets) / self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for images, targets in self._augmented(epoch, start) if self.training else self._plain(start):
+            images = self.normalize(images.to(self.device, non_blocking=True))
+            # its random numbers are the process's, which checkpoints hold
+            yield images if self.erase is None else self.erase(images), targets.to(self.device, non_blocking=True)
+
+    def _plain(self, start: int) -> Iterator[Batch]:
+        for first in range(start * self.batch_size, len(self.targets), self.batch_size):
+            batch = slice(first, first + self.batch_size)
+            yield self.images[batch], self.targets[batch]
+
+    def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
+        keys = [(epoch, batch) for batch in range(start, len(self.batches))]
+        if self.batches.policy is None or self.num_workers == 0:
+            yield from (self.batches[key] for key in keys)
+        else:
+            yield from DataLoader(
+                self.batches, batch_size=None, sampler=keys, num_workers=min(self.num_workers, os.cpu_count() or 1),
+                pin_memory=self.device.type == 'cuda',
+                generator=torch.Generator())  # or it would draw from the process's, once more after a restart
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) to float32 with mean 0 and standard deviation 1."""
+        images = images.float().mul_(self.scale).add_(self.shift)
+        return images.contiguous(memory_format=self.memory_format)  # last: arithmetic is slower on interleaved channels
+
+
+class StreamingLoader:
+    """timm's loader over a set that does not fit in memory, with timm's augmentation in training."""
+
+    def __init__(
+            self,
+            dataset: Any,
+            config: DataConfig,
+            batch_size: int,
+            device: torch.device,
+            training: bool = False,
+            seed: int = 0,
+            num_workers: int = 4,
+            distributed: bool = False,
+            channels_last: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.device = device
+        self.seed = seed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.loader = create_loader(
+            ImageSet(dataset, config.input_size[0]),
+            input_size=config.input_size,
+            batch_size=batch_size,
+            is_training=training,
+            hflip=config.hflip,
+            color_jitter=0.,
+            re_prob=config.re_prob,
+            re_mode=config.re_mode,
+            re_count=config.re_count,
+            interpolation=config.interpolation,
+            mean=config.mean,
+            std=config.std,
+            crop_pct=config.crop_pct,
+            num_workers=max(num_workers, training),  # in training not this process: its random numbers go on
+            distributed=distributed,
+            device=device,
+            use_prefetcher=False,  # its uint8 collation and side stream need CUDA
+            persistent_workers=False,  # workers that begin anew each epoch draw the same after a restart
+        )
+        if training:
+            if len(self.loader) == 0:
+                raise InputError(f'{len(dataset)} training images do not fill one batch of {batch_size}.')
+            with refusing(f'The augmentation {config.policy!r}'):
+                policy = create_policy(config)
+            if policy is not None:  # after crop and flip, as in timm
+                steps: List[Any] = self.loader.dataset.transform.transforms
+                steps.insert(next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor)), policy)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        self.loader.generator = generator  # seeds the workers
+        sampler: Any = self.loader.sampler
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(epoch)
+        elif hasattr(sampler, 'generator'):
+            sampler.generator = generator
+        for batch, (images, targets) in enumerate(self.loader):
+            if batch >= start:
+                yield images.to(self.device, memory_format=self.memory_format), targets.to(self.device)
+

@@ -1,0 +1,70 @@
+"""Optimizer, schedule and gradient clipping, by timm."""
+from argparse import Namespace
+from typing import Any, Optional, Tuple
+
+import torch
+from accelerate import Accelerator
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils.agc import adaptive_clip_grad
+
+from timm_tmblock.errors import InputError
+from train.config import refusing
+
+BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs', 'stable_timescale')
+
+
+def resolve_lr(args: Namespace, images_per_update: int) -> float:
+    """The learning rate: as given, or `--lr-base` scaled by the number of images an update sees."""
+    if args.lr is not None:
+        return args.lr
+    if args.lr_base is None:
+        return 1e-3
+    ratio = images_per_update / args.lr_base_size
+    return args.lr_base * (ratio if args.lr_base_scale == 'linear' else ratio ** 0.5)
+
+
+def create_optimizer(args: Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    with refusing(f'These settings of the optimizer {args.opt!r}'):
+        return create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=args.filter_bias_and_bn)
+
+
+def create_schedule(
+        args: Namespace,
+        optimizer: torch.optim.Optimizer,
+        updates_per_epoch: int,
+) -> Tuple[Optional[Any], int]:
+    """timm's schedule in units of updates, and the number of updates it takes.
+
+    It is a function of the update count alone, so there is nothing of it to prepare or to save.
+    """
+    kwargs = scheduler_kwargs(args)
+    for key in BY_EPOCHS:
+        if kwargs[key] is not None:
+            kwargs[key] *= updates_per_epoch
+    kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in kwargs['decay_milestones']]
+    fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
+    if kwargs['decay_epochs'] is None and args.sched == 'step':
+        kwargs['decay_epochs'] = 90
+    if kwargs['decay_epochs'] is not None and not fraction:
+        kwargs['decay_epochs'] *= updates_per_epoch
+    if args.max_steps:
+        kwargs['num_epochs'] = args.max_steps
+    with refusing(f'These settings of the schedule {args.sched!r}'):
+        scheduler, updates = create_scheduler_v2(
+            optimizer, **{**kwargs, 'step_on_epochs': False, 'updates_per_epoch': 1})
+    if updates < 1:
+        raise InputError(f'The schedule {args.sched!r} has no updates; use more --epochs.')
+    return scheduler, int(updates)
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, args: Namespace) -> None:
+    """Bound the gradients of a complete update as `--clip-mode` says."""
+    if args.clip_mode == 'norm':
+        accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+    elif args.clip_mode == 'value':
+        accelerator.clip_grad_value_(model.parameters(), args.clip_grad)
+    else:
+        accelerator.unscale_gradients()
+        adaptive_clip_grad(model_parameters(model, exclude_head=True), args.clip_grad)

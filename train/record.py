@@ -1,0 +1,67 @@
+"""The experiment folder: its name, the weights that deserve to be kept, and the table of epochs."""
+import csv
+import os
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from timm_tmblock.checkpoint import remove, save_weights, writing
+from timm_tmblock.errors import InputError
+from train.checkpoint import TrainState, find_checkpoints
+
+
+def create_folder_name(args: Namespace) -> Path:
+    """The experiment folder, the same on every process.
+
+    Raises:
+        InputError: If there is no run to resume, or there is one that was not to be resumed.
+    """
+    if args.resume:
+        if not Path(args.resume).is_dir():
+            raise InputError(f'There is no experiment folder {args.resume} to resume.')
+        return Path(args.resume)
+    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}']
+    folder = Path(args.output) / broadcast_object_list(names)[0]
+    if find_checkpoints(folder):
+        raise InputError(
+            f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
+    return folder
+
+
+def describe_resumption(folder: Path) -> str:
+    """What is left to continue from, for messages."""
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints:
+        return 'there was no checkpoint yet'
+    return f'the last good checkpoint is {checkpoints[-1].name}, continue with --resume {folder}'
+
+
+def keep_best(folder: Path, state: TrainState, top1: float, limit: int, weights: Dict[str, torch.Tensor],
+              description: Dict[str, Any]) -> None:
+    """Keep the weights of this epoch among those of the `limit` best, in history/."""
+    ranked = sorted([*state.kept, {'epoch': state.epoch, 'top1': top1}], key=lambda e: (-e['top1'], e['epoch']))
+    state.kept = ranked[:limit]
+    if any(entry['epoch'] == state.epoch for entry in state.kept):
+        save_weights(_epoch_path(folder, state.epoch), weights, description)
+    for entry in ranked[limit:]:
+        remove(_epoch_path(folder, entry['epoch']))
+
+
+def _epoch_path(folder: Path, epoch: int) -> Path:
+    return folder / 'history' / f'epoch-{epoch:04d}.safetensors'
+
+
+def write_summary(folder: Path, history: List[Dict[str, Any]]) -> None:
+    """One row an epoch. Written anew each time: a resumed run may repeat an epoch that is already in the file."""
+    path = folder / 'summary.csv'
+    columns = list(dict.fromkeys(key for row in history for key in row))  # epochs without validation have fewer
+    with writing(path) as tmp:
+        with tmp.open('w', newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(history)
+        os.replace(tmp, path)

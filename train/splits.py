@@ -1,0 +1,121 @@
+"""Which images train the network, which choose among its weights, and which measure it at the end.
+
+The set's own splits, with a part of the training images held out for the choice; or, as in the paper (section 4), all
+images pooled and split 65/15/20.
+"""
+import hashlib
+from argparse import Namespace
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import torch
+from accelerate import Accelerator
+
+from timm_tmblock.errors import InputError
+from train.augment import DataConfig
+from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset
+
+
+@dataclass
+class Parts:
+    """The three parts of a set, in memory or as opened by timm."""
+    train: Union[InMemorySet, Any]
+    validation: Optional[Union[InMemorySet, Any]]  # chooses among weights; None: the last are kept
+    test: Optional[Union[InMemorySet, Any]]  # measured once, at the end
+
+
+def stratified_split(dataset: InMemorySet, fractions: Sequence[float], seed: int = 0) -> List[InMemorySet]:
+    """Split a set so that every class is divided in the same proportions.
+
+    Images are ordered by a hash of seed and pixels: the parts depend on nothing else, neither on the order in which a
+    copy of the set stores its images nor on a random number generator, and copies of an image lie side by side.
+
+    Args:
+        dataset: Set to split.
+        fractions: Size of each part relative to their sum.
+        seed: Another seed gives another split.
+    """
+    key = seed.to_bytes(8, 'little', signed=True)
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in dataset.images.numpy()]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    ends = [total / sum(fractions) for total in accumulate(fractions)]
+    parts: List[List[int]] = [[] for _ in fractions]
+    sizes = torch.bincount(dataset.targets, minlength=len(dataset.class_names)).tolist()
+    seen = [0] * len(sizes)
+    for i in order:
+        label = int(dataset.targets[i])
+        part = next(p for p, end in enumerate(ends) if seen[label] < round(end * sizes[label]))
+        parts[part].append(i)
+        seen[label] += 1
+    return [dataset.subset(torch.tensor(part, dtype=torch.int64)) for part in parts]
+
+
+def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dict[str, Any]:
+    """Open the splits the settings name, as 'train', 'validation' and 'test'; their classes agree.
+
+    Raises:
+        InputError: If a split is missing, serves two ends, or differs from the others in its classes.
+    """
+    names = {'train': args.train_split, 'validation': args.val_split, 'test': args.test_split}
+    names = {part: name for part, name in names.items() if name}
+    for part in ('train', 'validation'):
+        if 'test' in names and names.get(part) == names['test']:
+            raise InputError(
+                f'Split {names["test"]!r} is named for {part} and for test; what measures the network must not take '
+                f'part in its training or choice.')
+    if args.val_split and args.val_fraction is not None:
+        raise InputError('--val-split names the validation images; leave out --val-fraction.')
+    splits = {}
+    for part, name in names.items():
+        with accelerator.main_process_first():  # one process fills the cache
+            splits[part] = open_dataset(
+                args.dataset,
+                name,
+                root=args.data_dir,
+                input_key=args.input_key,
+                target_key=args.target_key,
+                download=args.dataset_download,
+                channels=channels,
+            )
+    classes = {part: get_class_names(split) for part, split in splits.items()}
+    for part in classes:
+        if classes[part] != classes['train']:
+            raise InputError(
+                f'The classes of splits {names["train"]!r} and {names[part]!r} differ; they must be the same.')
+    return splits
+
+
+def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, progress: bool) -> Parts:
+    """Decode what fits in memory, and divide it as the settings say.
+
+    Raises:
+        InputError: If an image cannot be read, or a set is to be divided that does not fit in memory.
+    """
+    pooled = [len(split) for split in splits.values()]
+    fits = {
+        part: fits_in_memory(sum(pooled) if args.pool else len(split), config, args.memory_limit)
+        for part, split in splits.items()
+    }
+    fraction = (0.1 if args.val_fraction is None else args.val_fraction) if 'validation' not in splits else 0.
+    if not 0. <= fraction < 1.:
+        raise InputError(f'--val-fraction must be at least 0 and less than 1, not {fraction}.')
+    if not fits['train'] and (fraction or args.pool):
+        raise InputError(
+            'The training images do not fit in memory, so no part can be held out; name a --val-split, '
+            'set --val-fraction 0, or raise --memory-limit.')
+    loaded = {part: decode(split, config, progress) if fits[part] else split for part, split in splits.items()}
+    if args.pool:
+        if len(args.pool) != 3 or min(args.pool) < 0 or args.pool[0] <= 0:
+            raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
+        images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
+        whole = InMemorySet(images, targets, loaded['train'].class_names)
+        train, validation, test = stratified_split(whole, args.pool, args.split_seed)
+        return Parts(train, validation if len(validation) else None, test if len(test) else None)
+    if fraction:
+        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction], args.split_seed)
+        if len(validation) == 0:
+            raise InputError(
+                f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
+        return Parts(train, validation, loaded.get('test'))
+    return Parts(loaded['train'], loaded.get('validation'), loaded.get('test'))

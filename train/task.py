@@ -1,0 +1,125 @@
+"""The loss of a run: cross-entropy or equation 3.1, with or without a teacher."""
+from argparse import Namespace
+from typing import Callable, ContextManager, Dict, Optional
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.task import ClassificationTask, TrainingTask
+from timm.task.distillation import DistillationTeacher
+from timm.utils import unwrap_model
+
+from timm_tmblock.checkpoint import load_model
+from timm_tmblock.errors import InputError
+from timm_tmblock.task import TemplateMatchingTask
+from train.augment import DataConfig
+from train.config import refusing
+
+
+class DistillationTask(TrainingTask):
+    """Any classification task with a teacher's soft targets added, as in timm's LogitDistillationTask.
+
+        loss = task_loss_weight * task loss + distill_loss_weight * temperature^2 * KL(teacher || student)
+
+    The teacher sees the student's images, normalised and resized as it was trained.
+    """
+
+    def __init__(
+            self,
+            task: TrainingTask,
+            teacher: DistillationTeacher,
+            config: DataConfig,
+            temperature: float,
+            task_loss_weight: Optional[float],
+            distill_loss_weight: Optional[float],
+            autocast: Callable[[], ContextManager],
+    ) -> None:
+        """
+        Args:
+            task: Task of the student.
+            teacher: Teacher, on the task's device.
+            config: What the student expects of its input.
+            temperature: Temperature of both soft-maxes.
+            task_loss_weight: Weight of the task's own loss.
+            distill_loss_weight: Weight of the divergence; both as in timm's LogitDistillationTask where None.
+            autocast: Context the teacher runs in.
+        """
+        super().__init__(device=task.device)
+        self.task = task
+        self.trainable_module = task.trainable_module
+        self.teacher = teacher.requires_grad_(False)
+        self.temperature = temperature
+        complementary = distill_loss_weight is None and task_loss_weight is not None
+        self.task_loss_weight = 1. if task_loss_weight is None else task_loss_weight
+        self.distill_loss_weight = 1. - self.task_loss_weight if complementary else (
+            1. if distill_loss_weight is None else distill_loss_weight)
+        self.autocast = autocast
+        self.register_buffer('mean', torch.tensor(config.mean, device=task.device).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(config.std, device=task.device).view(1, -1, 1, 1), persistent=False)
+        self.size = tuple(unwrap_model(teacher.model).pretrained_cfg['input_size'][-2:])
+
+    @torch.no_grad()
+    def teach(self, input: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [B, num_classes] for the student's input [B, C, H, W]."""
+        input = self.teacher.normalize_input(input, self.mean, self.std)
+        if input.shape[-2:] != self.size:
+            input = F.interpolate(input, self.size, mode='bicubic', antialias=True)
+        with self.autocast():
+            return self.teacher.eval()(input).float()
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        result = self.task(input, target)
+        student = F.log_softmax(result['output'].float() / self.temperature, dim=-1)
+        teacher = F.log_softmax(self.teach(input) / self.temperature, dim=-1)
+        kd_loss = F.kl_div(student, teacher, reduction='batchmean', log_target=True) * self.temperature ** 2
+        loss = self.task_loss_weight * result['loss'] + self.distill_loss_weight * kd_loss
+        return {**result, 'loss': loss, 'task_loss': result['loss'], 'kd_loss': kd_loss}
+
+
+def create_teacher(args: Namespace, num_classes: int, device: torch.device) -> DistillationTeacher:
+    """The teacher the settings name, with its weights.
+
+    Raises:
+        InputError: If there is none of this name, it has no weights, or they are for other classes.
+    """
+    name = args.kd_model_name
+    if args.kd_checkpoint:
+        model = load_model(args.kd_checkpoint, name)
+    else:
+        if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+            raise InputError(f'timm has no model {name!r} to be the teacher.')
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as e:  # the network, the Hub and timm have errors of their own
+            reason = str(e).strip().split('\n')[0] or type(e).__name__
+            raise InputError(f'The teacher {name} cannot be loaded: {reason}') from e
+    if model.num_classes != num_classes:
+        raise InputError(
+            f'The teacher tells {model.num_classes} classes apart and the data has {num_classes}; '
+            f'train it on this data first and name its weights with --kd-checkpoint.')
+    return DistillationTeacher(model.to(device), device=device)
+
+
+def create_task(
+        args: Namespace,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        config: DataConfig,
+        teacher: Optional[DistillationTeacher],
+) -> TrainingTask:
+    """The task of a model, which may be prepared by Accelerate."""
+    soft_targets = args.mixup > 0 or args.cutmix > 0
+    criterion_kwargs = dict(smoothing=args.smoothing, soft_targets=soft_targets)
+    device = accelerator.device
+    with refusing('These settings of the loss'):
+        if args.aux_head or getattr(unwrap_model(model), 'has_template_matching', False):
+            task: TrainingTask = TemplateMatchingTask(
+                model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
+        else:
+            task = ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
+    if teacher is None:
+        return task
+    return DistillationTask(
+        task, teacher, config, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight,
+        accelerator.autocast)
