@@ -140,6 +140,9 @@ class Trainer:
         self.test_loader = create_loader(parts.test, config, args, accelerator)
         self.mixup = None
         if args.mixup > 0 or args.cutmix > 0:
+            low, high = args.cutmix_minmax or (0., 1.)
+            if not 0 <= int(low * config.input_size[1]) < int(high * config.input_size[1]) <= config.input_size[1]:
+                raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
             with refusing('These settings of mixup'):
                 self.mixup = Mixup(
                     args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,

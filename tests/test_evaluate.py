@@ -1,0 +1,153 @@
+"""Measuring: the numbers are those of independent formulas, and the same for PyTorch and ONNX Runtime."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import export.onnx
+from timm_tmblock.errors import InputError
+from train.augment import DataConfig
+from train.data import decode, open_dataset
+from train.evaluate import main
+from train.metrics import count_confusions, measure_accuracy, measure_reliability, softmax
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ['--split', 'test[:37]', '--batch-size', '16', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('rn26_tm', pretrained=True).eval()
+
+
+@pytest.fixture(scope='module')
+def onnx_file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp('onnx') / 'rn26_tm.onnx'
+    export.onnx.export_onnx(model, path, patch_logits=True)
+    return path
+
+
+def test_metrics_agree_with_loops_in_float64():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(203, 7)).astype(np.float32) * 2, rng.integers(0, 7, 203)
+    p = softmax(logits)
+    np.testing.assert_allclose(p, torch.from_numpy(logits).double().softmax(1).numpy(), rtol=1e-12)
+    values = measure_accuracy(logits, targets)
+    ranks = [sorted(range(7), key=lambda k, row=row: -row[k]).index(t) for row, t in zip(logits, targets)]
+    assert values['top1'] == pytest.approx(100 * np.mean([r < 1 for r in ranks]))
+    assert values['top5'] == pytest.approx(100 * np.mean([r < 5 for r in ranks]))
+    expected = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(targets)).item()
+    assert values['loss'] == pytest.approx(expected)
+
+    ece = 0.
+    for i in range(10):  # the definition, bin by bin
+        inside = [n for n in range(203) if i / 10 < p[n].max() <= (i + 1) / 10]
+        if inside:
+            accuracy = np.mean([p[n].argmax() == targets[n] for n in inside])
+            ece += len(inside) / 203 * abs(accuracy - np.mean([p[n].max() for n in inside]))
+    reliability = measure_reliability(p, targets, bins=10)
+    assert reliability.ece == pytest.approx(ece) and reliability.counts.sum() == 203
+
+    confusion = count_confusions(p.argmax(1), targets, 7)
+    assert all(confusion[t, k] == sum((p.argmax(1) == k) & (targets == t)) for t in range(7) for k in range(7))
+
+
+def test_perfect_confidence_is_perfectly_calibrated():
+    p = np.eye(3)[[0, 1, 2, 0]]
+    assert measure_reliability(p, np.array([0, 1, 2, 0])).ece == 0
+    assert measure_reliability(p, np.array([1, 2, 0, 1])).ece == 1
+
+
+def test_evaluation_equals_a_plain_loop(model, tmp_path):
+    result = main(['rn26_tm', *FLAGS, '--tta', 'flip', '--output', str(tmp_path / 'out')])
+    cfg = model.pretrained_cfg
+    config = DataConfig((3, 32, 32), cfg['mean'], cfg['std'])
+    dataset = decode(open_dataset('sample', 'test[:37]'), config, progress=False)
+    mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    x = (dataset.images / 255 - mean) / std
+    with torch.no_grad():
+        logits, patch_logits = model.forward_patch_logits(x)
+        mirrored = model(x.flip(3))
+    right = (patch_logits.argmax(1) == dataset.targets[:, None, None]).double().mean().item()
+    assert result['patch_accuracy'] == pytest.approx(100 * right)
+    for prefix, output in (('', logits), ('flip_', (logits + mirrored) / 2)):
+        expected = measure_accuracy(output.numpy(), dataset.targets.numpy())
+        assert {k: result[prefix + k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert result['images'] == 37 and result['images_per_second'] > 0
+
+    written = json.loads((tmp_path / 'out.json').read_text())
+    assert {k: written[k] for k in result if k != 'versions'} == {k: v for k, v in result.items() if k != 'versions'}
+    assert np.trace(written['confusion']) / 37 * 100 == pytest.approx(result['top1'])
+    assert written['class_names'][3] == 'cat'
+    with Image.open(tmp_path / 'out.png') as picture:
+        assert picture.width > 1000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.json', 'out.png']
+
+
+def test_onnx_file_measures_as_the_network_does(onnx_file):
+    a, b = main(['rn26_tm', *FLAGS]), main([str(onnx_file), *FLAGS])
+    assert (a['runtime'], b['runtime']) == ('PyTorch', 'ONNX Runtime')
+    for key in ('top1', 'top5', 'patch_accuracy', 'images'):
+        assert a[key] == b[key]
+    assert b['loss'] == pytest.approx(a['loss'], rel=1e-4) and b['ece'] == pytest.approx(a['ece'], rel=1e-3)
+    assert len(b['weights_sha256']) == 64
+
+
+def test_streamed_set_measures_the_same():
+    a, b = main(['rn26_tm', *FLAGS]), main(['rn26_tm', *FLAGS, '--memory-limit', '0', '--workers', '1'])
+    assert (a['top1'], a['images']) == (b['top1'], b['images'])
+    assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
+
+
+def test_baseline_has_no_patch_accuracy(tmp_path):
+    from timm_tmblock.checkpoint import save_weights
+    baseline = timm.create_model('rn26')
+    save_weights(tmp_path / 'w.safetensors', baseline.state_dict(), dict(model='rn26', num_classes=10))
+    result = main([str(tmp_path / 'w.safetensors'), *FLAGS, '--precision', 'bfloat16'])
+    assert 'patch_accuracy' not in result and result['precision'] == 'bfloat16'
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['rn27_tm'], "rn27_tm is no model with weights"),
+    (['rn38_tm'], 'name weights with --checkpoint'),
+    (['missing.onnx'], 'no file missing.onnx'),
+    (['missing.safetensors'], 'no file missing.safetensors'),
+    (['rn26_tm', '--split', 'nothing'], 'nothing'),
+    (['rn26_tm', '--device', 'cuda'], 'no cuda device'),
+    (['rn26_tm', '--precision', 'int3'], 'invalid choice'),
+    (['rn26_tm', '--output', f'{ROOT}/README.md/x'], 'Cannot write'),
+    (['engine'], 'need TensorRT|no GPU|there is none here|lies beside'),
+])
+def test_what_cannot_be_measured_is_one_sentence(flags, message, tmp_path):
+    if flags == ['engine']:
+        (tmp_path / 'x.engine').write_bytes(b'plan')
+        flags = [str(tmp_path / 'x.engine')]
+    if '--device' in flags and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(InputError, match=message) as error:
+        main([*flags[:1], *FLAGS, *flags[1:]])
+    assert '\n' not in str(error.value)
+
+
+def test_set_of_other_classes_is_refused(tmp_path):
+    for name in ('ant', 'bee'):
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'test' / name / '0.png')
+    with pytest.raises(InputError, match='tells 10 classes apart and .* has 2'):
+        main(['rn26_tm', '--dataset', str(tmp_path), '--split', 'test', '--device', 'cpu'])
+
+
+def test_command_prints_json_and_exits_with_2():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / 'train' / 'evaluate.py'), 'rn26_tm', *FLAGS], capture_output=True, text=True)
+    assert json.loads(run.stdout)['images'] == 37
+    run = subprocess.run(
+        [sys.executable, str(ROOT / 'train' / 'evaluate.py'), 'nothing'], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith('error: nothing is no model')

@@ -1,0 +1,266 @@
+"""Settings of the training script: each has the effect its name says."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from timm.models import group_parameters
+
+from timm_tmblock import PatchSupervised
+from timm_tmblock.checkpoint import load_model
+from timm_tmblock.errors import InputError
+from train.checkpoint import find_checkpoints
+from train.config import parse_args
+from train.optim import create_schedule, resolve_lr
+from train.train import Trainer, main
+
+ROOT = Path(__file__).parent.parent
+TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '1',
+        '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def create_trainer(tmp_path, *flags) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
+
+
+def gradients_after_clipping(tmp_path, monkeypatch, *flags):
+    trainer = create_trainer(tmp_path, '--opt', 'momentum', '--lr', '0', *flags)
+    seen = {}
+    step = type(trainer.optimizer.optimizer).step
+
+    def record(self, *args, **kwargs):
+        seen.update({n: p.grad.clone() for n, p in trainer.plain_model.named_parameters()})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer.optimizer.optimizer), 'step', record)
+    trainer.model.train()
+    trainer.step(*next(trainer.train_loader.epoch(0)))
+    monkeypatch.undo()
+    return seen, dict(trainer.plain_model.named_parameters())
+
+
+def test_gradients_are_clipped_as_the_mode_says(tmp_path, monkeypatch):
+    plain, weights = gradients_after_clipping(tmp_path, monkeypatch)
+    norm = torch.cat([g.flatten() for g in plain.values()]).norm()
+    clipped, _ = gradients_after_clipping(tmp_path, monkeypatch, '--clip-grad', '0.1')
+    for name in plain:
+        torch.testing.assert_close(clipped[name], plain[name] * 0.1 / norm, rtol=1e-3, atol=1e-7)
+    clipped, _ = gradients_after_clipping(tmp_path, monkeypatch, '--clip-grad', '1e-3', '--clip-mode', 'value')
+    for name in plain:
+        torch.testing.assert_close(clipped[name], plain[name].clamp(-1e-3, 1e-3), rtol=1e-3, atol=1e-7)
+    clipped, _ = gradients_after_clipping(tmp_path, monkeypatch, '--clip-grad', '1e-3', '--clip-mode', 'agc')
+    for name in list(plain)[:-2]:  # the classifier is exempt
+        if plain[name].ndim == 4:
+            w, g = (t.flatten(1).norm(dim=1) for t in (weights[name], plain[name]))
+            bound = 1e-3 * w.clamp(min=1e-3)
+            torch.testing.assert_close(
+                clipped[name].flatten(1).norm(dim=1), torch.minimum(g, bound), rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize('aux', [False, True])
+def test_layer_decay_scales_the_learning_rate_from_the_last_layer_down(tmp_path, aux):
+    model = ['--model', 'rn26', '--aux-head'] if aux else []
+    trainer = create_trainer(tmp_path, '--layer-decay', '0.5', '--lr', '1', *model)
+    scales = {id(p): g['lr_scale'] for g in trainer.optimizer.param_groups for p in g['params']}
+    by_name = {n: scales[id(p)] for n, p in trainer.plain_model.named_parameters()}
+    prefix = 'model.' if aux else ''
+    assert by_name[f'{prefix}fc.weight'] == 1 and by_name[f'{prefix}conv1.weight'] == min(by_name.values()) < 0.01
+    if aux:
+        assert {v for n, v in by_name.items() if n.startswith('aux.')} == {1}
+
+
+def test_layers_of_a_supervised_baseline_are_those_of_the_baseline():
+    baseline = timm.create_model('rn26')
+    layers = group_parameters(baseline, baseline.group_matcher(), reverse=True)
+    supervised = PatchSupervised(baseline)
+    wrapped = group_parameters(supervised, supervised.group_matcher(), reverse=True)
+    assert {n: wrapped[f'model.{n}'] for n in layers} == layers
+    assert {v for n, v in wrapped.items() if n.startswith('aux.')} == {max(layers.values())}
+
+
+@pytest.mark.parametrize('flags, images, expected', [
+    ([], 512, 1e-3), (['--lr', '0.3', '--lr-base', '0.1'], 512, 0.3), (['--lr-base', '0.1'], 512, 0.2),
+    (['--lr-base', '0.1', '--lr-base-scale', 'sqrt'], 1024, 0.2),
+    (['--lr-base', '0.1', '--lr-base-size', '128'], 64, 0.05),
+])
+def test_learning_rate_scales_with_the_images_of_an_update(flags, images, expected):
+    assert resolve_lr(parse_args(flags), images) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('flags, updates, shape', [
+    (['--sched', 'poly', '--decay-rate', '1', '--epochs', '4'], 40, {0: 1, 20: 0.5, 39: 0.025}),
+    (['--sched', 'poly', '--decay-rate', '1', '--max-steps', '25'], 25, {0: 1, 5: 0.8, 24: 0.04}),
+    (['--sched', 'step', '--decay-epochs', '2', '--epochs', '4'], 40, {0: 1, 19: 1, 20: 0.1}),
+    (['--sched', 'multistep', '--decay-milestones', '1', '3', '--epochs', '4'], 40, {8: 1, 10: 0.1, 28: 0.1, 30: 0.01}),
+    (['--sched', 'constant', '--warmup-epochs', '2', '--warmup-lr', '0', '--epochs', '4'], 40, {0: 0, 10: 0.5, 20: 1}),
+    (['--sched', 'cosine', '--epochs', '3', '--cooldown-epochs', '1', '--min-lr', '0.01'], 40, {15: 0.505, 35: 0.01}),
+    (['--sched', 'cosine', '--epochs', '3', '--warmup-epochs', '1', '--warmup-prefix'], 40, {10: 1}),
+    (['--sched', 'wsd', '--decay-epochs', '0.5', '--epochs', '4'], 40, {0: 1, 19: 1}),
+])
+def test_schedule_is_stepped_by_updates(flags, updates, shape):
+    args = parse_args(['--lr', '1', *flags])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+    scheduler, n = create_schedule(args, optimizer, updates_per_epoch=10)
+    assert n == updates
+    for update, lr in shape.items():
+        scheduler.step_update(update)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(lr), update
+
+
+def test_max_steps_end_the_run_within_an_epoch(tmp_path):
+    result = main([*TINY, '--output', str(tmp_path), '--max-steps', '5'])
+    assert (result['updates'], result['epochs'], len(result['history'])) == (5, 2, 2)
+    assert json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())['update'] == 5
+
+
+def test_validation_interval_history_and_test_part(tmp_path):
+    flags = ['--epochs', '4', '--val-interval', '2', '--checkpoint-hist', '1', '--test-split', 'test[15:40]', '--tta',
+             'flip']
+    result = main([*TINY, '--output', str(tmp_path), *flags])
+    assert ['eval_top1' in row for row in result['history']] == [False, True, False, True]
+    assert result['images'] == dict(train=36, validation=15, test=25)
+    best = result['best']['epoch']
+    assert [p.name for p in (tmp_path / 'run' / 'history').iterdir()] == [f'epoch-{best:04d}.safetensors']
+    kept = load_file(tmp_path / 'run' / 'history' / f'epoch-{best:04d}.safetensors')
+    chosen = load_file(tmp_path / 'run' / 'best.safetensors')
+    assert all(torch.equal(kept[k], chosen[k]) for k in chosen)
+
+    loader = create_trainer(tmp_path / 'other', '--test-split', 'test[15:40]').test_loader
+    model = load_model(tmp_path / 'run' / 'best.safetensors')
+    (images, targets), = loader.epoch(0)
+    with torch.no_grad():
+        logits, mirrored = model(images), model(images.flip(3))
+    for prefix, output in (('', logits), ('flip_', (logits + mirrored) / 2)):
+        hits = (output.argmax(1) == targets).double().mean().item()
+        assert result['test'][f'{prefix}top1'] == pytest.approx(100 * hits)
+        assert result['test'][f'{prefix}loss'] == pytest.approx(F.cross_entropy(output, targets).item(), rel=1e-4)
+
+
+def test_without_validation_the_last_weights_are_tested(tmp_path):
+    flags = [f for f in TINY if f not in ('--val-split', 'test[:15]')]
+    result = main([*flags, '--output', str(tmp_path), '--val-fraction', '0', '--test-split', 'test[:15]'])
+    assert result['best'] is None and result['test']['weights'] == 'last'
+    assert not (tmp_path / 'run' / 'best.safetensors').exists()
+
+
+def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path):
+    result = main([*TINY, '--output', str(tmp_path), '--test-split', 'test[15:40]'])
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only'])
+    assert measured['validation']['top1'] == result['best']['top1']
+    assert measured['test']['loss'] == pytest.approx(result['test']['loss'], rel=1e-6)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == files
+    best = str(tmp_path / 'run' / 'best.safetensors')
+    measured = main([*TINY, '--output', str(tmp_path / 'new'), '--initial-checkpoint', best, '--eval-only'])
+    assert measured['validation']['top1'] == result['best']['top1'] and measured['weights'] == best
+    assert not (tmp_path / 'new').exists()
+
+
+def test_initial_checkpoint_is_where_training_starts(tmp_path):
+    main([*TINY, '--output', str(tmp_path)])
+    best = tmp_path / 'run' / 'best.safetensors'
+    trainer = create_trainer(tmp_path / 'new', '--initial-checkpoint', str(best))
+    weights = load_file(best)
+    assert all(torch.equal(v, weights[k]) for k, v in trainer.plain_model.state_dict().items())
+    with pytest.raises(InputError, match='holds weights of rn26_tm, not of rn38_tm'):
+        create_trainer(tmp_path / 'new', '--initial-checkpoint', str(best), '--model', 'rn38_tm')
+
+
+@pytest.mark.parametrize('student', ['rn26_tm', 'rn26'])
+@pytest.mark.parametrize('weights, expected', [
+    ([], (1, 1)), (['--task-loss-weight', '0.3'], (0.3, 0.7)), (['--distill-loss-weight', '2'], (1, 2)),
+])
+def test_distillation_adds_the_divergence_from_the_teacher(tmp_path, student, weights, expected):
+    trainer = create_trainer(
+        tmp_path, '--model', student, '--kd-model-name', 'rn26_tm', '--kd-temperature', '2',
+        '--mean', '0.4', '0.5', '0.6', *weights)
+    images, targets = next(trainer.train_loader.epoch(0))
+    result = trainer.task(images, targets)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (trainer.data_config.mean, trainer.data_config.std))
+    teacher = timm.create_model('rn26_tm', pretrained=True).eval()
+    t_mean, t_std = (torch.tensor(teacher.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    with torch.no_grad():
+        logits = teacher((images * std + mean - t_mean) / t_std)
+    p = (logits.double() / 2).softmax(1)
+    kl = (p * (p.log() - (result['output'].double() / 2).log_softmax(1))).sum(1).mean() * 4
+    assert result['kd_loss'].item() == pytest.approx(kl.item(), rel=1e-4)
+    total = expected[0] * result['task_loss'] + expected[1] * result['kd_loss']
+    torch.testing.assert_close(result['loss'], total)
+    if student == 'rn26_tm':
+        torch.testing.assert_close(result['task_loss'], (result['class_loss'] + result['patch_loss']) / 2)
+    result['loss'].backward()
+    assert all(p.grad is None for p in trainer.task.teacher.parameters())
+    names = {n for n, _ in trainer.plain_model.named_parameters()}
+    assert names == {n for n, _ in timm.create_model(student).named_parameters()}  # nothing of the teacher
+
+
+def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
+    main([*TINY, '--output', str(tmp_path), '--model', 'rn20', '--img-size', '64', '--max-steps', '1'])
+    best = str(tmp_path / 'run' / 'best.safetensors')
+    flags = ['--experiment', 'student', '--kd-checkpoint', best, '--max-steps', '1']
+    result = main([*TINY, '--output', str(tmp_path), *flags])
+    assert result['last']['train_kd_loss'] > 0
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
+    (['--kd-model-name', 'rn38_tm'], 'teacher rn38_tm cannot be loaded'),
+    (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
+    (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
+    (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
+    (['--report-to', 'clearml'], "'clearml' is not installed; pip install clearml"),
+    (['--torchcompile', 'slowly'], "compiler 'slowly' cannot be used"),
+    (['--sync-bn'], 'needs GPUs'),
+    (['--aa', 'zzz'], "augmentation 'zzz'"),
+    (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
+    (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
+    (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
+    (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),
+])
+def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        main([*TINY, '--output', str(tmp_path), *flags])
+    assert '\n' not in str(error.value)
+
+
+def test_compiled_run_keeps_the_names_of_its_weights(tmp_path):
+    result = main([*TINY, '--output', str(tmp_path), '--torchcompile', 'aot_eager', '--model-ema', '--max-steps', '2',
+                   '--grad-checkpointing'])
+    assert result['last']['train_loss'] > 0
+    expected = timm.create_model('rn26_tm').state_dict().keys()
+    for name in ('last', 'best'):
+        assert load_file(tmp_path / 'run' / f'{name}.safetensors').keys() == expected
+
+
+def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
+    (tmp_path / 'base.yaml').write_text('lr: 0.1\nepochs: 7\n')
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'recipe.yaml').write_text('base: ../base.yaml\nepochs: 9\n')
+    args = parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml'), '--opt', 'sgd'])
+    assert (args.lr, args.epochs, args.opt) == (0.1, 9, 'sgd')
+    (tmp_path / 'base.yaml').write_text('base: sub/recipe.yaml\n')
+    with pytest.raises(InputError, match='is its own base'):
+        parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml')])
+
+
+def test_notebook_launcher_trains(tmp_path):
+    code = (
+        'import accelerate, train.train\n'
+        f'accelerate.notebook_launcher(train.train.main, ({[*TINY, "--output", str(tmp_path)]!r},), num_processes=1)\n')
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / 'run' / 'best.safetensors').is_file()

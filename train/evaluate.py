@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Measure a classifier on a labelled set: accuracy, patch accuracy, calibration, confusions, throughput.
+
+A pretrained model, weights of training, an ONNX file and a TensorRT engine are measured alike:
+
+    python train/evaluate.py rn26_tm --dataset hfds/uoft-cs/cifar10 --input-key img
+    python train/evaluate.py output/EXPERIMENT/best.safetensors --tta flip --output evaluation
+    python train/evaluate.py rn26_tm.onnx --output evaluation
+
+Prints the result as JSON; with --output also writes NAME.json, with the confusion matrix, and NAME.png.
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_tmblock
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError, exiting_on_input_error
+from train.augment import DataConfig
+from train.config import Parser, positive
+from train.data import decode, fits_in_memory, get_class_names, open_dataset
+from train.engine import describe_hardware
+from train.failure import naming_failures
+from train.loader import InMemoryLoader, Loader, StreamingLoader
+from train.metrics import Reliability, count_confusions, measure_accuracy, measure_reliability, softmax
+from train.runner import Runner, create_runner
+
+PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        prog='evaluate.py', description='Measure a classifier on a labelled set.', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
+    parser.add_argument('--dataset', default='sample', help='as in train.py')
+    parser.add_argument('--split', default='test')
+    parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
+    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
+    parser.add_argument('--input-key', default='image', help='image column of an hfds/ set')
+    parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+    parser.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
+    parser.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
+    parser.add_argument('--batch-size', type=positive, default=256)
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
+    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='autocast of PyTorch')
+    parser.add_argument('--tta', choices=['none', 'flip'], default='none', help="'flip': with the mirrored image too")
+    parser.add_argument('--bins', type=positive, default=15, help='of the calibration error')
+    parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.png')
+    return parser
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
+        raise InputError(f'There is no {name} device here; use --device cpu.')
+    return torch.device(name)
+
+
+def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
+    """The images of the split as the runner expects them.
+
+    Raises:
+        InputError: If the set cannot be opened, or its classes are not the runner's.
+    """
+    channels, height, width = runner.config['input_size']
+    config = DataConfig(
+        input_size=(channels, height, width),
+        mean=tuple(runner.config['mean']),
+        std=tuple(runner.config['std']),
+        interpolation=runner.config['interpolation'],
+        crop_pct=runner.config['crop_pct'],
+    )
+    dataset = open_dataset(
+        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download,
+        config.input_size[0])
+    names = get_class_names(dataset)
+    if runner.class_names and len(runner.class_names) != len(names):
+        raise InputError(
+            f'{args.model} tells {len(runner.class_names)} classes apart and {args.dataset} has {len(names)}.')
+    channels_last = runner.kind == 'PyTorch'
+    if fits_in_memory(len(dataset), config, args.memory_limit):
+        return InMemoryLoader(
+            decode(dataset, config), config, args.batch_size, runner.device, channels_last=channels_last)
+    return StreamingLoader(
+        dataset, config, args.batch_size, runner.device, num_workers=args.workers, channels_last=channels_last)
+
+
+def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, Any]:
+    """Everything there is to say of a runner on a set, as `main` prints it, and 'reliability' and 'confusion'."""
+    logits: List[np.ndarray] = []
+    mirrored: List[np.ndarray] = []
+    targets: List[np.ndarray] = []
+    matched, regions, seconds, timed = 0, 0, 0., 0
+    for batch, (images, labels) in enumerate(tqdm(loader.epoch(0), total=len(loader), unit='batch', leave=False)):
+        start = time.perf_counter()
+        output, patch_logits = runner(images)
+        logits.append(output.cpu().numpy())  # waits for a GPU
+        if batch > 0:  # the first one warms up
+            seconds += time.perf_counter() - start
+            timed += len(images)
+        if patch_logits is not None and patch_logits.shape[1] == output.shape[1]:  # templates are the classes
+            hits = patch_logits.argmax(1) == labels[:, None, None]
+            matched, regions = matched + int(hits.sum()), regions + hits.numel()
+        if flip:
+            mirrored.append(runner(images.flip(3))[0].cpu().numpy())
+        targets.append(labels.cpu().numpy())
+    scores, classes = np.concatenate(logits), np.concatenate(targets)
+    if classes.max() >= scores.shape[1]:
+        raise InputError(f'The model has {scores.shape[1]} outputs and the set has a label {classes.max()}.')
+    if not np.isfinite(scores).all():
+        raise InputError('The model gives logits that are not finite; are these the right weights and precision?')
+    reliability = measure_reliability(softmax(scores), classes, bins)
+    values: Dict[str, Any] = dict(images=len(classes), **measure_accuracy(scores, classes), ece=reliability.ece)
+    if flip:
+        both = (scores + np.concatenate(mirrored)) / 2
+        values.update({f'flip_{k}': v for k, v in measure_accuracy(both, classes).items()})
+    if regions:
+        values['patch_accuracy'] = 100 * matched / regions
+    if timed:
+        values['images_per_second'] = round(timed / seconds, 1)
+    return dict(
+        values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]))
+
+
+def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
+    """The confusion matrix and the reliability diagram, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names, confusion = result['class_names'], np.array(result['confusion'])
+    figure = Figure(figsize=(12, 5.4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    shown = left.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    figure.colorbar(shown, ax=left, label='share of the class', shrink=0.8)
+    left.set(xlabel='taken for', ylabel='class', title=f'{result["model"]}: top-1 {result["top1"]:.2f} %')
+    if len(names) <= 20:
+        left.set_xticks(range(len(names)), names, rotation=60, ha='right')
+        left.set_yticks(range(len(names)), names)
+        for i, j in np.argwhere(confusion > 0):
+            color = 'white' if shares[i, j] > 0.5 else 'black'
+            left.text(j, i, f'{confusion[i, j]}', ha='center', va='center', fontsize=7, color=color)
+    edges = np.linspace(0, 1, len(reliability.counts) + 1)
+    full = reliability.counts > 0
+    right.bar(edges[:-1][full], reliability.accuracy[full], np.diff(edges)[full], align='edge', edgecolor='white')
+    right.plot([0, 1], [0, 1], 'k--', linewidth=1)
+    right.plot(reliability.confidence[full], reliability.accuracy[full], 'o', color='tab:orange', markersize=4)
+    right.set(
+        xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy',
+        title=f'calibration error {100 * result["ece"]:.2f} % ({len(edges) - 1} bins, {result["images"]} images)')
+    with writing(path) as tmp:
+        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
+        os.replace(tmp, path)
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    """Measure as the flags say (the command line's if None) and return the result.
+
+    Raises:
+        InputError: For a model, a set or a device that cannot be used.
+    """
+    args = create_parser().parse_args(argv)
+    runner = create_runner(args.model, args.checkpoint, resolve_device(args.device), PRECISIONS[args.precision])
+    args.grad_accum_steps = 1  # for the advice on memory
+    with naming_failures(args):
+        loader = create_loader(args, runner)
+        values = measure(runner, loader, args.tta == 'flip', args.bins)
+    reliability, confusion = values.pop('reliability'), values.pop('confusion')
+    weights = Path(args.checkpoint or args.model)
+    result = dict(
+        model=args.model,
+        weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        runtime=runner.kind,
+        dataset=args.dataset,
+        split=args.split,
+        **values,
+        batch_size=args.batch_size,
+        precision=args.precision if runner.kind == 'PyTorch' else 'as exported',
+        hardware=describe_hardware(runner.device),
+        versions=dict(
+            timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
+            python=platform.python_version()),
+    )
+    if args.output:
+        names = runner.class_names or [str(i) for i in range(len(confusion))]
+        full = dict(
+            result, class_names=names, confusion=confusion.tolist(),
+            reliability={k: v.tolist() for k, v in vars(reliability).items()})
+        path = Path(f'{args.output}.json')
+        with writing(path) as tmp:
+            tmp.write_text(json.dumps(full, indent=1) + '\n')
+            os.replace(tmp, path)
+        draw(full, reliability, Path(f'{args.output}.png'))
+    return result
+
+
+if __name__ == '__main__':
+    with exiting_on_input_error():
+        print(json.dumps(main()))
