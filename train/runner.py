@@ -60,8 +60,8 @@ class TorchRunner:
     """A PyTorch network, in evaluation mode."""
     kind = 'PyTorch'
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.model: Any = model.to(device).to(memory_format=torch.channels_last).eval()
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.device = device
         self.dtype = dtype
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)

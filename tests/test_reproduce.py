@@ -1,0 +1,146 @@
+"""The paper's experiments, in miniature: which cells there are, that they run, resume, and are set beside the paper."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_tmblock.errors import InputError
+from train.checkpoint import find_checkpoints
+from train.config import parse_args
+from train.paper import DATASETS, TABLE_1
+from train.reproduce import create_cells, create_parser, main
+from train.tables import format_scores, render
+
+ROOT = Path(__file__).parent.parent
+TINY = ['--data', 'cifar10=sample', '--jobs', '2', '--', '--train-split', 'train[:45]', '--test-split', 'test[:10]',
+        '--max-steps', '1', '--device', 'cpu']
+
+
+def cells(*flags):
+    args = create_parser().parse_args(list(flags))
+    return create_cells(args.experiment, args)
+
+
+def test_table_1_has_ten_rows_three_sets_and_every_seed():
+    found = cells('table1', '--datasets', *DATASETS, '--seeds', '0', '1', '2')
+    assert len(found) == len({c.name for c in found}) == 10 * 3 * 3
+    for cell in found:
+        args = parse_args(['-c', str(ROOT / 'train' / 'recipes' / 'paper' / f'{cell.recipe}.yaml')])
+        assert (args.opt, args.lr, args.weight_decay, args.batch_size) == ('adam', 1e-3, 1e-4, 32)
+        assert args.pool == [65, 15, 20] and args.patch_loss_weight == 0.5 and not args.filter_bias_and_bn
+        assert args.aux_head == cell.setting.endswith('_aux')
+        assert args.model.partition('.')[0] == cell.setting.removesuffix('_aux')
+
+
+def test_recipes_of_the_paper_print_its_numbers():
+    for row, (name, *numbers) in TABLE_1.items():
+        for dataset, number in zip(DATASETS, numbers):
+            text = (ROOT / 'train' / 'recipes' / 'paper' / f'{row}.{dataset}.yaml').read_text()
+            assert text.startswith(f'# {name} of') and f'The paper: {number:.2f} %' in text
+
+
+def test_grid_of_maximizers_is_that_of_figure_3():
+    found = {c.setting: parse_args(list(c.flags)) for c in cells('maximizers')}
+    assert list(found) == [
+        'bn_relu.batch8', 'softmax.batch8', 'perturbed.batch8', 'bn_relu.batch32', 'softmax.batch32']
+    for setting, args in found.items():
+        assert args.model == 'rn20' and setting.endswith(f'batch{args.batch_size}')
+        assert args.model_kwargs.get('maximizer', 'bn_relu') == setting.split('.')[0]
+
+
+def test_grid_of_lambdas_has_no_loss_of_patches_and_the_choice_of_the_paper():
+    weights = [parse_args(list(c.flags)).patch_loss_weight for c in cells('lambda')]
+    assert weights == sorted(weights) and weights[0] == 0 and 0.5 in weights
+
+
+@pytest.mark.parametrize('experiment, flags, settings, figure', [
+    ('table1', ['--rows', 'rn26', 'rn26_aux'], {'rn26', 'rn26_aux'}, False),
+    ('lambda', ['--lambdas', '0', '0.5'], {'lambda0', 'lambda0.5'}, True),
+    ('depth', ['--rows', 'rn26_tm', 'rn38'], {'rn26_tm', 'rn38'}, True),
+    ('maximizers', [], {'bn_relu.batch8', 'softmax.batch8', 'perturbed.batch8', 'bn_relu.batch32', 'softmax.batch32'},
+     True),
+])
+def test_experiment_runs_and_renders(tmp_path, experiment, flags, settings, figure):
+    path = main([experiment, *flags, '--output', str(tmp_path), *TINY])
+    results = [json.loads(p.read_text()) for p in (tmp_path / experiment).glob('*/result.json')]
+    assert {r['setting'] for r in results} == settings
+    for r in results:
+        assert r['updates'] == 1 and sum(r['images'].values()) == 55 and r['images']['train'] >= 32
+        assert r['command'].startswith('train.py -c train/recipes/paper/') and str(tmp_path) not in json.dumps(r)
+    text = path.read_text()
+    rows = [line for line in text.splitlines() if line.startswith('| ') and '(1 run)' in line]
+    assert len(rows) == len(settings)
+    if experiment == 'table1':
+        assert f'| RN26-aux | {results[0]["test"]["top1"]:.2f} (1 run) | 90.57 |' in text or len(results) == 2
+        assert '| RN38-Ours | – | 91.36 |' in text  # not run
+    picture = tmp_path / experiment / f'{experiment}.png'
+    assert picture.exists() == figure
+    if figure:
+        with Image.open(picture) as image:
+            assert image.width > 500
+
+
+def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
+    command = ['table1', '--rows', 'rn26', '--output', str(tmp_path), *TINY[:2], *TINY[4:]]
+    long = [*command[:-4], '--max-steps', '60', '--checkpoint-interval', '1', '--device', 'cpu', '--batch-size', '5']
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'train' / 'reproduce.py'), *long], stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / 'table1' / 'rn26.cifar10.seed0'
+    deadline = time.monotonic() + 120
+    while not find_checkpoints(folder) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and error.splitlines()[-1] == 'error: Interrupted; the same command continues.'
+    assert not (folder / 'result.json').exists()
+
+    before = int(find_checkpoints(folder)[-1].name.removeprefix('update-'))
+    assert 0 < before < 60
+    main(long)
+    result = json.loads((folder / 'result.json').read_text())
+    assert result['updates'] == 60
+    stamp = (folder / 'log.txt').stat().st_mtime_ns
+    main(long)
+    assert (folder / 'log.txt').stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match='was begun as .*choose another --output'):
+        main([*long, '--lr', '0.1'])
+
+
+def test_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
+    broken = [*TINY[:-4], '--max-steps', '1', '--device', 'cpu', '--batch-size', '500']
+    with pytest.raises(InputError, match=r'rn26.cifar10.seed0 failed, see .*log.txt: error: .*smaller --batch-size'):
+        main(['table1', '--rows', 'rn26', '--output', str(tmp_path), *broken])
+    assert 'No run is finished yet.' in (tmp_path / 'table1' / 'README.md').read_text()
+
+
+def test_scores_are_mean_and_sample_deviation():
+    assert format_scores([90., 92., 94.]) == '92.00 ± 2.00 (3 runs)'
+    assert format_scores([90.]) == '90.00 (1 run)'
+    assert format_scores([]) == '–'
+
+
+def test_table_holds_all_seeds_of_a_cell(tmp_path):
+    for seed, top1 in enumerate((90., 91.)):
+        path = tmp_path / f'rn26.cifar10.seed{seed}'
+        path.mkdir()
+        (path / 'result.json').write_text(json.dumps(dict(
+            setting='rn26', data='cifar10', seed=seed, test=dict(top1=top1), epochs=3, images=dict(train=7),
+            hardware='a machine', mixed_precision='no', versions=dict(torch='2'), command=f'train.py --seed {seed}')))
+    text = render('table1', tmp_path).read_text()
+    assert '| RN26 | 90.50 ± 0.71 (2 runs) | 89.52 |' in text
+    assert '- Seeds: 0; 1' in text and '- Epochs: 3\n' in text and '- `python train/train.py --seed 1`' in text
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['table2'], 'invalid choice'), (['table1', '--data', 'mnist=x'], '--data takes'),
+    (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
+])
+def test_bad_input_is_one_sentence(flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        main(flags)
+    assert '\n' not in str(error.value)

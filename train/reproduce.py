@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Run the experiments of the paper and set their results beside its numbers.
+
+    python train/reproduce.py table1 --datasets cifar10 cifar100 --seeds 0 1 2 --jobs 8
+    python train/reproduce.py lambda                 # Figure 4: the weight of the patch loss
+    python train/reproduce.py depth                  # section 4.1: two and three blocks a stage
+    python train/reproduce.py maximizers             # Figure 3: soft maximizers in place of BN-ReLU
+
+Each cell of an experiment is one run of train.py with a recipe of recipes/paper and one seed. `--jobs` cells run at
+once, on one GPU or spread over several. What is finished is not run again, what was interrupted is taken up where it
+stopped: the same command continues. Flags after -- go to every run:
+
+    python train/reproduce.py table1 --rows rn26 rn26_tm --epochs 40 \
+        --data cifar10=hfds/../shared/datasets/cifar10 -- --mixed-precision bf16
+
+OUTPUT/EXPERIMENT/ holds a folder a cell with its result.json and log.txt, and the table and figure over all of them.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from tqdm import tqdm
+
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError, exiting_on_input_error
+from train.checkpoint import find_checkpoints
+from train.config import Parser, positive
+from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
+from train.tables import render
+
+ROOT = Path(__file__).resolve().parent
+EXPERIMENTS = ('table1', 'lambda', 'depth', 'maximizers')
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a setting of an experiment, a set and a seed."""
+    setting: str  # row of the table
+    dataset: str
+    seed: int
+    recipe: str
+    flags: Tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f'{self.setting}.{self.dataset}.seed{self.seed}'
+
+
+def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
+    """The cells of an experiment, seed by seed so that a table fills up evenly."""
+    rows = [row for row in TABLE_1 if not args.rows or row in args.rows]
+    settings: List[Tuple[str, str, Tuple[str, ...]]] = []  # name, recipe, flags
+    if experiment == 'table1':
+        settings = [(row, row, ()) for row in rows]
+    elif experiment == 'depth':
+        settings = [(row, row, ()) for row in DEPTH if row in rows]
+    elif experiment == 'lambda':
+        settings = [
+            (f'lambda{weight:g}', 'rn26_tm', ('--patch-loss-weight', f'{weight:g}')) for weight in args.lambdas]
+    else:
+        for batch_size in (8, 32):
+            for maximizer in ('bn_relu', 'softmax', 'perturbed'):
+                if (maximizer, batch_size) == ('perturbed', 32) and not args.perturbed_32:
+                    continue  # left out in the paper, too, for its demand of memory
+                kwargs = () if maximizer == 'bn_relu' else ('--model-kwargs', f'maximizer={maximizer}')
+                settings.append((
+                    f'{maximizer}.batch{batch_size}', 'rn26',
+                    ('--model', 'rn20', '--batch-size', str(batch_size), *kwargs)))
+    return [
+        Cell(name, dataset, seed, f'{recipe}.{dataset}', flags)
+        for seed in args.seeds for dataset in args.datasets for name, recipe, flags in settings
+    ]
+
+
+def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:
+    """Run a cell to its end, from where it stands.
+
+    Raises:
+        InputError: If the run fails, or is finished with other settings.
+    """
+    path = folder / cell.name
+    command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
+               *flags]
+    wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
+    if (path / 'cell.json').is_file():
+        begun = json.loads((path / 'cell.json').read_text())['command']
+        if begun != wanted:
+            raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
+    if (path / 'result.json').is_file():
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / 'cell.json', dict(command=wanted))
+    where = ['--resume', str(path)] if find_checkpoints(path) else [
+        '--output', str(folder), '--experiment', cell.name, '--report-to', 'none']
+    with (path / 'log.txt').open('a') as log:
+        process = running.start(
+            [sys.executable, str(ROOT / 'train.py'), *command, *where], stderr=log, env={**os.environ, **env})
+        output = process.communicate()[0]
+        log.write(output)
+    if process.returncode:
+        last = (path / 'log.txt').read_text().strip().splitlines() or ['no output']
+        raise InputError(f'{cell.name} failed, see {path}/log.txt: {last[-1]}')
+    result = json.loads(output.splitlines()[-1])
+    write_json(path / 'result.json', dict(
+        command=wanted, setting=cell.setting, data=cell.dataset, **{k: v for k, v in result.items() if k != 'weights'}))
+
+
+def write_json(path: Path, value: Dict[str, Any]) -> None:
+    with writing(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1) + '\n')
+        os.replace(tmp, path)
+
+
+class Processes:
+    """The runs in progress, which end with this one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.processes: List[subprocess.Popen] = []
+
+    def start(self, command: List[str], **kwargs: Any) -> subprocess.Popen:
+        with self.lock:
+            if self.stopped:
+                raise InputError('Interrupted; the same command continues.')
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+            self.processes.append(process)
+            return process
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
+
+
+def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> List[str]:
+    """Run cells, `jobs` at once, and return what failed."""
+    gpus = torch.cuda.device_count()
+    share = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
+    running, failures = Processes(), []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = []
+        for i, cell in enumerate(cells):
+            env = {'CUDA_VISIBLE_DEVICES': str(i % gpus)} if gpus else share
+            futures.append(pool.submit(run_cell, cell, folder, flags, env, running))
+        try:
+            with tqdm(total=len(cells), desc=folder.name, unit='run') as bar:
+                for future in futures:
+                    try:
+                        future.result()
+                    except InputError as e:
+                        failures.append(str(e))
+                    bar.update()
+        except KeyboardInterrupt:
+            running.stop()
+            raise InputError('Interrupted; the same command continues.') from None
+    return failures
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        prog='reproduce.py', description='Run the experiments of the paper.', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('experiment', choices=EXPERIMENTS)
+    parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['cifar10'])
+    parser.add_argument('--data', nargs='+', default=[], metavar='SET=NAME', help=(
+        'where a set is, as --dataset of train.py takes it: cifar10=hfds/folder'))
+    parser.add_argument('--rows', nargs='+', choices=TABLE_1, metavar='ROW', help=(
+        f'of table1 and depth, all if not given: {", ".join(TABLE_1)}'))
+    parser.add_argument('--lambdas', nargs='+', type=float, default=LAMBDAS)
+    parser.add_argument('--perturbed-32', action='store_true', help='the perturbed maximizer in batches of 32, too')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--epochs', type=positive, help="the recipe's if not given")
+    parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
+    parser.add_argument('--output', default='output/reproduce')
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> Path:
+    """Run an experiment and return the path of its table.
+
+    Raises:
+        InputError: For settings that cannot be used, and at the end for each run that failed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own, extra = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
+    args = create_parser().parse_args(own)
+    sources = dict(item.partition('=')[::2] for item in args.data)
+    unknown = sorted(set(sources) - set(DATASETS))
+    if unknown or not all(sources.values()):
+        raise InputError(f'--data takes SET=NAME with a set of {", ".join(DATASETS)}.')
+    folder = Path(args.output) / args.experiment
+    flags = [*(['--epochs', str(args.epochs)] if args.epochs else []), *extra]
+    failures: List[str] = []
+    for dataset in args.datasets:  # sets differ in where they are
+        cells = [cell for cell in create_cells(args.experiment, args) if cell.dataset == dataset]
+        where = ['--dataset', sources[dataset]] if dataset in sources else []
+        failures += run_cells(cells, folder, [*where, *flags], args.jobs)
+    path = render(args.experiment, folder)
+    if failures:
+        raise InputError(' '.join(failures) + f' What is finished is in {path}.')
+    return path
+
+
+if __name__ == '__main__':
+    with exiting_on_input_error():
+        print(main().read_text())

@@ -1,0 +1,129 @@
+"""The tables and figures of the paper's experiments, from the results of their runs."""
+import json
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from timm_tmblock.checkpoint import writing
+from train.paper import DATASET_NAMES, DATASETS, TABLE_1
+
+Scores = Dict[Tuple[str, str], List[float]]  # (setting, set) -> test accuracy of each seed, in %
+
+TITLES = {
+    'table1': 'Table 1: top-1 accuracy on the test part',
+    'lambda': 'Figure 4: the weight λ of the patch loss, RN26-Ours',
+    'depth': 'Section 4.1: two and three blocks a stage',
+    'maximizers': 'Figure 3: soft maximizers in place of BN-ReLU, RN20',
+}
+
+
+def render(experiment: str, folder: Path) -> Path:
+    """Write README.md and, for a figure of the paper, a PNG over the results in a folder; returns the table's path."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob('*/result.json'))]
+    scores: Scores = defaultdict(list)
+    for result in results:
+        scores[result['setting'], result['data']].append(result['test']['top1'])
+    lines = [f'# {TITLES[experiment]}', '', *_table(experiment, scores), '', *_provenance(results)]
+    if scores and experiment != 'table1':
+        _draw(experiment, scores, folder / f'{experiment}.png')
+        lines += ['', f'![{TITLES[experiment]}]({experiment}.png)']
+    path = folder / 'README.md'
+    with writing(path) as tmp:
+        tmp.write_text('\n'.join(lines) + '\n')
+        os.replace(tmp, path)
+    return path
+
+
+def format_scores(values: List[float]) -> str:
+    """Mean ± sample standard deviation and number of runs; without deviation for a single one."""
+    if not values:
+        return '–'
+    if len(values) == 1:
+        return f'{values[0]:.2f} (1 run)'
+    return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} runs)'
+
+
+def label(setting: str) -> str:
+    """A setting as the paper writes it."""
+    if setting in TABLE_1:
+        return TABLE_1[setting][0]
+    if setting.startswith('lambda'):
+        return f'λ = {setting.removeprefix("lambda")}'
+    maximizer, batch_size = setting.split('.batch')
+    names = dict(bn_relu='BN-ReLU', softmax='margin-augmented soft-max', perturbed='perturbed maximizer')
+    return f'{names[maximizer]}, batch {batch_size}'
+
+
+def paper_score(setting: str, dataset: str) -> Optional[float]:
+    """What the paper's text says of a setting; its figures have no numbers."""
+    if setting == 'lambda0.5' and dataset == 'cifar10':
+        setting = 'rn26_tm'
+    return TABLE_1[setting][1 + DATASETS.index(dataset)] if setting in TABLE_1 else None  # type: ignore[return-value]
+
+
+def _order(settings: List[str]) -> List[str]:
+    rows = list(TABLE_1)
+    return sorted(settings, key=lambda s: (rows.index(s) if s in rows else len(rows), _batch_size(s), s))
+
+
+def _batch_size(setting: str) -> int:
+    return int(setting.partition('.batch')[2] or 0)
+
+
+def _table(experiment: str, scores: Scores) -> List[str]:
+    datasets = [d for d in DATASETS if any(dataset == d for _, dataset in scores)]
+    settings = list(TABLE_1) if experiment == 'table1' else _order(sorted({s for s, _ in scores}))
+    head = '| | ' + ' | '.join(f'{DATASET_NAMES[d]} | paper' for d in datasets) + ' |'
+    lines = [head, '|---|' + '---|---|' * len(datasets)]
+    for setting in settings:
+        cells = []
+        for dataset in datasets:
+            reported = paper_score(setting, dataset)
+            cells += [format_scores(scores.get((setting, dataset), [])), '–' if reported is None else f'{reported:.2f}']
+        lines.append(f'| {label(setting)} | ' + ' | '.join(cells) + ' |')
+    return lines if datasets else ['No run is finished yet.']
+
+
+def _provenance(results: List[Dict[str, Any]]) -> List[str]:
+    """How the numbers came about, said once where all runs agree."""
+    lines = []
+    for key, title in (('epochs', 'Epochs'), ('seed', 'Seeds'), ('images', 'Images'), ('hardware', 'Hardware'),
+                       ('mixed_precision', 'Mixed precision'), ('versions', 'Versions')):
+        found = list(dict.fromkeys(_say(r[key]) for r in results))
+        if found:
+            lines.append(f'- {title}: {"; ".join(found)}')
+    return lines + [f'- `python train/{r["command"]}`' for r in results]
+
+
+def _say(value: Any) -> str:
+    return ', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _draw(experiment: str, scores: Scores, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for dataset in dict.fromkeys(d for _, d in scores):
+        settings = _order([s for s, d in scores if d == dataset])
+        means = [statistics.mean(scores[s, dataset]) for s in settings]
+        errors = [statistics.stdev(v) if len(v := scores[s, dataset]) > 1 else 0. for s in settings]
+        positions: List[float] = list(range(len(settings)))
+        if experiment == 'lambda':
+            positions = [float(s.removeprefix('lambda')) for s in settings]
+            settings_at = sorted(zip(positions, means, errors))
+            positions, means, errors = (list(column) for column in zip(*settings_at))
+        else:
+            axes.set_xticks(positions, [label(s).replace(', ', '\n') for s in settings])
+        axes.errorbar(
+            positions, means, errors, fmt='o-' if experiment == 'lambda' else 'o', capsize=3,
+            label=DATASET_NAMES[dataset])
+    axes.set(ylabel='top-1 (%)', title=TITLES[experiment], xlabel='λ' if experiment == 'lambda' else '')
+    axes.tick_params(axis='x', labelsize=8)
+    axes.grid(axis='y', alpha=0.3)
+    axes.legend()
+    with writing(path) as tmp:
+        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
+        os.replace(tmp, path)
