@@ -172,7 +172,7 @@ def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict
         return float(rates[-1])
 
     yield compare(
-        "train.py over timm's train.py", ours, theirs, max(1, args.rounds // 2), 1.1,
+        "train.py over timm's train.py", ours, theirs, args.rounds, 1.1,
         f'rn26, momentum, bfloat16, channels last, {args.steps} batches of {args.batch_size}, two workers')
 
 

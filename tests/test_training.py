@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.commands.config import load_config_from_file
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -229,6 +230,13 @@ def test_recipes_parse_and_name_what_there_is(recipe):
     args = parse_args(['-c', str(recipe)])
     assert timm.is_model(args.model)
     assert f'-c {recipe.relative_to(ROOT)}' in recipe.read_text()  # the command that runs it
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('train/accelerate/*.yaml')), ids=lambda p: p.stem)
+def test_accelerate_configs_are_such_and_name_their_command(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1 and config.num_machines in (1, 2)
+    assert f'accelerate launch --config_file {path.relative_to(ROOT)}' in path.read_text()
 
 
 @pytest.mark.parametrize('text, message', [

@@ -38,6 +38,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             **plugins,
         )
+    if accelerator.state.deepspeed_plugin is not None:  # it would take this from a DataLoader, and there is none
+        accelerator.state.deepspeed_plugin.deepspeed_config['train_micro_batch_size_per_gpu'] = args.batch_size
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -73,7 +73,9 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
             for maximizer in ('bn_relu', 'softmax', 'perturbed'):
                 if (maximizer, batch_size) == ('perturbed', 32) and not args.perturbed_32:
                     continue  # left out in the paper, too, for its demand of memory
-                kwargs = () if maximizer == 'bn_relu' else ('--model-kwargs', f'maximizer={maximizer}')
+                kwargs: Tuple[str, ...] = () if maximizer == 'bn_relu' else ('--model-kwargs', f'maximizer={maximizer}')
+                if maximizer == 'perturbed' and args.num_samples:
+                    kwargs += (f'maximizer_kwargs={{"num_samples":{args.num_samples}}}',)
                 settings.append((
                     f'{maximizer}.batch{batch_size}', 'rn26',
                     ('--model', 'rn20', '--batch-size', str(batch_size), *kwargs)))
@@ -181,6 +183,7 @@ def create_parser() -> Parser:
         f'of table1 and depth, all if not given: {", ".join(TABLE_1)}'))
     parser.add_argument('--lambdas', nargs='+', type=float, default=LAMBDAS)
     parser.add_argument('--perturbed-32', action='store_true', help='the perturbed maximizer in batches of 32, too')
+    parser.add_argument('--num-samples', type=positive, help='of the perturbed maximizer, 600 in the paper')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--epochs', type=positive, help="the recipe's if not given")
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once')

@@ -29,7 +29,7 @@ import sys
 import time
 import uuid
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -156,7 +156,7 @@ class Trainer:
         optimizer = create_optimizer(args, model)
         self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
         self.epochs = -(-self.updates // updates_per_epoch)
-        with refusing(f'The compiler {args.torchcompile!r}') if args.torchcompile else naming_failures(args):
+        with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.task = create_task(args, self.model, accelerator, config, teacher)
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
@@ -464,7 +464,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
-    trainer = Trainer(args)
+    with naming_failures(args):
+        trainer = Trainer(args)
     return trainer.evaluate() if args.eval_only else trainer.run()
 
 
