@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "Record               $(DEMO)/summary.csv, tensorboard --logdir $(DEMO)"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

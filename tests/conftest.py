@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 
 import pytest
 import timm

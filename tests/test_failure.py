@@ -149,7 +149,7 @@ with exiting_on_input_error():
 ''')
     flags = [f if f != '12' else '6' for f in TINY]
     run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', str(script), *flags,
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script), *flags,
          '--output', str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=300,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode != 0

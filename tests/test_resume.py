@@ -49,7 +49,7 @@ def fresh_accelerate():
 
 
 def run(script, *flags, processes=1, **kwargs):
-    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *launch, str(script), *flags], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)

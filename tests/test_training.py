@@ -197,7 +197,8 @@ def test_full_disk_leaves_the_earlier_weights(tmp_path):
 
 ACCELERATE = ['accelerate.commands.launch', '--cpu', '--num_processes=1', '--num_machines=1', '--mixed_precision=bf16',
               '--dynamo_backend=no']
-TORCHRUN = ['torch.distributed.run', '--nproc_per_node=2']  # accelerate launches several CPU processes by MPI alone
+# accelerate launches several CPU processes by MPI alone, or by its config file
+TORCHRUN = ['torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 @pytest.mark.parametrize('launch, processes, precision', [(ACCELERATE, 1, 'bf16'), (TORCHRUN, 2, 'no')])
