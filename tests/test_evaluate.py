@@ -1,4 +1,5 @@
 """Measuring: the numbers are those of independent formulas, and the same for PyTorch and ONNX Runtime."""
+import hashlib
 import json
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
         expected = measure_accuracy(output.numpy(), dataset.targets.numpy())
         assert {k: result[prefix + k] for k in expected} == pytest.approx(expected, rel=1e-4)
     assert result['images'] == 37 and result['images_per_second'] > 0
+    shipped = (ROOT / 'timm_tmblock' / 'weights' / 'rn26_tm.cifar10.safetensors').read_bytes()
+    assert result['weights_sha256'] == hashlib.sha256(shipped).hexdigest()
 
     written = json.loads((tmp_path / 'out.json').read_text())
     assert {k: written[k] for k in result if k != 'versions'} == {k: v for k, v in result.items() if k != 'versions'}

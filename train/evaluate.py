@@ -182,7 +182,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         loader = create_loader(args, runner)
         values = measure(runner, loader, args.tta == 'flip', args.bins)
     reliability, confusion = values.pop('reliability'), values.pop('confusion')
-    weights = Path(args.checkpoint or args.model)
+    weights = Path(runner.weights or '')
     result = dict(
         model=args.model,
         weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,

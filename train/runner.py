@@ -18,6 +18,7 @@ Outputs = Tuple[torch.Tensor, Optional[torch.Tensor]]
 class Runner(Protocol):
     """Logits (B, num_classes) and, where there are any, patch logits (B, num_templates, H/r, W/r), both float32."""
     kind: str
+    weights: Optional[str]  # file they come from, if known
     config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
     class_names: List[str]  # empty if not known
     device: torch.device
@@ -64,6 +65,7 @@ class TorchRunner:
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.device = device
         self.dtype = dtype
+        self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list(self.model.pretrained_cfg.get('label_names') or ())
         self.has_patches = getattr(self.model, 'has_template_matching', False)
@@ -101,6 +103,7 @@ class OnnxRunner:
         except Exception as e:  # onnxruntime's errors share no public base class
             raise InputError(f'{path} is no ONNX file that ONNX Runtime can load ({str(e).splitlines()[0]}).') from e
         self.config, self.class_names = _read_metadata(self.session.get_modelmeta().custom_metadata_map, path)
+        self.weights: Optional[str] = str(path)
         self.input = self.session.get_inputs()[0].name
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.device = torch.device('cpu')  # arrays go in and out through main memory
@@ -126,6 +129,7 @@ class TensorRTRunner:
         if not sidecar.is_file():
             raise InputError(f'There is no {sidecar}, which says what the engine expects and tells apart.')
         self.config, self.class_names = _read_metadata(json.loads(sidecar.read_text()), path)
+        self.weights: Optional[str] = str(path)
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
