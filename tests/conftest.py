@@ -38,3 +38,11 @@ def trained_like():
         return make_trained_like(timm.create_model(name, **kwargs)).eval()
 
     return create
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps precision and device for the life of a process; each test has its own."""
+    from accelerate.state import AcceleratorState
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

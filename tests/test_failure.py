@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,14 +19,9 @@ from train.checkpoint import find_checkpoints
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '2',
         '--device', 'cpu', '--report-to', 'none', '--experiment', 'run', '--checkpoint-interval', '1']
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def fail_at(monkeypatch, n, action):

@@ -22,14 +22,9 @@ from train.optim import create_schedule, resolve_lr
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '1',
         '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def create_trainer(tmp_path, *flags) -> Trainer:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from timm_tmblock.errors import InputError
@@ -17,6 +16,7 @@ from train.checkpoint import find_checkpoints
 from train.train import main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 FLAGS = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--test-split', 'test[15:24]', '--epochs', '2',
          '--checkpoint-interval', '1', '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
 EVERYTHING = ['--opt', 'muon', '--model-ema', '--mixup', '0.2', '--drop', '0.1', '--reprob', '0.5', '--remode', 'pixel',
@@ -40,12 +40,6 @@ def die_at_call(function, n, rank):
 {patch}
 train.main(sys.argv[1:])
 '''
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(script, *flags, processes=1, **kwargs):

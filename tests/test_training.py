@@ -16,7 +16,6 @@ import timm
 import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,16 +26,10 @@ from train.config import create_parser, parse_args
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 RECIPES = sorted(ROOT.glob('train/recipes/*/*.yaml'))
 TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size', '12', '--epochs', '2',
         '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps precision and device for the life of a process; each test has its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_tiny(folder, *flags):
