@@ -55,7 +55,7 @@ def test_loss_that_is_not_finite_is_named_and_never_saved(tmp_path, monkeypatch,
 
 def test_memory_that_runs_out_names_the_batch_size_to_try(tmp_path, monkeypatch):
     fail_at(monkeypatch, 2, lambda images: torch.empty(2 ** 60))
-    assert_stops(tmp_path, r'too little memory for rn26_tm with a batch of 12; try --batch-size 6 --grad-accum-steps 2')
+    assert_stops(tmp_path, r'too little memory: rn26_tm with a batch of 12 .*; try --batch-size 6 --grad-accum-steps 2')
 
 
 def test_memory_of_a_gpu_that_runs_out_is_named_too(tmp_path, monkeypatch):

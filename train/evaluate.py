@@ -177,8 +177,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     args = create_parser().parse_args(argv)
     runner = create_runner(args.model, args.checkpoint, resolve_device(args.device), PRECISIONS[args.precision])
-    args.grad_accum_steps = 1  # for the advice on memory
-    with naming_failures(args):
+    with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
         values = measure(runner, loader, args.tta == 'flip', args.bins)
     reliability, confusion = values.pop('reliability'), values.pop('confusion')

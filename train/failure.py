@@ -13,9 +13,23 @@ from timm_tmblock.errors import InputError
 from train.checkpoint import KEEP
 
 
+def advise_on_memory(args: Namespace) -> str:
+    """What a training run can do about too little memory."""
+    half = args.batch_size // 2
+    if not half:
+        return 'use a smaller model or image size, or --grad-checkpointing'
+    return (
+        f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half} '
+        f'--grad-accum-steps {2 * args.grad_accum_steps}, '
+        f'which makes the same updates, or --grad-checkpointing')
+
+
 @contextmanager
-def naming_failures(args: Namespace) -> Iterator[None]:
+def naming_failures(memory_advice: str) -> Iterator[None]:
     """Say what an error of the data or the device means.
+
+    Args:
+        memory_advice: What to do where memory runs out.
 
     Raises:
         InputError: For memory that ran out, a worker that died, an image that cannot be read, a set that is gone.
@@ -29,13 +43,7 @@ def naming_failures(args: Namespace) -> Iterator[None]:
     except (RuntimeError, OSError) as e:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or should_reduce_batch_size(e):
-            half = args.batch_size // 2
-            advice = (
-                f'try --batch-size {half} --grad-accum-steps {2 * args.grad_accum_steps}, which makes the same updates'
-                if half else 'use a smaller model or image size')
-            raise InputError(
-                f'The device has too little memory for {args.model} with a batch of {args.batch_size}; {advice}, '
-                f'or --grad-checkpointing.') from e
+            raise InputError(f'The device has too little memory: {memory_advice}.') from e
         if 'DataLoader worker' in text:
             died = re.search(r'DataLoader worker \(pid[^)]*\)[^.]*', text)
             raise InputError(

@@ -4,7 +4,7 @@ A set in memory is cropped, flipped and normalised in batches; a larger one stre
 """
 import math
 import os
-from typing import Any, Iterator, List, Optional, Protocol, Sized, Tuple
+from typing import Any, Iterator, List, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
@@ -23,11 +23,7 @@ Batch = Tuple[torch.Tensor, torch.Tensor]
 
 class Loader(Protocol):
     """Batches of normalised images (B, C, H, W) and class indices (B,), already on the training device."""
-
-    @property
-    def dataset(self) -> Sized:
-        """All images, of every process."""
-        ...
+    num_images: int  # of every process
 
     def __len__(self) -> int:
         """Batches an epoch on this process."""
@@ -110,7 +106,7 @@ class InMemoryLoader:
             channels_last: bool = False,
             num_workers: int = 0,
     ) -> None:
-        self.dataset = dataset
+        self.num_images = len(dataset)
         self.config = config
         self.batch_size = batch_size
         self.device = device
@@ -180,7 +176,7 @@ class StreamingLoader:
             distributed: bool = False,
             channels_last: bool = False,
     ) -> None:
-        self.dataset = dataset
+        self.num_images = len(dataset)
         self.device = device
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -56,7 +56,7 @@ from train.config import SETTINGS, dump_args, parse_args, refusing
 from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, describe_hardware, start_trackers
 from train.evaluation import validate
-from train.failure import check_disk_space, naming_failures
+from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
@@ -217,7 +217,7 @@ class Trainer:
         """Train to the last update, measure the weights that were chosen, and return the result."""
         self.start_record()
         try:
-            with stopping_at_signals(), naming_failures(self.args):
+            with stopping_at_signals(), naming_failures(advise_on_memory(self.args)):
                 while self.state.update < self.updates:
                     self.train_epoch()
                     self.finish_epoch()
@@ -387,7 +387,7 @@ class Trainer:
         args = self.args
         weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
         try:
-            with naming_failures(args):
+            with naming_failures(advise_on_memory(args)):
                 model = self.plain_model
                 if args.resume:
                     weights = str(self.folder / f'{self.chosen}.safetensors')
@@ -425,7 +425,7 @@ class Trainer:
             epochs=self.epochs,
             updates=self.updates,
             images={
-                part: len(loader.dataset)
+                part: loader.num_images
                 for part, loader in (
                     ('train', self.train_loader), ('validation', self.val_loader), ('test', self.test_loader))
                 if loader is not None
@@ -464,7 +464,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
-    with naming_failures(args):
+    with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)
     return trainer.evaluate() if args.eval_only else trainer.run()
 
