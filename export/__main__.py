@@ -1,34 +1,224 @@
 """Write trained networks in deployment formats.
 
     python -m export onnx rn26_tm --output rn26_tm.onnx --patch-logits
+    python -m export onnx rn26_tm --output rn26_tm.int8.onnx --precision int8
+    python -m export tensorrt rn26_tm.onnx --output rn26_tm.engine --batch 1 16 256
+    python -m export triton rn26_tm.onnx --output repository
+    python -m export bench rn26_tm.onnx rn26_tm.int8.onnx --torch rn26_tm
+    python -m export run rn26_tm.onnx IMAGE ... --explain explained
+    python -m export selftest
 """
 import argparse
+import json
+import os
+import shlex
+import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
-from timm_tmblock.errors import exiting_on_input_error
+from export import runtime
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument('model', help="registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER' or *.safetensors")
+    command.add_argument('--checkpoint', type=Path, help='weights of training; the pretrained ones if not given')
+
+
+def add_content_options(command: Any) -> None:
+    command.add_argument('--patch-logits', action='store_true', help='add the class scores of each region as an output')
+    command.add_argument('--softmax', action='store_true', help='probabilities instead of scores')
+    command.add_argument(
+        '--preprocessing', choices=('NCHW', 'NHWC'),
+        help='take uint8 pixels of the input size so laid out, normalise inside')
+    command.add_argument('--dynamic-size', action='store_true', help='let height and width vary, not only the batch')
 
 
 def add_onnx(commands: argparse._SubParsersAction) -> None:
+    from export.images import add_image_options
+    from export.onnx import PRECISIONS, TARGETS
     command = commands.add_parser(
         'onnx', help='write an ONNX file and check it against PyTorch',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument('model', help='name registered with timm')
-    command.add_argument('--checkpoint', type=Path, help='weights of training; the pretrained ones if not given')
-    command.add_argument('--output', type=Path, required=True, help='file to write')
-    command.add_argument('--patch-logits', action='store_true', help='add the class scores of each region as an output')
-    command.add_argument('--opset', type=int, default=18)
+    add_model_options(command)
+    command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
+    command.add_argument('--precision', choices=PRECISIONS, default='fp32')
+    command.add_argument('--target', choices=TARGETS, default='cpu', help='of int8: what the file is to run on')
+    add_content_options(command)
+    command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
+    add_image_options(command)
     command.set_defaults(run=run_onnx)
 
 
 def run_onnx(args: argparse.Namespace) -> None:
+    from export.images import load_images
     from export.load import load
-    from export.onnx import export_onnx
+    from export.onnx import OnnxOptions, export_onnx
     model = load(args.model, args.checkpoint)
-    differences = export_onnx(model, args.output, patch_logits=args.patch_logits, opset=args.opset)
-    for name, difference in differences.items():
-        print(f'{name}: differs from PyTorch by at most {difference:.2g} of its largest value')
-    print(f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB)')
+    options = OnnxOptions(
+        args.precision, args.target, args.patch_logits, args.softmax, args.preprocessing, args.dynamic_size, args.opset)
+    options.validate(model)
+    images = load_images(args, model, calibrate=args.precision == 'int8')
+    parity = export_onnx(model, args.output, options, images)['parity']
+    for name, values in parity['outputs'].items():
+        print(
+            f'{name}: differs from PyTorch by at most {values["max_relative_difference"]:.2g} of its largest value, '
+            f'{100 * values["same_class"]:.2f} % have the same class')
+    if 'top1' in parity:
+        top1 = parity['top1']
+        print(f'top-1 of {parity["images"]} images: {top1["exported"]:.2f} %, in PyTorch {top1["pytorch"]:.2f} %')
+    print(f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json')
+
+
+def add_tensorrt(commands: argparse._SubParsersAction) -> None:
+    from export.images import add_image_options
+    from export.tensorrt import BACKENDS, HARDWARE
+    command = commands.add_parser(
+        'tensorrt', help='build a TensorRT engine', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('model', metavar='FILE.onnx|MODEL', help='ONNX file, or what the onnx command takes')
+    command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
+    command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
+    command.add_argument(
+        '--batch', type=int, nargs='+', action='append', metavar='N',
+        help='one batch size, or smallest, preferred and largest; again for another profile (1 16 64 if not given)')
+    command.add_argument('--size', type=int, nargs='+', metavar='N', help='the same of height and width, if dynamic')
+    command.add_argument('--tf32', action='store_true', help='let float32 be computed with 10 bits of mantissa')
+    command.add_argument('--optimization-level', type=int, choices=range(6), default=3)
+    command.add_argument('--workspace', type=int, metavar='MB', help="memory the builder's choices may use")
+    command.add_argument('--no-timing-cache', action='store_true', help='time everything anew')
+    command.add_argument('--version-compatible', action='store_true', help='let later versions load the engine')
+    command.add_argument('--hardware-compatibility', choices=HARDWARE, default='none', help='let other GPUs load it')
+    command.add_argument('--layers', type=Path, help='write what TensorRT says of the layers, as JSON')
+    group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx first')
+    group.add_argument('--checkpoint', type=Path)
+    group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), default='fp16')
+    add_content_options(group)
+    add_image_options(command)
+    command.set_defaults(run=run_tensorrt)
+
+
+def run_tensorrt(args: argparse.Namespace) -> None:
+    from export.tensorrt import EngineOptions, build_engine, parse_ranges
+    options = EngineOptions(
+        backend=args.backend,
+        batches=parse_ranges(args.batch) if args.batch else EngineOptions.batches,
+        size=parse_ranges([args.size])[0] if args.size else None,
+        tf32=args.tf32,
+        optimization_level=args.optimization_level,
+        workspace=args.workspace,
+        timing_cache=not args.no_timing_cache,
+        version_compatible=args.version_compatible,
+        hardware_compatibility=args.hardware_compatibility,
+    )
+    source = Path(args.model)
+    if source.suffix != '.onnx':
+        source = args.output.with_suffix('.onnx')
+        run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': 'tensorrt', 'opset': None}))
+    engine = build_engine(source, args.output, options, args.layers)['engine']
+    place = f'on {engine["gpu"]["name"]}' if engine['gpu'] else 'for GPUs since Ampere'
+    print(
+        f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json: '
+        f'{engine["backend"]} {engine["version"]} {place}, {engine["build_seconds"]} s')
+
+
+def add_triton(commands: argparse._SubParsersAction) -> None:
+    from export.triton import KINDS
+    command = commands.add_parser(
+        'triton', help='write a model repository for the Triton Inference Server',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('files', type=Path, nargs='+', metavar='FILE', help='.onnx files and TensorRT engines')
+    command.add_argument('--output', type=Path, required=True, metavar='REPOSITORY')
+    command.add_argument('--name', help='of the model; several files are versions of it then (a file has its own name)')
+    command.add_argument('--max-batch', type=int, default=64, help='of ONNX files; engines have their own')
+    command.add_argument('--instances', type=int, default=1, help='on each device')
+    command.add_argument('--kind', choices=KINDS, default='auto', help='where ONNX files run')
+    command.add_argument('--max-delay', type=int, default=500, help='microseconds a request waits for others to join')
+    command.set_defaults(run=run_triton)
+
+
+def run_triton(args: argparse.Namespace) -> None:
+    from export.triton import ServingOptions, add_model
+    options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay)
+    for path in args.files:
+        print(f'wrote {add_model(args.output, path, args.name, options)}')
+    print(f'serve it with: tritonserver --model-repository={args.output}')
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        'bench', help='time exported files and PyTorch side by side',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
+    command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help='networks to time in PyTorch, eager')
+    command.add_argument('--compile', action='store_true', help='those compiled too')
+    command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
+    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    command.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64])
+    command.add_argument('--seconds', type=float, default=20., help='for each batch size')
+    command.add_argument('--output', metavar='NAME', help='write NAME.json, NAME.md and NAME.png')
+    command.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from export.bench import Contestant, describe_machine, draw, measure, open_file, open_torch, to_markdown
+    from timm_tmblock.errors import InputError
+    if not args.files and not args.torch:
+        raise InputError('There is nothing to time; name files, or networks with --torch.')
+    if min(args.batch_sizes) < 1 or args.seconds <= 0:
+        raise InputError('--batch-sizes and --seconds must be positive.')
+    contestants: List[Contestant] = []
+    for name in args.torch:
+        for compiled in (False, True)[:1 + args.compile]:
+            contestants.append(open_torch(name, compiled, args.device, args.precision))
+    contestants += [open_file(path, args.device) for path in args.files]
+    rows = measure(contestants, args.batch_sizes, args.seconds)
+    table = to_markdown(rows)
+    print(table)
+    if args.output:
+        result = dict(command='python -m export ' + shlex.join(sys.argv[1:]), **describe_machine(), rows=rows)
+        versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
+        write_report(args.output, result, f'`{result["command"]}`\n\n{result["hardware"]}; {versions}\n\n{table}')
+        draw(rows, Path(f'{args.output}.png'))
+
+
+def add_selftest(commands: argparse._SubParsersAction) -> None:
+    from export.images import add_image_options
+    from export.tensorrt import BACKENDS
+    command = commands.add_parser(
+        'selftest', help='export, build, compare and time everything on this machine, and report',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('model', nargs='?', default='rn26_tm', help='what the onnx command takes')
+    command.add_argument('--checkpoint', type=Path)
+    command.add_argument('--backend', choices=BACKENDS, default='auto')
+    command.add_argument('--seconds', type=float, default=4., help='for timing each file')
+    command.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
+    add_image_options(command)
+    command.set_defaults(run=run_selftest)
+
+
+def run_selftest(args: argparse.Namespace) -> None:
+    from export.images import load_images
+    from export.load import load
+    from export.selftest import run_selftest, to_markdown
+    from timm_tmblock.errors import InputError
+    model = load(args.model, args.checkpoint)
+    report = run_selftest(model, load_images(args, model, calibrate=True), args.backend, args.seconds)
+    command = 'python -m export ' + shlex.join(sys.argv[1:])
+    table = to_markdown(report, command)
+    print(table)
+    if args.output:
+        write_report(args.output, dict(report, command=command), table)
+    failed = [row['file'] for row in report['rows'] if row['result'] == 'failed']
+    if failed:
+        raise InputError(f'{len(failed)} of {len(report["rows"])} steps failed, see the table.')
+
+
+def write_report(name: str, result: Any, table: str) -> None:
+    from timm_tmblock.checkpoint import writing
+    for suffix, text in (('json', json.dumps(result, indent=1) + '\n'), ('md', table)):
+        path = Path(f'{name}.{suffix}')
+        with writing(path) as tmp:
+            tmp.write_text(text)
+            os.replace(tmp, path)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -38,12 +228,19 @@ def main(argv: Optional[List[str]] = None) -> None:
         InputError: For arguments or files that cannot be used.
     """
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='FORMAT')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
     add_onnx(commands)
+    add_tensorrt(commands)
+    add_triton(commands)
+    add_bench(commands)
+    add_selftest(commands)
     args = parser.parse_args(argv)
     args.run(args)
 
 
 if __name__ == '__main__':
-    with exiting_on_input_error():
+    if sys.argv[1:2] == ['run']:  # before PyTorch is imported, which it does without
+        runtime.run_command_line()
+    from timm_tmblock.errors import exiting_on_input_error
+    with exiting_on_input_error(runtime.RuntimeInputError):
         main()

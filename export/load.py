@@ -11,14 +11,27 @@ from timm_tmblock.errors import InputError
 
 
 def load(name: str, checkpoint: Optional[Path] = None) -> nn.Module:
-    """A network in evaluation mode, with the weights of a checkpoint or its pretrained ones.
+    """A network in evaluation mode, with its weights.
+
+    Args:
+        name: Name registered with timm, its pretrained weights unless `checkpoint` is given; 'hf-hub:USER/NAME' or
+            'local-dir:FOLDER'; or a weight file that training wrote.
+        checkpoint: Weights for a registered name.
 
     Raises:
         InputError: If there is no such model, it has no weights, or the checkpoint is of another one.
     """
     if checkpoint is not None:
         return load_model(checkpoint, name)
+    if name.endswith('.safetensors'):
+        return load_model(name)
     try:
-        return timm.create_model(name, pretrained=True).eval()
-    except RuntimeError as e:
-        raise InputError(f'{e} Give weights with --checkpoint, or one of timm.list_pretrained().') from e
+        model = timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, ValueError, OSError, KeyError) as e:  # of timm and of the Hub's client
+        reason = str(e).strip().split('\n')[0]
+        raise InputError(
+            f'{name} is no model with weights ({reason}); give them with --checkpoint, or name one of '
+            f'timm.list_pretrained().') from e
+    if not hasattr(model, 'fuse'):
+        raise InputError(f'{name} is no network of this project; timm\'s onnx_export.py exports it.')
+    return model

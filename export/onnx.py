@@ -1,152 +1,279 @@
 """ONNX files that say how to use them, checked against PyTorch."""
 import json
 import logging
+import os
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 
-import timm_tmblock
-from timm_tmblock.checkpoint import writing
+from export.images import Images
+from export.metadata import describe_model, sidecar, to_properties, write_sidecar
+from export.network import ExportedNetwork, fold
+from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError
-from timm_tmblock.layers import PerturbedMaximizer
 
 try:
     import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401  torch.onnx needs it
+    import onnxscript
 except ImportError as e:
     raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export,ort]".') from e
 
-METADATA_VERSION = '1'
-BATCH_SIZES = (1, 2, 7)
-TOLERANCE = 1e-4  # of the largest value of an output
+from export.parity import check
+from export.quantize import METHOD, quantize
+
+PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
+TARGETS = ('cpu', 'tensorrt')
+DEFAULT_OPSET = 18  # ONNX Runtime quantizes and runs on CUDA best what is no newer
+_TORCH_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
-class PatchLogits(nn.Module):
-    """A network whose forward also returns the patch logits, in evaluation too."""
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Which ONNX file to write."""
+    precision: str = 'fp32'  # of PRECISIONS; inputs and outputs are float32 all the same
+    target: str = 'cpu'  # of int8: 'cpu' or 'tensorrt', which need different files
+    patch_logits: bool = False  # add the class scores of each region
+    softmax: bool = False  # probabilities instead of scores
+    preprocessing: Optional[str] = None  # 'NHWC' or 'NCHW': take uint8 pixels so laid out, normalise inside
+    dynamic_size: bool = False  # height and width may vary too
+    opset: Optional[int] = None  # 18 if None, 22 for bf16
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
+    @property
+    def resolved_opset(self) -> int:
+        return self.opset or (22 if self.precision == 'bf16' else DEFAULT_OPSET)
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        return self.model.forward_patch_logits(x)
+    @property
+    def output_names(self) -> List[str]:
+        kind = 'probabilities' if self.softmax else 'logits'
+        return [kind, f'patch_{kind}'] if self.patch_logits else [kind]
+
+    def validate(self, model: nn.Module) -> None:
+        """
+        Raises:
+            InputError: If they contradict each other or the model.
+        """
+        if self.patch_logits and not getattr(model, 'has_template_matching', False):
+            raise InputError(f'{type(model).__name__} has no template matching block; leave out --patch-logits.')
+        if self.precision == 'bf16' and self.resolved_opset < 22:
+            raise InputError('ONNX has convolutions in bf16 from opset 22 on; leave out --opset.')
+        if self.precision == 'int8' and self.resolved_opset > 20:
+            raise InputError('ONNX Runtime quantizes opsets up to 20; leave out --opset.')
 
 
-def export_onnx(model: nn.Module, path: Path, patch_logits: bool = False, opset: int = 18) -> Dict[str, float]:
-    """Write a network as one ONNX file with a dynamic batch, float32.
+def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) -> Dict[str, Any]:
+    """Write a network as one ONNX file with a dynamic batch, and its metadata beside it as FILE.json.
 
-    Inputs and outputs: `image` (batch, C, H, W), normalised; `logits` (batch, num_classes); with `patch_logits` also
-    `patch_logits` (batch, num_templates, H/r, W/r). The file gets its name only once it gives what PyTorch gives.
+    Input: `image` (batch, C, H, W), float32, normalised; or uint8 pixels. Outputs: `logits` (batch, num_classes) and,
+    if asked for, `patch_logits` (batch, num_templates, H/r, W/r); called `probabilities` and `patch_probabilities`
+    after a soft-max. A file that does not give what PyTorch gives is kept as NAME.failed.onnx.
 
     Args:
         model: Network in evaluation mode, with timm's pretrained_cfg.
         path: File to write.
-        patch_logits: Add the class scores of each region as a second output.
-        opset: ONNX operator set.
+        options: Which file.
+        images: Images for calibration and check.
 
     Returns:
-        For each output, the largest difference from PyTorch, relative to its largest value.
+        The metadata, see export/metadata.py, with the parity report.
 
     Raises:
-        InputError: If the network has no patch logits, the opset cannot be had, the file cannot be written, or its
-            results differ.
+        InputError: If the options do not go with the network, the opset cannot be had, or the file cannot be written.
+        ParityError: If its results differ from PyTorch's.
     """
-    if patch_logits and not getattr(model, 'has_template_matching', False):
-        raise InputError(f'{type(model).__name__} has no template matching block; leave out --patch-logits.')
-    for m in model.modules():
-        if isinstance(m, PerturbedMaximizer):
-            raise InputError(
-                f'The model has perturbed maximizers, which draw {m.num_samples} random samples in each forward pass, '
-                f'so no ONNX file can repeat its results; export a model with maximizer=softmax.')
     if path.is_dir():
         raise InputError(f'{path} is a folder; name the file to write.')
-    names = ['logits', 'patch_logits'] if patch_logits else ['logits']
-    module = PatchLogits(model).eval() if patch_logits else model
-    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-    proto = _trace(module, config['input_size'], names, opset)
-    onnx.helper.set_model_props(proto, describe(model, config, patch_logits))
-    onnx.checker.check_model(proto, full_check=True)
+    if path.suffix != '.onnx':
+        raise InputError(f'{path} must end in .onnx, which is how others tell what it is.')
     with writing(path) as tmp:
+        tmp.touch()  # before the work, should the folder not be writable
+        proto, metadata = create_onnx(model, options, images)
+        config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+        prepare, random_input = create_inputs(config, options)
+        metadata['parity'], failure = check(
+            create_run(proto, options),
+            create_reference(model, config, options),
+            options.output_names,
+            options.precision,
+            images,
+            prepare,
+            random_input,
+        )
+        onnx.helper.set_model_props(proto, to_properties(metadata))
         tmp.write_bytes(proto.SerializeToString(deterministic=True))
-        differences = compare(tmp, module, config['input_size'], names)
-        worst = max(differences, key=lambda name: differences[name])
-        if not differences[worst] <= TOLERANCE:  # NaN fails too
-            raise InputError(
-                f'The exported {worst} differ from PyTorch by {differences[worst]:.2g} of their largest value; '
-                f'no file was written.')
-        tmp.replace(path)
-    return differences
+        if failure is not None:
+            failed = path.with_name(f'{path.stem}.failed.onnx')
+            os.replace(tmp, failed)
+            write_sidecar(failed, metadata)
+            raise type(failure)(f'{failure} The file is kept as {failed}.')
+        remove(sidecar(path))  # never beside a file it is not of
+        os.replace(tmp, path)
+        write_sidecar(path, metadata)
+    return metadata
 
 
-def _trace(module: nn.Module, input_size: Tuple[int, ...], names: List[str], opset: int) -> 'onnx.ModelProto':
-    example = torch.randn(2, *input_size)  # torch.export takes a batch of 1 for a constant
+def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx.ModelProto', Dict[str, Any]]:
+    """The ONNX model and its metadata but for the parity report; nothing is written.
+
+    Raises:
+        InputError: If the options do not go with the network, there are no images to calibrate on, or torch.onnx
+            cannot write the opset.
+    """
+    options.validate(model)
+    if options.precision == 'int8' and not len(images.calibration):
+        raise InputError('int8 needs calibration images; name a set with --dataset and --calibration-split.')
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    network = ExportedNetwork(
+        fold(
+            model, options.resolved_opset, options.patch_logits,
+            norms_as_convolutions=options.precision == 'int8' and options.target == 'cpu'),
+        config,
+        patch_logits=options.patch_logits,
+        softmax=options.softmax,
+        preprocessing=options.preprocessing,
+        dtype=_TORCH_DTYPES.get(options.precision, torch.float32),
+    ).eval()
+    prepare, random_input = create_inputs(config, options)
+    proto = _trace(network, random_input(2), options)
+    quantization = None
+    if options.precision == 'int8':
+        proto, kept = quantize(proto, options.target, images.calibration, prepare)
+        quantization = dict(
+            target=options.target, method=METHOD, images=len(images.calibration), images_of=images.source,
+            float_nodes=kept)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto, _describe(model, config, options, proto, quantization)
+
+
+def create_inputs(
+        config: Dict[str, Any],
+        options: OnnxOptions,
+) -> Tuple[Callable[[np.ndarray], np.ndarray], Callable[[int], np.ndarray]]:
+    """Functions that make inputs for the file: of uint8 images (B, C, H, W), and so many random ones."""
+    mean, std = (np.array(config[k]).reshape(-1, 1, 1) for k in ('mean', 'std'))
+
+    def prepare(pixels: np.ndarray) -> np.ndarray:
+        if options.preprocessing == 'NHWC':
+            return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        return pixels if options.preprocessing else ((pixels / 255. - mean) / std).astype(np.float32)
+
+    def random_input(batch_size: int) -> np.ndarray:
+        rng = np.random.default_rng(batch_size)
+        shape = (batch_size, *config['input_size'])
+        if options.preprocessing:
+            return prepare(rng.integers(0, 256, shape, dtype=np.uint8))
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    return prepare, random_input
+
+
+def create_reference(
+        model: Any, config: Dict[str, Any], options: OnnxOptions,
+) -> Callable[[np.ndarray], List[np.ndarray]]:
+    """PyTorch in float32, on inputs of the file: class scores and, if asked for, patch scores."""
+    mean, std = (torch.tensor(config[k], dtype=torch.float64).view(-1, 1, 1) for k in ('mean', 'std'))
+    parameter = next(model.parameters())
+
+    @torch.inference_mode()
+    def run(array: np.ndarray) -> List[np.ndarray]:
+        x = torch.from_numpy(array)
+        if options.preprocessing:
+            x = x.permute(0, 3, 1, 2) if options.preprocessing == 'NHWC' else x
+            x = ((x / 255. - mean) / std).float()
+        x = x.to(parameter.device)
+        outputs = model.forward_patch_logits(x) if options.patch_logits else (model(x),)
+        return [y.float().cpu().numpy() for y in outputs]
+
+    return run
+
+
+def create_run(proto: 'onnx.ModelProto', options: OnnxOptions) -> Callable[[np.ndarray], List[np.ndarray]]:
+    """ONNX Runtime on the CPU; for bf16, which its CPU kernels lack, with each result rounded in turn."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if options.precision == 'bf16':
+        from export.bfloat16 import emulate
+        proto = emulate(proto)
+        # casts there and back would be taken for nothing
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), settings, providers=['CPUExecutionProvider'])
+    return lambda x: session.run(options.output_names, {'image': x})
+
+
+def _trace(network: ExportedNetwork, example: np.ndarray, options: OnnxOptions) -> 'onnx.ModelProto':
+    opset = options.resolved_opset
+    axes = {0: torch.export.Dim('batch')}
+    if options.dynamic_size:
+        height, width = (1, 2) if options.preprocessing == 'NHWC' else (2, 3)
+        axes.update({height: torch.export.Dim('height'), width: torch.export.Dim('width')})
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        module,
-        (example,),
-        dynamo=True,
-        opset_version=opset,
-        input_names=['image'],
-        output_names=names,
-        dynamic_shapes=({0: torch.export.Dim('batch')},),
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # advice on its own internals
+        program = torch.onnx.export(
+            network,
+            (torch.from_numpy(example),),  # of two images: torch.export takes a batch of 1 for a constant
+            dynamo=True,
+            opset_version=opset,
+            input_names=['image'],
+            output_names=options.output_names,
+            dynamic_shapes=(axes,),
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     proto = program.model_proto
     actual = next(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
     if actual != opset:
         raise InputError(f'torch.onnx cannot write opset {opset}, it wrote {actual}; use --opset {actual}.')
-    graph = proto.graph  # its metadata holds stack traces with local paths
+    graph = proto.graph  # its metadata hold stack traces with local paths
     for item in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del item.metadata_props[:]
         item.doc_string = ''
-    for node in graph.node:
-        node.doc_string = ''
     return proto
 
 
-def describe(model: Any, config: Dict[str, Any], patch_logits: bool) -> Dict[str, str]:
-    """Metadata that a user of the file alone needs. All values are strings, structured ones JSON.
-
-    metadata_version: '1'
-    model: name registered with timm
-    class_names: list, in the order of the logits
-    preprocessing: input_size (C, H, W), mean and std of pixels in [0, 1], interpolation, crop_pct
-    patch_stride: pixels of the input between neighbouring patch logits, if the file has them
-    timm_tmblock_version, torch_version
-    """
-    cfg = model.pretrained_cfg
-    metadata = dict(
-        metadata_version=METADATA_VERSION,
-        model=str(cfg['architecture']),
-        class_names=json.dumps(list(cfg.get('label_names') or map(str, range(model.num_classes)))),
-        preprocessing=json.dumps({k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}),
-        timm_tmblock_version=timm_tmblock.__version__,
-        torch_version=torch.__version__,
+def _describe(
+        model: Any,
+        config: Dict[str, Any],
+        options: OnnxOptions,
+        proto: 'onnx.ModelProto',
+        quantization: Optional[Dict[str, Any]],
+) -> Dict[str, Any]:
+    metadata = describe_model(model, config)
+    metadata['versions'].update(
+        torch=torch.__version__, onnx=onnx.__version__, onnxscript=onnxscript.__version__,
+        onnxruntime=onnxruntime.__version__)
+    kind = 'probabilities' if options.softmax else 'scores'
+    meanings = [f'class {kind}', f'patch {kind}']
+    metadata['input'] = dict(
+        _describe_tensor(proto.graph.input[0]),
+        layout=options.preprocessing or 'NCHW',
+        range='pixels' if options.preprocessing else 'normalized',
     )
-    if patch_logits:
-        metadata['patch_stride'] = str(model.patch_reduction)
+    metadata['outputs'] = [
+        dict(_describe_tensor(tensor), meaning=meaning) for tensor, meaning in zip(proto.graph.output, meanings)]
+    if options.patch_logits:
+        metadata['outputs'][1]['stride'] = model.patch_reduction
+        names, count = metadata['class_names'], model.tm.num_templates
+        # templates may have been kept from another set of classes
+        metadata['template_names'] = names if count == len(names) else [f'template {i}' for i in range(count)]
+    metadata.update(
+        opset=options.resolved_opset,
+        precision=options.precision,
+        quantization=quantization,
+    )
     return metadata
 
 
-def compare(path: Path, module: nn.Module, input_size: Tuple[int, ...], names: List[str]) -> Dict[str, float]:
-    """Largest difference between ONNX Runtime and PyTorch over several batch sizes, for each output, relative."""
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=['CPUExecutionProvider'])
-    differences = dict.fromkeys(names, 0.)
-    generator = torch.Generator().manual_seed(0)
-    for batch_size in BATCH_SIZES:
-        x = torch.randn(batch_size, *input_size, generator=generator)
-        with torch.inference_mode():
-            expected = module(x)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        for name, want, got in zip(names, expected, session.run(names, {'image': x.numpy()})):
-            reference = want.double().numpy()
-            difference = np.abs(got - reference).max() / np.abs(reference).max()
-            differences[name] = float(np.maximum(differences[name], difference))  # keeps NaN
-    return differences
+def _describe_tensor(value: 'onnx.ValueInfoProto') -> Dict[str, Any]:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+    return dict(name=value.name, dtype=str(np.dtype(dtype)), shape=json.loads(json.dumps(shape)))

@@ -40,6 +40,22 @@ def trained_like():
     return create
 
 
+@pytest.fixture(scope='session')
+def images():
+    """A function that gives images of the sample to calibrate and to check an export of a model on."""
+    from argparse import ArgumentParser
+
+    from export.images import add_image_options, load_images
+
+    def create(model: nn.Module, calibration: int = 64, check: int = 80, *flags: str):
+        parser = ArgumentParser()
+        add_image_options(parser)
+        counts = ['--calibration-images', str(calibration), '--check-images', str(check)]
+        return load_images(parser.parse_args([*counts, *flags]), model, calibrate=True)
+
+    return create
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps precision and device for the life of a process; each test has its own."""

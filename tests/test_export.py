@@ -1,4 +1,5 @@
-"""ONNX files give what PyTorch gives, say how to use themselves, and exist only if they do."""
+"""ONNX files give what PyTorch gives, say how to use themselves, and keep their name only if they do."""
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,16 +9,22 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
-import export.onnx
+import export.parity
 from export.__main__ import main
-from timm_tmblock import Explainer, explain
-from timm_tmblock.checkpoint import save_weights
+from export.load import load
+from export.onnx import OnnxOptions, create_onnx, export_onnx
+from timm_tmblock import Explainer, PatchSupervised, explain
+from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError
 
+ROOT = Path(__file__).parent.parent
 LABELS = ['ant', 'bee', 'cat', 'dog', 'eel', 'fox']
+FEW = ['--calibration-images', '64', '--check-images', '80']
 
 
 @pytest.fixture(scope='module')
@@ -32,9 +39,18 @@ def exported(tmp_path_factory):
         model='rn26_tm', num_classes=6, label_names=LABELS, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.3, 0.4), interpolation='bilinear', crop_pct=1.0))
     plain, patches = folder / 'plain.onnx', folder / 'patches.onnx'
-    main(['onnx', 'rn26_tm', '--checkpoint', str(weights), '--output', str(plain)])
-    main(['onnx', 'rn26_tm', '--checkpoint', str(weights), '--output', str(patches), '--patch-logits'])
+    main(['onnx', 'rn26_tm', '--checkpoint', str(weights), '--output', str(plain), *FEW])
+    main(['onnx', str(weights), '--output', str(patches), '--patch-logits', *FEW])
     return model, weights, plain, patches
+
+
+@pytest.fixture(scope='module')
+def pretrained():
+    return timm.create_model('rn26_tm', pretrained=True).eval()
+
+
+def open_session(path):
+    return onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 7, 13])
@@ -43,51 +59,189 @@ def test_outputs_equal_pytorch_at_any_batch_size(exported, batch_size):
     x = torch.randn(batch_size, 3, 32, 32)
     with torch.no_grad():
         logits, patch_logits = (y.numpy() for y in model.forward_patch_logits(x))
-    got, got_patches = onnxruntime.InferenceSession(patches).run(['logits', 'patch_logits'], {'image': x.numpy()})
+    got, got_patches = open_session(patches).run(['logits', 'patch_logits'], {'image': x.numpy()})
     np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
     np.testing.assert_allclose(got_patches, patch_logits, rtol=1e-4, atol=1e-4 * np.abs(patch_logits).max())
-    np.testing.assert_allclose(
-        onnxruntime.InferenceSession(plain).run(None, {'image': x.numpy()})[0], got, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(open_session(plain).run(None, {'image': x.numpy()})[0], got, rtol=1e-5, atol=1e-4)
 
 
-def test_patch_logits_are_absent_by_default(exported):
+@pytest.mark.parametrize('name, kwargs', [
+    ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)), ('dn100_tm', {}),
+    ('dn100_tm_cat', {}), ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
+    ('rn26_tm', dict(patch_size=3)), ('rn26_tm', dict(num_templates=200)),
+])
+def test_every_network_exports(trained_like, tmp_path, images, name, kwargs):
+    model = trained_like(name, **kwargs)
+    options = OnnxOptions(patch_logits=model.has_template_matching)
+    metadata = export_onnx(model, tmp_path / 'x.onnx', options, images(model, 64, 9))
+    x = torch.randn(3, model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    with torch.no_grad():
+        expected = model.forward_patch_logits(x) if model.has_template_matching else [model(x)]
+    outputs = open_session(tmp_path / 'x.onnx').run(None, {'image': x.numpy()})
+    assert len(outputs) == len(expected) == len(metadata['outputs'])
+    for got, y, described in zip(outputs, expected, metadata['outputs']):
+        np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+        assert described['shape'] == ['batch', *y.shape[1:]]
+    if model.has_template_matching:
+        assert len(metadata['template_names']) == model.tm.num_templates
+
+
+def test_patch_logits_leave_nothing_behind_when_left_out(exported):
     _, _, plain, patches = exported
-    assert [o.name for o in onnxruntime.InferenceSession(plain).get_outputs()] == ['logits']
-    assert [o.name for o in onnxruntime.InferenceSession(patches).get_outputs()] == ['logits', 'patch_logits']
+    assert [o.name for o in open_session(plain).get_outputs()] == ['logits']
+    assert [o.name for o in open_session(patches).get_outputs()] == ['logits', 'patch_logits']
+    graph = onnx.load(plain).graph
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+    # one matching convolution, with its norm folded in, against the same and the norm
+    operators, more = ([n.op_type for n in onnx.load(p).graph.node] for p in (plain, patches))
+    assert operators.count('BatchNormalization') == more.count('BatchNormalization') - 1
+    assert b'patch' not in plain.read_bytes()
 
 
-def test_metadata_is_enough_to_prepare_an_image(exported):
+def test_auxiliary_head_is_not_exported(trained_like, images):
+    model = trained_like('rn26')
+    alone, _ = create_onnx(model, OnnxOptions(), images(model))
+    supervised, _ = create_onnx(PatchSupervised(model).model, OnnxOptions(), images(model))
+    assert supervised.SerializeToString(deterministic=True) == alone.SerializeToString(deterministic=True)
+
+
+def test_file_alone_is_enough_to_classify(exported):
+    """By onnxruntime, numpy and Pillow, from the properties in the file."""
     _, weights, _, patches = exported
-    session = onnxruntime.InferenceSession(patches)
+    session = open_session(patches)
     metadata = session.get_modelmeta().custom_metadata_map
-    assert json.loads(metadata['class_names']) == LABELS
-    assert metadata['model'] == 'rn26_tm' and metadata['patch_stride'] == '4'
-    config = json.loads(metadata['preprocessing'])
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    x = (image / 255. - config['mean']) / config['std']
-    x = x.transpose(2, 0, 1)[None].astype(np.float32)
-    logits = session.run(['logits'], {'image': x})[0][0]
-    expected = explain(weights, image).probabilities
-    np.testing.assert_allclose(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum(), expected, atol=1e-5)
+    preprocessing, described = json.loads(metadata['preprocessing']), json.loads(metadata['input'])
+    assert (described['layout'], described['range'], described['dtype']) == ('NCHW', 'normalized', 'float32')
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+
+    _, height, width = preprocessing['input_size']
+    side = int(height / preprocessing['crop_pct'])
+    image = Image.fromarray(pixels)
+    image = image.resize((side, side * 50 // 40), Image.Resampling[preprocessing['interpolation'].upper()])
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    x = (np.asarray(image) / 255. - preprocessing['mean']) / preprocessing['std']
+    logits, patch_logits = session.run(None, {described['name']: x.transpose(2, 0, 1)[None].astype(np.float32)})
+
+    expected = explain(weights, pixels)
+    p = np.exp(logits[0] - logits[0].max())
+    np.testing.assert_allclose(p / p.sum(), expected.probabilities, atol=1e-5)
+    names = json.loads(metadata['class_names'])
+    assert names == LABELS and names[p.argmax()] == expected.top(1)[0][0]
+    outputs = json.loads(metadata['outputs'])
+    assert [o['meaning'] for o in outputs] == ['class scores', 'patch scores'] and outputs[1]['stride'] == 4
+    assert json.loads(metadata['template_names'])[patch_logits[0, :, 3, 5].argmax()] == LABELS[
+        expected.patch_classes[3, 5]]
 
 
-def test_file_is_deterministic_and_tells_nothing_of_this_machine(exported, tmp_path):
-    _, weights, plain, _ = exported
-    main(['onnx', 'rn26_tm', '--checkpoint', str(weights), '--output', str(tmp_path / 'again.onnx')])
-    assert (tmp_path / 'again.onnx').read_bytes() == plain.read_bytes()
-    for trace in (b'site-packages', b'.py', str(Path.cwd()).encode()):
-        assert trace not in plain.read_bytes()
+def test_sidecar_says_what_the_file_says(exported):
+    _, weights, _, patches = exported
+    sidecar = json.loads(patches.with_name('patches.onnx.json').read_text())
+    assert sidecar.pop('file_sha256') == hashlib.sha256(patches.read_bytes()).hexdigest()
+    properties = {p.key: p.value for p in onnx.load(patches).metadata_props}
+    assert set(properties) == set(sidecar)
+    for key, value in sidecar.items():
+        assert properties[key] == (value if isinstance(value, str) else json.dumps(value)), key
+    assert set(sidecar) == {
+        'metadata_version', 'model', 'weights_sha256', 'versions', 'license', 'class_names', 'template_names', 'input',
+        'preprocessing', 'outputs', 'opset', 'precision', 'quantization', 'parity'}
+    tensors = {k: v.contiguous() for k, v in load_model(weights).state_dict().items()}
+    assert sidecar['weights_sha256'] == hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    import export.metadata
+    assert all(f'{key}:' in export.metadata.__doc__ for key in sidecar)
+    assert sidecar['parity']['outputs']['logits']['same_class'] == 1
+    assert sidecar['parity']['batch_sizes'] == [1, 2, 7, 64] and 'top1' not in sidecar['parity']  # of other classes
 
 
-def test_graph_holds_the_convolutions_and_no_training_operator(exported):
-    operators = [n.op_type for n in onnx.load(exported[2]).graph.node]
-    assert 'Dropout' not in operators and operators.count('Conv') == 1 + 4 * 7 + 3
+@pytest.mark.parametrize('flags', [[], ['--precision', 'int8', '--patch-logits']])
+def test_file_is_deterministic_and_tells_nothing_of_this_machine(tmp_path, flags):
+    for name in 'ab':
+        main(['onnx', 'rn26_tm', '--output', str(tmp_path / f'{name}.onnx'), *flags, '--calibration-images', '512'])
+    content = (tmp_path / 'a.onnx').read_bytes()
+    assert content == (tmp_path / 'b.onnx').read_bytes()
+    for trace in (b'site-packages', b'.py', str(Path.cwd()).encode(), b'stack_trace', str(tmp_path).encode()):
+        assert trace not in content
 
 
-def test_soft_maximizers_export(trained_like, tmp_path):
+def test_graph_holds_folded_norms_and_no_training_operator(exported):
+    operators = [n.op_type for n in onnx.load(exported[3]).graph.node]
+    assert set(operators) == {
+        'Conv', 'Relu', 'Add', 'BatchNormalization', 'AveragePool', 'GlobalAveragePool', 'Gemm', 'Reshape'}
+    # 8 residual blocks of 3 convolutions, 4 projections, stem, and matching, values and shortcut of the block
+    assert operators.count('Conv') == 8 * 3 + 4 + 1 + 3
+    # what follows an addition: the last norm, the first norms of all blocks but the very first, and the block's
+    assert operators.count('BatchNormalization') == 7 + 1 + 1
+
+
+@pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])
+def test_preprocessing_and_softmax_inside_the_graph(exported, tmp_path, images, layout):
+    _, weights, _, _ = exported
+    model = load_model(weights)
+    options = OnnxOptions(patch_logits=True, softmax=True, preprocessing=layout)
+    metadata = export_onnx(model, tmp_path / 'x.onnx', options, images(model))
+    assert (metadata['input']['dtype'], metadata['input']['range']) == ('uint8', 'pixels')
+    shape = ['batch', 3, 32, 32] if layout == 'NCHW' else ['batch', 32, 32, 3]
+    assert metadata['input']['shape'] == shape and metadata['input']['layout'] == layout
+    pixels = np.random.default_rng(0).integers(0, 256, (7, *shape[1:]), dtype=np.uint8)
+    p, patch_p = open_session(tmp_path / 'x.onnx').run(['probabilities', 'patch_probabilities'], {'image': pixels})
+    x = torch.from_numpy(pixels if layout == 'NCHW' else pixels.transpose(0, 3, 1, 2)).double() / 255
+    x = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    with torch.no_grad():
+        logits, patch_logits = model.double().forward_patch_logits(x)
+    np.testing.assert_allclose(p, logits.softmax(1), atol=1e-5)
+    np.testing.assert_allclose(patch_p, patch_logits.softmax(1), atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'dn100_tm'])
+def test_dynamic_height_and_width(trained_like, tmp_path, images, name):
+    model = trained_like(name)
+    export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True, dynamic_size=True), images(model, 64, 9))
+    session = open_session(tmp_path / 'x.onnx')
+    for shape in ((1, 3, 32, 32), (3, 3, 84, 84), (2, 3, 33, 47)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected = model.forward_patch_logits(x)
+        for got, y in zip(session.run(None, {'image': x.numpy()}), expected):
+            np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+
+
+@pytest.mark.parametrize('precision, target, opset, bytes_per_weight', [
+    ('fp16', 'cpu', 18, 2), ('bf16', 'cpu', 22, 2), ('int8', 'cpu', 18, 1), ('int8', 'tensorrt', 18, 1)])
+def test_precisions_keep_their_limits_and_size(
+        pretrained, tmp_path, images, precision, target, opset, bytes_per_weight):
+    path = tmp_path / 'x.onnx'
+    options = OnnxOptions(precision, target, patch_logits=True)
+    metadata = export_onnx(pretrained, path, options, images(pretrained, 512, 500))
+    parameters = sum(p.numel() for p in pretrained.parameters())
+    assert parameters * bytes_per_weight < path.stat().st_size < parameters * bytes_per_weight * 1.2
+    proto = onnx.load(path)
+    assert [o.version for o in proto.opset_import if not o.domain] == [opset]
+    assert metadata['precision'] == precision and metadata['opset'] == opset
+    parity = metadata['parity']
+    assert parity['images'] == 500 and parity['outputs']['logits']['same_class'] >= 0.99
+    assert parity['top1']['exported'] >= parity['top1']['pytorch'] - 0.5
+    if precision == 'int8':
+        assert metadata['quantization']['target'] == target and metadata['quantization']['images'] == 512
+        zero_points = [
+            onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith('zero_point')]
+        kinds = {str(z.dtype) for z in zero_points}
+        if target == 'tensorrt':  # which takes neither another zero point nor a bias in int32
+            assert kinds == {'int8'} and not any(z.any() for z in zero_points)
+        else:
+            assert {'uint8', 'int8'} <= kinds
+        assert sum(n.op_type == 'QuantizeLinear' for n in proto.graph.node) >= 25
+    else:
+        halves = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+        assert sum(t.data_type in halves for t in proto.graph.initializer) > 60
+    assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert all(o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for o in proto.graph.output)
+
+
+def test_soft_maximizers_export(trained_like, tmp_path, images):
     model = trained_like('rn20_tm', maximizer='softmax')
-    export.onnx.export_onnx(model, tmp_path / 'soft.onnx', patch_logits=True)
-    session = onnxruntime.InferenceSession(tmp_path / 'soft.onnx')
+    export_onnx(model, tmp_path / 'soft.onnx', OnnxOptions(patch_logits=True), images(model, 64, 9))
+    session = open_session(tmp_path / 'soft.onnx')
     for batch_size in (1, 2, 7):
         x = torch.randn(batch_size, 3, 32, 32)
         with torch.no_grad():
@@ -96,32 +250,62 @@ def test_soft_maximizers_export(trained_like, tmp_path):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_perturbed_maximizers_do_not_export_and_say_why(trained_like, tmp_path):
+def test_perturbed_maximizers_do_not_export_and_say_why(trained_like, tmp_path, images):
     model = trained_like('rn20_tm', maximizer='perturbed')
     with pytest.raises(InputError, match='600 random samples in each forward pass, so no ONNX file can repeat'):
-        export.onnx.export_onnx(model, tmp_path / 'perturbed.onnx')
+        export_onnx(model, tmp_path / 'perturbed.onnx', OnnxOptions(), images(model))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_difference_from_pytorch_leaves_no_file(exported, tmp_path, monkeypatch):
+def test_file_that_fails_is_kept_under_another_name(exported, tmp_path, monkeypatch):
     _, weights, _, _ = exported
-    monkeypatch.setattr(export.onnx, 'TOLERANCE', 1e-12)
-    with pytest.raises(InputError, match='differ from PyTorch'):
-        main(['onnx', 'rn26_tm', '--checkpoint', str(weights), '--output', str(tmp_path / 'x.onnx')])
-    assert list(tmp_path.iterdir()) == []
+    limits = dict(export.parity.LIMITS, fp32=export.parity.Limits(1e-12, 1., 1., 0., 1., 1.))
+    monkeypatch.setattr(export.parity, 'LIMITS', limits)
+    (tmp_path / 'x.onnx').write_bytes(b'of before')
+    message = r'logits differs from PyTorch by .*, worst for image \d+ of those of sample test'
+    with pytest.raises(InputError, match=message):
+        main(['onnx', str(weights), '--output', str(tmp_path / 'x.onnx'), *FEW])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.failed.onnx', 'x.failed.onnx.json', 'x.onnx']
+    assert (tmp_path / 'x.onnx').read_bytes() == b'of before'
+    assert json.loads((tmp_path / 'x.failed.onnx.json').read_text())['parity']['outputs']['logits']
+
+
+def test_model_is_left_as_it_was(pretrained, images):
+    before = {k: v.clone() for k, v in pretrained.state_dict().items()}
+    create_onnx(pretrained, OnnxOptions('fp16'), images(pretrained))
+    after = pretrained.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.dtype == torch.float32 for p in pretrained.parameters())
+
+
+def test_local_dir_and_hub_names_load(pretrained, tmp_path):
+    timm.models.save_for_hf(pretrained, tmp_path, model_config=dict(num_classes=10))
+    model = load(f'local-dir:{tmp_path}')
+    assert all(torch.equal(a, b) for a, b in zip(pretrained.state_dict().values(), model.state_dict().values()))
+    with pytest.raises(InputError, match='hf-hub:nobody/nothing is no model with weights') as error:
+        load('hf-hub:nobody/nothing')
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('arguments, message', [
     (['nothing', '--output', 'x.onnx'], 'nothing'),
     (['rn26', '--output', 'x.onnx'], 'No pretrained weights'),
+    (['test_resnet.r160_in1k', '--output', 'x.onnx'], 'test_resnet'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'missing.safetensors'], 'There is no checkpoint'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS'], 'weights of rn26_tm, not of rn26'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'does not hold weights of rn26_tm'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'TRUNCATED'], 'not a whole safetensors file'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'BASELINE', '--patch-logits'], 'no template matching block'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'opset 13'),
+    (['rn26_tm', '--output', 'x.onnx', '--opset', '18', '--precision', 'bf16'], 'from opset 22'),
+    (['rn26_tm', '--output', 'x.onnx', '--opset', '22', '--precision', 'int8'], 'opsets up to 20'),
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
+    (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),
     (['rn26_tm', '--output', '/proc/none/x.onnx', '--checkpoint', 'WEIGHTS'], 'Cannot write'),
+    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test'], 'needs other images'),
+    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'no'], "split 'no'"),
+    (['rn26_tm', '--output', 'x.onnx', '--check-images', '0'], 'must be at least 1'),
+    (['rn26_tm', '--output', 'x.onnx', '--dataset', 'FOLDER'], 'has 2 classes and the network 10'),
 ])
 def test_bad_input_is_one_sentence_and_leaves_no_file(exported, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -130,12 +314,22 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(exported, tmp_path, monkey
     truncated.write_bytes(weights.read_bytes()[:100_000])
     save_weights(other, timm.create_model('test_resnet').state_dict(), {})
     save_weights(baseline, timm.create_model('rn26').state_dict(), {})
-    files = dict(WEIGHTS=weights, TRUNCATED=truncated, OTHER=other, BASELINE=baseline)
-    before = sorted(tmp_path.iterdir())
+    for name in ('ant', 'bee'):
+        (tmp_path / 'set' / 'test' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'set' / 'test' / name / '0.png')
+    files = dict(WEIGHTS=weights, TRUNCATED=truncated, OTHER=other, BASELINE=baseline, FOLDER=tmp_path / 'set')
+    before = sorted(tmp_path.rglob('*'))
     with pytest.raises(InputError, match=message) as error:
         main(['onnx', *(str(files.get(a, a)) for a in arguments)])
     assert '\n' not in str(error.value)
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_int8_without_calibration_images_is_refused(pretrained, images):
+    none = images(pretrained)
+    none.calibration = none.calibration[:0]
+    with pytest.raises(InputError, match='int8 needs calibration images; name a set with --dataset'):
+        create_onnx(pretrained, OnnxOptions('int8'), none)
 
 
 def test_command_exits_with_2_and_one_line():

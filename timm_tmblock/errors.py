@@ -1,7 +1,7 @@
 """The error of bad input."""
 import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Tuple, Type
 
 
 class InputError(ValueError):
@@ -12,10 +12,11 @@ class InputError(ValueError):
 
 
 @contextmanager
-def exiting_on_input_error() -> Iterator[None]:
-    """What each command line does with an InputError."""
+def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
+    """What each command line does with an InputError, or one of `others`."""
+    kinds: Tuple[Type[Exception], ...] = (InputError, *others)
     try:
         yield
-    except InputError as e:
+    except kinds as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)

@@ -149,7 +149,9 @@ class Explainer:
             raise InputError(f'{path} is no ONNX file that ONNX Runtime can load ({e}).') from e
         names = [output.name for output in session.get_outputs()]
         if 'patch_logits' not in names:
-            raise InputError(f'{path} has no patch logits; export it again with --patch-logits.')
+            raise InputError(f'{path} has no patch logits; export it again with --patch-logits and without --softmax.')
+        if session.get_inputs()[0].type != 'tensor(float)':
+            raise InputError(f'{path} takes pixels; use export/runtime.py, or export it without --preprocessing.')
         metadata = session.get_modelmeta().custom_metadata_map
         try:
             self.data_config = json.loads(metadata['preprocessing'])

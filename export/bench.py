@@ -1,0 +1,176 @@
+"""Latency and throughput of exported files and of PyTorch, side by side in one run.
+
+Contestants take turns of a fraction of a second, so that whatever else the machine does falls on all of them; the first
+call of a turn, when threads of the one before may still spin, is not counted. A call goes from arrays in main memory to
+arrays in main memory.
+"""
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, load
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError
+
+PERCENTILES = (10, 50, 90, 99)
+TURN = 0.25  # seconds
+Call = Callable[[np.ndarray], Any]
+
+
+@dataclass
+class Contestant:
+    """Something that takes batches."""
+    name: str
+    call: Call
+    make_input: Callable[[int], np.ndarray]
+
+
+def open_file(path: Path, device: str) -> Contestant:
+    """An ONNX file or engine in the runtime.
+
+    Raises:
+        InputError: If it cannot run here.
+    """
+    try:
+        runner = load(path, device)
+    except RuntimeInputError as e:
+        raise InputError(str(e)) from e
+    shape = runner.preprocessing['input_size']
+    kind = 'TensorRT' if path.suffix in ENGINE_SUFFIXES else f'ONNX Runtime {runner.session.provider[:-17]}'
+
+    def make_input(batch_size: int) -> np.ndarray:
+        pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape[1:], shape[0]), dtype=np.uint8)
+        return runner.to_input(pixels)
+
+    return Contestant(f'{kind}, {path.name}', runner.session.run, make_input)
+
+
+def open_torch(name: str, compiled: bool, device: str, precision: str) -> Contestant:
+    """A network in PyTorch, in channels_last, which is the faster format, with norms folded.
+
+    Raises:
+        InputError: If there is no such network.
+    """
+    import timm
+    import torch
+
+    import timm_tmblock  # noqa: F401  registers the models
+    if not timm.is_model(name):
+        raise InputError(f'timm has no model {name!r}.')
+    dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
+    model: Any = timm.create_model(name).eval()
+    shape = model.pretrained_cfg['input_size']
+    model = model.fuse().to(device, dtype, memory_format=torch.channels_last)
+    if compiled:
+        model = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
+
+    @torch.inference_mode()
+    def call(x: np.ndarray) -> Any:
+        batch = torch.from_numpy(x).to(device, dtype, memory_format=torch.channels_last)
+        return model(batch).float().cpu().numpy()
+
+    return Contestant(
+        f'PyTorch {"compiled" if compiled else "eager"} {precision}, {name}', call,
+        lambda n: np.random.default_rng(0).standard_normal((n, *shape), dtype=np.float32))
+
+
+def measure(contestants: Sequence[Contestant], batch_sizes: Sequence[int], seconds: float) -> List[Dict[str, Any]]:
+    """Time every contestant at every batch size.
+
+    Args:
+        contestants: What to time.
+        batch_sizes: Images at a time.
+        seconds: For each batch size, of all contestants together.
+
+    Returns:
+        For each batch size and contestant: name, batch_size, calls, latency_ms by percentile, images_per_second of the
+        median.
+    """
+    rows = []
+    for batch_size in tqdm(batch_sizes, desc='Timing', unit='size', leave=False, disable=None):
+        inputs = [c.make_input(batch_size) for c in contestants]
+        for c, x in zip(contestants, inputs):
+            for _ in range(3):  # compilation, CUDA graphs, memory
+                c.call(x)
+        times: List[List[float]] = [[] for _ in contestants]
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or min(map(len, times)) < 5:
+            for c, x, t in zip(contestants, inputs, times):
+                turn = _time_calls(c.call, x, TURN)
+                t += turn[1:]
+        for c, t in zip(contestants, times):
+            latency = {f'p{p}': float(np.percentile(t, p) * 1e3) for p in PERCENTILES}
+            rows.append(dict(
+                name=c.name, batch_size=batch_size, calls=len(t), latency_ms=latency,
+                images_per_second=batch_size / latency['p50'] * 1e3))
+    return rows
+
+
+def _time_calls(call: Call, x: np.ndarray, seconds: float) -> List[float]:
+    """Seconds of each of as many calls as fit, at least two."""
+    times: List[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 2:
+        start = time.perf_counter()
+        call(x)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def describe_machine() -> Dict[str, Any]:
+    """Hardware and versions, for the record."""
+    import importlib.metadata as md
+
+    import torch
+
+    from train.engine import describe_hardware
+    versions = {'python': platform.python_version()}
+    for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'tensorrt', 'tensorrt-rtx', 'numpy'):
+        try:
+            versions[name] = md.version(name)
+        except md.PackageNotFoundError:
+            pass
+    return dict(
+        hardware=describe_hardware(torch.device('cuda' if torch.cuda.is_available() else 'cpu')), versions=versions)
+
+
+def to_markdown(rows: Sequence[Dict[str, Any]]) -> str:
+    """A table, fastest of each batch size in bold."""
+    lines = ['| | batch | p10 ms | p50 ms | p90 ms | p99 ms | images/s |', '|---|---|---|---|---|---|---|']
+    for row in rows:
+        best = max(r['images_per_second'] for r in rows if r['batch_size'] == row['batch_size'])
+        rate = f'{row["images_per_second"]:.0f}'
+        rate = f'**{rate}**' if row['images_per_second'] == best else rate
+        times = ' | '.join(f'{row["latency_ms"][f"p{p}"]:.3g}' for p in PERCENTILES)
+        lines.append(f'| {row["name"]} | {row["batch_size"]} | {times} | {rate} |')
+    return '\n'.join(lines) + '\n'
+
+
+def draw(rows: Sequence[Dict[str, Any]], path: Path) -> None:
+    """Throughput over batch size, and latency over batch size with the range from p10 to p90."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for name in dict.fromkeys(row['name'] for row in rows):
+        own = [row for row in rows if row['name'] == name]
+        sizes = [row['batch_size'] for row in own]
+        left.plot(sizes, [row['images_per_second'] for row in own], 'o-', label=name)
+        right.plot(sizes, [row['latency_ms']['p50'] for row in own], 'o-')
+        right.fill_between(
+            sizes, [row['latency_ms']['p10'] for row in own], [row['latency_ms']['p90'] for row in own], alpha=0.2)
+    for axes, label in ((left, 'images/s'), (right, 'latency in ms (median, p10 to p90)')):
+        axes.set(xscale='log', yscale='log', xlabel='batch size', ylabel=label)
+        axes.set_xticks(sizes, [str(s) for s in sizes])
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    with writing(path) as tmp:
+        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
+        os.replace(tmp, path)
+    plt.close(figure)

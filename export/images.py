@@ -1,0 +1,94 @@
+"""Real images an export is calibrated and checked on."""
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from typing import Any, List, Optional, Tuple
+
+import numpy as np
+import torch
+from timm.data.model_config import resolve_input_data_config
+
+from timm_tmblock.errors import InputError
+from train.augment import DataConfig
+from train.data import decode, get_class_names, open_dataset
+
+
+@dataclass
+class Images:
+    """Images of a set, in two parts that share none."""
+    calibration: np.ndarray  # (N, C, H, W) uint8, sets the ranges of int8
+    held_out: np.ndarray  # (M, C, H, W) uint8, what the file is checked on
+    targets: Optional[np.ndarray]  # (M,) class indices of those, if the set's classes are the network's
+    source: str
+
+    def name(self, index: int) -> str:
+        """What to call a held-out image."""
+        return f'image {index} of those of {self.source}'
+
+
+def add_image_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('images the file is checked on, and calibrated for int8')
+    group.add_argument('--dataset', default='sample', help='as in train.py')
+    group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
+    group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
+    group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
+    group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+    group.add_argument('--calibration-images', type=int, default=512, help='at most so many')
+    group.add_argument('--check-images', type=int, default=512, help='at most so many')
+
+
+def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
+    """The images that the options of `add_image_options` name, resized to the network's input.
+
+    Args:
+        args: Options.
+        model: Network with timm's pretrained_cfg.
+        calibrate: Load calibration images too.
+
+    Raises:
+        InputError: If they cannot be had, the parts are one, or their classes cannot be the network's.
+    """
+    if min(args.calibration_images, args.check_images) < 1:
+        raise InputError('--calibration-images and --check-images must be at least 1.')
+    if calibrate and args.calibration_split == args.check_split:
+        raise InputError(
+            f'Split {args.check_split!r} is named for calibration and for the check; a check needs other images.')
+    calibration = _decode(args, args.calibration_split, model, args.calibration_images)[0] if calibrate else None
+    held_out, targets, names = _decode(args, args.check_split, model, args.check_images)
+    if args.dataset != 'sample' and len(names) != model.num_classes:
+        raise InputError(
+            f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
+    labels = list(model.pretrained_cfg.get('label_names') or ())
+    same = names == labels if labels or args.dataset == 'sample' else len(names) == model.num_classes
+    return Images(
+        calibration=held_out[:0] if calibration is None else calibration,
+        held_out=held_out,
+        targets=targets if same else None,
+        source=f'{args.dataset} {args.check_split}',
+    )
+
+
+def _decode(args: Namespace, split: str, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:
+    resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
+    dataset = open_dataset(
+        args.dataset, split, input_key=args.input_key, target_key=args.target_key, channels=config.input_size[0])
+    names = get_class_names(dataset)
+    size = len(dataset)
+    taken = torch.linspace(0, size - 1, min(limit, size)).long().tolist()  # of all classes where the set is sorted
+    images = decode(_Subset(dataset, taken), config, progress=len(taken) > 2000)
+    return images.images.numpy(), images.targets.numpy(), names
+
+
+class _Subset:
+    """Some of the images of a set of timm's."""
+
+    def __init__(self, dataset: Any, indices: List[int]) -> None:
+        self.source = getattr(dataset, 'reader', dataset)
+        self.class_to_idx = {name: i for i, name in enumerate(get_class_names(dataset))}
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.indices[index]]

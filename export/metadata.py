@@ -1,0 +1,141 @@
+"""What a file says of itself, so that somebody who has nothing else classifies correctly.
+
+The metadata are one JSON object. An ONNX file holds it in its properties, a string for each key below (structured
+values as JSON), and a sidecar FILE.json holds it as it is. An engine has the sidecar alone.
+
+metadata_version: 2.
+model: name registered with timm.
+weights_sha256: of safetensors.torch.save(model.state_dict()) before anything was folded or rounded.
+versions: of timm_tmblock, timm, torch, onnx, onnxscript and onnxruntime.
+license: SPDX identifier of the weights, null if unknown.
+class_names: in the order of the class scores.
+template_names: in the order of the patch scores; only with patch scores.
+input: name, dtype, layout ('NCHW' or 'NHWC'), shape (axes that may vary by name) and range of values:
+    'normalized' floats, (pixel / 255 - mean) / std by channel; or 'pixels', uint8 from 0 to 255, normalised inside.
+preprocessing: what comes before: input_size (C, H, W), color ('RGB' or 'L'), interpolation and crop_pct (resize the
+    shorter side to floor(size / crop_pct), crop the centre), mean and std of pixels in [0, 1].
+outputs: for each its name, dtype, shape and meaning ('class scores', 'class probabilities', 'patch scores', 'patch
+    probabilities'); of patches also stride, in pixels of the input between neighbouring regions.
+opset: of the ONNX operators.
+precision: 'fp32', 'fp16', 'bf16' or 'int8'.
+quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
+    how many), and float_nodes, the names of convolutions kept in floating point.
+parity: comparison with PyTorch in float32, see export/parity.py.
+
+Only in the sidecar: file_sha256 of the file beside it, and for an engine `engine`, see export/tensorrt.py.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict
+
+import safetensors.torch
+import timm
+import torch.nn as nn
+
+from timm_tmblock._version import __version__
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError
+
+METADATA_VERSION = 2
+
+
+def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
+    """The metadata that do not depend on the format."""
+    cfg = model.pretrained_cfg
+    names = list(cfg.get('label_names') or ())
+    metadata = dict(
+        metadata_version=METADATA_VERSION,
+        model=str(cfg['architecture']),
+        weights_sha256=hash_weights(model),
+        versions=dict(timm_tmblock=__version__, timm=timm.__version__),
+        license=cfg.get('license'),
+        class_names=names or [f'class {i}' for i in range(model.num_classes)],
+        preprocessing=dict(
+            input_size=list(config['input_size']),
+            color='L' if config['input_size'][0] == 1 else 'RGB',
+            interpolation=config['interpolation'],
+            crop_pct=config['crop_pct'],
+            mean=list(config['mean']),
+            std=list(config['std']),
+        ),
+    )
+    return metadata
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of the weights as a safetensors file without metadata."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+
+
+def to_properties(metadata: Dict[str, Any]) -> Dict[str, str]:
+    """Metadata as properties of an ONNX file."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+
+
+def from_properties(properties: Dict[str, str]) -> Dict[str, Any]:
+    """The inverse of `to_properties`."""
+    metadata = {}
+    for key, value in properties.items():
+        try:
+            metadata[key] = json.loads(value)
+        except ValueError:
+            metadata[key] = value
+    return metadata
+
+
+def sidecar(path: Path) -> Path:
+    """The file beside `path` that holds its metadata."""
+    return path.with_name(f'{path.name}.json')
+
+
+def write_sidecar(path: Path, metadata: Dict[str, Any]) -> None:
+    """Write the metadata of a file beside it, with the file's hash."""
+    target = sidecar(path)
+    with writing(target) as tmp:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        tmp.write_text(json.dumps(dict(metadata, file_sha256=digest), indent=1) + '\n')
+        os.replace(tmp, target)
+
+
+def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
+    """The metadata of an ONNX file, from its properties or, where another tool dropped them, the sidecar.
+
+    Raises:
+        InputError: If there are none, or of another version.
+    """
+    metadata = from_properties(properties)
+    if 'metadata_version' not in metadata and sidecar(path).is_file():
+        try:
+            metadata = json.loads(sidecar(path).read_text())
+        except ValueError as e:
+            raise InputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
+    version = metadata.get('metadata_version')
+    if version is None:
+        raise InputError(
+            f'{path} does not say its classes and preprocessing; give a file of python -m export onnx, or put its '
+            f'metadata beside it as {sidecar(path).name}.')
+    if version != METADATA_VERSION:
+        raise InputError(f'{path} has metadata of version {version}, not {METADATA_VERSION}; export it again.')
+    return metadata
+
+
+def load_metadata(path: Path) -> Dict[str, Any]:
+    """The metadata of an ONNX file or an engine.
+
+    Raises:
+        InputError: If there is no such file, it is cut short, or says nothing of itself.
+    """
+    if not path.is_file():
+        raise InputError(f'There is no file {path}.')
+    properties: Dict[str, str] = {}
+    if path.suffix == '.onnx':
+        import onnx
+        from google.protobuf.message import DecodeError
+        try:
+            properties = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
+        except DecodeError as e:
+            raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
+    return read_metadata(path, properties)

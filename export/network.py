@@ -1,0 +1,145 @@
+"""The network as it is exported: folded, in the form deployment runtimes know best, with what goes around it."""
+from copy import deepcopy
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+
+from timm_tmblock.errors import InputError
+from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching, fuse_conv_norm
+
+
+class OnnxPatchMean(nn.Module):
+    """PatchMean as one ONNX AveragePool, whose padding may differ from side to side as PyTorch's may not."""
+
+    def __init__(self, patch_size: int, opset: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.opset = opset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.patch_size
+        before, after = (p - 1) // 2, p // 2
+        return torch.onnx.ops.symbolic(
+            'AveragePool', (x,), dict(kernel_shape=[p, p], strides=[1, 1], pads=[before, before, after, after]),
+            dtype=x.dtype, shape=x.shape, version=self.opset)
+
+
+class OnnxGlobalPool(nn.Module):
+    """Global average pooling as ONNX GlobalAveragePool.
+
+    What torch.onnx writes, ReduceMean with its axes as an input, is misread by TensorRT 8 and refused by some of 10.
+    """
+
+    def __init__(self, opset: int) -> None:
+        super().__init__()
+        self.opset = opset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.onnx.ops.symbolic(
+            'GlobalAveragePool', (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
+        return x.flatten(1)
+
+
+def fold(model: Any, opset: int, patch_logits: bool, norms_as_convolutions: bool = False) -> Any:
+    """A copy of a network for export: norms folded where they can be, pooling in ONNX's own operators.
+
+    Norms that stay are y = scale * x + shift with statistics 0 and 1, so that half precision takes no root of a small
+    variance. That of template matching stays where the patch logits before it are wanted.
+
+    Args:
+        model: Network, left as it is.
+        opset: Of the ONNX operators.
+        patch_logits: Whether the patch logits are wanted.
+        norms_as_convolutions: Write norms that stay as depthwise 1x1 convolutions, which can be quantized. Between two
+            norms in floating point, a CPU would change back and forth.
+
+    Raises:
+        InputError: If the network draws random numbers in evaluation.
+    """
+    for m in model.modules():
+        if isinstance(m, PerturbedMaximizer):
+            raise InputError(
+                f'The model has perturbed maximizers, which draw {m.num_samples} random samples in each forward pass, '
+                f'so no ONNX file can repeat its results; export a model with maximizer=softmax.')
+    model = deepcopy(model).float().cpu().eval()
+    tm, model.tm = model.tm, nn.Identity()
+    model.fuse()
+    model.tm = tm  # as it is: one convolution for matching and shortcut, as fuse() makes it, costs slices in ONNX
+    if isinstance(tm, TemplateMatching) and not patch_logits:
+        tm.match, tm.norm = fuse_conv_norm(tm.match, tm.norm)
+    for name, m in list(model.named_modules()):
+        if isinstance(m, PatchMean):
+            model.set_submodule(name, OnnxPatchMean(m.patch_size, opset))
+        elif isinstance(m, SelectAdaptivePool2d) and m.pool_type == 'avg' and isinstance(m.flatten, nn.Flatten):
+            model.set_submodule(name, OnnxGlobalPool(opset))
+        elif isinstance(m, BatchNormAct2d) and m.running_mean is not None:
+            _standardize(m)
+            if norms_as_convolutions:
+                model.set_submodule(name, nn.Sequential(_to_convolution(m), m.act))
+    return model
+
+
+@torch.no_grad()
+def _standardize(norm: Any) -> None:
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
+    norm.weight.copy_(scale)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1)
+    norm.eps = 0.
+
+
+def _to_convolution(norm: Any) -> nn.Conv2d:
+    conv = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features)
+    conv.weight = nn.Parameter(norm.weight.detach().view(-1, 1, 1, 1))
+    conv.bias = nn.Parameter(norm.bias.detach())
+    return conv
+
+
+class ExportedNetwork(nn.Module):
+    """What is traced: image in, class scores and, if asked for, those of each region out, both float32."""
+
+    def __init__(
+            self,
+            model: nn.Module,
+            data_config: Dict[str, Any],
+            patch_logits: bool = False,
+            softmax: bool = False,
+            preprocessing: Optional[str] = None,
+            dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            model: Network of `fold`.
+            data_config: Its mean and std, of pixels in [0, 1].
+            patch_logits: Also return the class scores of each region.
+            softmax: Return probabilities.
+            preprocessing: 'NHWC' or 'NCHW' takes uint8 pixels so laid out and normalises them; None takes (B, C, H, W)
+                normalised.
+            dtype: Precision inside.
+        """
+        super().__init__()
+        self.model: Any = model.to(dtype)
+        self.patch_logits = patch_logits
+        self.softmax = softmax
+        self.preprocessing = preprocessing
+        self.dtype = dtype
+        mean, std = (torch.tensor(data_config[k], dtype=torch.float64).view(-1, 1, 1) for k in ('mean', 'std'))
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        self.register_buffer('scale', (1 / (255 * std)).float())
+        self.register_buffer('shift', (-mean / std).float())
+
+    def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        x = image.float()
+        if self.preprocessing == 'NHWC':
+            x = x.permute(0, 3, 1, 2)  # as floats: TensorRT takes uint8 as an input and casts it, no more
+        if self.preprocessing:
+            x = x * self.scale + self.shift
+        x = x.to(self.dtype)
+        outputs = self.model.forward_patch_logits(x) if self.patch_logits else (self.model(x),)
+        outputs = tuple(y.float() for y in outputs)
+        return tuple(y.softmax(1) for y in outputs) if self.softmax else outputs

@@ -1,0 +1,176 @@
+"""Whether a file gives what PyTorch gives: always asked, on real images and random input, batch by batch.
+
+The report is a JSON object:
+
+batch_sizes, images (how many and of what set), random_inputs.
+outputs: for each its largest difference from PyTorch relative to PyTorch's largest value, on images and on random
+    input; the share of images (of regions, for patch scores) with the same best class; and the same share of those that
+    PyTorch decides by more than the format can resolve.
+top1: accuracy in percent of PyTorch and of the file, where the labels are known.
+"""
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from export.images import Images
+from timm_tmblock.errors import InputError
+
+BATCH_SIZES = (1, 2, 7, 64)
+Run = Callable[[np.ndarray], List[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision must keep to.
+
+    Two scores closer than `resolution` of the largest are a tie as far as the format can tell: bfloat16 keeps 8 bits of
+    each number, so no file in it can order them reliably. Such images do not count towards `decided`.
+    """
+    difference: Optional[float]  # relative
+    same: float  # share of images with the same best class
+    decided: float  # the same, of images that are no tie
+    resolution: float
+    same_regions: float
+    decided_regions: float
+    top1: float = 0.5  # percentage points
+
+
+LIMITS = {
+    'fp32': Limits(1e-4, same=1., decided=1., resolution=1e-5, same_regions=0.999, decided_regions=1.),
+    'fp16': Limits(2e-2, same=0.99, decided=0.999, resolution=2 ** -9, same_regions=0.98, decided_regions=0.999),
+    'bf16': Limits(1e-1, same=0.99, decided=0.999, resolution=2 ** -6, same_regions=0.95, decided_regions=0.99),
+    'int8': Limits(None, same=0.99, decided=0.99, resolution=0., same_regions=0.9, decided_regions=0.9),
+}
+
+
+class ParityError(InputError):
+    """The file does not give what PyTorch gives."""
+
+
+@dataclass
+class _Comparison:
+    """One output, on some inputs."""
+    difference: float
+    worst: int  # input with the largest difference
+    same: float
+    decided: float
+    flipped: int  # first input of another class that is no tie
+
+
+def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, resolution: float) -> _Comparison:
+    """Compare an output (N, K, ...) with PyTorch's, given the scores before any soft-max."""
+    errors = np.abs(got.astype(np.float64) - expected).reshape(len(got), -1).max(axis=1) / np.abs(expected).max()
+    errors = np.where(np.isfinite(errors), errors, np.inf)
+    best = np.sort(scores, axis=1)[:, -2:]
+    clear = best[:, -1] - best[:, 0] > resolution * np.abs(scores).max()
+    same = got.argmax(axis=1) == scores.argmax(axis=1)
+    wrong = (clear & ~same).reshape(len(got), -1).any(axis=1)
+    return _Comparison(
+        difference=float(errors.max()),
+        worst=int(errors.argmax()),
+        same=float(same.mean()),
+        decided=float(same[clear].mean()) if clear.any() else 1.,
+        flipped=int(wrong.argmax()),
+    )
+
+
+def check(
+        run: Run,
+        reference: Run,
+        names: Sequence[str],
+        precision: str,
+        images: Images,
+        prepare: Callable[[np.ndarray], np.ndarray],
+        random_input: Callable[[int], np.ndarray],
+) -> Tuple[Dict[str, Any], Optional[ParityError]]:
+    """Compare a file with PyTorch.
+
+    Args:
+        run: The file: input to outputs, in the order of `names`.
+        reference: PyTorch in float32: the same input to the class scores (and patch scores) before any soft-max.
+        names: Outputs. Those called probabilities are compared after a soft-max of the reference.
+        precision: Key of LIMITS.
+        images: Their held-out part is compared.
+        prepare: Makes an input of uint8 images (N, C, H, W).
+        random_input: A batch of so many random inputs.
+
+    Returns:
+        The report, and what the file fails in, if it does.
+    """
+    limits = LIMITS[precision]
+    pixels = images.held_out
+    sizes = [*BATCH_SIZES, *[BATCH_SIZES[-1]] * (len(pixels) // BATCH_SIZES[-1])]
+    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch)]
+    real = _compare(run, reference, names, batches, limits)
+    random = _compare(run, reference, names, [random_input(n) for n in BATCH_SIZES], limits)
+
+    outputs, failure = {}, None
+    for name in names:
+        r, g = real.comparisons[name], random.comparisons[name]
+        outputs[name] = dict(
+            max_relative_difference=_round(r.difference),
+            max_relative_difference_random=_round(g.difference),
+            same_class=round(r.same, 5),
+            same_class_decided=round(r.decided, 5),
+        )
+        failure = failure or _judge(name, r, limits, images.name)
+        failure = failure or _judge(name, g, replace(limits, same=0., same_regions=0.), 'random input {}'.format)
+    report: Dict[str, Any] = dict(
+        batch_sizes=list(BATCH_SIZES), images=len(pixels), images_of=images.source, random_inputs=sum(BATCH_SIZES),
+        outputs=outputs)
+    if images.targets is not None:
+        right = [100 * float((y.argmax(1) == images.targets).mean()) for y in (real.expected, real.got)]
+        report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
+        if right[0] - right[1] > limits.top1:
+            failure = failure or ParityError(
+                f'{names[0]}: top-1 accuracy on {len(pixels)} images of {images.source} is {right[1]:.2f} %, PyTorch '
+                f'has {right[0]:.2f} %; at most {limits.top1} points may be lost.')
+    return report, failure
+
+
+@dataclass
+class _Result:
+    comparisons: Dict[str, _Comparison]
+    expected: np.ndarray  # class scores
+    got: np.ndarray
+
+
+def _compare(run: Run, reference: Run, names: Sequence[str], batches: List[np.ndarray], limits: Limits) -> _Result:
+    got = [np.concatenate(parts) for parts in zip(*map(run, batches))]
+    scores = [np.concatenate(parts) for parts in zip(*map(reference, batches))]
+    comparisons = {}
+    for name, y, s in zip(names, got, scores):
+        expected = softmax(s) if name.endswith('probabilities') else s
+        comparisons[name] = compare_output(y, expected, s, limits.resolution)
+    return _Result(comparisons, scores[0], got[0])
+
+
+def _judge(name: str, c: _Comparison, limits: Limits, call: Callable[[int], str]) -> Optional[ParityError]:
+    if not np.isfinite(c.difference):
+        return ParityError(f'{name} is not finite for {call(c.worst)}; the network leaves the range of the format.')
+    if limits.difference is not None and c.difference > limits.difference:
+        return ParityError(
+            f'{name} differs from PyTorch by {c.difference:.2g} of its largest value, worst for {call(c.worst)}; at '
+            f'most {limits.difference:g} is allowed.')
+    regions = name.startswith('patch')
+    same, decided = (
+        (limits.same_regions, limits.decided_regions) if regions else (limits.same, limits.decided))
+    if c.same < same or c.decided < decided:
+        share, limit = (c.decided, decided) if c.decided < decided else (c.same, same)
+        return ParityError(
+            f'{name} has the class of PyTorch for {100 * share:.2f} % of the {"regions" if regions else "inputs"}, at '
+            f'least {100 * limit:g} % are asked for; {call(c.flipped)} changes its class, {call(c.worst)} differs '
+            f'most.')
+    return None
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Soft-max over axis 1, in float64."""
+    e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def _round(x: float) -> float:
+    """Two digits: more would differ from machine to machine."""
+    return float(f'{x:.1e}')

@@ -1,0 +1,758 @@
+#!/usr/bin/env python3
+"""Classify images with an exported network, and say which class each region matched. Without PyTorch.
+
+    python runtime.py run rn26_tm.onnx photo.jpg folder/ --explain explained
+    python runtime.py run rn26_tm.engine folder/ --json
+
+    runner = load('rn26_tm.onnx')                        # or an engine, a folder, a Hub repository
+    for prediction in runner(['a.jpg', 'b.jpg']):        # paths, PIL images or uint8 arrays, of any size
+        print(prediction.top(3))                         # [('ship', 0.98), ...]
+        prediction.patch_probabilities                   # (templates, H/r, W/r), None if the file has no patch scores
+
+This file stands alone, so that it can be copied beside a model: it needs numpy, Pillow, and onnxruntime for .onnx files
+or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the file's metadata, see
+export/metadata.py.
+"""
+import argparse
+import colorsys
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import re
+import sys
+import threading
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+ImageSource = Union[str, Path, Image.Image, np.ndarray]
+METADATA_VERSION = 2
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
+ENGINE_SUFFIXES = ('.engine', '.plan')
+TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
+
+
+class RuntimeInputError(ValueError):
+    """Input that cannot be used. The message is one sentence: what is wrong, and what to do."""
+
+
+# Images
+
+def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
+    """Read an image in 8 bits, upright, and on white where it is transparent.
+
+    Args:
+        source: Path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        mode: 'RGB' or 'L'.
+
+    Raises:
+        RuntimeInputError: If it cannot be read.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else 'The image'
+    try:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8:
+                raise RuntimeInputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
+            source = Image.fromarray(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] == 'I':  # 16 bits, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode == 'F':
+            raise RuntimeInputError(f'{name} has floating-point pixels of unknown range; convert it to 8 bits.')
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert(mode)
+    except FileNotFoundError as e:
+        raise RuntimeInputError(f'There is no image {name}.') from e
+    except UnidentifiedImageError as e:
+        raise RuntimeInputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
+    except RuntimeInputError:
+        raise
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as e:
+        raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
+
+
+def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.Image:
+    """Resize the shorter side and crop the centre, pixel for pixel as timm's evaluation transform does."""
+    _, height, width = preprocessing['input_size']
+    scaled = [math.floor(size / preprocessing['crop_pct']) for size in (height, width)]
+    w, h = image.size
+    if scaled[0] == scaled[1]:  # torchvision's Resize cuts off, timm's ResizeKeepRatio rounds
+        size = (scaled[0], int(scaled[0] * h / w)) if w <= h else (int(scaled[0] * w / h), scaled[0])
+    else:
+        ratio = min(h / scaled[0], w / scaled[1])
+        size = (round(w / ratio), round(h / ratio))
+    image = image.resize(size, getattr(Image.Resampling, preprocessing['interpolation'].upper()))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+@dataclass
+class Prediction:
+    """What the network says of an image."""
+    image: Image.Image  # as the network saw it
+    probabilities: np.ndarray  # (num_classes,)
+    patch_probabilities: Optional[np.ndarray]  # (num_templates, H/r, W/r), sums to 1 over templates
+    class_names: Sequence[str]
+    template_names: Sequence[str]
+
+    @property
+    def label(self) -> str:
+        """Name of the most probable class."""
+        return self.class_names[int(self.probabilities.argmax())]
+
+    def top(self, k: int = 3) -> List[Tuple[str, float]]:
+        """The k most probable classes with their probabilities."""
+        order = self.probabilities.argsort()[::-1][:k]
+        return [(self.class_names[i], float(self.probabilities[i])) for i in order]
+
+    def picture(self, size: int = 256) -> Image.Image:
+        """The image, what each region matched, and where the predicted class was matched, side by side.
+
+        Raises:
+            RuntimeInputError: If the file has no patch scores.
+        """
+        if self.patch_probabilities is None:
+            raise RuntimeInputError('The file has no patch scores; export it again with --patch-logits.')
+        templates, label = list(self.template_names), self.label
+        shown = templates.index(label) if label in templates else int(self.patch_probabilities.mean((1, 2)).argmax())
+        classes = self.patch_probabilities.argmax(axis=0)
+        palette = np.array([_color(i) for i in range(len(templates))], dtype=np.uint8)
+        base = self.image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+        grey = base.convert('L').convert('RGB')
+        regions = Image.fromarray(palette[classes]).resize((size, size), Image.Resampling.NEAREST)
+        evidence = np.uint8(255 * self.patch_probabilities[shown].clip(0, 1))
+        heat = Image.fromarray(evidence).resize((size, size), Image.Resampling.BILINEAR)
+        gold = Image.composite(Image.new('RGB', heat.size, 'gold'), grey, heat)
+        present, counts = np.unique(classes, return_counts=True)
+        legend = [present[i] for i in counts.argsort()[::-1][:4]]
+        canvas = Image.new('RGB', (3 * size + 40, size + 70), 'white')
+        draw = ImageDraw.Draw(canvas)
+        best = '   '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
+        titles = (best, 'matched by region', f'match: {templates[shown]}')
+        for i, (panel, title) in enumerate(zip((base, Image.blend(grey, regions, 0.5), gold), titles)):
+            canvas.paste(panel, (10 + i * (size + 10), 30))
+            draw.text((10 + i * (size + 10), 10), title, fill='black')
+        for i, k in enumerate(legend):
+            x, y = 20 + size + (i % 2) * size // 2, size + 36 + (i // 2) * 16
+            draw.rectangle((x, y, x + 10, y + 10), fill=_color(int(k)))
+            draw.text((x + 15, y), templates[k], fill='black')
+        return canvas
+
+
+def _color(index: int) -> Tuple[int, int, int]:
+    """Hues a golden angle apart."""
+    r, g, b = colorsys.hsv_to_rgb((0.6 + index * 0.618034) % 1, 0.75, 0.9)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+# Sessions: arrays in, arrays out
+
+class OnnxSession:
+    """An ONNX file in ONNX Runtime. Threads may share it."""
+
+    def __init__(
+            self,
+            path: Path,
+            device: str = 'auto',
+            allow_fallback: bool = False,
+            threads: Optional[int] = None,
+    ) -> None:
+        ort = _import_onnxruntime()
+        if device == 'auto':
+            device = 'cuda' if 'CUDAExecutionProvider' in ort.get_available_providers() and count_gpus() else 'cpu'
+        wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        providers = [wanted] if device == 'cpu' or not allow_fallback else [wanted, 'CPUExecutionProvider']
+        if wanted not in ort.get_available_providers() and not allow_fallback:
+            raise RuntimeInputError(
+                f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], or allow the CPU with '
+                f'--allow-fallback.')
+        providers = [p for p in providers if p in ort.get_available_providers()]
+        try:
+            self.session = ort.InferenceSession(path.read_bytes(), options, providers=providers)
+        except Exception as e:  # onnxruntime's errors share no public base class
+            reason = str(e).strip().splitlines()[0][:200]
+            raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; export it again.') from e
+        self.provider = self.session.get_providers()[0]
+        if self.provider != wanted and not allow_fallback:  # onnxruntime itself only prints a warning
+            raise RuntimeInputError(
+                f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA and '
+                f'cuDNN, or allow it with --allow-fallback.')
+        self.metadata = _parse_properties(self.session.get_modelmeta().custom_metadata_map)
+        if 'metadata_version' not in self.metadata and _sidecar(path).is_file():
+            self.metadata = _read_sidecar(path)
+        _check_metadata(self.metadata, path)
+
+    def run(self, batch: np.ndarray) -> List[np.ndarray]:
+        """Input of the file to its outputs, in their order in the metadata."""
+        try:
+            names = [output['name'] for output in self.metadata['outputs']]
+            return self.session.run(names, {self.metadata['input']['name']: batch})
+        except Exception as e:
+            raise RuntimeInputError(f'ONNX Runtime failed: {str(e).strip().splitlines()[0][:200]}') from e
+
+
+class TensorRTSession:
+    """A TensorRT engine. Threads may share it; their batches take turns.
+
+    Each batch size has an execution context, pinned buffers and, from its second batch on, a CUDA graph of copy,
+    inference and copy back; the `max_shapes` used last are kept.
+    """
+
+    def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
+        self.metadata = _read_sidecar(path)
+        _check_metadata(self.metadata, path)
+        check_engine(path, self.metadata)
+        trt = import_tensorrt(self.metadata['engine']['backend'])
+        try:
+            self.cudart = importlib.import_module('cuda.bindings.runtime')
+        except ImportError as e:
+            raise RuntimeInputError('Engines need cuda-bindings; pip install cuda-bindings.') from e
+        self.provider = f'{trt.__name__} {trt.__version__}'
+        self.trt = trt
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.runtime = trt.Runtime(self.logger)
+        if self.metadata['engine']['version_compatible']:
+            self.runtime.engine_host_code_allowed = True
+        self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise RuntimeInputError(
+                f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata)}.')
+        self.stream = self._cuda(self.cudart.cudaStreamCreate())
+        self.cuda_graphs = cuda_graphs
+        self.max_shapes = max_shapes
+        self.bindings: OrderedDict[Tuple[int, ...], _Binding] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def run(self, batch: np.ndarray) -> List[np.ndarray]:
+        """Input of the file to its outputs, in their order in the metadata."""
+        with self.lock:
+            binding = self.bindings.pop(batch.shape, None) or _Binding(self, batch.shape)
+            self.bindings[batch.shape] = binding  # the last is the newest
+            while len(self.bindings) > self.max_shapes:
+                self.bindings.popitem(last=False)[1].free()
+            return binding.run(batch)
+
+    def _cuda(self, result: Tuple[Any, ...]) -> Any:
+        error, *values = result
+        if int(error) != 0:
+            raise RuntimeInputError(f'CUDA failed with {error}; is the GPU out of memory?')
+        return values[0] if values else None
+
+
+class _Binding:
+    """Execution context, buffers and CUDA graph of one input shape."""
+
+    def __init__(self, session: TensorRTSession, shape: Tuple[int, ...]) -> None:
+        self.session = session
+        engine, cudart = session.engine, session.cudart
+        name = session.metadata['input']['name']
+        self.context = engine.create_execution_context()
+        profile = next((i for i in range(engine.num_optimization_profiles) if _fits(
+            shape, engine.get_tensor_profile_shape(name, i))), None)
+        if profile is None:
+            ranges = [engine.get_tensor_profile_shape(name, i) for i in range(engine.num_optimization_profiles)]
+            known = ' or '.join(f'{tuple(low)} to {tuple(high)}' for low, _, high in ranges)
+            raise RuntimeInputError(
+                f'The engine takes inputs of {known}, not {shape}; use another --batch-size, or '
+                f'{_rebuild(session.metadata)}.')
+        self.context.set_optimization_profile_async(profile, session.stream)
+        self.context.set_input_shape(name, shape)
+        self.arrays: List[np.ndarray] = []  # pinned
+        self.host: List[int] = []
+        self.device: List[int] = []
+        for described in (session.metadata['input'], *session.metadata['outputs']):
+            tensor, dtype = described['name'], np.dtype(described['dtype'])
+            tensor_shape = tuple(self.context.get_tensor_shape(tensor))
+            size = math.prod(tensor_shape) * dtype.itemsize
+            self.host.append(session._cuda(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault)))
+            self.device.append(session._cuda(cudart.cudaMalloc(size)))
+            raw = (ctypes.c_ubyte * size).from_address(int(self.host[-1]))
+            self.arrays.append(np.frombuffer(raw, dtype).reshape(tensor_shape))
+            self.context.set_tensor_address(tensor, int(self.device[-1]))
+        self.graph: Any = None
+        self.warm = False
+
+    def run(self, batch: np.ndarray) -> List[np.ndarray]:
+        session, cudart = self.session, self.session.cudart
+        self.arrays[0][...] = batch
+        if self.graph is None and self.warm and session.cuda_graphs:
+            session._cuda(cudart.cudaStreamBeginCapture(
+                session.stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+            self._enqueue()
+            captured = session._cuda(cudart.cudaStreamEndCapture(session.stream))
+            self.graph = session._cuda(cudart.cudaGraphInstantiate(captured, 0))
+            session._cuda(cudart.cudaGraphDestroy(captured))
+        if self.graph is None:
+            self._enqueue()
+        else:
+            session._cuda(cudart.cudaGraphLaunch(self.graph, session.stream))
+        session._cuda(cudart.cudaStreamSynchronize(session.stream))
+        self.warm = True
+        return [array.copy() for array in self.arrays[1:]]
+
+    def _enqueue(self) -> None:
+        session, cudart = self.session, self.session.cudart
+        session._cuda(cudart.cudaMemcpyAsync(
+            self.device[0], self.host[0], self.arrays[0].nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice,
+            session.stream))
+        if not self.context.execute_async_v3(int(session.stream)):
+            raise RuntimeInputError('TensorRT refused to run the engine, see its message above.')
+        for i in range(1, len(self.arrays)):
+            session._cuda(cudart.cudaMemcpyAsync(
+                self.host[i], self.device[i], self.arrays[i].nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost,
+                session.stream))
+
+    def free(self) -> None:
+        cudart = self.session.cudart
+        if self.graph is not None:
+            cudart.cudaGraphExecDestroy(self.graph)
+        for host, device in zip(self.host, self.device):
+            cudart.cudaFreeHost(host)
+            cudart.cudaFree(device)
+
+
+def _fits(shape: Sequence[int], profile: Sequence[Sequence[int]]) -> bool:
+    low, _, high = profile
+    return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high))
+
+
+# What the machine has
+
+def query_gpu() -> Optional[Dict[str, Any]]:
+    """Name, compute capability and driver of the first GPU, from the driver alone; None if there is none.
+
+    Asked before TensorRT is touched: without a GPU some of its versions end the process.
+    """
+    try:
+        cuda = ctypes.CDLL('nvcuda.dll' if sys.platform == 'win32' else 'libcuda.so.1')
+    except OSError:
+        return None
+    count, version, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+        return None
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), 0)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # compute capability
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    return dict(
+        name=name.value.decode(), compute_capability=f'{major.value}.{minor.value}',
+        cuda_driver=f'{version.value // 1000}.{version.value % 1000 // 10}')
+
+
+def count_gpus() -> int:
+    """1 if there is a GPU the driver can use, else 0."""
+    return int(query_gpu() is not None)
+
+
+def import_tensorrt(backend: str = 'auto') -> Any:
+    """The module 'tensorrt' or 'tensorrt_rtx', the first that is installed for 'auto'.
+
+    Raises:
+        RuntimeInputError: If it is not installed, or older than 10.
+    """
+    for name in TENSORRT_MODULES if backend == 'auto' else (backend,):
+        try:
+            trt = importlib.import_module(name)
+        except ImportError:
+            continue
+        major = int(trt.__version__.split('.')[0])
+        if name == 'tensorrt' and major < 10:
+            raise RuntimeInputError(
+                f'TensorRT {trt.__version__} is too old: it misreads how ONNX pools since opset 18 and has no strong '
+                f'typing; install TensorRT 10 or newer.')
+        return trt
+    wanted = 'TensorRT' if backend == 'auto' else backend
+    raise RuntimeInputError(f'{wanted} is not installed; pip install tensorrt-cu13, or tensorrt-rtx.')
+
+
+def _import_onnxruntime() -> Any:
+    installed = []
+    for name in ('onnxruntime', 'onnxruntime-gpu'):
+        try:
+            importlib.metadata.distribution(name)
+            installed.append(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    if len(installed) == 2:
+        raise RuntimeInputError(
+            'Both onnxruntime and onnxruntime-gpu are installed and overwrite each other; run "pip uninstall -y '
+            'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu" (or onnxruntime).')
+    try:
+        return importlib.import_module('onnxruntime')
+    except ImportError as e:
+        raise RuntimeInputError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.') from e
+
+
+def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
+    """Compare an engine's sidecar with the file and this machine, before TensorRT sees it.
+
+    Raises:
+        RuntimeInputError: If the engine was built for another GPU or version, or is not the file that was built.
+    """
+    built = metadata.get('engine')
+    if not built:
+        raise RuntimeInputError(f'{_sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
+    if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
+        raise RuntimeInputError(f'{path} is not the engine its sidecar is of, or is cut short; {_rebuild(metadata)}.')
+    gpu = query_gpu()
+    if gpu is None:
+        raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
+    trt = import_tensorrt(built['backend'])
+    if trt.__version__ != built['version'] and not built['version_compatible']:
+        raise RuntimeInputError(
+            f'{path} was built by {built["backend"]} {built["version"]}, here is {trt.__version__}; '
+            f'{_rebuild(metadata)}.')
+    on = built['gpu']
+    if on and built['hardware_compatibility'] == 'none' and on['compute_capability'] != gpu['compute_capability']:
+        raise RuntimeInputError(
+            f'{path} was built for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, '
+            f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata)}.')
+
+
+def _rebuild(metadata: Dict[str, Any]) -> str:
+    return f'build it again with "{metadata["engine"]["command"]}"'
+
+
+# Metadata
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f'{path.name}.json')
+
+
+def _read_sidecar(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(_sidecar(path).read_text())
+    except FileNotFoundError as e:
+        raise RuntimeInputError(
+            f'There is no {_sidecar(path)}, which says what {path.name} expects and tells apart.') from e
+    except ValueError as e:
+        raise RuntimeInputError(f'{_sidecar(path)} is not JSON ({e}); export the file again.') from e
+
+
+def _parse_properties(properties: Dict[str, str]) -> Dict[str, Any]:
+    metadata = {}
+    for key, value in properties.items():
+        try:
+            metadata[key] = json.loads(value)
+        except ValueError:
+            metadata[key] = value
+    return metadata
+
+
+def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
+    version = metadata.get('metadata_version')
+    if version != METADATA_VERSION:
+        found = f'has metadata of version {version}' if version else 'does not say its classes and preprocessing'
+        raise RuntimeInputError(f'{path} {found}; export it with python -m export onnx.')
+    channels = [d for d in metadata['outputs'][0]['shape'] if isinstance(d, int)]
+    if channels != [len(metadata['class_names'])]:
+        raise RuntimeInputError(
+            f'{path} names {len(metadata["class_names"])} classes and gives scores of {channels[0]}; export it again.')
+
+
+# Runner: images in, predictions out
+
+class Runner:
+    """Classifies images by one file. Threads may share it."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.metadata: Dict[str, Any] = session.metadata
+        self.preprocessing = self.metadata['preprocessing']
+        mean, std = (np.array(self.preprocessing[k], dtype=np.float64) for k in ('mean', 'std'))
+        self._scale, self._shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    @property
+    def class_names(self) -> List[str]:
+        return self.metadata['class_names']
+
+    def __call__(self, images: Union[ImageSource, Sequence[ImageSource]], batch_size: int = 64) -> Any:
+        """Classify images.
+
+        Args:
+            images: A path, PIL image or uint8 array (H, W, 3), or a sequence (or uint8 array (N, H, W, 3)) of them.
+            batch_size: Images at a time.
+
+        Returns:
+            A Prediction for one image, a list of them for a sequence.
+
+        Raises:
+            RuntimeInputError: If an image cannot be read.
+        """
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            return next(self.stream([images], 1))[1]
+        return [prediction for _, prediction in self.stream(images, batch_size)]
+
+    def stream(
+            self,
+            images: Iterable[ImageSource],
+            batch_size: int = 64,
+            on_error: Optional[Callable[[ImageSource, RuntimeInputError], None]] = None,
+    ) -> Iterator[Tuple[ImageSource, Prediction]]:
+        """Classify images one after the other; the next batch is read while one runs.
+
+        Args:
+            images: As of a call.
+            batch_size: Images at a time.
+            on_error: Called with an image that cannot be read, which is left out then. The error is raised if None.
+
+        Yields:
+            Each image with its prediction.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            pending: Deque[Future] = deque()
+            for batch in _split(images, batch_size):
+                pending.append(pool.submit(self._prepare_all, batch))
+                if len(pending) > 1:
+                    yield from self._finish(pending.popleft().result(), on_error)
+            while pending:
+                yield from self._finish(pending.popleft().result(), on_error)
+
+    def prepare(self, image: ImageSource) -> Tuple[Image.Image, np.ndarray]:
+        """The image as the network sees it, and the same as the file's input without the batch axis."""
+        seen = resize_and_crop(read_image(image, self.preprocessing['color']), self.preprocessing)
+        pixels = np.asarray(seen)
+        return seen, pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def to_input(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (B, H, W, C), uint8, as the file's input."""
+        if self.metadata['input']['range'] == 'normalized':
+            pixels = pixels * self._scale + self._shift
+        if self.metadata['input']['layout'] == 'NCHW':
+            pixels = pixels.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(pixels)
+
+    def infer(self, batch: np.ndarray) -> List[np.ndarray]:
+        """Probabilities (B, num_classes) and, if the file has them, those of patches (B, num_templates, H/r, W/r)."""
+        outputs = self.session.run(batch)
+        described = self.metadata['outputs']
+        return [y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described)]
+
+    def _prepare_all(self, images: List[ImageSource]) -> Tuple[List[Tuple[ImageSource, Any]], Optional[np.ndarray]]:
+        seen: List[Tuple[ImageSource, Any]] = []
+        pixels = []
+        for image in images:
+            try:
+                picture, array = self.prepare(image)
+                pixels.append(array)
+                seen.append((image, picture))
+            except RuntimeInputError as e:
+                seen.append((image, e))
+        return seen, self.to_input(np.stack(pixels)) if pixels else None
+
+    def _finish(
+            self,
+            prepared: Tuple[List[Tuple[ImageSource, Any]], Optional[np.ndarray]],
+            on_error: Optional[Callable[[ImageSource, RuntimeInputError], None]],
+    ) -> Iterator[Tuple[ImageSource, Prediction]]:
+        seen, batch = prepared
+        outputs = iter(zip(*self.infer(batch))) if batch is not None else iter(())
+        names = self.class_names, self.metadata.get('template_names', ())
+        for image, picture in seen:
+            if isinstance(picture, RuntimeInputError):
+                if on_error is None:
+                    raise picture
+                on_error(image, picture)
+                continue
+            probabilities, *patches = next(outputs)
+            yield image, Prediction(picture, probabilities, patches[0] if patches else None, *names)
+
+
+def _split(items: Iterable[Any], size: int) -> Iterator[List[Any]]:
+    batch: List[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def load(
+        source: Union[str, Path],
+        device: str = 'auto',
+        allow_fallback: bool = False,
+        threads: Optional[int] = None,
+        cuda_graphs: bool = True,
+        rebuild: bool = False,
+        revision: Optional[str] = None,
+) -> Runner:
+    """Open an exported network.
+
+    Args:
+        source: .onnx file or TensorRT engine with its sidecar, a folder of ONNX files, or a Hub repository 'user/name'.
+        device: 'cpu', 'cuda', or 'auto' for the GPU where there is one; engines are always on the GPU.
+        allow_fallback: Let ONNX Runtime use the CPU where the GPU was asked for.
+        threads: Threads of ONNX Runtime, its own choice if None.
+        cuda_graphs: Replay a CUDA graph for each batch size of an engine.
+        rebuild: Build an engine again from the ONNX file beside it if it is of another GPU or version.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        RuntimeInputError: If it cannot be had or cannot run here.
+    """
+    path = _find(source, device, revision)
+    if path.suffix not in ENGINE_SUFFIXES:
+        return Runner(OnnxSession(path, device, allow_fallback, threads))
+    if device == 'cpu':
+        raise RuntimeInputError('Engines run on NVIDIA GPUs alone; give the ONNX file for the CPU.')
+    try:
+        return Runner(TensorRTSession(path, cuda_graphs))
+    except RuntimeInputError:
+        if not rebuild or query_gpu() is None:
+            raise
+    try:
+        from export.tensorrt import rebuild_engine
+    except ImportError as e:
+        raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
+    try:
+        rebuild_engine(path)
+    except ValueError as e:
+        raise RuntimeInputError(str(e)) from e
+    return Runner(TensorRTSession(path, cuda_graphs))
+
+
+def _find(source: Union[str, Path], device: str, revision: Optional[str]) -> Path:
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
+            raise RuntimeInputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
+        return path
+    if not path.is_dir():
+        if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+            raise RuntimeInputError(f'There is no file {source}.')
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as e:
+            raise RuntimeInputError('Hub repositories need huggingface_hub; pip install huggingface_hub.') from e
+        try:
+            path = Path(snapshot_download(str(source), revision=revision, allow_patterns=['*.onnx', '*.onnx.json']))
+        except Exception as e:  # of the client, of HTTP, of the disk
+            raise RuntimeInputError(f'{source} cannot be had from the Hub: {str(e).strip().splitlines()[0]}') from e
+    files = sorted(path.glob('*.onnx')) + sorted(path.glob('onnx/*.onnx'))
+    files = [f for f in files if not f.name.endswith('.failed.onnx')]
+    if not files:
+        raise RuntimeInputError(f'{source} holds no ONNX file.')
+    order = ['fp16', 'fp32'] if device != 'cpu' and count_gpus() else ['fp32', 'fp16']
+    precisions = {f: _read_sidecar(f).get('precision') if _sidecar(f).is_file() else None for f in files}
+    ranked = [f for precision in order for f in files if precisions[f] == precision]
+    return (ranked or files)[0]
+
+
+# Command line
+
+def list_images(paths: Sequence[str]) -> List[Path]:
+    """Files, and the images in folders and the folders in those, sorted.
+
+    Raises:
+        RuntimeInputError: If there are none.
+    """
+    found: List[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(f for f in path.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        else:
+            found.append(path)
+    if not found:
+        raise RuntimeInputError(f'There are no images in {", ".join(paths)}.')
+    return found
+
+
+def create_parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog='runtime.py', description='Run an exported network.')
+    command = arguments.add_subparsers(required=True, metavar='COMMAND').add_parser(
+        'run', help='classify images', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('file', help='.onnx file, engine, folder of ONNX files, or Hub repository')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
+    command.add_argument('--explain', type=Path, metavar='PATH', help='picture of one image, or folder for several')
+    command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
+    command.add_argument('--top', type=int, default=3, help='classes to print')
+    command.add_argument('--batch-size', type=int, default=64)
+    command.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
+    command.add_argument('--threads', type=int, help='of ONNX Runtime')
+    command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
+    command.add_argument('--rebuild', action='store_true', help='build an engine of another GPU or version again')
+    return arguments
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Run the command line.
+
+    Raises:
+        RuntimeInputError: If the file cannot be used, or an image could not be read.
+    """
+    args = create_parser().parse_args(argv)
+    paths = list_images(args.images)
+    runner = load(args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild)
+    failed: List[ImageSource] = []
+
+    def skip(image: ImageSource, error: RuntimeInputError) -> None:
+        failed.append(image)
+        print(f'error: {error}', file=sys.stderr)
+
+    progress = sys.stderr.isatty() and not sys.stdout.isatty()
+    for done, (path, prediction) in enumerate(runner.stream(paths, args.batch_size, skip), 1):
+        result: Dict[str, Any] = dict(image=str(path), top=prediction.top(args.top))
+        if args.explain:
+            result['picture'] = str(_write_picture(prediction, path, args.explain, len(paths) > 1))
+        if args.json:
+            print(json.dumps(result))
+        else:
+            print(f'{path}: ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in result['top']))
+        if progress:
+            print(f'\r{done + len(failed)}/{len(paths)} images', end='', file=sys.stderr)
+    if progress:
+        print(file=sys.stderr)
+    if failed:
+        raise RuntimeInputError(f'{len(failed)} of {len(paths)} images could not be read.')
+
+
+def _write_picture(prediction: Prediction, path: Any, target: Path, several: bool) -> Path:
+    if several or target.suffix.lower() != '.png':
+        target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.png'
+    picture = prediction.picture()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tmp = target.with_name(f'.{target.name}.tmp')
+        picture.save(tmp, format='PNG')
+        tmp.replace(target)
+    except OSError as e:
+        raise RuntimeInputError(f'Cannot write {target}: {e.strerror}.') from e
+    return target
+
+
+def run_command_line() -> None:
+    """Run the command line and end the process, with code 2 for input that cannot be used."""
+    try:
+        main()
+    except RuntimeInputError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
+    sys.exit()
+
+
+if __name__ == '__main__':
+    run_command_line()

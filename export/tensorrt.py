@@ -1,0 +1,372 @@
+"""TensorRT engines from ONNX files: one path for TensorRT 10, 11 and TensorRT-RTX.
+
+The precision is the graph's own (strong typing). An engine is the plan as TensorRT writes it, with no byte before it;
+what it expects and tells apart lies beside it as FILE.json: the metadata of the ONNX file (export/metadata.py), and
+
+engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
+engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null if for every one since Ampere.
+engine.onnx, engine.onnx_sha256: name and hash of the ONNX file.
+engine.profiles: for each, the input's smallest, preferred and largest shape.
+engine.options: those of EngineOptions, for building it again; engine.command does that from a shell.
+engine.version_compatible, engine.hardware_compatibility: whether other versions and GPUs can load it.
+engine.build_seconds.
+"""
+import hashlib
+import os
+import re
+import shlex
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from tqdm import tqdm
+
+from export.metadata import read_metadata, sidecar, write_sidecar
+from export.runtime import import_tensorrt, query_gpu
+from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.errors import InputError
+
+OPSETS = (9, 25)  # that TensorRT's parser reads; newer ones it takes for what it knows, without a word
+BACKENDS = ('auto', 'tensorrt', 'tensorrt_rtx')
+HARDWARE = {'none': None, 'ampere+': 'AMPERE_PLUS', 'same-cc': 'SAME_COMPUTE_CAPABILITY'}
+Range = Tuple[int, int, int]  # smallest, preferred, largest
+
+
+class ParseError(InputError):
+    """TensorRT's parser does not take the network."""
+
+
+class ProfileError(InputError):
+    """The batch or image sizes asked for cannot be had."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engine to build."""
+    backend: str = 'auto'
+    batches: Tuple[Range, ...] = ((1, 16, 64),)  # one optimization profile each
+    size: Optional[Range] = None  # height and width, of a file with dynamic ones
+    tf32: bool = False  # float32 in 10 bits of mantissa
+    optimization_level: int = 3  # 0 to 5
+    workspace: Optional[int] = None  # MB
+    timing_cache: bool = True  # TensorRT alone, kept in the user's cache folder
+    version_compatible: bool = False
+    hardware_compatibility: str = 'none'  # of HARDWARE
+
+    def validate(self) -> None:
+        """
+        Raises:
+            ProfileError: If a range does not rise.
+        """
+        for name, low_high in (*(('--batch', b) for b in self.batches), ('--size', self.size or (1, 1, 1))):
+            low, opt, high = low_high
+            if not 1 <= low <= opt <= high:
+                raise ProfileError(f'{name} {low} {opt} {high} must rise: smallest, preferred and largest, from 1 on.')
+
+    def to_flags(self) -> List[str]:
+        """The options of the command line that say the same."""
+        flags = ['--backend', self.backend]
+        for b in self.batches:
+            flags += ['--batch', *map(str, b)]
+        if self.size:
+            flags += ['--size', *map(str, self.size)]
+        flags += ['--optimization-level', str(self.optimization_level)]
+        flags += ['--workspace', str(self.workspace)] if self.workspace else []
+        flags += ['--hardware-compatibility', self.hardware_compatibility]
+        flags += ['--tf32'] if self.tf32 else []
+        flags += ['--version-compatible'] if self.version_compatible else []
+        return flags + ([] if self.timing_cache else ['--no-timing-cache'])
+
+
+def build_engine(
+        onnx_path: Path,
+        path: Path,
+        options: EngineOptions,
+        layers: Optional[Path] = None,
+) -> Dict[str, Any]:
+    """Build an engine and write it with its sidecar.
+
+    Args:
+        onnx_path: File of `python -m export onnx`, or one with its metadata beside it.
+        path: File to write.
+        options: Which engine.
+        layers: File for TensorRT's description of the layers, as JSON; needs a GPU.
+
+    Returns:
+        The metadata of the sidecar.
+
+    Raises:
+        InputError: If the file, TensorRT, the GPU or the options will not do.
+        ParseError: If TensorRT does not take the network, with the node and its operator.
+        ProfileError: If the batch or image sizes cannot be had.
+    """
+    options.validate()
+    model, metadata = read_onnx(onnx_path)
+    trt = import_tensorrt(options.backend)
+    gpu = query_gpu()
+    _check_backend(trt, gpu, options)
+    if layers and not gpu:
+        raise InputError('TensorRT describes layers on a GPU, and there is none here; leave out --layers.')
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; name the file to write.')
+    with writing(path) as tmp:
+        tmp.touch()  # before the work, should the folder not be writable
+        start = time.perf_counter()
+        plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
+        metadata['engine'] = dict(
+            backend=trt.__name__,
+            version=trt.__version__,
+            gpu=gpu if trt.__name__ == 'tensorrt' else None,
+            onnx=onnx_path.name,
+            onnx_sha256=hashlib.sha256(model).hexdigest(),
+            profiles=profiles,
+            options=asdict(options),
+            command=shlex.join([
+                'python', '-m', 'export', 'tensorrt', onnx_path.name, '--output', path.name, *options.to_flags()]),
+            version_compatible=options.version_compatible,
+            hardware_compatibility=options.hardware_compatibility,
+            build_seconds=round(time.perf_counter() - start, 2),
+        )
+        tmp.write_bytes(plan)
+        remove(sidecar(path))  # never beside a file it is not of
+        os.replace(tmp, path)
+        write_sidecar(path, metadata)
+    if layers:
+        with writing(layers) as tmp:
+            tmp.write_text(engine_layers)
+            os.replace(tmp, layers)
+    return metadata
+
+
+def rebuild_engine(path: Path) -> None:
+    """Build an engine again from the ONNX file beside it, with the options in its sidecar, for this machine.
+
+    Raises:
+        InputError: If that file is gone, or is another one by now.
+    """
+    metadata = read_metadata(path, {})
+    engine = metadata['engine']
+    onnx_path = path.with_name(engine['onnx'])
+    if not onnx_path.is_file():
+        raise InputError(f'{path} cannot be built again: there is no {onnx_path}.')
+    if hashlib.sha256(onnx_path.read_bytes()).hexdigest() != engine['onnx_sha256']:
+        raise InputError(f'{path} was built from another {onnx_path.name}; build it with python -m export tensorrt.')
+    known = {f.name for f in fields(EngineOptions)}
+    options = {k: _freeze(v) for k, v in engine['options'].items() if k in known}
+    build_engine(onnx_path, path, EngineOptions(**options))
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
+def read_onnx(path: Path) -> Tuple[bytes, Dict[str, Any]]:
+    """An ONNX file and its metadata, fit for TensorRT.
+
+    Raises:
+        InputError: If it is missing, cut short, of an opset TensorRT does not read, or int8 for a CPU.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+    if not path.is_file():
+        raise InputError(f'There is no file {path}.')
+    model = path.read_bytes()
+    try:
+        proto = onnx.load_from_string(model)
+        onnx.checker.check_model(proto)
+    except DecodeError as e:
+        raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
+    except onnx.checker.ValidationError as e:
+        if 'No Op registered' not in str(e) and 'No opset import' not in str(e):  # those TensorRT's parser tells apart
+            reason = str(e).strip().splitlines()[0]
+            raise InputError(f'{path} is no valid ONNX file ({reason}); export it again.') from e
+    opset = max((o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx')), default=0)
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise InputError(
+            f'{path} has opset {opset}, TensorRT reads {OPSETS[0]} to {OPSETS[1]}; export it with --opset 18.')
+    metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
+    if (metadata.get('quantization') or {}).get('target') == 'cpu':
+        raise InputError(
+            f'{path} is int8 for a CPU, with uint8 activations that TensorRT does not take; export it with --precision '
+            f'int8 --target tensorrt.')
+    return model, metadata
+
+
+def _check_backend(trt: Any, gpu: Optional[Dict[str, Any]], options: EngineOptions) -> None:
+    if trt.__name__ == 'tensorrt':
+        if gpu is None:  # some versions end the process
+            raise InputError('TensorRT builds on an NVIDIA GPU, and there is none here; TensorRT-RTX needs none.')
+        name = HARDWARE[options.hardware_compatibility]
+        if name and not hasattr(trt.HardwareCompatibilityLevel, name):
+            raise InputError(
+                f'TensorRT {trt.__version__} has no --hardware-compatibility {options.hardware_compatibility}; use '
+                f'ampere+.')
+    elif options.version_compatible or options.hardware_compatibility != 'none':
+        raise InputError(
+            'TensorRT-RTX engines run on every GPU since Ampere and on their own version alone; leave out '
+            '--version-compatible and --hardware-compatibility.')
+
+
+def _build(
+        trt: Any,
+        model: bytes,
+        input_name: str,
+        options: EngineOptions,
+        gpu: Optional[Dict[str, Any]],
+        describe_layers: bool,
+) -> Tuple[bytes, List[List[List[int]]], str]:
+    logger = _create_logger(trt)
+    builder = trt.Builder(logger)
+    # its value differs between 10 and 11, where typing is strong anyway
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        error = errors[0]
+        raise ParseError(
+            f'{trt.__name__} {trt.__version__} does not take node {error.node_name()!r}, operator '
+            f'{error.node_operator()}: {_shorten(error.desc())}; export the file again, or leave that operator out.')
+
+    config = builder.create_builder_config()
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    config.builder_optimization_level = options.optimization_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.workspace:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    hardware = HARDWARE[options.hardware_compatibility]
+    if hardware:
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, hardware)
+
+    shapes = profile_shapes(next(
+        tensor for tensor in map(network.get_input, range(network.num_inputs)) if tensor.name == input_name), options)
+    for low, opt, high in shapes:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(input_name, low, opt, high)
+        if config.add_optimization_profile(profile) < 0:  # says nothing of its own
+            raise ProfileError(f'{trt.__name__} does not take inputs of {low} to {high}; {logger.last}.')
+
+    cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
+    if cache_path:
+        cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.is_file() else b'')
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    monitor = _create_monitor(trt)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    monitor.close()
+    if plan is None:
+        raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
+    if cache_path:
+        with writing(cache_path) as tmp:
+            tmp.write_bytes(bytes(config.get_timing_cache().serialize()))
+            os.replace(tmp, cache_path)
+    data = bytes(plan)
+    layers = ''
+    if describe_layers:
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise InputError(f'{trt.__name__} cannot load the engine here: {logger.last}; leave out --layers.')
+        layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return data, [[list(s) for s in shape] for shape in shapes], layers
+
+
+def profile_shapes(tensor: Any, options: EngineOptions) -> List[List[Tuple[int, ...]]]:
+    """For each profile, the smallest, preferred and largest shape of the network's input.
+
+    Raises:
+        ProfileError: If they are not what the file allows, or the file has dynamic sizes and none were named.
+    """
+    shape = tuple(tensor.shape)
+    spatial = [axis for axis in range(1, len(shape)) if shape[axis] == -1]
+    if spatial and not options.size:
+        raise ProfileError('Height and width of the file are dynamic; name their range with --size MIN OPT MAX.')
+    if options.size and not spatial:
+        raise ProfileError('Height and width of the file are fixed; leave out --size, or export with --dynamic-size.')
+    profiles = []
+    for batch in options.batches:
+        if shape[0] != -1 and batch != (shape[0],) * 3:
+            raise ProfileError(f'The file takes batches of {shape[0]} alone; use --batch {shape[0]}.')
+        profiles.append([
+            tuple(
+                n if axis == 0 else options.size[i] if options.size and axis in spatial else shape[axis]
+                for axis in range(len(shape)))
+            for i, n in enumerate(batch)])
+    return profiles
+
+
+def _timing_cache_path(trt: Any, gpu: Optional[Dict[str, Any]]) -> Optional[Path]:
+    """One cache for each version and GPU; TensorRT-RTX, which times nothing when it builds, has none."""
+    if trt.__name__ != 'tensorrt' or gpu is None:
+        return None
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_tmblock'
+    key = re.sub(r'[^\w.]+', '-', f'{trt.__version__}-{gpu["name"]}-{gpu["compute_capability"]}')
+    return folder / f'timing-{key}.cache'
+
+
+def _create_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps the last error, which TensorRT tells nobody but its logger."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = 'it gives no reason'
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and 'cudaError' not in message:
+                self.last = _shorten(message)
+
+    return Logger()
+
+
+def _create_monitor(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """A progress bar of the outermost phase, on a terminal."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.bars: Dict[str, tqdm] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
+            if parent_phase is None:
+                self.bars[phase_name] = tqdm(total=num_steps, desc=phase_name, unit='step', leave=False, disable=None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.bars:
+                self.bars[phase_name].update()
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.bars:
+                self.bars.pop(phase_name).close()
+
+        def close(self) -> None:
+            for bar in self.bars.values():
+                bar.close()
+
+    return Monitor()
+
+
+def _shorten(message: str) -> str:
+    """The line of a message of TensorRT that says something, without its place in the source."""
+    lines = [line for line in message.strip().splitlines() if 'checkMacros' not in line]
+    line = re.sub(r'\s*In \S+ at \S+|Error Code \d+: ', '', lines[-1] if lines else message)
+    return line.strip().rstrip('.').replace('( ', '(')[:300]
+
+
+def parse_ranges(values: Sequence[Sequence[int]]) -> Tuple[Range, ...]:
+    """Ranges as given on the command line, one number for a single size or three.
+
+    Raises:
+        ProfileError: For another count.
+    """
+    ranges: List[Range] = []
+    for numbers in values:
+        if len(numbers) not in (1, 3):
+            raise ProfileError('A range is one number, or three: smallest, preferred and largest.')
+        low, opt, high = (*numbers,) * (3 // len(numbers))
+        ranges.append((low, opt, high))
+    return tuple(ranges)

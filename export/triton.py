@@ -1,0 +1,140 @@
+"""A model repository for the Triton Inference Server, of ONNX files and TensorRT engines.
+
+    REPOSITORY/NAME/config.pbtxt, labels.txt
+    REPOSITORY/NAME/1/model.onnx or model.plan, with its metadata as .json
+"""
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from export.metadata import load_metadata, sidecar
+from export.runtime import ENGINE_SUFFIXES
+from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.errors import InputError
+
+DTYPES = {'float32': 'TYPE_FP32', 'uint8': 'TYPE_UINT8'}
+BACKENDS = {suffix: ('tensorrt', 'model.plan') for suffix in ENGINE_SUFFIXES}
+BACKENDS['.onnx'] = 'onnxruntime', 'model.onnx'
+KINDS = ('auto', 'gpu', 'cpu')
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How the server runs a model."""
+    max_batch: int = 64  # of ONNX files; engines have their own
+    instances: int = 1  # on each device
+    kind: str = 'auto'  # of KINDS; engines are on the GPU
+    max_delay: int = 500  # microseconds a request may wait for others to make a batch
+
+
+def add_model(repository: Path, path: Path, name: Optional[str], options: ServingOptions) -> Path:
+    """Add a file to a repository: a new model, or the next version of one that is there with the same settings.
+
+    Args:
+        repository: Folder, created if need be.
+        path: .onnx file, or engine with its sidecar.
+        name: Of the model; the file's if None.
+        options: How it is run.
+
+    Returns:
+        Folder of the version.
+
+    Raises:
+        InputError: If the file cannot be served, or the model there has other settings.
+    """
+    if path.suffix not in BACKENDS:
+        raise InputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
+    metadata = load_metadata(path)
+    if metadata['precision'] == 'bf16' and path.suffix == '.onnx':
+        raise InputError(f'{path} is bf16, which ONNX Runtime cannot run; serve an engine built from it, or fp16.')
+    if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
+        raise InputError(
+            f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
+    name = re.sub(r'[^\w-]+', '_', name or path.stem)
+    model = repository / name
+    config = create_config(name, path, metadata, options)
+    version = 1
+    if model.is_dir():
+        there = model / 'config.pbtxt'
+        if not there.is_file() or there.read_text() != config:
+            raise InputError(f'{model} is there with other settings; name this one with --name.')
+        version += max((int(f.name) for f in model.iterdir() if f.name.isdecimal()), default=0)
+    folder = model / str(version)
+    with writing(model if version == 1 else folder) as tmp:
+        remove(tmp)
+        target = tmp / '1' if version == 1 else tmp
+        target.mkdir(parents=True)
+        file = target / BACKENDS[path.suffix][1]
+        shutil.copyfile(path, file)
+        if sidecar(path).is_file():
+            shutil.copyfile(sidecar(path), sidecar(file))
+        if version == 1:
+            (tmp / 'config.pbtxt').write_text(config)
+            (tmp / 'labels.txt').write_text('\n'.join(metadata['class_names']) + '\n')
+        os.replace(tmp, model if version == 1 else folder)
+    return folder
+
+
+def create_config(name: str, path: Path, metadata: Dict[str, Any], options: ServingOptions) -> str:
+    """Text of config.pbtxt.
+
+    Raises:
+        InputError: If the options cannot be had.
+    """
+    backend, filename = BACKENDS[path.suffix]
+    engine = metadata.get('engine')
+    max_batch, preferred = options.max_batch, None
+    if engine:
+        (_, *_), (preferred, *_), (max_batch, *_) = engine['profiles'][0]
+    elif metadata['input']['shape'][0] != 'batch':
+        raise InputError(f'{path} takes one batch size alone; export it with a dynamic batch.')
+    if max_batch < 1 or options.instances < 1 or options.max_delay < 0:
+        raise InputError('--max-batch and --instances must be at least 1, and --max-delay at least 0.')
+    kind = 'gpu' if engine else options.kind
+    lines = [
+        f'name: "{name}"',
+        f'backend: "{backend}"',
+        f'default_model_filename: "{filename}"',
+        f'max_batch_size: {max_batch}',
+        f'input [ {_tensor(metadata["input"])} ]',
+        'output [',
+        ',\n'.join(f'  {_tensor(output, labels=i == 0)}' for i, output in enumerate(metadata['outputs'])),
+        ']',
+        f'instance_group [ {{ count: {options.instances} kind: KIND_{kind.upper()} }} ]',
+        'dynamic_batching {',
+        *([f'  preferred_batch_size: [ {preferred} ]'] if preferred else []),
+        f'  max_queue_delay_microseconds: {options.max_delay}',
+        '}',
+        'version_policy: { latest: { num_versions: 1 } }',
+    ]
+    if engine:
+        lines.append('optimization { cuda { graphs: true } }')
+    warmups = [_warmup(size, metadata, engine) for size in sorted({1, max_batch})]
+    lines += ['model_warmup [', ',\n'.join(warmups), ']']
+    return '\n'.join(lines) + '\n'
+
+
+def _dims(shape: List[Any]) -> str:
+    """Without the batch; axes that vary are -1."""
+    return ', '.join(str(n) if isinstance(n, int) else '-1' for n in shape[1:])
+
+
+def _tensor(described: Dict[str, Any], labels: bool = False) -> str:
+    label = ' label_filename: "labels.txt"' if labels else ''
+    return (
+        f'{{ name: "{described["name"]}" data_type: {DTYPES[described["dtype"]]} dims: [ {_dims(described["shape"])} ]'
+        f'{label} }}')
+
+
+def _warmup(batch_size: int, metadata: Dict[str, Any], engine: Optional[Dict[str, Any]]) -> str:
+    tensor = metadata['input']
+    channels, height, width = metadata['preprocessing']['input_size']
+    size = [height, width, channels] if tensor['layout'] == 'NHWC' else [channels, height, width]
+    if engine:  # a size the profile has
+        size = engine['profiles'][0][1][1:]
+    return (
+        f'  {{ name: "batch_{batch_size}" batch_size: {batch_size} inputs {{ key: "{tensor["name"]}" value {{ '
+        f'data_type: {DTYPES[tensor["dtype"]]} dims: [ {", ".join(map(str, size))} ] random_data: true }} }} }}')

@@ -1,0 +1,257 @@
+"""The runtime sees images as PyTorch does, needs no PyTorch, and says what it cannot do."""
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+import export.runtime as runtime
+from export.onnx import OnnxOptions, export_onnx
+from timm_tmblock import Explainer
+from timm_tmblock.image import read_image
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / 'train' / 'sample' / 'images'
+SCRIPT = ROOT / 'export' / 'runtime.py'
+
+
+@pytest.fixture(scope='module')
+def folder(images, tmp_path_factory):
+    """A copy of the runtime beside files of the pretrained network."""
+    folder = tmp_path_factory.mktemp('runtime')
+    shutil.copy(SCRIPT, folder)
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    for name, options in dict(
+            patches=OnnxOptions(patch_logits=True),
+            plain=OnnxOptions(),
+            pixels=OnnxOptions(patch_logits=True, softmax=True, preprocessing='NHWC'),
+            half=OnnxOptions('fp16'),
+    ).items():
+        export_onnx(model, folder / f'{name}.onnx', options, images(model))
+    return folder
+
+
+def run_script(folder, *arguments):
+    """The copied runtime, from a folder where nothing of the project can be imported."""
+    return subprocess.run(
+        [sys.executable, '-P', 'runtime.py', 'run', *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """Images of every mode and shape that is read."""
+    folder = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    Image.fromarray(noise[..., :3]).save(folder / 'rgb.png')
+    Image.fromarray(noise).save(folder / 'alpha.png')
+    Image.fromarray(noise[..., 0]).save(folder / 'grey.png')
+    Image.fromarray(noise[..., :3]).convert('CMYK').save(folder / 'cmyk.jpg')
+    Image.fromarray(noise[..., :3]).quantize(16).save(folder / 'palette.gif')
+    Image.fromarray(rng.integers(0, 65536, (32, 32), dtype=np.uint16)).save(folder / 'deep.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    Image.fromarray(noise[..., :3]).save(folder / 'turned.jpg', exif=exif)
+    for i, size in enumerate([(32, 32), (33, 32), (31, 64), (200, 5), (1, 1), (300, 201)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f'size{i}.webp', lossless=True)
+    return folder
+
+
+@pytest.mark.parametrize('size, crop_pct, interpolation', [
+    ((32, 32), 1.0, 'bicubic'), ((32, 32), 0.875, 'bilinear'), ((84, 84), 0.9, 'lanczos'), ((32, 48), 0.95, 'bicubic'),
+    ((48, 32), 1.0, 'bilinear')])
+def test_images_are_read_and_cropped_as_by_timm(pictures, size, crop_pct, interpolation):
+    transform = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+    preprocessing = dict(input_size=(3, *size), crop_pct=crop_pct, interpolation=interpolation)
+    for path in sorted(pictures.iterdir()):
+        expected = transform(read_image(path)).numpy().transpose(1, 2, 0)
+        got = np.asarray(runtime.resize_and_crop(runtime.read_image(path), preprocessing))
+        np.testing.assert_array_equal(got, expected, err_msg=path.name)
+
+
+@pytest.mark.parametrize('name', ['patches', 'pixels'])
+def test_predictions_are_pytorchs(folder, pictures, name):
+    paths = [*sorted(IMAGES.iterdir()), *sorted(pictures.iterdir())]
+    explainer = Explainer('rn26_tm')
+    predictions = runtime.load(folder / f'{name}.onnx', 'cpu')(paths, batch_size=7)
+    assert len(predictions) == len(paths)
+    for path, prediction in zip(paths, predictions):
+        expected = explainer(path)
+        np.testing.assert_allclose(prediction.probabilities, expected.probabilities, atol=1e-4)
+        np.testing.assert_allclose(prediction.patch_probabilities, expected.patch_probabilities, atol=1e-4)
+        assert prediction.label == expected.top(1)[0][0]
+        assert [n for n, _ in prediction.top(2)] == [n for n, _ in expected.top(2)]
+        assert list(prediction.template_names) == list(expected.template_names)
+
+
+def test_paths_images_and_arrays_give_the_same(folder):
+    runner = runtime.load(folder / 'plain.onnx', 'cpu')
+    path = IMAGES / 'ship.png'
+    with Image.open(path) as image:
+        array = np.array(image)
+        single = [runner(source) for source in (path, str(path), image, array)]
+    several = runner([path, array]) + runner(np.stack([array] * 3))
+    assert isinstance(single[0], runtime.Prediction) and len(several) == 5
+    for prediction in single + several:
+        np.testing.assert_allclose(prediction.probabilities, single[0].probabilities, atol=1e-6)
+        assert prediction.patch_probabilities is None
+    with pytest.raises(runtime.RuntimeInputError, match='no patch scores; export it again with --patch-logits'):
+        single[0].picture()
+
+
+def test_threads_may_share_a_runner(folder):
+    runner = runtime.load(folder / 'patches.onnx', 'cpu', threads=1)
+    paths = sorted(IMAGES.iterdir())
+    expected = [p.probabilities for p in runner(paths)]
+    results = {}
+
+    def work(i):
+        results[i] = [p.probabilities for p in runner(paths, batch_size=1 + i)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    for got in results.values():
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_copy_runs_alone_without_pytorch(folder):
+    code = (
+        "import runtime, sys; r = runtime.load('patches.onnx', 'cpu'); print(r(sys.argv[1]).label);"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'timm', 'timm_tmblock', 'onnx', 'export'}))")
+    run = subprocess.run(
+        [sys.executable, '-c', code, IMAGES / 'ship.png'], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ['ship', '[]']
+
+
+def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path):
+    (tmp_path / 'deep').mkdir()
+    shutil.copy(IMAGES / 'ship.png', tmp_path / 'deep')
+    shutil.copy(IMAGES / 'frog.png', tmp_path)
+    (tmp_path / 'broken.png').write_bytes((IMAGES / 'cat.png').read_bytes()[:200])
+    (tmp_path / 'notes.txt').write_text('no image')
+    run = run_script(folder, 'patches.onnx', tmp_path, '--json', '--explain', tmp_path / 'out', '--batch-size', 2)
+    assert run.returncode == 2
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(Path(r['image']).name, r['top'][0][0]) for r in results] == [('ship.png', 'ship'), ('frog.png', 'frog')]
+    errors = run.stderr.splitlines()
+    assert len(errors) == 2 and 'broken.png' in errors[0] and errors[1] == 'error: 1 of 3 images could not be read.'
+    for result in results:
+        with Image.open(result['picture']) as picture:
+            assert picture.width > 700
+    run = run_script(folder, 'plain.onnx', IMAGES / 'frog.png', '--top', 1)
+    assert run.returncode == 0 and run.stdout.startswith(f'{IMAGES / "frog.png"}: frog ') and run.stderr == ''
+    run = run_script(folder, 'patches.onnx', IMAGES / 'frog.png', '--explain', tmp_path / 'one.png')
+    assert run.returncode == 0 and (tmp_path / 'one.png').is_file()
+
+
+def test_module_of_the_checkout_runs_without_pytorch_too(folder):
+    run = subprocess.run(
+        [sys.executable, '-X', 'importtime', '-m', 'export', 'run', folder / 'plain.onnx', IMAGES / 'ship.png'],
+        cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and ': ship' in run.stdout
+    assert ' onnxruntime.capi\n' in run.stderr and ' torch\n' not in run.stderr
+
+
+def test_picture_shows_what_each_region_matched():
+    patches = np.zeros((3, 2, 2), dtype=np.float32)
+    patches[[0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 0, 1]] = 1
+    prediction = runtime.Prediction(
+        Image.new('RGB', (32, 32), 'white'), np.array([0.1, 0.2, 0.7]), patches, ['a', 'b', 'c'], ['a', 'b', 'c'])
+    picture = np.asarray(prediction.picture(size=100)).astype(int)
+    regions = picture[30:130, 120:220]
+    corners = [tuple(regions[y, x]) for y, x in ((20, 20), (20, 80), (80, 20), (80, 80))]
+    assert corners[2] == corners[3] and len(set(corners)) == 3
+    match = picture[30:130, 230:330]
+    assert match[90, 50, 2] < 40 and match[10, 50, 2] > 200  # gold where the class was matched
+
+
+def test_folder_gives_the_file_for_the_machine(folder, monkeypatch):
+    sizes = {name: (folder / f'{name}.onnx').stat().st_size for name in ('half', 'plain')}
+    assert sizes['half'] < sizes['plain']
+    assert runtime.load(folder, 'cpu').metadata['precision'] == 'fp32'
+    monkeypatch.setattr(runtime, 'count_gpus', lambda: 1)
+    assert runtime._find(folder, 'auto', None).name == 'half.onnx'
+
+
+def with_properties(source, target, **properties):
+    proto = onnx.load(source)
+    for p in proto.metadata_props:
+        p.value = properties.get(p.key, p.value)
+    onnx.save(proto, target)
+    return target
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda f, t: t / 'missing.onnx', 'There is no file .*missing.onnx'),
+    (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.bin'), 'neither an .onnx file nor an .engine or .plan'),
+    (lambda f, t: t, 'holds no ONNX file'),
+    (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),
+    (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', 'There is no .*x.engine.json, which'),
+])
+def test_bad_file_is_one_sentence(folder, tmp_path, make, message):
+    with pytest.raises(runtime.RuntimeInputError, match=message) as error:
+        runtime.load(make(folder, tmp_path), 'cpu' if not message.startswith('There is no .*x.engine') else 'auto')
+    assert '\n' not in str(error.value)
+
+
+def test_foreign_file_and_future_opset_are_one_sentence(folder, tmp_path):
+    proto = onnx.load(folder / 'plain.onnx')
+    proto.opset_import[0].version = 99
+    onnx.save(proto, tmp_path / 'future.onnx')
+    with pytest.raises(runtime.RuntimeInputError, match='ONNX Runtime cannot load .*future.onnx'):
+        runtime.load(tmp_path / 'future.onnx', 'cpu')
+    proto = onnx.load(folder / 'plain.onnx')
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / 'foreign.onnx')
+    with pytest.raises(runtime.RuntimeInputError, match='does not say its classes and preprocessing'):
+        runtime.load(tmp_path / 'foreign.onnx', 'cpu')
+    shutil.copy(folder / 'plain.onnx.json', tmp_path / 'foreign.onnx.json')  # as another tool may leave it
+    assert runtime.load(tmp_path / 'foreign.onnx', 'cpu')(IMAGES / 'ship.png').label == 'ship'
+
+
+def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(runtime.RuntimeInputError, match='CUDAExecutionProvider.*--allow-fallback'):
+        runtime.load(folder / 'plain.onnx', 'cuda')
+    assert runtime.load(folder / 'plain.onnx', 'cuda', allow_fallback=True).session.provider == 'CPUExecutionProvider'
+
+
+def test_both_packages_of_onnxruntime_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(runtime.importlib.metadata, 'distribution', lambda name: object())
+    with pytest.raises(runtime.RuntimeInputError, match='pip uninstall -y onnxruntime onnxruntime-gpu'):
+        runtime.load(folder / 'plain.onnx', 'cpu')
+
+
+def test_hub_repository_that_cannot_be_had_is_one_sentence(monkeypatch):
+    with pytest.raises(runtime.RuntimeInputError, match='nobody/nothing cannot be had from the Hub') as error:
+        runtime.load('nobody/nothing')
+    assert '\n' not in str(error.value)
+
+
+def test_wrong_input_to_a_session_is_one_sentence(folder):
+    session = runtime.load(folder / 'plain.onnx', 'cpu').session
+    with pytest.raises(runtime.RuntimeInputError, match='ONNX Runtime failed'):
+        session.run(np.zeros((1, 3, 31, 32), dtype=np.float32))
+    with pytest.raises(runtime.RuntimeInputError, match='dtype float32; give uint8'):
+        runtime.read_image(np.zeros((4, 4, 3), dtype=np.float32))
+
+
+def test_unwritable_picture_is_one_sentence(folder):
+    run = run_script(folder, 'patches.onnx', IMAGES / 'ship.png', '--explain', '/proc/none/x.png')
+    assert run.returncode == 2 and run.stderr.startswith('error: Cannot write /proc/none/x.png')
