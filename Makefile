@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@echo "Explanations         $(DEMO)/explained/*.png"
 	@echo "Record               $(DEMO)/summary.csv, tensorboard --logdir $(DEMO)"
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/triton
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
@@ -29,4 +29,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "timm-tmblock needs Python 3.10 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[train,export,ort,dev]"
+	touch $@
+
+# the real Triton server, which judges model repositories in the tests; its Python packages are not wanted
+$(VENV)/triton: $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ nvidia-pytriton==0.7.0
 	touch $@

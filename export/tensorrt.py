@@ -232,7 +232,8 @@ def _build(
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
     config.builder_optimization_level = options.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if describe_layers:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.version_compatible:
@@ -353,7 +354,7 @@ def _create_monitor(trt: Any) -> Any:
 def _shorten(message: str) -> str:
     """The line of a message of TensorRT that says something, without its place in the source."""
     lines = [line for line in message.strip().splitlines() if 'checkMacros' not in line]
-    line = re.sub(r'\s*In \S+ at \S+|Error Code \d+: ', '', lines[-1] if lines else message)
+    line = re.sub(r'\s*In \S+ at \S+|Error Code \d+: |\[\S+::?\S*( \w+)?\]\s*', '', lines[-1] if lines else message)
     return line.strip().rstrip('.').replace('( ', '(')[:300]
 
 

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""What deploying a network gains over running it in PyTorch, as ratios, each measured side by side in one run.
+
+    python benchmarks/deployment.py --output benchmarks/results/deployment_cpu
+
+Files are exported from the networks named, with the embedded sample for calibration. Timing is that of `python -m
+export bench`: contestants take turns of a quarter second. A ratio is of the medians.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+if __package__ in (None, ''):  # run as a script: find the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import timm
+from PIL import Image
+from tqdm import tqdm
+
+import timm_tmblock  # noqa: F401  registers the models
+from export.bench import Contestant, describe_machine, measure, open_file, open_torch
+from export.images import Images
+from export.onnx import OnnxOptions, create_onnx
+from export.metadata import to_properties
+from export.runtime import load
+from timm_tmblock.checkpoint import writing
+
+BATCH_SIZES = (1, 16, 64)
+LOADING = '''
+import resource, sys, time
+start = time.perf_counter()
+sys.path.insert(0, sys.argv[1])
+import runtime
+runner = runtime.load(sys.argv[2], 'cpu')
+seconds = time.perf_counter() - start
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+'''
+
+
+def export_file(model_name: str, precision: str, folder: Path) -> Path:
+    """Speed does not depend on the weights, so the networks are as they are created."""
+    import onnx
+    model = timm.create_model(model_name).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+    proto, metadata = create_onnx(model, OnnxOptions(precision), Images(pixels, pixels, None, 'noise'))
+    onnx.helper.set_model_props(proto, to_properties(metadata))
+    path = folder / f'{model_name}.{precision}.onnx'
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def measure_networks(files: Dict[str, Path], seconds: float) -> List[Dict[str, Any]]:
+    contestants = [
+        open_torch('rn26_tm', False, 'cpu', 'fp32'),
+        open_torch('rn26_tm', True, 'cpu', 'fp32'),
+        *(open_file(path, 'cpu') for path in files.values()),
+    ]
+    for contestant, name in zip(contestants, ('eager', 'compiled', *files)):
+        contestant.name = name
+    return measure(contestants, BATCH_SIZES, seconds)
+
+
+def measure_runner(path: Path, folder: Path, seconds: float) -> List[Dict[str, Any]]:
+    """The runner from PNG files against its session on arrays that are ready, 256 images in batches of 64."""
+    paths = []
+    rng = np.random.default_rng(0)
+    for i in range(256):
+        paths.append(folder / f'{i}.png')
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(paths[-1])
+    runner = load(path, 'cpu')
+    batches = [rng.standard_normal((64, 3, 32, 32), dtype=np.float32) for _ in range(4)]
+
+    def run_session(_: np.ndarray) -> None:
+        for batch in batches:
+            runner.session.run(batch)
+
+    nothing = np.zeros(0)
+    contestants = [
+        Contestant('session', run_session, lambda n: nothing),
+        Contestant('runner', lambda _: runner(paths, 64), lambda n: nothing),
+    ]
+    return measure(contestants, [256], seconds)
+
+
+def measure_loading(path: Path, runs: int = 7) -> Dict[str, float]:
+    """Seconds and peak memory of a fresh process that imports the runtime and loads a file."""
+    results = []
+    module = Path(__file__).resolve().parent.parent / 'export'
+    for _ in range(runs):
+        run = subprocess.run(
+            [sys.executable, '-c', LOADING, module, path], check=True, capture_output=True, text=True)
+        results.append([float(x) for x in run.stdout.split()])
+    seconds, megabytes = (statistics.median(column) for column in zip(*results))
+    return dict(seconds=round(seconds, 3), megabytes=round(megabytes, 1))
+
+
+def find_ratios(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    ratios = []
+    for label, fast, slow, goal in (
+            ('ONNX Runtime fp32 over PyTorch eager', 'rn26_tm fp32', 'eager', '≥ 2'),
+            ('ONNX Runtime fp32 over torch.compile', 'rn26_tm fp32', 'compiled', '≥ 1.1'),
+            ('ONNX Runtime int8 over fp32', 'rn26_tm int8', 'rn26_tm fp32', '≥ 2.5'),
+            ('time of rn26_tm over that of rn26, fp32', 'rn26', 'rn26_tm fp32', '≤ 1.03'),
+            ('the runner from files over its session, fp32', 'runner', 'session', '≥ 0.8'),
+    ):
+        values = {}
+        for size in dict.fromkeys(row['batch_size'] for row in rows):
+            rate = {row['name']: row['images_per_second'] for row in rows if row['batch_size'] == size}
+            if fast in rate and slow in rate:
+                values[str(size)] = round(rate[fast] / rate[slow], 3)
+        ratios.append(dict(ratio=label, goal=goal, by_batch_size=values))
+    return ratios
+
+
+def to_markdown(result: Dict[str, Any]) -> str:
+    versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
+    lines = [
+        f'`{result["command"]}`', '', f'{result["hardware"]}; {versions}; {result["seconds"]:.0f} s', '',
+        '| ratio of images per second | goal | by batch size |', '|---|---|---|']
+    for ratio in result['ratios']:
+        values = ', '.join(f'{size}: {value:.2f}' for size, value in ratio['by_batch_size'].items())
+        lines.append(f'| {ratio["ratio"]} | {ratio["goal"]} | {values} |')
+    loading = result['loading']
+    lines += [
+        '', f'A fresh process imports the runtime and loads the fp32 file in {loading["seconds"]:.2f} s (goal < 1) with '
+        f'{loading["megabytes"]:.0f} MB (goal < 150).', '',
+        '| | batch | p10 ms | p50 ms | p90 ms | images/s |', '|---|---|---|---|---|---|']
+    for row in result['rows']:
+        times = ' | '.join(f'{row["latency_ms"][p]:.3g}' for p in ('p10', 'p50', 'p90'))
+        lines.append(f'| {row["name"]} | {row["batch_size"]} | {times} | {row["images_per_second"]:.0f} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--seconds', type=float, default=40., help='for each batch size')
+    parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
+    args = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name, tqdm(total=3, disable=None) as bar:
+        folder = Path(name)
+        files = {
+            'rn26': export_file('rn26', 'fp32', folder),
+            'rn26_tm fp32': export_file('rn26_tm', 'fp32', folder),
+            'rn26_tm int8': export_file('rn26_tm', 'int8', folder),
+        }
+        loading = measure_loading(files['rn26_tm fp32'])
+        bar.update()
+        rows = measure_runner(files['rn26_tm fp32'], folder, args.seconds)
+        bar.update()
+        rows = measure_networks(files, args.seconds) + rows
+        bar.update()
+    result = dict(
+        command='python benchmarks/deployment.py ' + ' '.join(sys.argv[1:]),
+        **describe_machine(),
+        seconds=time.perf_counter() - start,
+        ratios=find_ratios(rows),
+        loading=loading,
+        rows=rows,
+    )
+    table = to_markdown(result)
+    print(table)
+    if args.output:
+        for suffix, text in (('json', json.dumps(result, indent=1) + '\n'), ('md', table)):
+            path = Path(f'{args.output}.{suffix}')
+            with writing(path) as tmp:
+                tmp.write_text(text)
+                os.replace(tmp, path)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,295 @@
+"""Stand-ins for TensorRT and the CUDA runtime, to run the logic around them where there is no GPU.
+
+An engine is the ONNX file itself, run by ONNX Runtime on "device" memory, which is ordinary memory. Every name asked
+for is looked up in the committed table of names (export/results/tensorrt_names.json): what the version in question
+lacks raises AttributeError, as the real one would.
+"""
+import ctypes
+import json
+import types
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+TABLE = json.loads((Path(__file__).parent.parent / 'export' / 'results' / 'tensorrt_names.json').read_text())['names']
+
+
+class Guarded:
+    """An object of which only the names of one version can be used."""
+
+    def __init__(self, target, kind, version):
+        object.__setattr__(self, '_guard', (target, kind, version))
+
+    def _check(self, name):
+        target, kind, version = self._guard
+        key = f'{kind}.{name}' if kind else name
+        if not TABLE.get(key, {}).get(version):
+            raise AttributeError(f'TensorRT {version} has no {key} in the table of names')
+        return target
+
+    def __getattr__(self, name):
+        return getattr(self._check(name), name)
+
+    def __call__(self, *args):
+        return self._guard[0](*args)
+
+    def __setattr__(self, name, value):
+        setattr(self._check(name), name, value)
+
+
+class Flags(IntEnum):
+    TF32 = 0
+    VERSION_COMPATIBLE = 1
+
+
+def create_module(version, name='tensorrt', full_version=None, log=None):
+    """A module like TensorRT's of a version of the table; `log` collects what the builder was told."""
+    log = log if log is not None else {}
+
+    def guard(target, kind):
+        return Guarded(target, kind, version)
+
+    class Logger:
+        ERROR, INTERNAL_ERROR = 1, 2
+
+        def __init__(self, *args):
+            pass
+
+    class Config:
+        def __init__(self):
+            log.update(flags={'TF32'}, profiles=[], settings=self)
+
+        def clear_flag(self, flag):
+            log['flags'].discard(flag.name)
+
+        def set_flag(self, flag):
+            log['flags'].add(flag.name)
+
+        def set_memory_pool_limit(self, pool, size):
+            log['workspace'] = size
+
+        def add_optimization_profile(self, profile):
+            low, opt, high = object.__getattribute__(profile, '_guard')[0].shape
+            if not all(a <= b <= c for a, b, c in zip(low, opt, high)):
+                return -1
+            log['profiles'].append((low, opt, high))
+            return len(log['profiles']) - 1
+
+        def create_timing_cache(self, data):
+            log['cache_before'] = data
+            return guard(types.SimpleNamespace(serialize=lambda: data + b'+'), 'ITimingCache')
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            self.cache = cache
+
+        def get_timing_cache(self):
+            return self.cache
+
+    class Profile:
+        def set_shape(self, name, low, opt, high):
+            self.shape = tuple(low), tuple(opt), tuple(high)
+
+    class Network:
+        num_inputs = 1
+
+        def get_input(self, i):
+            value = onnxruntime.InferenceSession(self.model, providers=['CPUExecutionProvider']).get_inputs()[i]
+            shape = tuple(n if isinstance(n, int) else -1 for n in value.shape)
+            return guard(types.SimpleNamespace(name=value.name, shape=shape), 'ITensor')
+
+    class Parser:
+        num_errors = 0
+
+        def __init__(self, network, logger):
+            self.network = object.__getattribute__(network, '_guard')[0]
+
+        def parse(self, model):
+            self.network.model = model
+            return True
+
+    class Builder:
+        def __init__(self, logger):
+            pass
+
+        def create_network(self, flags):
+            log['network_flags'] = flags
+            return guard(Network(), 'INetworkDefinition')
+
+        def create_builder_config(self):
+            return guard(Config(), 'IBuilderConfig')
+
+        def create_optimization_profile(self):
+            return guard(Profile(), 'IOptimizationProfile')
+
+        def build_serialized_network(self, network, config):
+            monitor = object.__getattribute__(config, '_guard')[0].progress_monitor
+            monitor.phase_start('building', None, 2)
+            assert monitor.step_complete('building', 0)
+            monitor.phase_finish('building')
+            model = object.__getattribute__(network, '_guard')[0].model
+            return json.dumps(log['profiles']).encode() + b'\n' + model
+
+    class Context:
+        def __init__(self, engine):
+            self.engine = engine
+            self.addresses = {}
+
+        def set_optimization_profile_async(self, index, stream):
+            self.profile = index
+
+        def set_input_shape(self, name, shape):
+            self.shape = shape
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+
+        def get_tensor_shape(self, name):
+            session = self.engine.session
+            if name == session.get_inputs()[0].name:
+                return self.shape
+            output = next(o for o in session.get_outputs() if o.name == name)
+            return (self.shape[0], *output.shape[1:])
+
+        def execute_async_v3(self, stream):
+            Cuda.enqueue(self.execute)
+            return True
+
+        def execute(self):
+            session = self.engine.session
+            tensor = session.get_inputs()[0]
+            dtype = np.uint8 if 'uint8' in tensor.type else np.float32
+            x = view(self.addresses[tensor.name], self.shape, dtype)
+            for output, value in zip(session.get_outputs(), session.run(None, {tensor.name: x})):
+                view(self.addresses[output.name], value.shape, value.dtype)[...] = value
+
+    class Engine:
+        def __init__(self, data):
+            profiles, model = data.split(b'\n', 1)
+            self.profiles = json.loads(profiles)
+            self.session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+            self.num_optimization_profiles = len(self.profiles)
+
+        def create_execution_context(self):
+            log['contexts'] = log.get('contexts', 0) + 1
+            return guard(Context(self), 'IExecutionContext')
+
+        def get_tensor_profile_shape(self, name, index):
+            return [tuple(shape) for shape in self.profiles[index]]
+
+        def create_engine_inspector(self):
+            return guard(types.SimpleNamespace(
+                get_engine_information=lambda kind: '{"Layers": []}'), 'EngineInspector')
+
+    class Runtime:
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, data):
+            return guard(Engine(data), 'ICudaEngine')
+
+    members = dict(
+        Logger=guard(Logger, 'Logger'), IProgressMonitor=type('IProgressMonitor', (), {}),
+        ILogger=type('ILogger', (), dict(ERROR=1, INTERNAL_ERROR=2)),
+        Builder=lambda logger: guard(Builder(logger), 'Builder'),
+        Runtime=lambda logger: guard(Runtime(logger), 'Runtime'),
+        OnnxParser=lambda network, logger: guard(Parser(network, logger), 'OnnxParser'),
+        NetworkDefinitionCreationFlag=guard(  # renumbered in 11
+            types.SimpleNamespace(STRONGLY_TYPED=int(version.startswith('10'))), 'NetworkDefinitionCreationFlag'),
+        BuilderFlag=guard(Flags, 'BuilderFlag'),
+        ProfilingVerbosity=guard(types.SimpleNamespace(DETAILED=2), 'ProfilingVerbosity'),
+        MemoryPoolType=guard(types.SimpleNamespace(WORKSPACE=0), 'MemoryPoolType'),
+        LayerInformationFormat=guard(types.SimpleNamespace(JSON=1), 'LayerInformationFormat'),
+        HardwareCompatibilityLevel=guard(
+            types.SimpleNamespace(AMPERE_PLUS='AMPERE_PLUS', SAME_COMPUTE_CAPABILITY='SAME_COMPUTE_CAPABILITY'),
+            'HardwareCompatibilityLevel'),
+    )
+    namespace = types.SimpleNamespace(**members)
+    module = Module(name)
+    module.__dict__.update(__version__=full_version or f'{version.split()[-1]}.0', _namespace=guard(namespace, ''))
+    return module
+
+
+class Module(types.ModuleType):
+    def __getattr__(self, name):
+        return getattr(self.__dict__['_namespace'], name)
+
+
+def view(address, shape, dtype):
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype).reshape(shape)
+
+
+class Cuda:
+    """The module cuda.bindings.runtime: one stream, whose work is done at once unless it is captured."""
+    cudaHostAllocDefault = 0
+    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    buffers = {}
+    captured = None
+    launches = 0
+
+    @classmethod
+    def enqueue(cls, work):
+        if cls.captured is None:
+            work()
+        else:
+            cls.captured.append(work)
+
+    @classmethod
+    def cudaMalloc(cls, size):
+        buffer = ctypes.create_string_buffer(size)
+        cls.buffers[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    @classmethod
+    def cudaHostAlloc(cls, size, flags):
+        return cls.cudaMalloc(size)
+
+    @classmethod
+    def cudaFree(cls, address):
+        del cls.buffers[address]
+        return (0,)
+
+    cudaFreeHost = cudaFree
+
+    @staticmethod
+    def cudaStreamCreate():
+        return 0, 7
+
+    @classmethod
+    def cudaMemcpyAsync(cls, target, source, size, kind, stream):
+        cls.enqueue(lambda: ctypes.memmove(target, source, size))
+        return (0,)
+
+    @classmethod
+    def cudaStreamBeginCapture(cls, stream, mode):
+        cls.captured = []
+        return (0,)
+
+    @classmethod
+    def cudaStreamEndCapture(cls, stream):
+        graph, cls.captured = cls.captured, None
+        return 0, graph
+
+    @staticmethod
+    def cudaGraphInstantiate(graph, flags):
+        return 0, list(graph)
+
+    @staticmethod
+    def cudaGraphDestroy(graph):
+        return (0,)
+
+    cudaGraphExecDestroy = cudaGraphDestroy
+
+    @classmethod
+    def cudaGraphLaunch(cls, graph, stream):
+        cls.launches += 1
+        for work in graph:
+            work()
+        return (0,)
+
+    @staticmethod
+    def cudaStreamSynchronize(stream):
+        return (0,)

@@ -1,0 +1,107 @@
+"""The commands that time and test on this machine: what they report is what ran."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+import export.bench
+import export.selftest
+from export.__main__ import main
+from export.bench import Contestant, measure
+from export.onnx import OnnxOptions, export_onnx
+from timm_tmblock.errors import InputError
+
+
+@pytest.fixture(scope='module')
+def files(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('files')
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    for name, options in dict(a=OnnxOptions(), b=OnnxOptions(patch_logits=True, preprocessing='NHWC')).items():
+        export_onnx(model, folder / f'{name}.onnx', options, images(model))
+    return folder
+
+
+def test_every_contestant_is_called_at_every_size_and_its_times_are_its_own(monkeypatch):
+    clock = [0.]
+    monkeypatch.setattr(export.bench.time, 'perf_counter', lambda: clock[0])
+    shapes = []
+
+    def take(per_image):
+        def call(x):
+            shapes.append(x.shape)
+            clock[0] += per_image * len(x)
+        return call
+
+    contestants = [Contestant(n, take(t), lambda b: np.zeros((b, 3))) for n, t in (('slow', 0.02), ('fast', 0.005))]
+    rows = measure(contestants, [1, 4], seconds=3)
+    assert [(r['name'], r['batch_size']) for r in rows] == [('slow', 1), ('fast', 1), ('slow', 4), ('fast', 4)]
+    for row in rows:
+        per_image = {'slow': 0.02, 'fast': 0.005}[row['name']]
+        assert row['images_per_second'] == pytest.approx(1 / per_image)
+        assert row['latency_ms']['p99'] == pytest.approx(1e3 * per_image * row['batch_size']) and row['calls'] >= 5
+    assert {s[0] for s in shapes} == {1, 4}
+
+
+def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
+    flags = ['--batch-sizes', '1', '3', '--seconds', '0.5', '--output', str(tmp_path / 'out')]
+    main(['bench', str(files / 'a.onnx'), str(files / 'b.onnx'), '--torch', 'rn26', *flags])
+    result = json.loads((tmp_path / 'out.json').read_text())
+    names = ['PyTorch eager fp32, rn26', 'ONNX Runtime CPU, a.onnx', 'ONNX Runtime CPU, b.onnx']
+    assert [r['name'] for r in result['rows']] == 2 * names
+    for row in result['rows']:
+        latency = row['latency_ms']
+        assert 0 < latency['p10'] <= latency['p50'] <= latency['p90'] <= latency['p99']
+    assert {'python', 'torch', 'onnxruntime'} <= set(result['versions']) and 'threads' in result['hardware']
+    table = (tmp_path / 'out.md').read_text()
+    assert table.count('\n|') == 8 and table.count('**') == 4 and table.split('\n\n')[-1] in capsys.readouterr().out
+    with Image.open(tmp_path / 'out.png') as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize('flags, message', [
+    ([], 'There is nothing to time'),
+    (['missing.onnx'], 'There is no file missing.onnx'),
+    (['--torch', 'rn27'], "no model 'rn27'"),
+    (['--torch', 'rn26', '--batch-sizes', '0'], 'must be positive'),
+])
+def test_what_cannot_be_timed_is_one_sentence(flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        main(['bench', *flags])
+    assert '\n' not in str(error.value)
+
+
+def test_selftest_reports_every_precision(tmp_path, capsys, monkeypatch):
+    main(['selftest', '--seconds', '0.2', '--output', str(tmp_path / 'report')])
+    report = json.loads((tmp_path / 'report.json').read_text())
+    rows = {(r['file'], r['step']): r for r in report['rows']}
+    assert len(rows) == len(report['rows'])
+    for precision in ('fp32', 'fp16', 'int8 for cpu', 'int8 for tensorrt'):
+        row = rows[precision, 'ONNX Runtime']
+        assert row['result'] == 'passed' and row['same_class'] >= 0.99 and row['images_per_second']['64'] > 1
+    assert rows['bf16', 'ONNX Runtime']['result'] == 'compared'
+    engines = {file: r for (file, step), r in rows.items() if step == 'TensorRT'}
+    assert set(engines) == {'fp32', 'fp16', 'bf16', 'int8 for tensorrt'}
+    if report['gpu'] is None:
+        assert {r['result'] for r in engines.values()} <= {'built, not run', 'not available'}
+    table = (tmp_path / 'report.md').read_text()
+    assert table.count('\n|') == 11 and table in capsys.readouterr().out
+
+
+def test_selftest_that_fails_says_so_and_ends_with_an_error(monkeypatch, capsys):
+    real_export = export.selftest.export_onnx
+
+    def export_onnx(model, path, options, images):
+        if options.precision != 'fp32':
+            raise InputError('logits differs.')
+        return real_export(model, path, options, images)
+
+    monkeypatch.setattr(export.selftest, 'export_onnx', export_onnx)
+    monkeypatch.setitem(sys.modules, 'tensorrt', None)
+    monkeypatch.setitem(sys.modules, 'tensorrt_rtx', None)
+    with pytest.raises(InputError, match='4 of 6 steps failed, see the table'):
+        main(['selftest', '--seconds', '0.2', '--check-images', '80', '--calibration-images', '64'])
+    table = capsys.readouterr().out
+    assert table.count('| failed |') == 4 and table.count('| not available |') == 1 and '| passed |' in table

@@ -1,0 +1,185 @@
+"""The comparison finds what differs, and names it; what it allows is what the format cannot tell."""
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn as nn
+from onnx import TensorProto, helper
+
+from export.bfloat16 import emulate
+from export.images import Images
+from export.parity import BATCH_SIZES, LIMITS, check, compare_output, softmax
+
+
+def test_comparison_agrees_with_a_loop_in_float64():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(101, 5, 3, 2)).astype(np.float32)
+    got = (scores + 0.2 * rng.normal(size=scores.shape)).astype(np.float32)
+    resolution = 0.05
+    largest = max(abs(float(v)) for v in scores.ravel())
+    errors = [max(abs(float(a) - float(b)) for a, b in zip(got[n].ravel(), scores[n].ravel())) for n in range(101)]
+    same, decided, flipped = [], [], None
+    for n in range(101):
+        for y in range(3):
+            for x in range(2):
+                s, g = scores[n, :, y, x], got[n, :, y, x]
+                order = sorted(range(5), key=lambda k: -float(s[k]))
+                same.append(max(range(5), key=lambda k: float(g[k])) == order[0])
+                if float(s[order[0]]) - float(s[order[1]]) > resolution * largest:
+                    decided.append(same[-1])
+                    flipped = n if flipped is None and not same[-1] else flipped
+    result = compare_output(got, scores, scores, resolution)
+    assert result.difference == pytest.approx(max(errors) / largest) and result.worst == int(np.argmax(errors))
+    assert result.same == pytest.approx(np.mean(same)) and result.decided == pytest.approx(np.mean(decided))
+    assert result.flipped == flipped and 0 < result.same < result.decided < 1
+
+
+def make_images(n=150, targets=None):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 4, 4), dtype=np.uint8)
+    return Images(pixels[:0], pixels, targets, 'a set')
+
+
+def scores_of(x):
+    """Eight class scores of inputs (B, 3, 4, 4), and three patch scores."""
+    flat = x.reshape(len(x), 48).astype(np.float64)
+    weights = np.random.default_rng(1).normal(size=(48, 8))
+    return [(flat @ weights).astype(np.float32), x[:, :, :2, :2].astype(np.float32)]
+
+
+def run_check(run, precision='fp32', images=None, names=('logits', 'patch_logits')):
+    return check(
+        run, scores_of, names, precision, images or make_images(), lambda p: (p / 255 - 0.5).astype(np.float32),
+        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32))
+
+
+def test_every_image_and_batch_size_is_compared():
+    sizes = []
+
+    def run(x):
+        sizes.append(len(x))
+        return scores_of(x)
+
+    report, failure = run_check(run)
+    assert failure is None and sizes == [*BATCH_SIZES, 64, 12, *BATCH_SIZES] and sum(sizes[:6]) == 150
+    assert report['images'] == 150 and report['random_inputs'] == sum(BATCH_SIZES) and 'top1' not in report
+    assert report['outputs']['logits'] == dict(
+        max_relative_difference=0, max_relative_difference_random=0, same_class=1, same_class_decided=1)
+
+
+@pytest.mark.parametrize('n, sizes', [(1, [1]), (3, [1, 2]), (80, [1, 2, 7, 64, 6])])
+def test_few_images_are_all_compared(n, sizes):
+    seen = []
+    report, failure = run_check(lambda x: seen.append(len(x)) or scores_of(x), images=make_images(n))
+    assert seen == sizes + list(BATCH_SIZES) and failure is None and report['images'] == n
+
+
+def test_failure_names_the_output_and_the_worst_image():
+    images = make_images()
+    worst = (images.held_out[93] / 255 - 0.5).astype(np.float32)
+
+    def run(x):
+        logits, patches = scores_of(x)
+        for i in np.flatnonzero((x == worst).all((1, 2, 3))):
+            patches[i, 1] += 0.01
+        return [logits, patches]
+
+    report, failure = run_check(run, images=images)
+    assert str(failure).startswith('patch_logits differs from PyTorch by 0.0')
+    assert 'worst for image 93 of those of a set; at most 0.0001 is allowed' in str(failure)
+    assert report['outputs']['patch_logits']['max_relative_difference'] > 1e-3
+
+
+def test_failure_on_random_input_alone_is_found():
+    def run(x):
+        logits, patches = scores_of(x)
+        return [logits * (1 + 1e-3 * (np.abs(x).max() > 1)), patches]
+
+    _, failure = run_check(run)
+    assert 'logits differs' in str(failure) and 'worst for random input' in str(failure)
+
+
+def test_not_a_number_fails_in_every_precision():
+    for precision in LIMITS:
+        _, failure = run_check(lambda x: [y * np.nan for y in scores_of(x)], precision)
+        assert 'logits is not finite' in str(failure)
+
+
+def test_ties_count_only_where_the_format_can_tell():
+    scores = np.zeros((100, 4), dtype=np.float32)
+    scores[:, 0], scores[:, 1] = 10, 9.99  # closer than 8 bits of 10
+    swapped = scores[:, [1, 0, 2, 3]]
+    bf16 = compare_output(swapped, scores, scores, LIMITS['bf16'].resolution)
+    assert bf16.same == 0 and bf16.decided == 1
+    assert compare_output(swapped, scores, scores, LIMITS['fp32'].resolution).decided == 0
+    assert compare_output(swapped, scores, scores, LIMITS['int8'].resolution).decided == 0
+    # they cannot all be ties, though: such a network fails by the share of all images
+    assert LIMITS['bf16'].same == LIMITS['fp16'].same == 0.99
+
+
+def test_int8_fails_below_99_percent_of_one_class_and_half_a_point_of_accuracy():
+    images = make_images(400)
+
+    def flip(count, wrong_way=True):
+        def run(x):
+            logits, patches = scores_of(x)
+            if len(x) == 64 and count[0] > 0 and x.min() > -0.51:
+                n = min(count[0], 64)
+                logits[:n] = -logits[:n]
+                count[0] -= n
+            return [logits, patches]
+        return run
+
+    _, failure = run_check(flip([3]), 'int8', images)
+    assert failure is None
+    _, failure = run_check(flip([5]), 'int8', images)
+    assert 'logits has the class of PyTorch for 98.75 % of the inputs, at least 99 % are asked for' in str(failure)
+    images.targets = scores_of((images.held_out / 255 - 0.5).astype(np.float32))[0].argmax(1)
+    report, failure = run_check(flip([3]), 'int8', images)  # 0.75 points are lost
+    assert report['top1'] == dict(pytorch=100, exported=99.25) and 'at most 0.5 points may be lost' in str(failure)
+    assert run_check(flip([1]), 'int8', images)[1] is None
+
+
+def test_probabilities_are_compared_after_a_softmax():
+    names = ('probabilities', 'patch_probabilities')
+    _, failure = run_check(lambda x: [softmax(y) for y in scores_of(x)], names=names)
+    assert failure is None
+    _, failure = run_check(scores_of, names=names)
+    assert 'probabilities differs' in str(failure)
+
+
+def test_bfloat16_is_emulated_as_pytorch_rounds_it():
+    """A convolution, addition and ReLU, with every result rounded."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 6, 3, padding=1).bfloat16()
+    weight, bias = conv.weight.detach().float().numpy(), conv.bias.detach().float().numpy()
+    b16 = TensorProto.BFLOAT16
+    graph = helper.make_graph(
+        [
+            helper.make_node('Cast', ['x'], ['h'], to=b16),
+            helper.make_node('Conv', ['h', 'w', 'b'], ['c'], pads=[1, 1, 1, 1]),
+            helper.make_node('Add', ['c', 'c'], ['d']),
+            helper.make_node('Relu', ['d'], ['r']),
+            helper.make_node('Cast', ['r'], ['y'], to=TensorProto.FLOAT),
+        ],
+        'g',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', 5, 9, 9])],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', 6, 9, 9])],
+        [helper.make_tensor('w', b16, weight.shape, weight.ravel()), helper.make_tensor('b', b16, [6], bias)],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 22)], ir_version=10)
+    onnx.checker.check_model(proto, full_check=True)
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        emulate(proto).SerializeToString(), settings, providers=['CPUExecutionProvider'])
+    for n in (1, 2, 7):
+        x = torch.randn(n, 5, 9, 9)
+        with torch.no_grad():
+            wide = conv.double()(x.bfloat16().double())
+            expected = (2 * wide.bfloat16()).relu().float().numpy()
+            conv.bfloat16()
+        got = session.run(None, {'x': x.numpy()})[0]
+        # sums within half a rounding error of a tie may go either way
+        assert (got == expected).mean() > 0.995
+        np.testing.assert_allclose(got, expected, rtol=2 ** -7)

@@ -1,0 +1,398 @@
+"""Engines: built by the real TensorRT-RTX, which needs no GPU; what needs one is simulated, and says so."""
+import hashlib
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import simulated_tensorrt
+import timm
+from onnx import TensorProto, helper
+
+import export.runtime as runtime
+import export.tensorrt
+import export.tensorrt_matrix as matrix
+import export.tensorrt_names as names
+from export.__main__ import main
+from export.onnx import OnnxOptions, export_onnx
+from export.tensorrt import EngineOptions, ParseError, ProfileError, build_engine, rebuild_engine
+from timm_tmblock.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+GPU = dict(name='NVIDIA L4', compute_capability='8.9', cuda_driver='13.0')
+real = pytest.mark.skipif(not importlib.util.find_spec('tensorrt_rtx'), reason='pip install tensorrt-rtx')
+
+
+@pytest.fixture(scope='module')
+def files(images, tmp_path_factory):
+    """ONNX files of the pretrained network."""
+    folder = tmp_path_factory.mktemp('files')
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    for name, options in dict(
+            patches=OnnxOptions(patch_logits=True),
+            pixels=OnnxOptions(softmax=True, preprocessing='NHWC'),
+            dynamic=OnnxOptions(dynamic_size=True),
+            cpu=OnnxOptions('int8'),
+            quantized=OnnxOptions('int8', 'tensorrt', preprocessing='NCHW'),
+    ).items():
+        calibration = 512 if options.precision == 'int8' else 64
+        export_onnx(model, folder / f'{name}.onnx', options, images(model, calibration, 500))
+    return folder
+
+
+def build_real(source, path, **options):
+    return build_engine(source, path, EngineOptions(backend='tensorrt_rtx', **options))
+
+
+# The real builder
+
+@real
+@pytest.mark.parametrize('cell', matrix.cover(), ids=lambda c: f'{c.model}-{c.precision}-{c.size}-{c.patches}')
+def test_builder_takes_every_network(cell, tmp_path):
+    result = matrix.build(cell, tmp_path, {})
+    assert result['megabytes'] > 1
+
+
+def test_covering_part_has_every_value_and_the_whole_is_committed():
+    cells, everything = matrix.cover(), list(matrix.iterate_cells())
+    assert len(everything) == len(set(everything)) == 17 * 2 * 4 * 2 and set(cells) <= set(everything)
+    assert {(c.model, c.patches) for c in cells} == {(c.model, c.patches) for c in everything}
+    for pair in (('precision', 'size'), ('precision', 'batch'), ('size', 'batch')):
+        assert len({tuple(getattr(c, k) for k in pair) for c in cells}) == len(
+            {tuple(getattr(c, k) for k in pair) for c in everything}), pair
+    committed = json.loads((ROOT / 'export' / 'results' / 'tensorrt_matrix.json').read_text())
+    keys = matrix.Cell.__dataclass_fields__
+    assert {tuple(row[k] for k in keys) for row in committed['rows']} == {
+        tuple(getattr(c, k) for k in keys) for c in everything}
+    assert not [row for row in committed['rows'] if 'error' in row]
+
+
+@real
+@pytest.mark.parametrize('name, options', [
+    ('patches', {}), ('pixels', dict(batches=((4, 4, 4),))), ('quantized', dict(tf32=True, optimization_level=0)),
+    ('dynamic', dict(size=(32, 32, 96), batches=((1, 1, 1), (1, 8, 32)))),
+])
+def test_engine_and_sidecar(files, tmp_path, name, options):
+    path = tmp_path / 'x.engine'
+    metadata = build_real(files / f'{name}.onnx', path, **options)
+    source = json.loads((files / f'{name}.onnx.json').read_text())
+    sidecar = json.loads((tmp_path / 'x.engine.json').read_text())
+    assert sidecar['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    engine = sidecar.pop('engine')
+    assert {**sidecar, 'file_sha256': source['file_sha256']} == source  # all that is known of the ONNX file
+    assert engine['onnx_sha256'] == source['file_sha256'] and engine['backend'] == 'tensorrt_rtx'
+    assert all(f'engine.{key}' in export.tensorrt.__doc__ for key in engine)
+    batches = options.get('batches', EngineOptions.batches)
+    assert [[shape[0] for shape in profile] for profile in engine['profiles']] == [list(b) for b in batches]
+    if name == 'dynamic':
+        assert engine['profiles'][1][2] == [32, 3, 96, 96]
+    assert path.read_bytes()[:4] == b'vtrt'  # the plan alone, as TensorRT begins it
+    assert metadata['model'] == 'rn26_tm'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.engine', 'x.engine.json']
+
+
+@real
+def test_command_in_the_sidecar_builds_the_same_engine(files, tmp_path):
+    for name in ('dynamic.onnx', 'dynamic.onnx.json'):
+        shutil.copy(files / name, tmp_path)
+    flags = ['--size', '32', '48', '96', '--batch', '2', '--batch', '1', '8', '9', '--tf32', '--workspace', '512']
+    main(['tensorrt', str(tmp_path / 'dynamic.onnx'), '--output', str(tmp_path / 'x.engine'), *flags])
+    engine = json.loads((tmp_path / 'x.engine.json').read_text())['engine']
+    size = (tmp_path / 'x.engine').stat().st_size
+    (tmp_path / 'x.engine').unlink()
+    command = [sys.executable, *engine['command'].split()[1:]]
+    subprocess.run(command, cwd=tmp_path, env={'PYTHONPATH': str(ROOT)}, check=True, capture_output=True)
+    assert abs((tmp_path / 'x.engine').stat().st_size - size) < 0.01 * size  # TensorRT numbers its nodes as they come
+    again = json.loads((tmp_path / 'x.engine.json').read_text())['engine']
+    assert {**again, 'build_seconds': 0} == {**engine, 'build_seconds': 0}
+    assert engine['profiles'][1] == [[1, 3, 32, 32], [8, 3, 48, 48], [9, 3, 96, 96]] and engine['options']['tf32']
+
+
+@real
+def test_model_is_exported_and_built_at_once(tmp_path):
+    main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.plan'), '--patch-logits', '--batch', '8'])
+    metadata = json.loads((tmp_path / 'x.plan.json').read_text())
+    assert metadata['precision'] == 'fp16' and metadata['engine']['onnx'] == 'x.onnx'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.onnx', 'x.onnx.json', 'x.plan', 'x.plan.json']
+
+
+def write_onnx(path, nodes, opset=18, domain='', properties=None):
+    source = dict(metadata_version='2', input='{"name": "x"}')
+    graph = helper.make_graph(
+        nodes, 'g', [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', 4])],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', 4])])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid('', opset), helper.make_opsetid('own', 1)])
+    helper.set_model_props(proto, source if properties is None else properties)
+    onnx.save(proto, path)
+    return path
+
+
+@real
+def test_foreign_operator_is_named_with_its_node(tmp_path):
+    node = helper.make_node('FancyOp', ['x'], ['y'], name='the_node', domain='own')
+    with pytest.raises(ParseError, match="does not take node 'the_node', operator FancyOp: .+; export") as error:
+        build_real(write_onnx(tmp_path / 'x.onnx', [node]), tmp_path / 'x.engine')
+    assert '\n' not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ['x.onnx']
+
+
+@real
+def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
+    with pytest.raises(InputError, match='int8 for a CPU.*--precision int8 --target tensorrt'):
+        build_real(files / 'cpu.onnx', tmp_path / 'x.engine')
+    proto = onnx.load(files / 'cpu.onnx')  # somebody else's, which does not say so
+    for p in proto.metadata_props:
+        p.value = 'null' if p.key == 'quantization' else p.value
+    onnx.save(proto, tmp_path / 'x.onnx')
+    with pytest.raises(ParseError, match='operator (De)?[qQ]uantizeLinear'):
+        build_real(tmp_path / 'x.onnx', tmp_path / 'x.engine')
+
+
+@real
+@pytest.mark.parametrize('name, options, message', [
+    ('patches', dict(batches=((4, 2, 8),)), '--batch 4 2 8 must rise'),
+    ('patches', dict(batches=((0, 1, 1),)), 'from 1 on'),
+    ('patches', dict(size=(32, 32, 32)), 'Height and width of the file are fixed; leave out --size'),
+    ('dynamic', {}, 'name their range with --size MIN OPT MAX'),
+    ('dynamic', dict(size=(64, 32, 96)), '--size 64 32 96 must rise'),
+    ('patches', dict(version_compatible=True), 'leave out --version-compatible'),
+    ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),
+    ('missing', {}, 'There is no file .*missing.onnx'),
+    ('truncated', {}, 'is cut short or no ONNX file'),
+    ('future', {}, 'has opset 99, TensorRT reads 9 to 25'),
+    ('foreign', {}, 'does not say its classes and preprocessing'),
+])
+def test_what_cannot_be_built_is_one_sentence(files, tmp_path, name, options, message):
+    source = tmp_path / f'{name}.onnx'
+    if (files / f'{name}.onnx').exists():
+        shutil.copy(files / f'{name}.onnx', source)
+    elif name == 'truncated':
+        source.write_bytes((files / 'patches.onnx').read_bytes()[:100_000])
+    elif name != 'missing':
+        node = helper.make_node('Relu', ['x'], ['y'])
+        write_onnx(source, [node], 99 if name == 'future' else 18, properties={} if name == 'foreign' else None)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message) as error:
+        build_real(source, tmp_path / 'x.engine', **options)
+    assert '\n' not in str(error.value) and sorted(tmp_path.iterdir()) == before
+
+
+@real
+def test_too_little_memory_is_one_sentence(files, tmp_path):
+    with pytest.raises(InputError, match='cannot build the engine: .*(OutOfMemory|workspace limit)') as error:
+        build_real(files / 'patches.onnx', tmp_path / 'x.engine', workspace=1)
+    assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@real
+def test_profile_that_a_fixed_batch_does_not_have(files, tmp_path):
+    proto = onnx.load(files / 'patches.onnx')
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    del proto.graph.value_info[:]
+    onnx.save(proto, tmp_path / 'x.onnx')
+    with pytest.raises(ProfileError, match='takes batches of 4 alone; use --batch 4'):
+        build_real(tmp_path / 'x.onnx', tmp_path / 'x.engine')
+    assert build_real(tmp_path / 'x.onnx', tmp_path / 'x.engine', batches=((4, 4, 4),))['engine']['profiles'] == [
+        [[4, 3, 32, 32]] * 3]
+
+
+@real
+def test_unwritable_or_missing_place_is_one_sentence(files, tmp_path):
+    with pytest.raises(InputError, match='is a folder; name the file'):
+        build_real(files / 'patches.onnx', tmp_path)
+    with pytest.raises(InputError, match='Cannot write /proc/none/x.engine'):
+        build_real(files / 'patches.onnx', Path('/proc/none/x.engine'))
+
+
+@real
+def test_engine_without_a_gpu_is_one_sentence(files, tmp_path):
+    if runtime.query_gpu():
+        pytest.skip('there is a GPU')
+    build_real(files / 'patches.onnx', tmp_path / 'x.engine')
+    for rebuild in (False, True):
+        with pytest.raises(runtime.RuntimeInputError, match='run on NVIDIA GPUs and there is none here; use the ONNX'):
+            runtime.load(tmp_path / 'x.engine', rebuild=rebuild)
+    with pytest.raises(InputError, match='describes layers on a GPU'):
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(), layers=tmp_path / 'layers.json')
+    run = subprocess.run(
+        [sys.executable, ROOT / 'export' / 'runtime.py', 'run', tmp_path / 'x.engine', ROOT / 'train/sample/images'],
+        capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith('error: TensorRT engines run on NVIDIA GPUs')
+
+
+def test_missing_and_old_tensorrt_are_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorrt', None)
+    with pytest.raises(runtime.RuntimeInputError, match='tensorrt is not installed'):
+        runtime.import_tensorrt('tensorrt')
+    for version in ('8.6.1', '9.3.0'):
+        old = simulated_tensorrt.create_module('10.0', full_version=version)
+        monkeypatch.setitem(sys.modules, 'tensorrt', old)
+        with pytest.raises(runtime.RuntimeInputError, match=f'TensorRT {version} is too old: it misreads'):
+            runtime.import_tensorrt()
+
+
+# Names
+
+def test_table_has_every_name_the_sources_use():
+    table = json.loads((ROOT / 'export' / 'results' / 'tensorrt_names.json').read_text())
+    assert list(table['names']) == names.find_names(), 'run python export/tensorrt_names.py'
+    assert set(table['versions']) == set(names.BINDINGS) and len(table['names']) > 50
+    assert list(names.iterate_missing(table)) == []
+    assert names.RESULT.with_suffix('.md').read_text() == names.to_markdown(table)
+
+
+@real
+def test_installed_module_is_as_in_the_table():
+    import tensorrt_rtx
+    table = json.loads((ROOT / 'export' / 'results' / 'tensorrt_names.json').read_text())
+    assert {n: names.has_name(tensorrt_rtx, n) for n in table['names']} == {
+        n: has['RTX 1.7'] for n, has in table['names'].items()}
+
+
+# Simulated: TensorRT of a version of the table, and a GPU
+
+@pytest.fixture(params=['10.0', '10.16', '11.0', '11.4', 'RTX 1.7'])
+def simulated(request, monkeypatch, tmp_path):
+    """What the stand-in was told, on a machine that seems to have a GPU."""
+    log = {}
+    name = 'tensorrt_rtx' if 'RTX' in request.param else 'tensorrt'
+    module = simulated_tensorrt.create_module(request.param, name, log=log)
+    monkeypatch.setitem(sys.modules, 'tensorrt', None)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, 'cuda.bindings.runtime', simulated_tensorrt.Cuda)
+    for place in (runtime, export.tensorrt):
+        monkeypatch.setattr(place, 'query_gpu', lambda: dict(GPU))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    simulated_tensorrt.Cuda.launches = 0
+    return dict(log=log, module=module, version=request.param, backend=name)
+
+
+def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path):
+    log = simulated['log']
+    options = EngineOptions(batches=((1, 2, 4), (1, 8, 16)), workspace=64, optimization_level=5)
+    metadata = build_engine(files / 'patches.onnx', tmp_path / 'x.engine', options, layers=tmp_path / 'layers.json')
+    assert log['network_flags'] == (2 if simulated['version'].startswith('10') else 1)  # strongly typed
+    assert log['flags'] == set() and log['workspace'] == 64 << 20 and len(log['profiles']) == 2
+    assert log['settings'].builder_optimization_level == 5
+    assert json.loads((tmp_path / 'layers.json').read_text()) == {'Layers': []}
+    caches = list((tmp_path / 'cache').rglob('*.cache'))
+    if simulated['backend'] == 'tensorrt':
+        assert metadata['engine']['gpu'] == GPU
+        assert [c.name for c in caches] == [f'timing-{simulated["module"].__version__}-NVIDIA-L4-8.9.cache']
+        assert log['cache_before'] == b'' and caches[0].read_bytes() == b'+'
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', options)
+        assert log['cache_before'] == b'+' and caches[0].read_bytes() == b'++'
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(tf32=True, version_compatible=True))
+        assert log['flags'] == {'TF32', 'VERSION_COMPATIBLE'}
+        same = EngineOptions(hardware_compatibility='same-cc')
+        if simulated['version'] == '10.0':
+            with pytest.raises(InputError, match='has no --hardware-compatibility same-cc; use ampere'):
+                build_engine(files / 'patches.onnx', tmp_path / 'x.engine', same)
+        else:
+            build_engine(files / 'patches.onnx', tmp_path / 'x.engine', same)
+            assert log['settings'].hardware_compatibility_level == 'SAME_COMPUTE_CAPABILITY'
+    else:
+        assert metadata['engine']['gpu'] is None and caches == []
+
+
+@pytest.mark.parametrize('name', ['patches', 'pixels'])
+def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, name):
+    build_engine(files / f'{name}.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3), (1, 4, 16))))
+    runner = runtime.load(tmp_path / 'x.engine')
+    expected = runtime.load(files / f'{name}.onnx', 'cpu')
+    paths = sorted((ROOT / 'train' / 'sample' / 'images').iterdir())
+    for batch_size in (1, 3, 7, 3, 10, 3):  # small profile, large one, and again
+        for a, b in zip(runner(paths, batch_size), expected(paths, batch_size)):
+            np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-6)
+            if name == 'patches':
+                np.testing.assert_allclose(a.patch_probabilities, b.patch_probabilities, atol=1e-6)
+    shapes = {1, 3, 7, 10}  # and batches of 1 and 3 that are left over
+    assert simulated['log']['contexts'] == len(shapes)
+    assert simulated_tensorrt.Cuda.launches > 10  # a graph for each shape, from its second batch on
+    with pytest.raises(runtime.RuntimeInputError, match=r'takes inputs of \(1, .*\) or .* not \(17, '):
+        runner(paths + paths[:7], batch_size=17)
+
+
+def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulated, files, tmp_path):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 16),)))
+    session = runtime.TensorRTSession(tmp_path / 'x.engine', max_shapes=2)
+    expected = runtime.load(files / 'patches.onnx', 'cpu').session
+    wrong = []
+
+    def work(i):
+        x = np.random.default_rng(i).normal(size=(1 + i % 5, 3, 32, 32)).astype(np.float32)
+        for _ in range(4):
+            for a, b in zip(session.run(x), expected.run(x)):
+                if not np.allclose(a, b, atol=1e-5):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(session.bindings) == 2
+    kept = {id(address) for b in session.bindings.values() for address in (*b.host, *b.device)}
+    assert len(kept) == 2 * 2 * 3
+    before = len(simulated_tensorrt.Cuda.buffers)
+    for binding in session.bindings.values():
+        binding.free()
+    assert before - len(simulated_tensorrt.Cuda.buffers) == 12
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(version='9.9'), 'was built by tensorrt.* 9.9, here is'),
+    (dict(gpu=dict(GPU, compute_capability='7.5', name='T4')), r'for compute capability 7.5 \(T4\), this GPU, NV'),
+])
+def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files, tmp_path, change, message):
+    for name in ('patches.onnx', 'patches.onnx.json'):
+        shutil.copy(files / name, tmp_path)
+    path, sidecar = tmp_path / 'x.engine', tmp_path / 'x.engine.json'
+    build_engine(tmp_path / 'patches.onnx', path, EngineOptions(batches=((1, 2, 3),)))
+    metadata = json.loads(sidecar.read_text())
+    metadata['engine'].update(change)
+    sidecar.write_text(json.dumps(metadata))
+    command = 'python -m export tensorrt patches.onnx --output x.engine .*--batch 1 2 3'
+    with pytest.raises(runtime.RuntimeInputError, match=f'{message}.*build it again with "{command}'):
+        runtime.load(path)
+    metadata['engine'].update(version_compatible=True, hardware_compatibility='ampere+')
+    sidecar.write_text(json.dumps(metadata))
+    runtime.load(path)
+    metadata['engine'].update(version_compatible=False, hardware_compatibility='none')
+    sidecar.write_text(json.dumps(metadata))
+    runner = runtime.load(path, rebuild=True)
+    assert runner.metadata['engine']['version'] == simulated['module'].__version__
+    assert runner.metadata['engine']['profiles'] == [[[n, 3, 32, 32] for n in (1, 2, 3)]]
+    sidecar.write_text(json.dumps(metadata))
+    (tmp_path / 'patches.onnx').unlink()
+    with pytest.raises(runtime.RuntimeInputError, match='cannot be built again: there is no .*patches.onnx'):
+        runtime.load(path, rebuild=True)
+
+
+def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulated, files, tmp_path):
+    path = tmp_path / 'x.engine'
+    build_engine(files / 'patches.onnx', path, EngineOptions())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(runtime.RuntimeInputError, match='not the engine its sidecar is of, or is cut short; build it'):
+        runtime.load(path)
+    (tmp_path / 'x.engine.json').write_text((files / 'patches.onnx.json').read_text())
+    with pytest.raises(runtime.RuntimeInputError, match='is not of an engine'):
+        runtime.load(path)
+    (tmp_path / 'x.engine.json').write_text('{')
+    with pytest.raises(runtime.RuntimeInputError, match='is not JSON'):
+        runtime.load(path)
+
+
+def test_rebuilding_from_another_file_is_refused(simulated, files, tmp_path):
+    shutil.copy(files / 'patches.onnx', tmp_path / 'a.onnx')
+    build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())
+    shutil.copy(files / 'pixels.onnx', tmp_path / 'a.onnx')
+    with pytest.raises(InputError, match='was built from another a.onnx'):
+        rebuild_engine(tmp_path / 'x.engine')

@@ -1,0 +1,246 @@
+"""Model repositories: judged by the real server, which refuses what is wrong, and served by it."""
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+import export.runtime as runtime
+from export.__main__ import main
+from export.onnx import OnnxOptions, export_onnx
+from timm_tmblock.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+# unpacked from the wheel nvidia-pytriton by `make test`; it needs none of what the wheel asks for
+SERVER = Path(os.environ.get('TRITON_HOME', ROOT / '.venv' / 'triton')) / 'pytriton' / 'tritonserver'
+needs_server = pytest.mark.skipif(
+    not (SERVER / 'bin' / 'tritonserver').is_file(), reason='no Triton server; make .venv/triton')
+STUB = SERVER / 'python_backend_stubs' / f'{sys.version_info.major}.{sys.version_info.minor}'
+needs_stub = pytest.mark.skipif(
+    not STUB.is_dir() or 'not found' in subprocess.run(
+        ['ldd', STUB / 'triton_python_backend_stub'], capture_output=True, text=True).stdout,
+    reason='no Python library for the server')
+
+
+@pytest.fixture(scope='module')
+def files(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('files')
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    for name, options in dict(
+            scores=OnnxOptions(patch_logits=True),
+            pixels=OnnxOptions(softmax=True, preprocessing='NHWC'),
+            dynamic=OnnxOptions(dynamic_size=True),
+    ).items():
+        export_onnx(model, folder / f'{name}.onnx', options, images(model))
+    # an engine as far as the repository goes
+    metadata = json.loads((folder / 'scores.onnx.json').read_text())
+    shapes = [[n, 3, 32, 32] for n in (1, 16, 32)]
+    metadata['engine'] = dict(backend='tensorrt', version='11.4.0', profiles=[shapes])
+    (folder / 'fast.engine').write_bytes(b'plan')
+    (folder / 'fast.engine.json').write_text(json.dumps(metadata))
+    return folder
+
+
+@contextmanager
+def serving(repository, backends, log):
+    """The server on a repository; yields a function that asks it."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [
+        SERVER / 'bin' / 'tritonserver', f'--model-repository={repository}', f'--backend-directory={backends}',
+        '--disable-auto-complete-config', '--exit-on-error=false', '--strict-readiness=false',
+        '--http-address=127.0.0.1', f'--http-port={port}', '--allow-grpc=false', '--allow-metrics=false',
+        '--pinned-memory-pool-byte-size=0', '--exit-timeout-secs=10',
+        f'--backend-config=python,shm-region-prefix-name=timm_tmblock_{port}_']
+
+    def ask(method, path, body=None):
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+        connection.request(method, path, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        text = response.read()
+        return response.status, json.loads(text) if text else None
+
+    environment = dict(os.environ, PATH=f'{Path(sys.executable).parent}:/usr/bin:/bin')
+    with open(log, 'w') as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try:
+        for _ in range(600):
+            try:
+                if ask('GET', '/v2/health/live')[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.1)
+                assert process.poll() is None, log.read_text()[-2000:]
+        yield ask
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            for left in Path('/dev/shm').glob(f'timm_tmblock_{port}_*'):
+                left.unlink()
+
+
+def judge(repository, tmp_path):
+    """What the server says of each model, without a backend to run it: the reason, None if the settings are refused."""
+    with serving(repository, SERVER / 'backends', tmp_path / 'log') as ask:
+        index = ask('POST', '/v2/repository/index')[1]
+    return {model['name']: model.get('reason') for model in index}
+
+
+def accepted(backend):
+    return (
+        f"Invalid argument: unable to find backend library for backend '{backend}', try specifying runtime on the "
+        f'model configuration.')
+
+
+@needs_server
+def test_server_accepts_every_kind_of_model(files, tmp_path):
+    repository = tmp_path / 'repository'
+    paths = [str(files / name) for name in ('scores.onnx', 'pixels.onnx', 'dynamic.onnx', 'fast.engine')]
+    main(['triton', *paths, '--output', str(repository), '--instances', '2', '--max-batch', '8'])
+    assert judge(repository, tmp_path) == dict(
+        scores=accepted('onnxruntime'), pixels=accepted('onnxruntime'), dynamic=accepted('onnxruntime'),
+        fast=accepted('tensorrt'))
+    assert (repository / 'fast' / '1' / 'model.plan').read_bytes() == b'plan'
+    config = (repository / 'fast' / 'config.pbtxt').read_text()
+    assert 'max_batch_size: 32' in config and 'preferred_batch_size: [ 16 ]' in config and 'KIND_GPU' in config
+    assert 'dims: [ 3, -1, -1 ]' in (repository / 'dynamic' / 'config.pbtxt').read_text()
+
+
+@needs_server
+@pytest.mark.parametrize('old, new', [
+    ('max_batch_size', 'max_batch'), ('TYPE_FP32', 'FP32'), ('dims: [ 10 ]', 'dims: [ -2 ]'),
+    ('name: "scores"', 'name: "other"'), ('dynamic_batching {', 'dynamic_batching { preferred_batch_size: [ 128 ]')])
+def test_server_refuses_what_is_wrong(files, tmp_path, old, new):
+    repository = tmp_path / 'repository'
+    main(['triton', str(files / 'scores.onnx'), '--output', str(repository)])
+    config = repository / 'scores' / 'config.pbtxt'
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new, 1))
+    assert judge(repository, tmp_path) == dict(scores=None)
+
+
+@pytest.fixture(scope='module')
+def served(files, tmp_path_factory):
+    """The server with a backend that runs the files, on two models, one in two versions."""
+    folder = tmp_path_factory.mktemp('served')
+    for path in ('scores.onnx', 'pixels.onnx', 'scores.onnx'):
+        main(['triton', str(files / path), '--output', str(folder / 'repository'), '--max-delay', '20000'])
+    backends = folder / 'backends'
+    (backends / 'onnxruntime').mkdir(parents=True)
+    shutil.copy(ROOT / 'tests' / 'triton_backend.py', backends / 'onnxruntime' / 'model.py')
+    stub = SERVER / 'backends' / 'python' / 'triton_python_backend_stub'
+    if not stub.exists():
+        stub.symlink_to(STUB / 'triton_python_backend_stub')
+    (backends / 'python').symlink_to(SERVER / 'backends' / 'python')
+    with serving(folder / 'repository', backends, folder / 'log') as ask:
+        index = ask('POST', '/v2/repository/index')[1]
+        assert {(m['name'], m['version'], m['state']) for m in index} == {
+            ('scores', '2', 'READY'), ('pixels', '1', 'READY')}, index
+        yield ask
+
+
+def infer(ask, model, name, array, outputs):
+    kind = {'float32': 'FP32', 'uint8': 'UINT8'}[str(array.dtype)]
+    status, answer = ask('POST', f'/v2/models/{model}/infer', dict(
+        inputs=[dict(name=name, datatype=kind, shape=list(array.shape), data=array.ravel().tolist())], outputs=outputs))
+    assert status == 200, answer
+    return {o['name']: np.array(o['data']).reshape(o['shape']) for o in answer['outputs']}
+
+
+@needs_server
+@needs_stub
+@pytest.mark.parametrize('batch_size', [1, 2, 7])
+def test_served_model_answers_as_the_runtime_with_labels_and_patch_scores(served, files, batch_size):
+    runner = runtime.load(files / 'scores.onnx', 'cpu')
+    paths = sorted((ROOT / 'train' / 'sample' / 'images').iterdir())[:batch_size]
+    batch = runner.to_input(np.stack([runner.prepare(path)[1] for path in paths]))
+    got = infer(served, 'scores', 'image', batch, [dict(name='logits'), dict(name='patch_logits')])
+    for name, expected in zip(('logits', 'patch_logits'), runner.session.run(batch)):
+        np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-4)
+    labels = infer(served, 'scores', 'image', batch, [dict(name='logits', parameters=dict(classification=3))])['logits']
+    assert [[text.split(':')[2] for text in row] for row in labels] == [
+        [name for name, _ in prediction.top(3)] for prediction in runner(paths)]
+
+
+@needs_server
+@needs_stub
+def test_pixels_go_in_as_they_are(served, files):
+    with Image.open(ROOT / 'train' / 'sample' / 'images' / 'ship.png') as image:
+        pixels = np.array(image)[None]
+    output = dict(name='probabilities', parameters=dict(classification=1))
+    value, index, label = infer(served, 'pixels', 'image', pixels, [output])['probabilities'][0, 0].split(':')
+    assert label == 'ship' and index == '8' and float(value) > 0.9
+
+
+@needs_server
+@needs_stub
+def test_server_runs_the_latest_version_and_checks_requests(served):
+    status, answer = served('POST', '/v2/models/scores/infer', dict(
+        inputs=[dict(name='image', datatype='FP32', shape=[1, 3, 31, 32], data=[0] * 2976)]))
+    assert status == 400 and 'unexpected shape' in answer['error']
+    statistics = served('GET', '/v2/models/scores/stats')[1]['model_stats'][0]
+    assert statistics['version'] == '2'
+
+
+def test_versions_and_settings(files, tmp_path, capsys):
+    flags = ['--output', str(tmp_path), '--name', 'net']
+    main(['triton', str(files / 'scores.onnx'), str(files / 'scores.onnx'), *flags])
+    assert sorted(p.name for p in (tmp_path / 'net').iterdir()) == ['1', '2', 'config.pbtxt', 'labels.txt']
+    assert (tmp_path / 'net' / 'labels.txt').read_text().splitlines()[8] == 'ship'
+    assert json.loads((tmp_path / 'net' / '2' / 'model.onnx.json').read_text())['model'] == 'rn26_tm'
+    assert 'wrote' in capsys.readouterr().out
+    before = sorted(tmp_path.rglob('*'))
+    for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
+        with pytest.raises(InputError, match='net is there with other settings; name this one with --name'):
+            main(['triton', *arguments, *flags])
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('make, flags, message', [
+    (lambda f, t: f / 'missing.onnx', [], 'There is no file'),
+    (lambda f, t: f / 'scores.onnx.json', [], 'neither an .onnx file nor an .engine'),
+    (lambda f, t: f / 'scores.onnx', ['--max-batch', '0'], 'must be at least 1'),
+    (lambda f, t: f / 'scores.onnx', ['--max-delay', '-1'], 'at least 0'),
+    (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or no ONNX file'),
+    (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
+])
+def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, message):
+    (tmp_path / 'made').mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        main(['triton', str(make(files, tmp_path / 'made')), '--output', str(tmp_path / 'repository'), *flags])
+    assert '\n' not in str(error.value) and not (tmp_path / 'repository').exists()
+
+
+def test_engines_of_tensorrt_rtx_and_bf16_files_are_refused(files, tmp_path):
+    for name, change, message in (
+            ('fast.engine', dict(engine=dict(backend='tensorrt_rtx')), 'Triton runs engines of TensorRT; build it'),
+            ('scores.onnx', dict(precision='bf16'), 'bf16, which ONNX Runtime cannot run')):
+        shutil.copy(files / name, tmp_path)
+        metadata = json.loads((files / f'{name}.json').read_text())
+        (tmp_path / f'{name}.json').write_text(json.dumps({**metadata, **change}))
+        if name.endswith('.onnx'):
+            import onnx
+            proto = onnx.load(tmp_path / name)
+            del proto.metadata_props[:]
+            onnx.save(proto, tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            main(['triton', str(tmp_path / name), '--output', str(tmp_path / 'repository')])
