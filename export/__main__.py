@@ -3,6 +3,7 @@
     python -m export onnx rn26_tm --output rn26_tm.onnx --patch-logits
     python -m export onnx rn26_tm --output rn26_tm.int8.onnx --precision int8
     python -m export tensorrt rn26_tm.onnx --output rn26_tm.engine --batch 1 16 256
+    python -m export check rn26_tm.engine rn26_tm
     python -m export triton rn26_tm.onnx --output repository
     python -m export bench rn26_tm.onnx rn26_tm.int8.onnx --torch rn26_tm
     python -m export run rn26_tm.onnx IMAGE ... --explain explained
@@ -14,7 +15,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from export import runtime
 
@@ -58,7 +59,11 @@ def run_onnx(args: argparse.Namespace) -> None:
         args.precision, args.target, args.patch_logits, args.softmax, args.preprocessing, args.dynamic_size, args.opset)
     options.validate(model)
     images = load_images(args, model, calibrate=args.precision == 'int8')
-    parity = export_onnx(model, args.output, options, images)['parity']
+    print_parity(export_onnx(model, args.output, options, images)['parity'])
+    print(f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json')
+
+
+def print_parity(parity: Dict[str, Any]) -> None:
     for name, values in parity['outputs'].items():
         print(
             f'{name}: differs from PyTorch by at most {values["max_relative_difference"]:.2g} of its largest value, '
@@ -66,7 +71,28 @@ def run_onnx(args: argparse.Namespace) -> None:
     if 'top1' in parity:
         top1 = parity['top1']
         print(f'top-1 of {parity["images"]} images: {top1["exported"]:.2f} %, in PyTorch {top1["pytorch"]:.2f} %')
-    print(f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json')
+
+
+def add_check(commands: argparse._SubParsersAction) -> None:
+    from export.images import add_image_options
+    command = commands.add_parser(
+        'check', help='compare an ONNX file or an engine with PyTorch again',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument('file', type=Path)
+    add_model_options(command)
+    add_image_options(command)
+    command.set_defaults(run=run_check)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from export.check import check_file
+    from export.images import load_images
+    from export.load import load
+    model = load(args.model, args.checkpoint)
+    parity, failure = check_file(args.file, model, load_images(args, model, calibrate=False))
+    print_parity(parity)
+    if failure is not None:
+        raise failure
 
 
 def add_tensorrt(commands: argparse._SubParsersAction) -> None:
@@ -230,6 +256,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     add_onnx(commands)
+    add_check(commands)
     add_tensorrt(commands)
     add_triton(commands)
     add_bench(commands)

@@ -51,8 +51,15 @@ def open_file(path: Path, device: str) -> Contestant:
     return Contestant(f'{kind}, {path.name}', runner.session.run, make_input)
 
 
-def open_torch(name: str, compiled: bool, device: str, precision: str) -> Contestant:
-    """A network in PyTorch, in channels_last, which is the faster format, with norms folded.
+def open_torch(name: str, compiled: bool, device: str, precision: str, prepared: bool = True) -> Contestant:
+    """A network in PyTorch.
+
+    Args:
+        name: Registered with timm.
+        compiled: By torch.compile.
+        device: 'cpu' or 'cuda'.
+        precision: 'fp32', 'fp16' or 'bf16'.
+        prepared: With norms folded and in channels_last, the faster format; as it is created otherwise.
 
     Raises:
         InputError: If there is no such network.
@@ -66,13 +73,14 @@ def open_torch(name: str, compiled: bool, device: str, precision: str) -> Contes
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
     model: Any = timm.create_model(name).eval()
     shape = model.pretrained_cfg['input_size']
-    model = model.fuse().to(device, dtype, memory_format=torch.channels_last)
+    memory_format = torch.channels_last if prepared else torch.contiguous_format
+    model = (model.fuse() if prepared else model).to(device, dtype, memory_format=memory_format)
     if compiled:
         model = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
 
     @torch.inference_mode()
     def call(x: np.ndarray) -> Any:
-        batch = torch.from_numpy(x).to(device, dtype, memory_format=torch.channels_last)
+        batch = torch.from_numpy(x).to(device, dtype, memory_format=memory_format)
         return model(batch).float().cpu().numpy()
 
     return Contestant(

@@ -1,6 +1,7 @@
 """Real images an export is calibrated and checked on."""
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
 import numpy as np
@@ -18,7 +19,8 @@ class Images:
     calibration: np.ndarray  # (N, C, H, W) uint8, sets the ranges of int8
     held_out: np.ndarray  # (M, C, H, W) uint8, what the file is checked on
     targets: Optional[np.ndarray]  # (M,) class indices of those, if the set's classes are the network's
-    source: str
+    source: str  # set and split of the held-out part
+    calibration_source: str = ''
 
     def name(self, index: int) -> str:
         """What to call a held-out image."""
@@ -63,8 +65,15 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         calibration=held_out[:0] if calibration is None else calibration,
         held_out=held_out,
         targets=targets if same else None,
-        source=f'{args.dataset} {args.check_split}',
+        source=f'{_name_set(args.dataset)} {args.check_split}',
+        calibration_source=f'{_name_set(args.dataset)} {args.calibration_split}',
     )
+
+
+def _name_set(dataset: str) -> str:
+    """Without the place on this machine, as it goes into files."""
+    name = dataset.removeprefix('hfds/').removeprefix('torch/')
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _decode(args: Namespace, split: str, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:

@@ -93,19 +93,20 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         raise InputError(f'{path} must end in .onnx, which is how others tell what it is.')
     with writing(path) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
-        proto, metadata = create_onnx(model, options, images)
-        config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-        prepare, random_input = create_inputs(config, options)
-        metadata['parity'], failure = check(
-            create_run(proto, options),
-            create_reference(model, config, options),
-            options.output_names,
-            options.precision,
-            images,
-            prepare,
-            random_input,
-        )
-        onnx.helper.set_model_props(proto, to_properties(metadata))
+    proto, metadata = create_onnx(model, options, images)
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    prepare, random_input = create_inputs(config, options)
+    metadata['parity'], failure = check(
+        create_run(proto, options),
+        create_reference(model, config, options),
+        options.output_names,
+        options.precision,
+        images,
+        prepare,
+        random_input,
+    )
+    onnx.helper.set_model_props(proto, to_properties(metadata))
+    with writing(path) as tmp:
         tmp.write_bytes(proto.SerializeToString(deterministic=True))
         if failure is not None:
             failed = path.with_name(f'{path.stem}.failed.onnx')
@@ -145,7 +146,7 @@ def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx
     if options.precision == 'int8':
         proto, kept = quantize(proto, options.target, images.calibration, prepare)
         quantization = dict(
-            target=options.target, method=METHOD, images=len(images.calibration), images_of=images.source,
+            target=options.target, method=METHOD, images=len(images.calibration), images_of=images.calibration_source,
             float_nodes=kept)
     onnx.checker.check_model(proto, full_check=True)
     return proto, _describe(model, config, options, proto, quantization)

@@ -44,6 +44,10 @@ class RuntimeInputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, and what to do."""
 
 
+class EngineMismatchError(RuntimeInputError):
+    """The engine was built for another GPU or another version of TensorRT, or is not the file that was built."""
+
+
 # Images
 
 def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
@@ -185,7 +189,10 @@ class OnnxSession:
             self.session = ort.InferenceSession(path.read_bytes(), options, providers=providers)
         except Exception as e:  # onnxruntime's errors share no public base class
             reason = str(e).strip().splitlines()[0][:200]
-            raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; export it again.') from e
+            advice = 'export it again'
+            if 'NOT_IMPLEMENTED' in reason:
+                advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
+            raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; {advice}.') from e
         self.provider = self.session.get_providers()[0]
         if self.provider != wanted and not allow_fallback:  # onnxruntime itself only prints a warning
             raise RuntimeInputError(
@@ -229,7 +236,7 @@ class TensorRTSession:
             self.runtime.engine_host_code_allowed = True
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            raise RuntimeInputError(
+            raise EngineMismatchError(
                 f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata)}.')
         self.stream = self._cuda(self.cudart.cudaStreamCreate())
         self.cuda_graphs = cuda_graphs
@@ -404,24 +411,25 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
     """Compare an engine's sidecar with the file and this machine, before TensorRT sees it.
 
     Raises:
-        RuntimeInputError: If the engine was built for another GPU or version, or is not the file that was built.
+        EngineMismatchError: If the engine was built for another GPU or version, or is not the file that was built.
+        RuntimeInputError: If there is no GPU, or no TensorRT.
     """
     built = metadata.get('engine')
     if not built:
         raise RuntimeInputError(f'{_sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
-        raise RuntimeInputError(f'{path} is not the engine its sidecar is of, or is cut short; {_rebuild(metadata)}.')
+        raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; {_rebuild(metadata)}.')
     gpu = query_gpu()
     if gpu is None:
         raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
     trt = import_tensorrt(built['backend'])
     if trt.__version__ != built['version'] and not built['version_compatible']:
-        raise RuntimeInputError(
+        raise EngineMismatchError(
             f'{path} was built by {built["backend"]} {built["version"]}, here is {trt.__version__}; '
             f'{_rebuild(metadata)}.')
     on = built['gpu']
     if on and built['hardware_compatibility'] == 'none' and on['compute_capability'] != gpu['compute_capability']:
-        raise RuntimeInputError(
+        raise EngineMismatchError(
             f'{path} was built for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, '
             f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata)}.')
 
@@ -621,8 +629,8 @@ def load(
         raise RuntimeInputError('Engines run on NVIDIA GPUs alone; give the ONNX file for the CPU.')
     try:
         return Runner(TensorRTSession(path, cuda_graphs))
-    except RuntimeInputError:
-        if not rebuild or query_gpu() is None:
+    except EngineMismatchError:
+        if not rebuild:
             raise
     try:
         from export.tensorrt import rebuild_engine

@@ -3,13 +3,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from timm.data.model_config import resolve_input_data_config
-
 from export.bench import describe_machine, measure, open_file
+from export.check import check_file
 from export.images import Images
-from export.onnx import PRECISIONS, OnnxOptions, create_inputs, create_reference, export_onnx
-from export.parity import check
-from export.runtime import RuntimeInputError, load, query_gpu
+from export.onnx import PRECISIONS, OnnxOptions, export_onnx
+from export.runtime import RuntimeInputError, query_gpu
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError
 
@@ -39,7 +37,7 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
                 path = Path(name) / f'{label.replace(" ", "-")}.onnx'
                 rows.append(_test_onnx(path, label, model, options, images, seconds))
                 if path.is_file() and not (precision, target) == ('int8', 'cpu'):
-                    rows.append(_test_engine(path, label, model, options, images, backend, seconds))
+                    rows.append(_test_engine(path, label, model, images, backend, seconds))
     return dict(gpu=query_gpu(), **describe_machine(), rows=rows)
 
 
@@ -59,8 +57,7 @@ def _test_onnx(
 
 
 def _test_engine(
-        path: Path, label: str, model: Any, options: OnnxOptions, images: Images, backend: str, seconds: float,
-) -> Dict[str, Any]:
+        path: Path, label: str, model: Any, images: Images, backend: str, seconds: float) -> Dict[str, Any]:
     row: Dict[str, Any] = dict(file=label, step='TensorRT', result='passed')
     engine = path.with_suffix('.engine')
     try:
@@ -73,16 +70,12 @@ def _test_engine(
     if query_gpu() is None:
         return dict(row, result='built, not run', reason='there is no NVIDIA GPU')
     try:
-        config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-        prepare, random_input = create_inputs(config, options)
-        report, failure = check(
-            load(engine).session.run, create_reference(model, config, options), options.output_names, options.precision,
-            images, prepare, random_input)
+        report, failure = check_file(engine, model, images)
         row['same_class'] = next(iter(report['outputs'].values()))['same_class']
         if failure is not None:
             return dict(row, result='failed', reason=str(failure))
         row['images_per_second'] = _time(engine, 'auto', seconds)
-    except (InputError, RuntimeInputError) as e:
+    except InputError as e:
         return dict(row, result='failed', reason=str(e))
     return row
 

@@ -112,22 +112,23 @@ def build_engine(
         raise InputError(f'{path} is a folder; name the file to write.')
     with writing(path) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
-        start = time.perf_counter()
-        plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
-        metadata['engine'] = dict(
-            backend=trt.__name__,
-            version=trt.__version__,
-            gpu=gpu if trt.__name__ == 'tensorrt' else None,
-            onnx=onnx_path.name,
-            onnx_sha256=hashlib.sha256(model).hexdigest(),
-            profiles=profiles,
-            options=asdict(options),
-            command=shlex.join([
-                'python', '-m', 'export', 'tensorrt', onnx_path.name, '--output', path.name, *options.to_flags()]),
-            version_compatible=options.version_compatible,
-            hardware_compatibility=options.hardware_compatibility,
-            build_seconds=round(time.perf_counter() - start, 2),
-        )
+    start = time.perf_counter()
+    plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
+    metadata['engine'] = dict(
+        backend=trt.__name__,
+        version=trt.__version__,
+        gpu=gpu if trt.__name__ == 'tensorrt' else None,
+        onnx=onnx_path.name,
+        onnx_sha256=hashlib.sha256(model).hexdigest(),
+        profiles=profiles,
+        options=asdict(options),
+        command=shlex.join([
+            'python', '-m', 'export', 'tensorrt', onnx_path.name, '--output', path.name, *options.to_flags()]),
+        version_compatible=options.version_compatible,
+        hardware_compatibility=options.hardware_compatibility,
+        build_seconds=round(time.perf_counter() - start, 2),
+    )
+    with writing(path) as tmp:
         tmp.write_bytes(plan)
         remove(sidecar(path))  # never beside a file it is not of
         os.replace(tmp, path)

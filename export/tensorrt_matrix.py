@@ -60,7 +60,7 @@ def iterate_cells() -> Iterator[Cell]:
 
 def cover() -> List[Cell]:
     """One engine of every model with and without patch scores, so that every other value has its turn too."""
-    kinds = [(model, patches) for model in MODELS for patches in (False, True) if '_tm' in model or not patches]
+    kinds = [(model, patches) for model in MODELS[::-1] for patches in (False, True) if '_tm' in model or not patches]
     others = [(precision, size, batch) for size, batch in zip(SIZES, BATCHES) for precision in PRECISIONS]
     others += [(precision, size, batch) for size, batch in zip(SIZES, reversed(BATCHES)) for precision in PRECISIONS]
     return [

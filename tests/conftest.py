@@ -56,6 +56,23 @@ def images():
     return create
 
 
+@pytest.fixture(scope='session')
+def write_unchecked(images):
+    """A function that writes an ONNX file and its sidecar without comparing it with PyTorch, which takes longer."""
+    import onnx
+
+    from export.metadata import to_properties, write_sidecar
+    from export.onnx import create_onnx
+
+    def write(model: nn.Module, path, options) -> None:
+        proto, metadata = create_onnx(model, options, images(model))
+        onnx.helper.set_model_props(proto, to_properties(metadata))
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        write_sidecar(path, metadata)
+
+    return write
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps precision and device for the life of a process; each test has its own."""

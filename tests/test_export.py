@@ -1,4 +1,5 @@
 """ONNX files give what PyTorch gives, say how to use themselves, and keep their name only if they do."""
+import errno
 import hashlib
 import json
 import subprocess
@@ -66,7 +67,7 @@ def test_outputs_equal_pytorch_at_any_batch_size(exported, batch_size):
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)), ('dn100_tm', {}),
+    ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)),
     ('dn100_tm_cat', {}), ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
     ('rn26_tm', dict(patch_size=3)), ('rn26_tm', dict(num_templates=200)),
 ])
@@ -154,14 +155,16 @@ def test_sidecar_says_what_the_file_says(exported):
     assert sidecar['parity']['batch_sizes'] == [1, 2, 7, 64] and 'top1' not in sidecar['parity']  # of other classes
 
 
-@pytest.mark.parametrize('flags', [[], ['--precision', 'int8', '--patch-logits']])
-def test_file_is_deterministic_and_tells_nothing_of_this_machine(tmp_path, flags):
+def test_file_is_deterministic_and_tells_nothing_of_this_machine(exported, pretrained, tmp_path, write_unchecked):
+    _, weights, plain, _ = exported
+    main(['onnx', str(weights), '--output', str(tmp_path / 'again.onnx'), *FEW])
+    assert (tmp_path / 'again.onnx').read_bytes() == plain.read_bytes()
     for name in 'ab':
-        main(['onnx', 'rn26_tm', '--output', str(tmp_path / f'{name}.onnx'), *flags, '--calibration-images', '512'])
-    content = (tmp_path / 'a.onnx').read_bytes()
-    assert content == (tmp_path / 'b.onnx').read_bytes()
-    for trace in (b'site-packages', b'.py', str(Path.cwd()).encode(), b'stack_trace', str(tmp_path).encode()):
-        assert trace not in content
+        write_unchecked(pretrained, tmp_path / f'{name}.onnx', OnnxOptions('int8', patch_logits=True))
+    assert (tmp_path / 'a.onnx').read_bytes() == (tmp_path / 'b.onnx').read_bytes()
+    for path in (plain, tmp_path / 'a.onnx'):
+        for trace in (b'site-packages', b'.py', str(Path.cwd()).encode(), b'stack_trace', b'/tmp/'):
+            assert trace not in path.read_bytes()
 
 
 def test_graph_holds_folded_norms_and_no_training_operator(exported):
@@ -193,12 +196,11 @@ def test_preprocessing_and_softmax_inside_the_graph(exported, tmp_path, images, 
     np.testing.assert_allclose(patch_p, patch_logits.softmax(1), atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['rn26_tm', 'dn100_tm'])
-def test_dynamic_height_and_width(trained_like, tmp_path, images, name):
-    model = trained_like(name)
+def test_dynamic_height_and_width(trained_like, tmp_path, images):
+    model = trained_like('rn26_tm')
     export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True, dynamic_size=True), images(model, 64, 9))
     session = open_session(tmp_path / 'x.onnx')
-    for shape in ((1, 3, 32, 32), (3, 3, 84, 84), (2, 3, 33, 47)):
+    for shape in ((1, 3, 32, 32), (3, 3, 64, 64), (2, 3, 33, 47)):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = model.forward_patch_logits(x)
@@ -223,6 +225,7 @@ def test_precisions_keep_their_limits_and_size(
     assert parity['top1']['exported'] >= parity['top1']['pytorch'] - 0.5
     if precision == 'int8':
         assert metadata['quantization']['target'] == target and metadata['quantization']['images'] == 512
+        assert metadata['quantization']['images_of'] == 'sample train' and parity['images_of'] == 'sample test'
         zero_points = [
             onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith('zero_point')]
         kinds = {str(z.dtype) for z in zero_points}
@@ -236,6 +239,31 @@ def test_precisions_keep_their_limits_and_size(
         assert sum(t.data_type in halves for t in proto.graph.initializer) > 60
     assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert all(o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for o in proto.graph.output)
+
+
+def test_file_is_checked_again_by_command(exported, tmp_path, capsys, monkeypatch):
+    _, weights, plain, patches = exported
+    for path in (plain, patches):
+        main(['check', str(path), str(weights), *FEW])
+        assert 'logits: differs from PyTorch by at most' in capsys.readouterr().out
+    with pytest.raises(InputError, match='was exported from rn26_tm with other weights; name those with --checkpoint'):
+        main(['check', str(plain), 'rn26_tm', *FEW])
+    proto = onnx.load(plain)
+    bias = next(t for t in proto.graph.initializer if t.name == 'model.fc.bias')
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1), bias.name))
+    onnx.save(proto, tmp_path / 'changed.onnx')
+    with pytest.raises(export.parity.ParityError, match='logits differs from PyTorch'):
+        main(['check', str(tmp_path / 'changed.onnx'), str(weights), *FEW])
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(pretrained, tmp_path, images, monkeypatch):
+    def write_bytes(self, data):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+    with pytest.raises(InputError, match='Cannot write .*x.onnx: the disk is full, free some space'):
+        export_onnx(pretrained, tmp_path / 'x.onnx', OnnxOptions(), images(pretrained, 64, 9))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_soft_maximizers_export(trained_like, tmp_path, images):
@@ -323,6 +351,18 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(exported, tmp_path, monkey
         main(['onnx', *(str(files.get(a, a)) for a in arguments)])
     assert '\n' not in str(error.value)
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_images_of_another_set_are_named_without_their_place(pretrained, images, tmp_path):
+    for split, color in (('train', 'red'), ('test', 'blue')):
+        for k in range(10):
+            (tmp_path / 'birds' / split / f'bird{k}').mkdir(parents=True)
+            Image.new('RGB', (40, 50), color).save(tmp_path / 'birds' / split / f'bird{k}' / '0.png')
+    given = images(pretrained, 9, 5, '--dataset', str(tmp_path / 'birds'))
+    assert (given.source, given.calibration_source) == ('birds test', 'birds train') and given.targets is None
+    assert given.calibration.shape == (9, 3, 32, 32) and given.held_out.shape == (5, 3, 32, 32)
+    assert (given.calibration[:, 0] == 255).all() and (given.held_out[:, 2] == 255).all()
+    assert given.name(3) == 'image 3 of those of birds test'
 
 
 def test_int8_without_calibration_images_is_refused(pretrained, images):

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import export.runtime as runtime
-from export.onnx import OnnxOptions, export_onnx
+from export.onnx import OnnxOptions
 from timm_tmblock import Explainer
 from timm_tmblock.image import read_image
 
@@ -25,7 +25,7 @@ SCRIPT = ROOT / 'export' / 'runtime.py'
 
 
 @pytest.fixture(scope='module')
-def folder(images, tmp_path_factory):
+def folder(write_unchecked, tmp_path_factory):
     """A copy of the runtime beside files of the pretrained network."""
     folder = tmp_path_factory.mktemp('runtime')
     shutil.copy(SCRIPT, folder)
@@ -35,8 +35,9 @@ def folder(images, tmp_path_factory):
             plain=OnnxOptions(),
             pixels=OnnxOptions(patch_logits=True, softmax=True, preprocessing='NHWC'),
             half=OnnxOptions('fp16'),
+            brain=OnnxOptions('bf16'),
     ).items():
-        export_onnx(model, folder / f'{name}.onnx', options, images(model))
+        write_unchecked(model, folder / f'{name}.onnx', options)
     return folder
 
 
@@ -198,6 +199,7 @@ def with_properties(source, target, **properties):
     (lambda f, t: t / 'missing.onnx', 'There is no file .*missing.onnx'),
     (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.bin'), 'neither an .onnx file nor an .engine or .plan'),
     (lambda f, t: t, 'holds no ONNX file'),
+    (lambda f, t: f / 'brain.onnx', 'no kernels for this precision here .*export it in fp32 or fp16'),
     (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),

@@ -20,7 +20,7 @@ import export.tensorrt
 import export.tensorrt_matrix as matrix
 import export.tensorrt_names as names
 from export.__main__ import main
-from export.onnx import OnnxOptions, export_onnx
+from export.onnx import OnnxOptions
 from export.tensorrt import EngineOptions, ParseError, ProfileError, build_engine, rebuild_engine
 from timm_tmblock.errors import InputError
 
@@ -30,7 +30,7 @@ real = pytest.mark.skipif(not importlib.util.find_spec('tensorrt_rtx'), reason='
 
 
 @pytest.fixture(scope='module')
-def files(images, tmp_path_factory):
+def files(write_unchecked, tmp_path_factory):
     """ONNX files of the pretrained network."""
     folder = tmp_path_factory.mktemp('files')
     model = timm.create_model('rn26_tm', pretrained=True).eval()
@@ -41,8 +41,7 @@ def files(images, tmp_path_factory):
             cpu=OnnxOptions('int8'),
             quantized=OnnxOptions('int8', 'tensorrt', preprocessing='NCHW'),
     ).items():
-        calibration = 512 if options.precision == 'int8' else 64
-        export_onnx(model, folder / f'{name}.onnx', options, images(model, calibration, 500))
+        write_unchecked(model, folder / f'{name}.onnx', options)
     return folder
 
 
