@@ -3,12 +3,10 @@
 
     python benchmarks/deployment.py --output benchmarks/results/deployment_cpu
 
-Files are exported from the networks named, with the embedded sample for calibration. Timing is that of `python -m
-export bench`: contestants take turns of a quarter second. A ratio is of the medians.
+Files are of untrained networks, calibrated on noise: speed does not depend on the weights. Timing is that of
+`python -m export bench`: contestants take turns of a quarter second. A ratio is of the medians.
 """
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,10 +26,9 @@ from tqdm import tqdm
 import timm_tmblock  # noqa: F401  registers the models
 from export.bench import Contestant, describe_machine, measure, open_file, open_torch
 from export.images import Images
-from export.metadata import to_properties
-from export.onnx import OnnxOptions, create_onnx
+from export.onnx import OnnxOptions, create_onnx, serialize
+from export.report import write_report
 from export.runtime import load
-from timm_tmblock.checkpoint import writing
 
 BATCH_SIZES = (1, 16, 64)
 LOADING = '''
@@ -46,14 +43,11 @@ print(seconds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read
 
 
 def export_file(model_name: str, precision: str, folder: Path) -> Path:
-    """Speed does not depend on the weights, so the networks are as they are created."""
-    import onnx
     model = timm.create_model(model_name).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
     proto, metadata = create_onnx(model, OnnxOptions(precision), Images(pixels, pixels, None, 'noise'))
-    onnx.helper.set_model_props(proto, to_properties(metadata))
     path = folder / f'{model_name}.{precision}.onnx'
-    path.write_bytes(proto.SerializeToString())
+    path.write_bytes(serialize(proto, metadata))
     return path
 
 
@@ -171,11 +165,7 @@ def main() -> None:
     table = to_markdown(result)
     print(table)
     if args.output:
-        for suffix, text in (('json', json.dumps(result, indent=1) + '\n'), ('md', table)):
-            path = Path(f'{args.output}.{suffix}')
-            with writing(path) as tmp:
-                tmp.write_text(text)
-                os.replace(tmp, path)
+        write_report(args.output, result, table)
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ from torch.utils.benchmark import Timer
 import timm_tmblock
 from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.checkpoint import writing
-from train.engine import describe_hardware
+from train.hardware import describe_hardware
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
          ('dn100_tm_cat', 'dn100')]

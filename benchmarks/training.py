@@ -39,7 +39,7 @@ from timm_tmblock.checkpoint import writing
 from train.augment import DataConfig
 from train.config import parse_args
 from train.data import decode, open_dataset
-from train.engine import describe_hardware
+from train.hardware import describe_hardware
 from train.loader import InMemoryLoader
 from train.train import Trainer
 

@@ -10,8 +10,6 @@
     python -m export selftest
 """
 import argparse
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -114,7 +112,7 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--version-compatible', action='store_true', help='let later versions load the engine')
     command.add_argument('--hardware-compatibility', choices=HARDWARE, default='none', help='let other GPUs load it')
     command.add_argument('--layers', type=Path, help='write what TensorRT says of the layers, as JSON')
-    group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx first')
+    group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx (rn26_tm.engine.onnx, say) first')
     group.add_argument('--checkpoint', type=Path)
     group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), default='fp16')
     add_content_options(group)
@@ -123,7 +121,7 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
 
 
 def run_tensorrt(args: argparse.Namespace) -> None:
-    from export.tensorrt import EngineOptions, build_engine, parse_ranges
+    from export.tensorrt import EngineOptions, build_engine, check_before_export, parse_ranges
     options = EngineOptions(
         backend=args.backend,
         batches=parse_ranges(args.batch) if args.batch else EngineOptions.batches,
@@ -137,10 +135,11 @@ def run_tensorrt(args: argparse.Namespace) -> None:
     )
     source = Path(args.model)
     if source.suffix != '.onnx':
-        source = args.output.with_suffix('.onnx')
+        check_before_export(args.output, options)
+        source = args.output.with_name(f'{args.output.name}.onnx')
         run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': 'tensorrt', 'opset': None}))
     engine = build_engine(source, args.output, options, args.layers)['engine']
-    place = f'on {engine["gpu"]["name"]}' if engine['gpu'] else 'for GPUs since Ampere'
+    place = f'on {engine["gpu"]["name"]}' if engine['gpu'] else 'for all GPUs it supports'
     print(
         f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json: '
         f'{engine["backend"]} {engine["version"]} {place}, {engine["build_seconds"]} s')
@@ -162,10 +161,10 @@ def add_triton(commands: argparse._SubParsersAction) -> None:
 
 
 def run_triton(args: argparse.Namespace) -> None:
-    from export.triton import ServingOptions, add_model
+    from export.triton import ServingOptions, add_models
     options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay)
-    for path in args.files:
-        print(f'wrote {add_model(args.output, path, args.name, options)}')
+    for folder in add_models(args.output, args.files, args.name, options):
+        print(f'wrote {folder}')
     print(f'serve it with: tritonserver --model-repository={args.output}')
 
 
@@ -186,6 +185,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     from export.bench import Contestant, describe_machine, draw, measure, open_file, open_torch, to_markdown
+    from export.report import write_report
     from timm_tmblock.errors import InputError
     if not args.files and not args.torch:
         raise InputError('There is nothing to time; name files, or networks with --torch.')
@@ -224,6 +224,7 @@ def add_selftest(commands: argparse._SubParsersAction) -> None:
 def run_selftest(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
+    from export.report import write_report
     from export.selftest import run_selftest, to_markdown
     from timm_tmblock.errors import InputError
     model = load(args.model, args.checkpoint)
@@ -238,15 +239,6 @@ def run_selftest(args: argparse.Namespace) -> None:
         raise InputError(f'{len(failed)} of {len(report["rows"])} steps failed, see the table.')
 
 
-def write_report(name: str, result: Any, table: str) -> None:
-    from timm_tmblock.checkpoint import writing
-    for suffix, text in (('json', json.dumps(result, indent=1) + '\n'), ('md', table)):
-        path = Path(f'{name}.{suffix}')
-        with writing(path) as tmp:
-            tmp.write_text(text)
-            os.replace(tmp, path)
-
-
 def main(argv: Optional[List[str]] = None) -> None:
     """Run a command.
 
@@ -255,6 +247,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    runtime.add_run(commands)
     add_onnx(commands)
     add_check(commands)
     add_tensorrt(commands)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, load
+from export.runtime import ENGINE_SUFFIXES, load
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -32,17 +32,15 @@ class Contestant:
 
 
 def open_file(path: Path, device: str) -> Contestant:
-    """An ONNX file or engine in the runtime.
+    """An ONNX file on a device, or an engine on the GPU, in the runtime.
 
     Raises:
-        InputError: If it cannot run here.
+        RuntimeInputError: If it cannot run here.
     """
-    try:
-        runner = load(path, device)
-    except RuntimeInputError as e:
-        raise InputError(str(e)) from e
+    is_engine = path.suffix in ENGINE_SUFFIXES
+    runner = load(path, 'auto' if is_engine else device)
     shape = runner.preprocessing['input_size']
-    kind = 'TensorRT' if path.suffix in ENGINE_SUFFIXES else f'ONNX Runtime {runner.session.provider[:-17]}'
+    kind = 'TensorRT' if is_engine else f'ONNX Runtime {runner.session.provider.removesuffix("ExecutionProvider")}'
 
     def make_input(batch_size: int) -> np.ndarray:
         pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape[1:], shape[0]), dtype=np.uint8)
@@ -70,11 +68,15 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
     import timm_tmblock  # noqa: F401  registers the models
     if not timm.is_model(name):
         raise InputError(f'timm has no model {name!r}.')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise InputError('PyTorch finds no GPU here; use --device cpu.')
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
     model: Any = timm.create_model(name).eval()
     shape = model.pretrained_cfg['input_size']
     memory_format = torch.channels_last if prepared else torch.contiguous_format
-    model = (model.fuse() if prepared else model).to(device, dtype, memory_format=memory_format)
+    if prepared:
+        model = model.fuse() if hasattr(model, 'fuse') else timm.utils.reparameterize_model(model)
+    model = model.to(device, dtype, memory_format=memory_format)
     if compiled:
         model = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
 
@@ -137,7 +139,7 @@ def describe_machine() -> Dict[str, Any]:
 
     import torch
 
-    from train.engine import describe_hardware
+    from train.hardware import describe_hardware
     versions = {'python': platform.python_version()}
     for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'tensorrt', 'tensorrt-rtx', 'numpy'):
         try:

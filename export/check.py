@@ -1,15 +1,26 @@
 """Comparing a file that is there with the network it was exported from."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from timm.data.model_config import resolve_input_data_config
 
 from export.images import Images
 from export.metadata import hash_weights, load_metadata
 from export.onnx import OnnxOptions, create_inputs, create_reference, create_run
-from export.parity import ParityError, check
-from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, load
+from export.parity import BATCH_SIZES, ParityError, check
+from export.runtime import load
 from timm_tmblock.errors import InputError
+
+
+def _batch_sizes(metadata: Dict[str, Any]) -> Sequence[int]:
+    """Those of BATCH_SIZES that the file takes, or the closest it takes."""
+    low, high = 1, max(BATCH_SIZES)
+    if 'engine' in metadata:
+        profiles = metadata['engine']['profiles']
+        low, high = min(p[0][0] for p in profiles), max(p[2][0] for p in profiles)
+    elif isinstance(metadata['input']['shape'][0], int):
+        low = high = metadata['input']['shape'][0]
+    return sorted({min(max(size, low), high) for size in BATCH_SIZES})
 
 
 def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], Optional[ParityError]]:
@@ -24,7 +35,8 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
         The report of `export.parity`, and what the file fails in, if it does.
 
     Raises:
-        InputError: If the file is of other weights or cannot run here.
+        InputError: If the file is of other weights.
+        RuntimeInputError: If it cannot run here.
     """
     metadata = load_metadata(path)
     if metadata['weights_sha256'] != hash_weights(model):
@@ -36,16 +48,15 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
         softmax='probabilities' in metadata['outputs'][0]['meaning'],
         preprocessing=metadata['input']['layout'] if metadata['input']['range'] == 'pixels' else None,
     )
-    try:
-        if path.suffix in ENGINE_SUFFIXES:
-            run = load(path).session.run
-        else:
-            import onnx
-            run = create_run(onnx.load(path), options)
-        config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-        prepare, random_input = create_inputs(config, options)
-        return check(
-            run, create_reference(model, config, options), options.output_names, options.precision, images, prepare,
-            random_input)
-    except RuntimeInputError as e:
-        raise InputError(str(e)) from e
+    engine = metadata.get('engine')
+    if metadata['precision'] == 'bf16' and not engine:
+        import onnx
+        run = create_run(onnx.load(path), options)
+    else:
+        run = load(path, 'auto' if engine else 'cpu').session.run
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    prepare, random_input = create_inputs(config, options)
+    precision = 'fp16' if engine and engine['options']['tf32'] else metadata['precision']  # as many bits of mantissa
+    return check(
+        run, create_reference(model, config, options), options.output_names, precision, images, prepare, random_input,
+        _batch_sizes(metadata))

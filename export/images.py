@@ -1,4 +1,5 @@
 """Real images an export is calibrated and checked on."""
+import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
 
 def _name_set(dataset: str) -> str:
     """Without the place on this machine, as it goes into files."""
-    name = dataset.removeprefix('hfds/').removeprefix('torch/')
-    return Path(name).resolve().name if Path(name).exists() else name
+    name = re.sub(r'^\w+/(?=.)', '', dataset) if re.match(r'(torch|hfds|hfids|tfds|wds)/', dataset) else dataset
+    return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def _decode(args: Namespace, split: str, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:

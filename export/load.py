@@ -10,6 +10,21 @@ from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
 
 
+def load_pretrained(name: str) -> nn.Module:
+    """Any model of timm's with its pretrained weights, in evaluation mode.
+
+    Raises:
+        InputError: If there is no such model, or it has none.
+    """
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, ValueError, OSError, KeyError) as e:  # of timm and of the Hub's client
+        reason = str(e).strip().split('\n')[0]
+        raise InputError(
+            f'{name} is no model with weights ({reason}); give them with --checkpoint, or name one of '
+            f'timm.list_pretrained().') from e
+
+
 def load(name: str, checkpoint: Optional[Path] = None) -> nn.Module:
     """A network in evaluation mode, with its weights.
 
@@ -22,16 +37,11 @@ def load(name: str, checkpoint: Optional[Path] = None) -> nn.Module:
         InputError: If there is no such model, it has no weights, or the checkpoint is of another one.
     """
     if checkpoint is not None:
-        return load_model(checkpoint, name)
-    if name.endswith('.safetensors'):
-        return load_model(name)
-    try:
-        model = timm.create_model(name, pretrained=True).eval()
-    except (RuntimeError, ValueError, OSError, KeyError) as e:  # of timm and of the Hub's client
-        reason = str(e).strip().split('\n')[0]
-        raise InputError(
-            f'{name} is no model with weights ({reason}); give them with --checkpoint, or name one of '
-            f'timm.list_pretrained().') from e
+        model = load_model(checkpoint, name)
+    elif name.endswith('.safetensors'):
+        model = load_model(name)
+    else:
+        model = load_pretrained(name)
     if not hasattr(model, 'fuse'):
         raise InputError(f'{name} is no network of this project; timm\'s onnx_export.py exports it.')
     return model

@@ -25,11 +25,12 @@ try:
 except ImportError as e:
     raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export,ort]".') from e
 
-from export.parity import check
+from export.parity import check, check_batch
 from export.quantize import METHOD, quantize
 
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
 TARGETS = ('cpu', 'tensorrt')
+OPSETS = (18, 25)
 DEFAULT_OPSET = 18  # ONNX Runtime quantizes and runs on CUDA best what is no newer
 _TORCH_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -47,7 +48,8 @@ class OnnxOptions:
 
     @property
     def resolved_opset(self) -> int:
-        return self.opset or (22 if self.precision == 'bf16' else DEFAULT_OPSET)
+        default = 22 if self.precision == 'bf16' else DEFAULT_OPSET
+        return default if self.opset is None else self.opset
 
     @property
     def output_names(self) -> List[str]:
@@ -61,6 +63,9 @@ class OnnxOptions:
         """
         if self.patch_logits and not getattr(model, 'has_template_matching', False):
             raise InputError(f'{type(model).__name__} has no template matching block; leave out --patch-logits.')
+        if not OPSETS[0] <= self.resolved_opset <= OPSETS[1]:
+            raise InputError(
+                f'--opset must be {OPSETS[0]} to {OPSETS[1]}: torch.onnx writes no older, TensorRT reads no newer.')
         if self.precision == 'bf16' and self.resolved_opset < 22:
             raise InputError('ONNX has convolutions in bf16 from opset 22 on; leave out --opset.')
         if self.precision == 'int8' and self.resolved_opset > 20:
@@ -96,18 +101,15 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     proto, metadata = create_onnx(model, options, images)
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     prepare, random_input = create_inputs(config, options)
-    metadata['parity'], failure = check(
-        create_run(proto, options),
-        create_reference(model, config, options),
-        options.output_names,
-        options.precision,
-        images,
-        prepare,
-        random_input,
-    )
-    onnx.helper.set_model_props(proto, to_properties(metadata))
+    run, reference = create_run(proto, options), create_reference(model, config, options)
+    names, precision = options.output_names, options.precision
+    metadata['parity'], failure = check(run, reference, names, precision, images, prepare, random_input)
+    if options.dynamic_size and failure is None:
+        channels, height, width = config['input_size']
+        _, larger = create_inputs(dict(config, input_size=(channels, height + 17, width + 8)), options)
+        failure = check_batch(run, reference, names, precision, larger(2))
     with writing(path) as tmp:
-        tmp.write_bytes(proto.SerializeToString(deterministic=True))
+        tmp.write_bytes(serialize(proto, metadata))
         if failure is not None:
             failed = path.with_name(f'{path.stem}.failed.onnx')
             os.replace(tmp, failed)
@@ -150,6 +152,12 @@ def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx
             float_nodes=kept)
     onnx.checker.check_model(proto, full_check=True)
     return proto, _describe(model, config, options, proto, quantization)
+
+
+def serialize(proto: 'onnx.ModelProto', metadata: Dict[str, Any]) -> bytes:
+    """The file, with metadata as its properties."""
+    onnx.helper.set_model_props(proto, to_properties(metadata))
+    return proto.SerializeToString(deterministic=True)
 
 
 def create_inputs(
@@ -249,7 +257,7 @@ def _describe(
 ) -> Dict[str, Any]:
     metadata = describe_model(model, config)
     metadata['versions'].update(
-        torch=torch.__version__, onnx=onnx.__version__, onnxscript=onnxscript.__version__,
+        torch=torch.__version__.split('+')[0], onnx=onnx.__version__, onnxscript=onnxscript.__version__,
         onnxruntime=onnxruntime.__version__)
     kind = 'probabilities' if options.softmax else 'scores'
     meanings = [f'class {kind}', f'patch {kind}']

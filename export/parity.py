@@ -83,6 +83,7 @@ def check(
         images: Images,
         prepare: Callable[[np.ndarray], np.ndarray],
         random_input: Callable[[int], np.ndarray],
+        batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Tuple[Dict[str, Any], Optional[ParityError]]:
     """Compare a file with PyTorch.
 
@@ -94,16 +95,18 @@ def check(
         images: Their held-out part is compared.
         prepare: Makes an input of uint8 images (N, C, H, W).
         random_input: A batch of so many random inputs.
+        batch_sizes: Images at a time, rising; of what is left over when all had their turn, as many as the last.
 
     Returns:
         The report, and what the file fails in, if it does.
     """
     limits = LIMITS[precision]
     pixels = images.held_out
-    sizes = [*BATCH_SIZES, *[BATCH_SIZES[-1]] * (len(pixels) // BATCH_SIZES[-1])]
-    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch)]
+    sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
+    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch) >= batch_sizes[0]]
     real = _compare(run, reference, names, batches, limits)
-    random = _compare(run, reference, names, [random_input(n) for n in BATCH_SIZES], limits)
+    random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], limits)
+    compared = sum(map(len, batches))
 
     outputs, failure = {}, None
     for name in names:
@@ -115,18 +118,34 @@ def check(
             same_class_decided=round(r.decided, 5),
         )
         failure = failure or _judge(name, r, limits, images.name)
-        failure = failure or _judge(name, g, replace(limits, same=0., same_regions=0.), 'random input {}'.format)
+        failure = failure or _judge(name, g, _of_noise(limits), 'random input {}'.format)
     report: Dict[str, Any] = dict(
-        batch_sizes=list(BATCH_SIZES), images=len(pixels), images_of=images.source, random_inputs=sum(BATCH_SIZES),
+        batch_sizes=list(batch_sizes), images=compared, images_of=images.source, random_inputs=sum(batch_sizes),
         outputs=outputs)
     if images.targets is not None:
-        right = [100 * float((y.argmax(1) == images.targets).mean()) for y in (real.expected, real.got)]
+        targets = images.targets[:compared]
+        right = [100 * float((y.argmax(1) == targets).mean()) for y in (real.expected, real.got)]
         report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
         if right[0] - right[1] > limits.top1:
             failure = failure or ParityError(
-                f'{names[0]}: top-1 accuracy on {len(pixels)} images of {images.source} is {right[1]:.2f} %, PyTorch '
+                f'{names[0]}: top-1 accuracy on {compared} images of {images.source} is {right[1]:.2f} %, PyTorch '
                 f'has {right[0]:.2f} %; at most {limits.top1} points may be lost.')
     return report, failure
+
+
+def check_batch(
+        run: Run, reference: Run, names: Sequence[str], precision: str, batch: np.ndarray) -> Optional[ParityError]:
+    """What a file fails in on one more random batch, of another size for example."""
+    comparisons = _compare(run, reference, names, [batch], LIMITS[precision]).comparisons
+    limits = _of_noise(LIMITS[precision])
+    call = 'random input {} of ' + ' x '.join(map(str, batch.shape[1:]))
+    return next((e for e in (_judge(name, c, limits, call.format) for name, c in comparisons.items()) if e), None)
+
+
+def _of_noise(limits: Limits) -> Limits:
+    """Limits for random input: what a network makes of noise is often close to a tie."""
+    limits = replace(limits, same=0., same_regions=0.)
+    return limits if limits.resolution else replace(limits, decided=0., decided_regions=0.)
 
 
 @dataclass

@@ -15,15 +15,18 @@ export/metadata.py.
 """
 import argparse
 import colorsys
+import contextlib
 import ctypes
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import math
+import os
 import re
 import sys
 import threading
+import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -173,8 +176,7 @@ class OnnxSession:
             threads: Optional[int] = None,
     ) -> None:
         ort = _import_onnxruntime()
-        if device == 'auto':
-            device = 'cuda' if 'CUDAExecutionProvider' in ort.get_available_providers() and count_gpus() else 'cpu'
+        device = _pick_device(device)
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -216,7 +218,8 @@ class TensorRTSession:
     """A TensorRT engine. Threads may share it; their batches take turns.
 
     Each batch size has an execution context, pinned buffers and, from its second batch on, a CUDA graph of copy,
-    inference and copy back; the `max_shapes` used last are kept.
+    inference and copy back (of inference alone with TensorRT-RTX, which captures by itself); the `max_shapes` used last
+    are kept. `close` frees everything, as does the end of the session's life.
     """
 
     def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
@@ -224,10 +227,9 @@ class TensorRTSession:
         _check_metadata(self.metadata, path)
         check_engine(path, self.metadata)
         trt = import_tensorrt(self.metadata['engine']['backend'])
-        try:
-            self.cudart = importlib.import_module('cuda.bindings.runtime')
-        except ImportError as e:
-            raise RuntimeInputError('Engines need cuda-bindings; pip install cuda-bindings.') from e
+        self.cudart = _import_library('cuda.bindings.runtime')
+        if self.cudart is None:
+            raise RuntimeInputError('Engines need cuda-bindings; pip install cuda-bindings.')
         self.provider = f'{trt.__name__} {trt.__version__}'
         self.trt = trt
         self.logger = trt.Logger(trt.Logger.ERROR)
@@ -238,11 +240,13 @@ class TensorRTSession:
         if self.engine is None:
             raise EngineMismatchError(
                 f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata)}.')
-        self.stream = self._cuda(self.cudart.cudaStreamCreate())
+        # not the default kind: what others do on the legacy stream would break a capture
+        self.stream = _check_cuda(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
         self.cuda_graphs = cuda_graphs
         self.max_shapes = max_shapes
         self.bindings: OrderedDict[Tuple[int, ...], _Binding] = OrderedDict()
         self.lock = threading.Lock()
+        self.close = weakref.finalize(self, _close, self.cudart, self.stream, self.bindings)
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
@@ -250,24 +254,53 @@ class TensorRTSession:
             binding = self.bindings.pop(batch.shape, None) or _Binding(self, batch.shape)
             self.bindings[batch.shape] = binding  # the last is the newest
             while len(self.bindings) > self.max_shapes:
-                self.bindings.popitem(last=False)[1].free()
-            return binding.run(batch)
+                self.bindings.popitem(last=False)[1].memory.free()
+            return binding.run(self, batch)
 
-    def _cuda(self, result: Tuple[Any, ...]) -> Any:
-        error, *values = result
-        if int(error) != 0:
-            raise RuntimeInputError(f'CUDA failed with {error}; is the GPU out of memory?')
-        return values[0] if values else None
+
+def _check_cuda(result: Tuple[Any, ...]) -> Any:
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeInputError(f'CUDA failed with {getattr(error, "name", error)}; see what else uses the GPU.')
+    return values[0] if values else None
+
+
+def _close(cudart: Any, stream: Any, bindings: Dict[Tuple[int, ...], '_Binding']) -> None:
+    for binding in bindings.values():
+        binding.memory.free()
+    bindings.clear()
+    cudart.cudaStreamDestroy(stream)
+
+
+class _Memory:
+    """Pinned buffers, those on the GPU, and a CUDA graph; to be freed by hand."""
+
+    def __init__(self, cudart: Any) -> None:
+        self.cudart = cudart
+        self.host: List[Any] = []
+        self.device: List[Any] = []
+        self.graph: Any = None
+
+    def allocate(self, size: int) -> None:
+        self.host.append(_check_cuda(self.cudart.cudaHostAlloc(size, self.cudart.cudaHostAllocDefault)))
+        self.device.append(_check_cuda(self.cudart.cudaMalloc(size)))
+
+    def free(self) -> None:
+        if self.graph is not None:
+            self.cudart.cudaGraphExecDestroy(self.graph)
+        for buffer in self.host:
+            self.cudart.cudaFreeHost(buffer)
+        for buffer in self.device:
+            self.cudart.cudaFree(buffer)
+        self.host, self.device, self.graph = [], [], None
 
 
 class _Binding:
     """Execution context, buffers and CUDA graph of one input shape."""
 
     def __init__(self, session: TensorRTSession, shape: Tuple[int, ...]) -> None:
-        self.session = session
-        engine, cudart = session.engine, session.cudart
+        engine = session.engine
         name = session.metadata['input']['name']
-        self.context = engine.create_execution_context()
         profile = next((i for i in range(engine.num_optimization_profiles) if _fits(
             shape, engine.get_tensor_profile_shape(name, i))), None)
         if profile is None:
@@ -276,60 +309,79 @@ class _Binding:
             raise RuntimeInputError(
                 f'The engine takes inputs of {known}, not {shape}; use another --batch-size, or '
                 f'{_rebuild(session.metadata)}.')
-        self.context.set_optimization_profile_async(profile, session.stream)
-        self.context.set_input_shape(name, shape)
+        self.captures = session.cuda_graphs
+        if session.trt.__name__ == 'tensorrt_rtx':  # its kernels change as it runs, so it captures by itself
+            settings = engine.create_runtime_config()
+            if session.cuda_graphs:
+                settings.cuda_graph_strategy = session.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self.context = engine.create_execution_context(settings)
+            self.captures = False
+        else:
+            self.context = engine.create_execution_context()
+        if self.context is None:
+            raise RuntimeInputError('TensorRT has no memory left on the GPU for another batch size; use fewer.')
+        self.memory = _Memory(session.cudart)
         self.arrays: List[np.ndarray] = []  # pinned
-        self.host: List[int] = []
-        self.device: List[int] = []
+        self.warm = False
+        try:
+            self._bind(session, shape, profile)
+        except BaseException:
+            self.memory.free()
+            raise
+
+    def _bind(self, session: TensorRTSession, shape: Tuple[int, ...], profile: int) -> None:
+        accepted = [
+            self.context.set_optimization_profile_async(profile, int(session.stream)),
+            self.context.set_input_shape(session.metadata['input']['name'], shape)]
         for described in (session.metadata['input'], *session.metadata['outputs']):
             tensor, dtype = described['name'], np.dtype(described['dtype'])
             tensor_shape = tuple(self.context.get_tensor_shape(tensor))
             size = math.prod(tensor_shape) * dtype.itemsize
-            self.host.append(session._cuda(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault)))
-            self.device.append(session._cuda(cudart.cudaMalloc(size)))
-            raw = (ctypes.c_ubyte * size).from_address(int(self.host[-1]))
+            self.memory.allocate(size)
+            raw = (ctypes.c_ubyte * size).from_address(int(self.memory.host[-1]))
             self.arrays.append(np.frombuffer(raw, dtype).reshape(tensor_shape))
-            self.context.set_tensor_address(tensor, int(self.device[-1]))
-        self.graph: Any = None
-        self.warm = False
+            accepted.append(self.context.set_tensor_address(tensor, int(self.memory.device[-1])))
+        if not all(accepted):
+            raise RuntimeInputError(f'TensorRT does not take inputs of {shape}, see its message above.')
 
-    def run(self, batch: np.ndarray) -> List[np.ndarray]:
-        session, cudart = self.session, self.session.cudart
+    def run(self, session: TensorRTSession, batch: np.ndarray) -> List[np.ndarray]:
+        if batch.dtype != self.arrays[0].dtype:
+            raise RuntimeInputError(f'The engine takes {self.arrays[0].dtype}, not {batch.dtype}.')
+        cudart, memory = session.cudart, self.memory
         self.arrays[0][...] = batch
-        if self.graph is None and self.warm and session.cuda_graphs:
-            session._cuda(cudart.cudaStreamBeginCapture(
-                session.stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-            self._enqueue()
-            captured = session._cuda(cudart.cudaStreamEndCapture(session.stream))
-            self.graph = session._cuda(cudart.cudaGraphInstantiate(captured, 0))
-            session._cuda(cudart.cudaGraphDestroy(captured))
-        if self.graph is None:
-            self._enqueue()
+        if memory.graph is None and self.warm and self.captures:
+            self._capture(session)
+        if memory.graph is None:
+            self._enqueue(session)
         else:
-            session._cuda(cudart.cudaGraphLaunch(self.graph, session.stream))
-        session._cuda(cudart.cudaStreamSynchronize(session.stream))
+            _check_cuda(cudart.cudaGraphLaunch(memory.graph, session.stream))
+        _check_cuda(cudart.cudaStreamSynchronize(session.stream))
         self.warm = True
         return [array.copy() for array in self.arrays[1:]]
 
-    def _enqueue(self) -> None:
-        session, cudart = self.session, self.session.cudart
-        session._cuda(cudart.cudaMemcpyAsync(
-            self.device[0], self.host[0], self.arrays[0].nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice,
-            session.stream))
+    def _capture(self, session: TensorRTSession) -> None:
+        cudart = session.cudart
+        _check_cuda(cudart.cudaStreamBeginCapture(
+            session.stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            self._enqueue(session)
+        except RuntimeInputError:  # not every engine can be captured
+            self.captures = False
+        error, captured = cudart.cudaStreamEndCapture(session.stream)  # in any case, or the stream is of no more use
+        if not self.captures or int(error) != 0:
+            self.captures = False
+            return
+        self.memory.graph = _check_cuda(cudart.cudaGraphInstantiate(captured, 0))
+        _check_cuda(cudart.cudaGraphDestroy(captured))
+
+    def _enqueue(self, session: TensorRTSession) -> None:
+        memory, copy, kinds = self.memory, session.cudart.cudaMemcpyAsync, session.cudart.cudaMemcpyKind
+        size = self.arrays[0].nbytes
+        _check_cuda(copy(memory.device[0], memory.host[0], size, kinds.cudaMemcpyHostToDevice, session.stream))
         if not self.context.execute_async_v3(int(session.stream)):
             raise RuntimeInputError('TensorRT refused to run the engine, see its message above.')
-        for i in range(1, len(self.arrays)):
-            session._cuda(cudart.cudaMemcpyAsync(
-                self.host[i], self.device[i], self.arrays[i].nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost,
-                session.stream))
-
-    def free(self) -> None:
-        cudart = self.session.cudart
-        if self.graph is not None:
-            cudart.cudaGraphExecDestroy(self.graph)
-        for host, device in zip(self.host, self.device):
-            cudart.cudaFreeHost(host)
-            cudart.cudaFree(device)
+        for host, device, array in zip(memory.host[1:], memory.device[1:], self.arrays[1:]):
+            _check_cuda(copy(host, device, array.nbytes, kinds.cudaMemcpyDeviceToHost, session.stream))
 
 
 def _fits(shape: Sequence[int], profile: Sequence[Sequence[int]]) -> bool:
@@ -363,9 +415,12 @@ def query_gpu() -> Optional[Dict[str, Any]]:
         cuda_driver=f'{version.value // 1000}.{version.value % 1000 // 10}')
 
 
-def count_gpus() -> int:
-    """1 if there is a GPU the driver can use, else 0."""
-    return int(query_gpu() is not None)
+def _pick_device(device: str) -> str:
+    """What 'auto' means for ONNX Runtime: the GPU, where there is one and the package installed can use it."""
+    if device != 'auto':
+        return device
+    has_provider = 'CUDAExecutionProvider' in _import_onnxruntime().get_available_providers()
+    return 'cuda' if has_provider and query_gpu() else 'cpu'
 
 
 def import_tensorrt(backend: str = 'auto') -> Any:
@@ -375,9 +430,8 @@ def import_tensorrt(backend: str = 'auto') -> Any:
         RuntimeInputError: If it is not installed, or older than 10.
     """
     for name in TENSORRT_MODULES if backend == 'auto' else (backend,):
-        try:
-            trt = importlib.import_module(name)
-        except ImportError:
+        trt = _import_library(name)
+        if trt is None:
             continue
         major = int(trt.__version__.split('.')[0])
         if name == 'tensorrt' and major < 10:
@@ -401,10 +455,20 @@ def _import_onnxruntime() -> Any:
         raise RuntimeInputError(
             'Both onnxruntime and onnxruntime-gpu are installed and overwrite each other; run "pip uninstall -y '
             'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu" (or onnxruntime).')
+    ort = _import_library('onnxruntime')
+    if ort is None:
+        raise RuntimeInputError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.')
+    return ort
+
+
+def _import_library(name: str) -> Any:
+    """The module, None if it is not installed; installed but broken is something else."""
     try:
-        return importlib.import_module('onnxruntime')
+        return importlib.import_module(name)
     except ImportError as e:
-        raise RuntimeInputError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.') from e
+        if isinstance(e, ModuleNotFoundError) and e.name and name.startswith(e.name):
+            return None
+        raise RuntimeInputError(f'{name} is installed but cannot be imported ({e}); install it again.') from e
 
 
 def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
@@ -428,7 +492,8 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
             f'{path} was built by {built["backend"]} {built["version"]}, here is {trt.__version__}; '
             f'{_rebuild(metadata)}.')
     on = built['gpu']
-    if on and built['hardware_compatibility'] == 'none' and on['compute_capability'] != gpu['compute_capability']:
+    exact = built['hardware_compatibility'] in ('none', 'same-cc')
+    if on and exact and on['compute_capability'] != gpu['compute_capability']:
         raise EngineMismatchError(
             f'{path} was built for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, '
             f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata)}.')
@@ -664,7 +729,7 @@ def _find(source: Union[str, Path], device: str, revision: Optional[str]) -> Pat
     files = [f for f in files if not f.name.endswith('.failed.onnx')]
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
-    order = ['fp16', 'fp32'] if device != 'cpu' and count_gpus() else ['fp32', 'fp16']
+    order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
     precisions = {f: _read_sidecar(f).get('precision') if _sidecar(f).is_file() else None for f in files}
     ranked = [f for precision in order for f in files if precisions[f] == precision]
     return (ranked or files)[0]
@@ -689,9 +754,9 @@ def list_images(paths: Sequence[str]) -> List[Path]:
     return found
 
 
-def create_parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(prog='runtime.py', description='Run an exported network.')
-    command = arguments.add_subparsers(required=True, metavar='COMMAND').add_parser(
+def add_run(commands: Any) -> None:
+    """Add the command to a parser's."""
+    command = commands.add_parser(
         'run', help='classify images', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('file', help='.onnx file, engine, folder of ONNX files, or Hub repository')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
@@ -703,7 +768,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument('--threads', type=int, help='of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
     command.add_argument('--rebuild', action='store_true', help='build an engine of another GPU or version again')
-    return arguments
+    command.set_defaults(run=run)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -712,7 +777,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     Raises:
         RuntimeInputError: If the file cannot be used, or an image could not be read.
     """
-    args = create_parser().parse_args(argv)
+    in_checkout = __name__ != '__main__' and __package__ == 'export'
+    arguments = argparse.ArgumentParser(
+        prog='python -m export' if in_checkout else 'runtime.py', description='Run an exported network.')
+    add_run(arguments.add_subparsers(required=True, metavar='COMMAND'))
+    args = arguments.parse_args(argv)
+    args.run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.batch_size < 1 or args.top < 1:
+        raise RuntimeInputError('--batch-size and --top must be at least 1.')
+    if args.explain and args.explain.suffix.lower() in IMAGE_SUFFIXES and args.explain.suffix.lower() != '.png':
+        raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
     runner = load(args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild)
     failed: List[ImageSource] = []
@@ -742,23 +819,29 @@ def _write_picture(prediction: Prediction, path: Any, target: Path, several: boo
     if several or target.suffix.lower() != '.png':
         target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.png'
     picture = prediction.picture()
+    tmp = target.with_name(f'.{target.name}.tmp')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = target.with_name(f'.{target.name}.tmp')
         picture.save(tmp, format='PNG')
         tmp.replace(target)
     except OSError as e:
-        raise RuntimeInputError(f'Cannot write {target}: {e.strerror}.') from e
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise RuntimeInputError(f'Cannot write {target}: {e.strerror or e}.') from e
     return target
 
 
 def run_command_line() -> None:
     """Run the command line and end the process, with code 2 for input that cannot be used."""
+    if (Path(__file__).parent / '__main__.py').is_file():  # in a checkout, where a module beside this is tensorrt.py
+        sys.path[0] = str(Path(__file__).resolve().parent.parent)
     try:
-        main()
+        main(sys.argv[1:])
     except RuntimeInputError as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit()
 
 

@@ -75,7 +75,7 @@ def _test_engine(
         if failure is not None:
             return dict(row, result='failed', reason=str(failure))
         row['images_per_second'] = _time(engine, 'auto', seconds)
-    except InputError as e:
+    except (InputError, RuntimeInputError) as e:
         return dict(row, result='failed', reason=str(e))
     return row
 

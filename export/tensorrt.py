@@ -4,13 +4,14 @@ The precision is the graph's own (strong typing). An engine is the plan as Tenso
 what it expects and tells apart lies beside it as FILE.json: the metadata of the ONNX file (export/metadata.py), and
 
 engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
-engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null if for every one since Ampere.
+engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null for all that TensorRT-RTX knows.
 engine.onnx, engine.onnx_sha256: name and hash of the ONNX file.
 engine.profiles: for each, the input's smallest, preferred and largest shape.
 engine.options: those of EngineOptions, for building it again; engine.command does that from a shell.
 engine.version_compatible, engine.hardware_compatibility: whether other versions and GPUs can load it.
 engine.build_seconds.
 """
+import contextlib
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from export.metadata import read_metadata, sidecar, write_sidecar
-from export.runtime import import_tensorrt, query_gpu
+from export.runtime import ENGINE_SUFFIXES, import_tensorrt, query_gpu
 from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError
 
@@ -58,11 +59,14 @@ class EngineOptions:
         """
         Raises:
             ProfileError: If a range does not rise.
+            InputError: For a workspace of nothing.
         """
         for name, low_high in (*(('--batch', b) for b in self.batches), ('--size', self.size or (1, 1, 1))):
             low, opt, high = low_high
             if not 1 <= low <= opt <= high:
                 raise ProfileError(f'{name} {low} {opt} {high} must rise: smallest, preferred and largest, from 1 on.')
+        if self.workspace is not None and self.workspace < 1:
+            raise InputError('--workspace must be at least 1 MB.')
 
     def to_flags(self) -> List[str]:
         """The options of the command line that say the same."""
@@ -101,15 +105,11 @@ def build_engine(
         ParseError: If TensorRT does not take the network, with the node and its operator.
         ProfileError: If the batch or image sizes cannot be had.
     """
-    options.validate()
-    model, metadata = read_onnx(onnx_path)
-    trt = import_tensorrt(options.backend)
+    trt = check_before_export(path, options)
     gpu = query_gpu()
-    _check_backend(trt, gpu, options)
     if layers and not gpu:
         raise InputError('TensorRT describes layers on a GPU, and there is none here; leave out --layers.')
-    if path.is_dir():
-        raise InputError(f'{path} is a folder; name the file to write.')
+    model, metadata = read_onnx(onnx_path)
     with writing(path) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     start = time.perf_counter()
@@ -138,6 +138,22 @@ def build_engine(
             tmp.write_text(engine_layers)
             os.replace(tmp, layers)
     return metadata
+
+
+def check_before_export(path: Path, options: EngineOptions) -> Any:
+    """Find what would fail in the end before anything is begun, and return the module of TensorRT.
+
+    Raises:
+        InputError: If the options, the file's name, TensorRT or the GPU will not do.
+    """
+    options.validate()
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; name the file to write.')
+    if path.suffix not in ENGINE_SUFFIXES:
+        raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}, which is how others tell what it is.')
+    trt = import_tensorrt(options.backend)
+    _check_backend(trt, query_gpu(), options)
+    return trt
 
 
 def rebuild_engine(path: Path) -> None:
@@ -205,7 +221,7 @@ def _check_backend(trt: Any, gpu: Optional[Dict[str, Any]], options: EngineOptio
                 f'ampere+.')
     elif options.version_compatible or options.hardware_compatibility != 'none':
         raise InputError(
-            'TensorRT-RTX engines run on every GPU since Ampere and on their own version alone; leave out '
+            'TensorRT-RTX engines run on all GPUs it supports and on their own version alone; leave out '
             '--version-compatible and --hardware-compatibility.')
 
 
@@ -223,8 +239,9 @@ def _build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        error = errors[0]
+        if not parser.num_errors:
+            raise ParseError(f'{trt.__name__} {trt.__version__} does not take the file: {logger.last}.')
+        error = parser.get_error(0)
         raise ParseError(
             f'{trt.__name__} {trt.__version__} does not take node {error.node_name()!r}, operator '
             f'{error.node_operator()}: {_shorten(error.desc())}; export the file again, or leave that operator out.')
@@ -243,8 +260,10 @@ def _build(
     if hardware:
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, hardware)
 
-    shapes = profile_shapes(next(
-        tensor for tensor in map(network.get_input, range(network.num_inputs)) if tensor.name == input_name), options)
+    tensor = next((t for t in map(network.get_input, range(network.num_inputs)) if t.name == input_name), None)
+    if tensor is None:
+        raise ParseError(f'The file has no input {input_name!r}, which its metadata name; export it again.')
+    shapes = profile_shapes(tensor, options)
     for low, opt, high in shapes:
         profile = builder.create_optimization_profile()
         profile.set_shape(input_name, low, opt, high)
@@ -253,7 +272,9 @@ def _build(
 
     cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
     if cache_path:
-        cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.is_file() else b'')
+        cache = config.create_timing_cache(_read_timing_cache(cache_path))
+        if cache is None:  # damaged
+            cache = config.create_timing_cache(b'')
         config.set_timing_cache(cache, ignore_mismatch=False)
     monitor = _create_monitor(trt)
     config.progress_monitor = monitor
@@ -262,13 +283,13 @@ def _build(
     if plan is None:
         raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
     if cache_path:
-        with writing(cache_path) as tmp:
-            tmp.write_bytes(bytes(config.get_timing_cache().serialize()))
-            os.replace(tmp, cache_path)
+        _write_timing_cache(cache_path, bytes(config.get_timing_cache().serialize()))
     data = bytes(plan)
     layers = ''
     if describe_layers:
         runtime = trt.Runtime(logger)
+        if options.version_compatible:
+            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise InputError(f'{trt.__name__} cannot load the engine here: {logger.last}; leave out --layers.')
@@ -304,9 +325,26 @@ def _timing_cache_path(trt: Any, gpu: Optional[Dict[str, Any]]) -> Optional[Path
     """One cache for each version and GPU; TensorRT-RTX, which times nothing when it builds, has none."""
     if trt.__name__ != 'tensorrt' or gpu is None:
         return None
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_tmblock'
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'timm_tmblock'
     key = re.sub(r'[^\w.]+', '-', f'{trt.__version__}-{gpu["name"]}-{gpu["compute_capability"]}')
     return folder / f'timing-{key}.cache'
+
+
+# a cache saves time and nothing else: what goes wrong with it must not lose an engine
+
+def _read_timing_cache(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b''
+
+
+def _write_timing_cache(path: Path, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
 
 
 def _create_logger(trt: Any) -> Any:

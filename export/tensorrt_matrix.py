@@ -7,8 +7,6 @@
 Networks are untrained, as what a builder takes does not depend on their weights. TensorRT-RTX builds without a GPU.
 """
 import argparse
-import json
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +25,10 @@ from tqdm import tqdm
 
 import timm_tmblock  # noqa: F401  registers the models
 from export.images import Images
-from export.metadata import to_properties
-from export.onnx import PRECISIONS, OnnxOptions, create_onnx
+from export.onnx import PRECISIONS, OnnxOptions, create_onnx, serialize
+from export.report import write_report
 from export.runtime import import_tensorrt
 from export.tensorrt import EngineOptions, build_engine
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
 MODELS = (
@@ -85,9 +82,8 @@ def build(cell: Cell, folder: Path, cache: Dict[Cell, Path]) -> Dict[str, Any]:
         options = OnnxOptions(cell.precision, 'tensorrt', patch_logits=cell.patches)
         pixels = np.random.default_rng(0).integers(0, 256, (16, 3, cell.size, cell.size), dtype=np.uint8)
         proto, metadata = create_onnx(model, options, Images(pixels, pixels, None, 'noise'))
-        onnx.helper.set_model_props(proto, to_properties(metadata))
         path = cache[key] = folder / 'network.onnx'
-        path.write_bytes(proto.SerializeToString())
+        path.write_bytes(serialize(proto, metadata))
     engine = folder / 'network.engine'
     metadata = build_engine(path, engine, EngineOptions(batches=(BATCHES[cell.batch],)))
     return dict(seconds=metadata['engine']['build_seconds'], megabytes=round(engine.stat().st_size / 1e6, 2))
@@ -135,11 +131,7 @@ def main() -> None:
     table = to_markdown(version, rows)
     print(table)
     if not args.cover:
-        for suffix, text in (('json', json.dumps(dict(version=version, rows=rows), indent=1) + '\n'), ('md', table)):
-            path = RESULT.with_suffix(f'.{suffix}')
-            with writing(path) as tmp:
-                tmp.write_text(text)
-                os.replace(tmp, path)
+        write_report(RESULT, dict(version=version, rows=rows), table)
     sys.exit(any('error' in row for row in rows))
 
 

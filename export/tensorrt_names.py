@@ -31,7 +31,7 @@ RESULT = ROOT / 'results' / 'tensorrt_names'
 VARIABLES = dict(
     builder='Builder', network='INetworkDefinition', parser='OnnxParser', error='ParserError', config='IBuilderConfig',
     profile='IOptimizationProfile', runtime='Runtime', engine='ICudaEngine', context='IExecutionContext',
-    tensor='ITensor')
+    tensor='ITensor', t='ITensor', settings='IRuntimeConfig')
 BINDINGS = {
     '10.0': ('tensorrt_cu12_bindings', '10.0.1'),
     '10.16': ('tensorrt_cu13_bindings', '10.16.1.11'),
@@ -41,8 +41,13 @@ BINDINGS = {
 }
 # what is asked for by a name that is made up when it runs
 COMPUTED = ('HardwareCompatibilityLevel.AMPERE_PLUS', 'HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY')
-# what may be missing, as it is asked for before it is used
-GUARDED = ('HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY',)
+# what may be missing: asked for before it is used, or used with TensorRT-RTX alone
+GUARDED = {
+    'HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY': 'asked for before it is used',
+    **dict.fromkeys((
+        'CudaGraphStrategy', 'CudaGraphStrategy.WHOLE_GRAPH_CAPTURE', 'ICudaEngine.create_runtime_config',
+        'IRuntimeConfig.cuda_graph_strategy'), 'TensorRT-RTX alone'),
+}
 # results of calls, whose classes the sources do not name
 RETURNED = dict(
     create_timing_cache='ITimingCache', get_timing_cache='ITimingCache', create_engine_inspector='EngineInspector')
@@ -134,7 +139,7 @@ def to_markdown(table: Dict[str, Any]) -> str:
         'from the published bindings: ' + ', '.join(f'{p} {v}' for p, v in table['versions'].values()) + '.', '',
         '| name | ' + ' | '.join(versions) + ' |', '|---|' + '---|' * len(versions)]
     for name, has in table['names'].items():
-        note = ' (asked for before it is used)' if name in GUARDED else ''
+        note = f' ({GUARDED[name]})' if name in GUARDED else ''
         lines.append(f'| `{name}`{note} | ' + ' | '.join('yes' if has[v] else 'no' for v in versions) + ' |')
     return '\n'.join(lines) + '\n'
 
@@ -150,9 +155,8 @@ def main() -> None:
         sys.exit(f'{args.check} {module.__version__} lacks {", ".join(missing)}' if missing else None)
     asked = {label: ask_bindings(package, version, names) for label, (package, version) in BINDINGS.items()}
     table = dict(versions=BINDINGS, names={n: {label: has[n] for label, has in asked.items()} for n in names})
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.with_suffix('.json').write_text(json.dumps(table, indent=1) + '\n')
-    RESULT.with_suffix('.md').write_text(to_markdown(table))
+    from export.report import write_report
+    write_report(RESULT, table, to_markdown(table))
 
 
 def iterate_missing(table: Dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from export.metadata import load_metadata, sidecar
 from export.runtime import ENGINE_SUFFIXES
@@ -30,52 +30,80 @@ class ServingOptions:
     max_delay: int = 500  # microseconds a request may wait for others to make a batch
 
 
-def add_model(repository: Path, path: Path, name: Optional[str], options: ServingOptions) -> Path:
-    """Add a file to a repository: a new model, or the next version of one that is there with the same settings.
+def add_models(repository: Path, paths: Sequence[Path], name: Optional[str], options: ServingOptions) -> List[Path]:
+    """Add files to a repository, each a new model or the next version of one that is there with the same settings.
 
     Args:
         repository: Folder, created if need be.
-        path: .onnx file, or engine with its sidecar.
-        name: Of the model; the file's if None.
-        options: How it is run.
+        paths: .onnx files, and engines with their sidecars.
+        name: Of the model they are all versions of; each has its file's name if None.
+        options: How they are run.
 
     Returns:
-        Folder of the version.
+        Folders of the versions.
 
     Raises:
-        InputError: If the file cannot be served, or the model there has other settings.
+        InputError: If a file cannot be served, or a model of its name has other settings; nothing is added then.
     """
-    if path.suffix not in BACKENDS:
-        raise InputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
-    metadata = load_metadata(path)
-    if metadata['precision'] == 'bf16' and path.suffix == '.onnx':
-        raise InputError(f'{path} is bf16, which ONNX Runtime cannot run; serve an engine built from it, or fp16.')
-    if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
-        raise InputError(
-            f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
-    name = re.sub(r'[^\w-]+', '_', name or path.stem)
-    model = repository / name
-    config = create_config(name, path, metadata, options)
-    version = 1
-    if model.is_dir():
-        there = model / 'config.pbtxt'
-        if not there.is_file() or there.read_text() != config:
-            raise InputError(f'{model} is there with other settings; name this one with --name.')
-        version += max((int(f.name) for f in model.iterdir() if f.name.isdecimal()), default=0)
-    folder = model / str(version)
-    with writing(model if version == 1 else folder) as tmp:
-        remove(tmp)
-        target = tmp / '1' if version == 1 else tmp
-        target.mkdir(parents=True)
-        file = target / BACKENDS[path.suffix][1]
-        shutil.copyfile(path, file)
-        if sidecar(path).is_file():
-            shutil.copyfile(sidecar(path), sidecar(file))
-        if version == 1:
-            (tmp / 'config.pbtxt').write_text(config)
-            (tmp / 'labels.txt').write_text('\n'.join(metadata['class_names']) + '\n')
-        os.replace(tmp, model if version == 1 else folder)
-    return folder
+    models = [_Model.read(path, name, options) for path in paths]
+    settings: Dict[str, _Model] = {}
+    for model in models:
+        same = settings.setdefault(model.name, model)
+        there = repository / model.name
+        if (same.config, same.labels) != (model.config, model.labels) or (
+                there.is_dir() and (_read(there / 'config.pbtxt'), _read(there / 'labels.txt')) != (
+                    model.config, model.labels)):
+            raise InputError(
+                f'{model.path} would be a version of {there}, which has other settings or classes; give it a name of '
+                f'its own with --name.')
+    return [model.write(repository) for model in models]
+
+
+def _read(path: Path) -> Optional[str]:
+    return path.read_text() if path.is_file() else None
+
+
+@dataclass
+class _Model:
+    """A file and what the server is told of it."""
+    path: Path
+    name: str
+    config: str
+    labels: str
+
+    @classmethod
+    def read(cls, path: Path, name: Optional[str], options: ServingOptions) -> '_Model':
+        if path.suffix not in BACKENDS:
+            raise InputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
+        metadata = load_metadata(path)
+        if metadata['precision'] == 'bf16' and path.suffix == '.onnx':
+            raise InputError(f'{path} is bf16, which ONNX Runtime cannot run; serve an engine built from it, or fp16.')
+        if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
+            raise InputError(
+                f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
+        name = re.sub(r'[^\w-]+', '_', name or path.stem)
+        labels = '\n'.join(metadata['class_names']) + '\n'
+        return cls(path, name, create_config(name, path, metadata, options), labels)
+
+    def write(self, repository: Path) -> Path:
+        model = repository / self.name
+        version = 1
+        if model.is_dir():
+            version += max((int(f.name) for f in model.iterdir() if f.name.isdecimal()), default=0)
+        folder = model / str(version)
+        with writing(model if version == 1 else folder) as tmp:
+            remove(tmp)
+            target = tmp / '1' if version == 1 else tmp
+            target.mkdir(parents=True)
+            file = target / BACKENDS[self.path.suffix][1]
+            shutil.copyfile(self.path, file)
+            if sidecar(self.path).is_file():
+                shutil.copyfile(sidecar(self.path), sidecar(file))
+            if version == 1:
+                (tmp / 'config.pbtxt').write_text(self.config)
+                (tmp / 'labels.txt').write_text(self.labels)
+            os.replace(tmp, model if version == 1 else folder)
+        return folder
 
 
 def create_config(name: str, path: Path, metadata: Dict[str, Any], options: ServingOptions) -> str:
@@ -86,9 +114,17 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     """
     backend, filename = BACKENDS[path.suffix]
     engine = metadata.get('engine')
-    max_batch, preferred = options.max_batch, None
+    max_batch, preferred, profiles = options.max_batch, '', ''
     if engine:
-        (_, *_), (preferred, *_), (max_batch, *_) = engine['profiles'][0]
+        smallest, best, largest = zip(*([shape[0] for shape in profile] for profile in engine['profiles']))
+        if min(smallest) > 1:
+            raise InputError(
+                f'{path} takes no batch below {min(smallest)}, but requests come one by one; build it with --batch 1 '
+                f'{best[0]} {largest[0]}.')
+        max_batch = max(largest)
+        preferred = ', '.join(map(str, sorted(set(best))))
+        if len(best) > 1:
+            profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif metadata['input']['shape'][0] != 'batch':
         raise InputError(f'{path} takes one batch size alone; export it with a dynamic batch.')
     if max_batch < 1 or options.instances < 1 or options.max_delay < 0:
@@ -103,12 +139,11 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
         'output [',
         ',\n'.join(f'  {_tensor(output, labels=i == 0)}' for i, output in enumerate(metadata['outputs'])),
         ']',
-        f'instance_group [ {{ count: {options.instances} kind: KIND_{kind.upper()} }} ]',
+        f'instance_group [ {{ count: {options.instances} kind: KIND_{kind.upper()}{profiles} }} ]',
         'dynamic_batching {',
         *([f'  preferred_batch_size: [ {preferred} ]'] if preferred else []),
         f'  max_queue_delay_microseconds: {options.max_delay}',
         '}',
-        'version_policy: { latest: { num_versions: 1 } }',
     ]
     if engine:
         lines.append('optimization { cuda { graphs: true } }')

@@ -59,15 +59,12 @@ def images():
 @pytest.fixture(scope='session')
 def write_unchecked(images):
     """A function that writes an ONNX file and its sidecar without comparing it with PyTorch, which takes longer."""
-    import onnx
-
-    from export.metadata import to_properties, write_sidecar
-    from export.onnx import create_onnx
+    from export.metadata import write_sidecar
+    from export.onnx import create_onnx, serialize
 
     def write(model: nn.Module, path, options) -> None:
         proto, metadata = create_onnx(model, options, images(model))
-        onnx.helper.set_model_props(proto, to_properties(metadata))
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(serialize(proto, metadata))
         write_sidecar(path, metadata)
 
     return write

@@ -138,12 +138,15 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
         def set_optimization_profile_async(self, index, stream):
             self.profile = index
+            return True
 
         def set_input_shape(self, name, shape):
             self.shape = shape
+            return True
 
         def set_tensor_address(self, name, address):
             self.addresses[name] = address
+            return True
 
         def get_tensor_shape(self, name):
             session = self.engine.session
@@ -153,6 +156,8 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             return (self.shape[0], *output.shape[1:])
 
         def execute_async_v3(self, stream):
+            if Cuda.captured is not None and log.get('refuses_capture'):
+                return False
             Cuda.enqueue(self.execute)
             return True
 
@@ -171,7 +176,13 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             self.session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
             self.num_optimization_profiles = len(self.profiles)
 
-        def create_execution_context(self):
+        def create_runtime_config(self):
+            log['runtime_config'] = types.SimpleNamespace()
+            return guard(log['runtime_config'], 'IRuntimeConfig')
+
+        def create_execution_context(self, settings=None):
+            if log.get('no_memory'):
+                return None
             log['contexts'] = log.get('contexts', 0) + 1
             return guard(Context(self), 'IExecutionContext')
 
@@ -200,6 +211,7 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
         BuilderFlag=guard(Flags, 'BuilderFlag'),
         ProfilingVerbosity=guard(types.SimpleNamespace(DETAILED=2), 'ProfilingVerbosity'),
         MemoryPoolType=guard(types.SimpleNamespace(WORKSPACE=0), 'MemoryPoolType'),
+        CudaGraphStrategy=guard(types.SimpleNamespace(WHOLE_GRAPH_CAPTURE=1), 'CudaGraphStrategy'),
         LayerInformationFormat=guard(types.SimpleNamespace(JSON=1), 'LayerInformationFormat'),
         HardwareCompatibilityLevel=guard(
             types.SimpleNamespace(AMPERE_PLUS='AMPERE_PLUS', SAME_COMPUTE_CAPABILITY='SAME_COMPUTE_CAPABILITY'),
@@ -254,9 +266,15 @@ class Cuda:
 
     cudaFreeHost = cudaFree
 
+    cudaStreamNonBlocking = 1
+
     @staticmethod
-    def cudaStreamCreate():
+    def cudaStreamCreateWithFlags(flags):
         return 0, 7
+
+    @staticmethod
+    def cudaStreamDestroy(stream):
+        return (0,)
 
     @classmethod
     def cudaMemcpyAsync(cls, target, source, size, kind, stream):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import export.parity
 from export.__main__ import main
+from export.images import _name_set
 from export.load import load
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
@@ -198,7 +199,8 @@ def test_preprocessing_and_softmax_inside_the_graph(exported, tmp_path, images, 
 
 def test_dynamic_height_and_width(trained_like, tmp_path, images):
     model = trained_like('rn26_tm')
-    export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True, dynamic_size=True), images(model, 64, 9))
+    options = OnnxOptions(patch_logits=True, dynamic_size=True)
+    export_onnx(model, tmp_path / 'x.onnx', options, images(model, 64, 9))
     session = open_session(tmp_path / 'x.onnx')
     for shape in ((1, 3, 32, 32), (3, 3, 64, 64), (2, 3, 33, 47)):
         x = torch.randn(shape)
@@ -324,8 +326,10 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'does not hold weights of rn26_tm'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'TRUNCATED'], 'not a whole safetensors file'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'BASELINE', '--patch-logits'], 'no template matching block'),
-    (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'opset 13'),
+    (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'must be 18 to 25'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '18', '--precision', 'bf16'], 'from opset 22'),
+    (['rn26_tm', '--output', 'x.onnx', '--opset', '0'], 'must be 18 to 25'),
+    (['test_resnet', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'no network of this project'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '22', '--precision', 'int8'], 'opsets up to 20'),
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
     (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),
@@ -358,6 +362,8 @@ def test_images_of_another_set_are_named_without_their_place(pretrained, images,
         for k in range(10):
             (tmp_path / 'birds' / split / f'bird{k}').mkdir(parents=True)
             Image.new('RGB', (40, 50), color).save(tmp_path / 'birds' / split / f'bird{k}' / '0.png')
+    assert _name_set('hfds/uoft-cs/cifar10') == 'uoft-cs/cifar10' and _name_set('torch/cifar10') == 'cifar10'
+    assert _name_set(f'hfids/{tmp_path}/away') == _name_set(f'wds/{tmp_path}/away') == 'away'
     given = images(pretrained, 9, 5, '--dataset', str(tmp_path / 'birds'))
     assert (given.source, given.calibration_source) == ('birds test', 'birds train') and given.targets is None
     assert given.calibration.shape == (9, 3, 32, 32) and given.held_out.shape == (5, 3, 32, 32)

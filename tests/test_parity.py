@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from export.bfloat16 import emulate
 from export.images import Images
-from export.parity import BATCH_SIZES, LIMITS, check, compare_output, softmax
+from export.parity import BATCH_SIZES, LIMITS, check, check_batch, compare_output, softmax
 
 
 def test_comparison_agrees_with_a_loop_in_float64():
@@ -99,6 +99,16 @@ def test_failure_on_random_input_alone_is_found():
     assert 'logits differs' in str(failure) and 'worst for random input' in str(failure)
 
 
+def test_one_more_batch_of_another_size_is_compared():
+    def wide(x):
+        return scores_of(x[:, :, :4, :4])
+
+    batch = np.random.default_rng(0).normal(size=(2, 3, 9, 7)).astype(np.float32)
+    assert check_batch(wide, wide, ('logits', 'patch_logits'), 'fp32', batch) is None
+    failure = check_batch(lambda x: [y + 1 for y in wide(x)], wide, ('logits', 'patch_logits'), 'fp32', batch)
+    assert 'logits differs' in str(failure) and 'of 3 x 9 x 7' in str(failure)
+
+
 def test_not_a_number_fails_in_every_precision():
     for precision in LIMITS:
         _, failure = run_check(lambda x: [y * np.nan for y in scores_of(x)], precision)
@@ -138,6 +148,24 @@ def test_int8_fails_below_99_percent_of_one_class_and_half_a_point_of_accuracy()
     report, failure = run_check(flip([3]), 'int8', images)  # 0.75 points are lost
     assert report['top1'] == dict(pytorch=100, exported=99.25) and 'at most 0.5 points may be lost' in str(failure)
     assert run_check(flip([1]), 'int8', images)[1] is None
+
+
+def test_int8_is_judged_by_images_not_by_noise():
+    def run(x):
+        logits, patches = scores_of(x)
+        return [-logits if np.abs(x).max() > 1 else logits, patches]
+
+    assert run_check(run, 'int8')[1] is None
+    assert run_check(run, 'fp16')[1] is not None
+
+
+def test_sizes_of_a_file_that_takes_few_are_used():
+    sizes = []
+    report, failure = check(
+        lambda x: sizes.append(len(x)) or scores_of(x), scores_of, ('logits', 'patch_logits'), 'fp32', make_images(150),
+        lambda p: (p / 255 - 0.5).astype(np.float32),
+        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32), batch_sizes=[8])
+    assert failure is None and sizes == [8] * 18 + [8] and report['images'] == 144
 
 
 def test_probabilities_are_compared_after_a_softmax():

@@ -1,4 +1,5 @@
 """The runtime sees images as PyTorch does, needs no PyTorch, and says what it cannot do."""
+import contextlib
 import json
 import shutil
 import subprocess
@@ -183,7 +184,7 @@ def test_folder_gives_the_file_for_the_machine(folder, monkeypatch):
     sizes = {name: (folder / f'{name}.onnx').stat().st_size for name in ('half', 'plain')}
     assert sizes['half'] < sizes['plain']
     assert runtime.load(folder, 'cpu').metadata['precision'] == 'fp32'
-    monkeypatch.setattr(runtime, 'count_gpus', lambda: 1)
+    monkeypatch.setattr(runtime, '_pick_device', lambda device: 'cuda')
     assert runtime._find(folder, 'auto', None).name == 'half.onnx'
 
 
@@ -257,3 +258,23 @@ def test_wrong_input_to_a_session_is_one_sentence(folder):
 def test_unwritable_picture_is_one_sentence(folder):
     run = run_script(folder, 'patches.onnx', IMAGES / 'ship.png', '--explain', '/proc/none/x.png')
     assert run.returncode == 2 and run.stderr.startswith('error: Cannot write /proc/none/x.png')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--batch-size', '0'], 'must be at least 1'), (['--top', '0'], 'must be at least 1'),
+    (['--explain', 'x.jpg'], 'writes PNG files, not .jpg'), (['--device', 'cpu'], '')])
+def test_flags_and_closed_pipes(folder, flags, message):
+    with pytest.raises(runtime.RuntimeInputError, match=message) if message else contextlib.nullcontext():
+        runtime.main(['run', str(folder / 'patches.onnx'), str(IMAGES / 'ship.png'), *flags])
+    if not message:
+        command = f'{sys.executable} runtime.py run plain.onnx {IMAGES} {IMAGES} | head -n 1'
+        run = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+        assert run.stdout.count('\n') == 1 and run.stderr == ''
+
+
+def test_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / 'tensorrt.py').write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'tensorrt', raising=False)
+    with pytest.raises(runtime.RuntimeInputError, match='tensorrt is installed but cannot be imported .libnvinfer'):
+        runtime.import_tensorrt()

@@ -1,4 +1,5 @@
 """Engines: built by the real TensorRT-RTX, which needs no GPU; what needs one is simulated, and says so."""
+import gc
 import hashlib
 import importlib
 import json
@@ -20,6 +21,7 @@ import export.tensorrt
 import export.tensorrt_matrix as matrix
 import export.tensorrt_names as names
 from export.__main__ import main
+from export.check import check_file
 from export.onnx import OnnxOptions
 from export.tensorrt import EngineOptions, ParseError, ProfileError, build_engine, rebuild_engine
 from timm_tmblock.errors import InputError
@@ -117,8 +119,8 @@ def test_command_in_the_sidecar_builds_the_same_engine(files, tmp_path):
 def test_model_is_exported_and_built_at_once(tmp_path):
     main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.plan'), '--patch-logits', '--batch', '8'])
     metadata = json.loads((tmp_path / 'x.plan.json').read_text())
-    assert metadata['precision'] == 'fp16' and metadata['engine']['onnx'] == 'x.onnx'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.onnx', 'x.onnx.json', 'x.plan', 'x.plan.json']
+    assert metadata['precision'] == 'fp16' and metadata['engine']['onnx'] == 'x.plan.onnx'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.plan', 'x.plan.json', 'x.plan.onnx', 'x.plan.onnx.json']
 
 
 def write_onnx(path, nodes, opset=18, domain='', properties=None):
@@ -161,6 +163,7 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
     ('dynamic', {}, 'name their range with --size MIN OPT MAX'),
     ('dynamic', dict(size=(64, 32, 96)), '--size 64 32 96 must rise'),
     ('patches', dict(version_compatible=True), 'leave out --version-compatible'),
+    ('patches', dict(workspace=-1), '--workspace must be at least 1 MB'),
     ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),
     ('missing', {}, 'There is no file .*missing.onnx'),
     ('truncated', {}, 'is cut short or no ONNX file'),
@@ -206,6 +209,12 @@ def test_profile_that_a_fixed_batch_does_not_have(files, tmp_path):
 def test_unwritable_or_missing_place_is_one_sentence(files, tmp_path):
     with pytest.raises(InputError, match='is a folder; name the file'):
         build_real(files / 'patches.onnx', tmp_path)
+    shutil.copy(files / 'patches.onnx', tmp_path / 'x.onnx')
+    with pytest.raises(InputError, match='x.onnx must end in .engine or .plan'):
+        build_real(tmp_path / 'x.onnx', tmp_path / 'x.onnx')
+    with pytest.raises(InputError, match='--batch 4 2 8 must rise'):  # before anything is exported
+        main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.engine'), '--batch', '4', '2', '8'])
+    assert [p.name for p in tmp_path.iterdir()] == ['x.onnx']
     with pytest.raises(InputError, match='Cannot write /proc/none/x.engine'):
         build_real(files / 'patches.onnx', Path('/proc/none/x.engine'))
 
@@ -269,7 +278,9 @@ def simulated(request, monkeypatch, tmp_path):
     for place in (runtime, export.tensorrt):
         monkeypatch.setattr(place, 'query_gpu', lambda: dict(GPU))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    gc.collect()  # sessions of tests before
     simulated_tensorrt.Cuda.launches = 0
+    simulated_tensorrt.Cuda.buffers.clear()
     return dict(log=log, module=module, version=request.param, backend=name)
 
 
@@ -314,7 +325,10 @@ def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, 
                 np.testing.assert_allclose(a.patch_probabilities, b.patch_probabilities, atol=1e-6)
     shapes = {1, 3, 7, 10}  # and batches of 1 and 3 that are left over
     assert simulated['log']['contexts'] == len(shapes)
-    assert simulated_tensorrt.Cuda.launches > 10  # a graph for each shape, from its second batch on
+    if simulated['backend'] == 'tensorrt':
+        assert simulated_tensorrt.Cuda.launches > 10  # a graph for each shape, from its second batch on
+    else:  # captures by itself
+        assert simulated_tensorrt.Cuda.launches == 0 and simulated['log']['runtime_config'].cuda_graph_strategy == 1
     with pytest.raises(runtime.RuntimeInputError, match=r'takes inputs of \(1, .*\) or .* not \(17, '):
         runner(paths + paths[:7], batch_size=17)
 
@@ -338,16 +352,52 @@ def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulate
     for thread in threads:
         thread.join()
     assert not wrong and len(session.bindings) == 2
-    kept = {id(address) for b in session.bindings.values() for address in (*b.host, *b.device)}
-    assert len(kept) == 2 * 2 * 3
-    before = len(simulated_tensorrt.Cuda.buffers)
-    for binding in session.bindings.values():
-        binding.free()
-    assert before - len(simulated_tensorrt.Cuda.buffers) == 12
+    buffers = simulated_tensorrt.Cuda.buffers
+    kept = {a for b in session.bindings.values() for a in (*b.memory.host, *b.memory.device)}
+    assert kept == set(buffers) and len(kept) == 2 * 2 * 3  # shapes, pinned and on the GPU, an input and two outputs
+    session.close()
+    assert not buffers
+
+
+def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, files, tmp_path):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    simulated['log']['refuses_capture'] = True
+    session = runtime.TensorRTSession(tmp_path / 'x.engine')
+    expected = runtime.load(files / 'patches.onnx', 'cpu').session
+    x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    for _ in range(4):
+        for a, b in zip(session.run(x), expected.run(x)):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert simulated_tensorrt.Cuda.captured is None and simulated_tensorrt.Cuda.launches == 0
+    with pytest.raises(runtime.RuntimeInputError, match='The engine takes float32, not float64'):
+        session.run(x.astype(np.float64))
+    simulated['log']['no_memory'] = True
+    with pytest.raises(runtime.RuntimeInputError, match='no memory left on the GPU'):
+        session.run(x[:2])
+
+
+@pytest.mark.parametrize('options, sizes', [
+    (EngineOptions(batches=((8, 8, 8),)), [8]), (EngineOptions(batches=((2, 4, 16),), tf32=True), [2, 7, 16]),
+    (EngineOptions(), [1, 2, 7, 64])])
+def test_simulated_engine_is_checked_at_the_sizes_it_takes(simulated, files, tmp_path, images, options, sizes):
+    if simulated['version'] != '11.4':
+        pytest.skip('the same for all versions')
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', options)
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    report, failure = check_file(tmp_path / 'x.engine', model, images(model, 1, 80))
+    assert failure is None and report['batch_sizes'] == sizes and report['images'] >= 80 - sizes[0]
+    assert report['outputs']['logits']['same_class'] == 1
+
+
+def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', '/proc/none')
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    assert (tmp_path / 'x.engine').is_file()
 
 
 @pytest.mark.parametrize('change, message', [
     (dict(version='9.9'), 'was built by tensorrt.* 9.9, here is'),
+    (dict(gpu=dict(GPU, compute_capability='7.5', name='T4'), hardware_compatibility='same-cc'), 'for compute'),
     (dict(gpu=dict(GPU, compute_capability='7.5', name='T4')), r'for compute capability 7.5 \(T4\), this GPU, NV'),
 ])
 def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files, tmp_path, change, message):

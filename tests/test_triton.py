@@ -210,9 +210,43 @@ def test_versions_and_settings(files, tmp_path, capsys):
     assert 'wrote' in capsys.readouterr().out
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
-        with pytest.raises(InputError, match='net is there with other settings; name this one with --name'):
+        with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):
             main(['triton', *arguments, *flags])
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def write_engine(folder, name, batches, **changes):
+    metadata = json.loads((folder / 'fast.engine.json').read_text())
+    metadata['engine']['profiles'] = [[[n, 3, 32, 32] for n in batch] for batch in batches]
+    path = folder / f'{name}.engine'
+    path.write_bytes(b'plan')
+    path.with_name(f'{path.name}.json').write_text(json.dumps({**metadata, **changes}))
+    return path
+
+
+@needs_server
+def test_all_profiles_of_an_engine_serve(files, tmp_path):
+    path = write_engine(files, 'profiles', [(1, 1, 1), (2, 16, 64)])
+    main(['triton', str(path), '--output', str(tmp_path / 'repository')])
+    config = (tmp_path / 'repository' / 'profiles' / 'config.pbtxt').read_text()
+    assert 'max_batch_size: 64' in config and 'preferred_batch_size: [ 1, 16 ]' in config
+    assert 'profile: [ "0", "1" ]' in config
+    assert judge(tmp_path / 'repository', tmp_path) == dict(profiles=accepted('tensorrt'))
+
+
+def test_engine_that_takes_no_single_request_is_refused(files, tmp_path):
+    with pytest.raises(InputError, match='takes no batch below 8.*build it with --batch 1 8 8'):
+        main(['triton', str(write_engine(files, 'eight', [(8, 8, 8)])), '--output', str(tmp_path)])
+
+
+def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_path):
+    other = write_engine(files, 'scores', [(1, 2, 3)])
+    relabelled = write_engine(files, 'relabelled', [(1, 2, 3)], class_names=list('abcdefghij'))
+    for paths in ([files / 'scores.onnx', other], [other, relabelled]):
+        name = ['--name', 'net'] if relabelled in paths else []
+        with pytest.raises(InputError, match='which has other settings or classes; give it a name of its own'):
+            main(['triton', *map(str, paths), '--output', str(tmp_path), *name])
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('make, flags, message', [

@@ -1,6 +1,4 @@
 """Accelerate's part of a run: processes, precision, compilation and trackers."""
-import platform
-import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List
@@ -76,13 +74,3 @@ def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_
     }
     with refusing(f'The tracker ({" ".join(args.report_to)})'):
         accelerator.init_trackers(args.project, config=config, init_kwargs=settings)
-
-
-def describe_hardware(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
-    name = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').is_file():
-        names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-        name = names[0] if names else name
-    return f'{name}, {torch.get_num_threads()} threads'

@@ -33,8 +33,8 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import Parser, positive
 from train.data import decode, fits_in_memory, get_class_names, open_dataset
-from train.engine import describe_hardware
 from train.failure import naming_failures
+from train.hardware import describe_hardware
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.metrics import Reliability, count_confusions, measure_accuracy, measure_reliability, softmax
 from train.runner import Runner, create_runner
@@ -63,14 +63,6 @@ def create_parser() -> Parser:
     parser.add_argument('--bins', type=positive, default=15, help='of the calibration error')
     parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.png')
     return parser
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
-        raise InputError(f'There is no {name} device here; use --device cpu.')
-    return torch.device(name)
 
 
 def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
@@ -176,7 +168,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For a model, a set or a device that cannot be used.
     """
     args = create_parser().parse_args(argv)
-    runner = create_runner(args.model, args.checkpoint, resolve_device(args.device), PRECISIONS[args.precision])
+    runner = create_runner(args.model, args.checkpoint, args.device, PRECISIONS[args.precision])
     with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
         values = measure(runner, loader, args.tta == 'flip', args.bins)

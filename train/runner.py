@@ -3,12 +3,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Tuple
 
 import numpy as np
-import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
 
-import timm_tmblock  # noqa: F401  registers the models
 from export import runtime
+from export.load import load_pretrained
 from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
 
@@ -28,13 +27,26 @@ class Runner(Protocol):
         ...
 
 
-def create_runner(source: str, checkpoint: Optional[str], device: torch.device, dtype: torch.dtype) -> Runner:
+def resolve_device(name: str) -> torch.device:
+    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps'.
+
+    Raises:
+        InputError: If there is none here.
+    """
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
+        raise InputError(f'There is no {name} device here; use --device cpu.')
+    return torch.device(name)
+
+
+def create_runner(source: str, checkpoint: Optional[str], device: str, dtype: torch.dtype) -> Runner:
     """The runner of a registered name, a weight file, an ONNX file, or a TensorRT engine.
 
     Args:
         source: Name registered with timm, 'hf-hub:' or 'local-dir:' name, or *.safetensors, *.onnx, *.engine, *.plan.
         checkpoint: Weights for a registered name; its pretrained ones if None.
-        device: Where PyTorch and ONNX Runtime run; TensorRT is on the GPU always.
+        device: Where PyTorch and ONNX Runtime run, 'auto', 'cpu', 'cuda' or 'mps'; TensorRT is on the GPU always.
         dtype: Precision of autocast, for PyTorch alone.
 
     Raises:
@@ -47,12 +59,9 @@ def create_runner(source: str, checkpoint: Optional[str], device: torch.device, 
         return ExportedRunner(Path(source), device)
     if suffix == '.safetensors' or checkpoint:
         model = load_model(checkpoint, source) if checkpoint else load_model(source)
-        return TorchRunner(model, device, dtype)
-    try:
-        return TorchRunner(timm.create_model(source, pretrained=True), device, dtype)
-    except (RuntimeError, ValueError, OSError) as e:
-        reason = str(e).strip().split('\n')[0]
-        raise InputError(f'{source} is no model with weights ({reason}); name weights with --checkpoint.') from e
+    else:
+        model = load_pretrained(source)
+    return TorchRunner(model, resolve_device(device), dtype)
 
 
 class TorchRunner:
@@ -80,14 +89,15 @@ class TorchRunner:
 class ExportedRunner:
     """An ONNX file or a TensorRT engine, through the runtime that deploys it."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: str) -> None:
+        on_gpu = path.suffix in runtime.ENGINE_SUFFIXES
         try:
-            runner = runtime.load(path, 'auto' if path.suffix in runtime.ENGINE_SUFFIXES else device.type)
+            runner = runtime.load(path, 'auto' if on_gpu else 'cpu' if device == 'mps' else device)
         except runtime.RuntimeInputError as e:
             raise InputError(str(e)) from e
         metadata = runner.metadata
         self.session = runner.session
-        self.kind = 'TensorRT' if path.suffix in runtime.ENGINE_SUFFIXES else 'ONNX Runtime'
+        self.kind = 'TensorRT' if on_gpu else 'ONNX Runtime'
         self.weights: Optional[str] = str(path)
         self.config = dict(metadata['preprocessing'])
         self.pixels = metadata['input']['range'] == 'pixels'

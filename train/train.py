@@ -54,9 +54,10 @@ from train.augment import DataConfig
 from train.checkpoint import TrainState
 from train.config import SETTINGS, dump_args, parse_args, refusing
 from train.data import InMemorySet, get_class_names
-from train.engine import create_accelerator, describe_hardware, start_trackers
+from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
+from train.hardware import describe_hardware
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
