@@ -239,6 +239,54 @@ def run_selftest(args: argparse.Namespace) -> None:
         raise InputError(f'{len(failed)} of {len(report["rows"])} steps failed, see the table.')
 
 
+def add_push(commands: argparse._SubParsersAction) -> None:
+    from export.images import add_image_options
+    command = commands.add_parser(
+        'push', help='publish weights, exports and a card on the Hugging Face Hub',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_options(command)
+    command.add_argument('--repo', required=True, metavar='USER/NAME')
+    command.add_argument(
+        '--precisions', nargs='+', default=['fp32', 'fp16', 'int8'],
+        choices=['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt'], help='of the ONNX files; fp32 is always there')
+    command.add_argument('--engines', type=Path, nargs='+', default=[], metavar='FILE', help='engines to go with them')
+    command.add_argument('--card', type=Path, metavar='README.md', help='card to take instead of the rendered one')
+    command.add_argument('--private', action='store_true')
+    command.add_argument('--revision', help='branch, created if need be')
+    command.add_argument('--tag', help='of the commit')
+    command.add_argument('--message', default='Upload model, exports and card')
+    command.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+    command.add_argument('--deadline', type=float, default=1800., help='seconds for the upload')
+    command.add_argument('--dry-run', action='store_true', help='list the files and print the card, upload nothing')
+    add_image_options(command)
+    command.set_defaults(run=run_push)
+
+
+def run_push(args: argparse.Namespace) -> None:
+    import tempfile
+
+    from export.images import load_images
+    from export.load import load
+    from export.publish import create_files
+    from export.push import PushError, PushOptions, list_files, push
+    model = load(args.model, args.checkpoint)
+    images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = create_files(folder, model, args.repo, args.precisions, args.engines, images, args.card)
+        print('\n'.join(list_files(folder, files)))
+        if args.dry_run:
+            print((folder / 'README.md').read_text())
+            return
+        options = PushOptions(
+            args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
+        try:
+            print(push(folder, files, options))
+        except PushError as e:  # nobody's input: 1, for a script to try again
+            print(f'error: {e}', file=sys.stderr)
+            sys.exit(1)
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Run a command.
 
@@ -254,6 +302,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     add_triton(commands)
     add_bench(commands)
     add_selftest(commands)
+    add_push(commands)
     args = parser.parse_args(argv)
     args.run(args)
 

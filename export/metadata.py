@@ -22,7 +22,8 @@ quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symme
     how many), and float_nodes, the names of convolutions kept in floating point.
 parity: comparison with PyTorch in float32, see export/parity.py.
 
-Only in the sidecar: file_sha256 of the file beside it, and for an engine `engine`, see export/tensorrt.py.
+Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
+export/tensorrt.py.
 """
 import hashlib
 import json
@@ -92,11 +93,12 @@ def sidecar(path: Path) -> Path:
 
 
 def write_sidecar(path: Path, metadata: Dict[str, Any]) -> None:
-    """Write the metadata of a file beside it, with the file's hash."""
+    """Write the metadata of a file beside it, with the file's hash and size."""
     target = sidecar(path)
     with writing(target) as tmp:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        tmp.write_text(json.dumps(dict(metadata, file_sha256=digest), indent=1) + '\n')
+        content = path.read_bytes()
+        own = dict(file_sha256=hashlib.sha256(content).hexdigest(), file_bytes=len(content))
+        tmp.write_text(json.dumps({**metadata, **own}, indent=1) + '\n')
         os.replace(tmp, target)
 
 

@@ -141,6 +141,7 @@ def test_sidecar_says_what_the_file_says(exported):
     _, weights, _, patches = exported
     sidecar = json.loads(patches.with_name('patches.onnx.json').read_text())
     assert sidecar.pop('file_sha256') == hashlib.sha256(patches.read_bytes()).hexdigest()
+    assert sidecar.pop('file_bytes') == patches.stat().st_size
     properties = {p.key: p.value for p in onnx.load(patches).metadata_props}
     assert set(properties) == set(sidecar)
     for key, value in sidecar.items():

@@ -86,7 +86,9 @@ def test_engine_and_sidecar(files, tmp_path, name, options):
     sidecar = json.loads((tmp_path / 'x.engine.json').read_text())
     assert sidecar['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     engine = sidecar.pop('engine')
-    assert {**sidecar, 'file_sha256': source['file_sha256']} == source  # all that is known of the ONNX file
+    own = {key: source[key] for key in ('file_sha256', 'file_bytes')}
+    assert sidecar['file_bytes'] == path.stat().st_size
+    assert {**sidecar, **own} == source  # all that is known of the ONNX file
     assert engine['onnx_sha256'] == source['file_sha256'] and engine['backend'] == 'tensorrt_rtx'
     assert all(f'engine.{key}' in export.tensorrt.__doc__ for key in engine)
     batches = options.get('batches', EngineOptions.batches)

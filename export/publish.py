@@ -1,0 +1,117 @@
+"""The files of a Hub repository, ready in a folder, and proven to load back."""
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+import torch
+from timm.models import save_for_hf
+
+from export.images import Images
+from export.metadata import describe_model, hash_weights, load_metadata, sidecar
+from export.onnx import OnnxOptions, export_onnx
+from export.runtime import ENGINE_SUFFIXES
+from hub_cards.card import FILES, find_card, render, render_plain
+from timm_tmblock.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def create_files(
+        folder: Path,
+        model: Any,
+        repo: str,
+        precisions: Sequence[str],
+        engines: Sequence[Path],
+        images: Images,
+        card: Optional[Path] = None,
+) -> List[Path]:
+    """Write everything that is to be published.
+
+    config.json and model.safetensors as timm and transformers read them; onnx/ with a sidecar for each file, compared
+    with PyTorch; engines/ with theirs; runtime.py; README.md and its pictures.
+
+    Args:
+        folder: Empty folder to write to.
+        model: Network with trained weights, in evaluation mode.
+        repo: Name of the repository, for the card.
+        precisions: Keys of hub_cards.card.FILES; fp32 is always among them.
+        engines: Engines to go with the ONNX files.
+        images: For calibration and comparison.
+        card: README.md to take instead of the rendered one.
+
+    Returns:
+        The files, relative to the folder, sorted.
+
+    Raises:
+        InputError: If an engine is of other weights, or something does not load back.
+        ParityError: If an ONNX file does not give what PyTorch gives.
+    """
+    save_model(model, folder)
+    check_loads_back(model, folder)
+    patches = getattr(model, 'has_template_matching', False)
+    (folder / 'onnx').mkdir()
+    exports = {}
+    for key in dict.fromkeys(('fp32', *precisions)):
+        precision, _, target = key.partition('-')
+        options = OnnxOptions(precision, target or 'cpu', patch_logits=patches)
+        exports[key] = export_onnx(model, folder / FILES[key], options, images)
+    weights = hash_weights(model)
+    for path in engines:
+        _add_engine(folder, path, weights)
+    shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
+    readme = folder / 'README.md'
+    if card is not None:
+        readme.write_text(card.read_text())
+    else:
+        name = find_card(weights)
+        readme.write_text(str(render(name, repo) if name else render_plain(model, repo, exports)))
+        if name:
+            _add_pictures(name, folder)
+    return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write config.json and model.safetensors, for timm and for transformers' TimmWrapper."""
+    names = list(model.pretrained_cfg.get('label_names') or ())
+    save_for_hf(
+        model, str(folder), model_config=dict(label_names=names) if names else None, safe_serialization=True)
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # TimmWrapper would pass it twice
+    path.write_text(json.dumps(config, indent=2) + '\n')
+
+
+def check_loads_back(model: Any, folder: Path) -> None:
+    """
+    Raises:
+        InputError: If timm gets other logits from the folder.
+    """
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    config = describe_model(model, timm.data.resolve_model_data_config(model))['preprocessing']
+    x = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        same = torch.equal(model(x), loaded(x))
+    if not same:
+        raise InputError('What was saved gives other logits than the model: config.json cannot tell its arguments.')
+
+
+def _add_engine(folder: Path, path: Path, weights: str) -> None:
+    if path.suffix not in ENGINE_SUFFIXES:
+        raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}.')
+    metadata = load_metadata(path)
+    if metadata['weights_sha256'] != weights:
+        raise InputError(f'{path} was built from other weights; build it again.')
+    built: Dict[str, Any] = metadata['engine']
+    gpu = f'sm{built["gpu"]["compute_capability"].replace(".", "")}' if built['gpu'] else 'any'
+    target = folder / 'engines' / f'{built["backend"]}-{built["version"]}-{gpu}' / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    shutil.copyfile(sidecar(path), sidecar(target))
+
+
+def _add_pictures(name: str, folder: Path) -> None:
+    from hub_cards.card import load_data
+    for path in load_data(name)['pictures'].values():
+        shutil.copyfile(ROOT / path, folder / Path(path).name)

@@ -1,0 +1,232 @@
+"""Publishing to the Hugging Face Hub: one commit, all of it or nothing.
+
+Why not `upload_folder`: it makes several commits, so that a reader may find half a model. Why operations are built anew
+for each try: a commit whose answer was lost has landed, and the same files then make no second one.
+"""
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from timm_tmblock.errors import InputError
+
+TRIES = 5
+WAITS = (1., 2., 4., 8.)  # seconds between them
+# of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
+FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
+
+
+class PushError(RuntimeError):
+    """The Hub or the network failed; the message is one sentence, and trying again later may do."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where to, and how."""
+    repo: str
+    private: bool = False
+    revision: Optional[str] = None
+    tag: Optional[str] = None
+    message: str = 'Upload model, exports and card'
+    create_pr: bool = False
+    deadline: float = 1800.  # seconds for all of it
+
+
+def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callable[[str], None] = print) -> str:
+    """Publish files as one commit and verify what arrived.
+
+    Args:
+        folder: Folder the files are in.
+        files: Files relative to it, which is what they are called on the Hub.
+        options: Where to.
+        say: Told what happens.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        InputError: For a token, a name or rights that will not do. Nothing was uploaded.
+        PushError: If the Hub or the network failed, or the deadline passed. Nothing is half-published.
+    """
+    result: Dict[str, Any] = {}
+    end = time.monotonic() + options.deadline
+
+    def work() -> None:
+        try:
+            result['url'] = _Push(folder, files, options, end, say).run()
+        except BaseException as e:
+            result['error'] = e
+
+    # in a thread, as the client's own tries know no deadline
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(options.deadline)
+    if thread.is_alive():
+        raise PushError(
+            f'The Hub did not finish within {options.deadline:g} s; the repository has all of the commit or nothing, '
+            f'so run the same command again.')
+    if 'error' in result:
+        raise result['error']
+    return result['url']
+
+
+class _Push:
+    def __init__(
+            self,
+            folder: Path,
+            files: Sequence[Path],
+            options: PushOptions,
+            end: float,
+            say: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.files = files
+        self.options = options
+        self.end = end
+        self.say = say
+        self.token = get_token()
+        self.api = HfApi(token=self.token)
+
+    def run(self) -> str:
+        options = self.options
+        user = self._check_token()
+        self._prepare_repository()
+        commit = self._retry(self._commit, 'commit')
+        if options.create_pr:
+            return str(commit.pr_url)
+        self._verify(commit.oid)
+        if options.tag:
+            self._retry(lambda: self._tag(commit.oid), 'tag')
+        self.say(f'{user} pushed {len(self.files)} files to {options.repo} at {commit.oid[:8]}')
+        return str(commit.commit_url)
+
+    def _check_token(self) -> str:
+        if not self.token:
+            raise InputError('There is no Hub token here; run "hf auth login" or set HF_TOKEN.')
+        return self._retry(self.api.whoami, 'sign in')['name']
+
+    def _prepare_repository(self) -> None:
+        """Find the repository, or create it; never a public one for a private push."""
+        options = self.options
+        try:
+            info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
+        except _Missing:
+            if options.create_pr:
+                raise InputError(f'There is no repository {options.repo} to open a pull request in.') from None
+            self._retry(
+                lambda: self.api.create_repo(options.repo, private=options.private, exist_ok=True),
+                'create the repository')
+            info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
+        if options.private and not info.private:
+            raise InputError(
+                f'{options.repo} is there and public, so nothing pushed to it is private; make it private first, or '
+                f'leave out --private.')
+        if options.revision and not options.create_pr:
+            self._retry(
+                lambda: self.api.create_branch(options.repo, branch=str(options.revision), exist_ok=True),
+                'create the branch')
+
+    def _commit(self) -> CommitInfo:
+        options = self.options
+        head = self.api.repo_info(options.repo, revision=None if options.create_pr else options.revision).sha
+        operations = [
+            CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=self.folder / file) for file in self.files]
+        return self.api.create_commit(
+            options.repo, operations, commit_message=options.message, revision=options.revision,
+            create_pr=options.create_pr, parent_commit=head)
+
+    def _verify(self, revision: str) -> None:
+        tree = self._retry(
+            lambda: {
+                item.path: (item.lfs.sha256 if item.lfs else item.blob_id)
+                for item in self.api.list_repo_tree(self.options.repo, recursive=True, revision=revision)
+                if isinstance(item, RepoFile)},
+            'list what arrived')
+        for file in self.files:
+            content = (self.folder / file).read_bytes()
+            git = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+            if tree.get(file.as_posix()) not in (git, hashlib.sha256(content).hexdigest()):
+                raise PushError(f'{file} on the Hub is not what was pushed; run the same command again.')
+
+    def _tag(self, revision: str) -> None:
+        options = self.options
+        try:
+            self.api.create_tag(options.repo, tag=str(options.tag), revision=revision)
+        except HfHubHTTPError as e:
+            if _status(e) != 409:
+                raise
+            if self.api.repo_info(options.repo, revision=options.tag).sha != revision:
+                raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.') from e
+
+    def _retry(self, call: Callable[[], Any], doing: str) -> Any:
+        """The result of a call; what may pass is tried again.
+
+        Raises:
+            InputError: For what the user can mend.
+            PushError: For what did not pass.
+        """
+        for attempt in range(TRIES):
+            try:
+                return call()
+            except (InputError, PushError):
+                raise
+            except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+                raise _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it.') from e
+            except FAILURES as e:
+                if isinstance(e, ValueError) and not isinstance(e, json.JSONDecodeError):
+                    raise InputError(f'The Hub refuses it: {self._clean(e)}.') from e
+                status = _status(e)
+                if status in (401, 403, 404):
+                    raise self._refusal(status, doing) from e
+                wait = _wait(e, attempt)
+                if attempt == TRIES - 1 or time.monotonic() + wait > self.end or (status and status in (400, 413, 422)):
+                    raise PushError(f'Could not {doing}: {self._clean(e)}; try again later.') from e
+                self.say(f'could not {doing} ({self._clean(e)}), trying again in {wait:g} s')
+                time.sleep(wait)
+        raise AssertionError
+
+    def _refusal(self, status: int, doing: str) -> Exception:
+        if status == 401:
+            return InputError('The Hub does not accept the token; run "hf auth login" with a valid one.')
+        if status == 403:
+            return InputError(
+                f'The token may not {doing} in {self.options.repo}; use one with write access, or --create-pr.')
+        return _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it.')
+
+    def _clean(self, error: BaseException) -> str:
+        """One line that says what happened, without the token."""
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = _status(cause)
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        text = f'HTTP {status}, {lines[-1]}' if status else lines[0]
+        return (text.replace(self.token, '***') if self.token else text).rstrip('.')[:200]
+
+
+class _Missing(InputError):
+    """There is no such repository or revision."""
+
+
+def _status(error: BaseException) -> Optional[int]:
+    response = getattr(error, 'response', None)
+    return None if response is None else response.status_code
+
+
+def _wait(error: BaseException, attempt: int) -> float:
+    """Seconds before the next try: what the server asks for, or twice as long each time."""
+    response = getattr(error, 'response', None)
+    asked = '' if response is None else response.headers.get('Retry-After', '')
+    return float(asked) if asked.isdigit() else WAITS[min(attempt, len(WAITS) - 1)]
+
+
+def list_files(folder: Path, files: Sequence[Path]) -> List[str]:
+    """A line for each file with its size, and the total."""
+    sizes = [(folder / file).stat().st_size for file in files]
+    lines = [f'{size / 1e6:10.3f} MB  {file.as_posix()}' for file, size in zip(files, sizes)]
+    return [*lines, f'{sum(sizes) / 1e6:10.3f} MB  in {len(files)} files']

@@ -1,0 +1,40 @@
+"""Render the model cards.
+
+    python -m hub_cards                       # all of them, into hub_cards/rendered
+    python -m hub_cards rn26_tm.cifar10
+    python -m hub_cards --check               # fails when one is stale
+"""
+import argparse
+import os
+from typing import List, Optional
+
+from hub_cards.card import RENDERED, list_cards, render
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError, exiting_on_input_error
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: For a card that cannot be rendered or, with --check, is stale.
+    """
+    parser = argparse.ArgumentParser(prog='python -m hub_cards', description='Render the model cards.')
+    parser.add_argument('models', nargs='*', metavar='MODEL', help=f'all if not given: {", ".join(list_cards())}')
+    parser.add_argument('--check', action='store_true', help='write nothing, fail when a card is stale')
+    args = parser.parse_args(argv)
+    for name in args.models or list_cards():
+        path, text = RENDERED / f'{name}.md', str(render(name))
+        if args.check:
+            if not path.is_file() or path.read_text() != text:
+                raise InputError(f'{path.name} is stale; run python -m hub_cards and commit it.')
+            continue
+        with writing(path) as tmp:
+            tmp.write_text(text)
+            os.replace(tmp, path)
+        print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    with exiting_on_input_error():
+        main()

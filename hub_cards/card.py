@@ -1,0 +1,192 @@
+"""Model cards whose every number is read from a committed result."""
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import timm_tmblock  # noqa: F401  registers the models
+from timm_tmblock.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / 'hub_cards' / 'models'
+RENDERED = ROOT / 'hub_cards' / 'rendered'
+TEMPLATE = ROOT / 'hub_cards' / 'card.md.jinja'
+# names of the files on the Hub, by precision and target
+FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onnx/model_bf16.onnx',
+         'int8': 'onnx/model_int8.onnx', 'int8-tensorrt': 'onnx/model_int8_tensorrt.onnx'}
+REQUIRED = (
+    'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'latency',
+    'pictures', 'notes')
+TAGS = ['image-classification', 'timm', 'template-matching', 'explainability', 'onnx', 'tensorrt', 'arxiv:2210.00992']
+
+
+def list_cards() -> List[str]:
+    """Names of the models that have a card."""
+    return sorted(path.stem for path in MODELS.glob('*.yaml'))
+
+
+def load_data(name: str) -> Dict[str, Any]:
+    """The data file of a model.
+
+    Raises:
+        InputError: If there is none, or a field is missing.
+    """
+    path = MODELS / f'{name}.yaml'
+    if not path.is_file():
+        raise InputError(f'There is no card of {name!r}; there are {", ".join(list_cards())}.')
+    data = yaml.safe_load(path.read_text())
+    missing = [field for field in REQUIRED if field not in data]
+    if missing:
+        raise InputError(f'{path.name} lacks {", ".join(missing)}.')
+    return data
+
+
+def find_card(weights_sha256: str) -> Optional[str]:
+    """The card of these weights, if there is one."""
+    for name in list_cards():
+        data = load_data(name)
+        if _load_json(f'{data["exports"]}/{data["model"]}.fp32.onnx.json')['weights_sha256'] == weights_sha256:
+            return name
+    return None
+
+
+def render_plain(model: Any, repo: str, exports: Dict[str, Dict[str, Any]]) -> ModelCard:
+    """The card of a network without measured results: what it is, its files and how to use them.
+
+    Args:
+        model: Network, with timm's pretrained_cfg.
+        repo: Hub repository it is for.
+        exports: Metadata of the ONNX files, by key of FILES.
+    """
+    first = exports['fp32']
+    card_data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=first['license'],
+        tags=TAGS,
+    )
+    files = [
+        dict(path=FILES[key], precision=key, same_class=100 * e['parity']['outputs']['logits']['same_class'])
+        for key, e in exports.items()]
+    return ModelCard.from_template(
+        card_data,
+        template_str=(TEMPLATE.parent / 'plain.md.jinja').read_text(),
+        name=repo.split('/')[-1],
+        repo=repo,
+        model=first['model'],
+        class_names=first['class_names'],
+        preprocessing=first['preprocessing'],
+        parameters=sum(p.numel() for p in model.parameters()),
+        files=files,
+        images=first['parity']['images'],
+        has_patches=len(first['outputs']) > 1,
+    )
+
+
+def _load_json(path: str) -> Any:
+    file = ROOT / path
+    if not file.is_file():
+        raise InputError(f'The card needs {path}, which is not there; run the command that writes it.')
+    return json.loads(file.read_text())
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """
+    Raises:
+        InputError: For a number that is none.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(item, f'{where}.{key}')
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_numbers(item, f'{where}[{i}]')
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f'{where} is {value}; a card tells finite numbers alone.')
+
+
+def render(name: str, repo: str = '') -> ModelCard:
+    """The card of a model.
+
+    Args:
+        name: Model and tag, as in `list_cards`.
+        repo: Hub repository it is for, 'USER/NAME' if not known.
+
+    Raises:
+        InputError: If a result is missing or no number.
+    """
+    data = load_data(name)
+    evaluation, training = _load_json(data['evaluation']), _load_json(data['training'])
+    latency = _load_json(data['latency'])
+    for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
+        _check_numbers(result, f'{data.get(where, where)}: {where}')
+    for field in ('top1', 'top5', 'ece', 'flip_top1', 'patch_accuracy', 'images'):
+        if evaluation.get(field) is None:
+            raise InputError(f'{data["evaluation"]} has no {field}; run train/evaluate.py --tta flip again.')
+    sidecars = {key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in FILES}
+    for key, sidecar in sidecars.items():
+        _check_numbers(sidecar, f'{data["exports"]}/{key}')
+    rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
+    rate_of = {key: rates.get(f'{data["model"]} {key}') for key in FILES}
+    files = []
+    for key, path in FILES.items():
+        parity = sidecars[key]['parity']
+        output = parity['outputs']['logits']
+        files.append(dict(
+            path=path,
+            precision=key.replace('-', ' for ') if '-' in key else key,
+            megabytes=f'{sidecars[key]["file_bytes"] / 1e6:.2f}',
+            parity=parity,
+            difference=output['max_relative_difference'],
+            same_class=output['same_class'],
+            rate='' if rate_of[key] is None else f'{rate_of[key]:.0f}',
+        ))
+    model = timm.create_model(data['model'])
+    first = sidecars['fp32']
+    patches = first['outputs'][1]
+    dataset = data['dataset']
+    metrics = dict(accuracy=('Top-1 accuracy', evaluation['top1']), top5=('Top-5 accuracy', evaluation['top5']))
+    card_data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=data['license'],
+        datasets=[dataset['id']],
+        metrics=['accuracy'],
+        tags=TAGS,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification', dataset_type=dataset['id'], dataset_name=dataset['name'],
+                dataset_split=dataset['split'], metric_type='accuracy' if key == 'accuracy' else 'top-5-accuracy',
+                metric_name=label, metric_value=round(float(value), 2), verified=None)
+            for key, (label, value) in metrics.items()],
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE.read_text(),
+        name=name,
+        repo=repo or f'USER/{name}',
+        model=data['model'],
+        description=data['description'],
+        notes=data['notes'],
+        dataset=dataset,
+        recipe=data['recipe'],
+        class_names=first['class_names'],
+        preprocessing=first['preprocessing'],
+        regions='×'.join(map(str, patches['shape'][2:])),
+        stride=patches['stride'],
+        parameters=sum(p.numel() for p in model.parameters()),
+        epochs=training['epochs'],
+        seed=training['seed'],
+        versions=evaluation['versions'],
+        evaluation=evaluation,
+        training_hardware=training.get('hardware', 'hardware in the recipe'),
+        files=files,
+        rates=dict(torch=f'{rates["eager, prepared"]:.0f} (eager)' if 'eager, prepared' in rates else ''),
+        latency=latency,
+        bf16=True,
+    )

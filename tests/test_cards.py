@@ -1,0 +1,148 @@
+"""Cards tell what the committed results say, their snippets run, and a stale or broken one is refused."""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import hub_cards.card as cards
+from export.onnx import OnnxOptions
+from hub_cards.__main__ import main
+from timm_tmblock.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+NAMES = cards.list_cards()
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The data and results of the first card, where they can be spoilt."""
+    data = cards.load_data(NAMES[0])
+    for path in (data['training'], data['evaluation'], data['latency'], data['exports'], 'hub_cards'):
+        source, target = ROOT / path, tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    monkeypatch.setattr(cards, 'ROOT', tmp_path)
+    monkeypatch.setattr(cards, 'MODELS', tmp_path / 'hub_cards' / 'models')
+    return tmp_path, data
+
+
+def test_every_pretrained_model_has_a_card_and_none_is_stale():
+    import timm_tmblock  # noqa: F401
+    files = {n: timm.get_pretrained_cfg(n).file for n in timm.list_pretrained('*')}
+    shipped = [n for n, file in files.items() if file and 'timm_tmblock' in str(file)]
+    assert NAMES == sorted(shipped)
+    main(['--check'])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_numbers_are_those_of_the_results(name):
+    data, text = cards.load_data(name), (cards.RENDERED / f'{name}.md').read_text()
+    evaluation = json.loads((ROOT / data['evaluation']).read_text())
+    card = ModelCard(text)
+    results = {r.metric_type: r for r in card.data.eval_results}
+    assert results['accuracy'].metric_value == round(evaluation['top1'], 2)
+    assert (results['accuracy'].dataset_type, results['accuracy'].dataset_split) == ('uoft-cs/cifar10', 'test')
+    assert f'Top-1 {evaluation["top1"]:.2f} %' in text
+    assert f'{evaluation["patch_accuracy"]:.1f} % of the regions' in text
+    for key, path in cards.FILES.items():
+        sidecar = json.loads((ROOT / data['exports'] / f'{data["model"]}.{key}.onnx.json').read_text())
+        row = next(line for line in text.splitlines() if line.startswith(f'| `{path}`'))
+        assert f'| {sidecar["parity"]["top1"]["exported"]:.2f} % |' in row
+        assert f'| {sidecar["file_bytes"] / 1e6:.2f} |' in row
+    for picture in re.findall(r'!\[[^]]*\]\(([^)]+)\)', text):
+        assert picture in {Path(p).name for p in data['pictures'].values()}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_front_matter_is_plain_and_complete(name):
+    text = (cards.RENDERED / f'{name}.md').read_text()
+    front = yaml.safe_load(text.split('---\n')[1])
+    assert front['library_name'] == 'timm' and front['pipeline_tag'] == 'image-classification'
+    assert front['license'] == 'apache-2.0' and front['datasets'] and 'timm' in front['tags']
+    for result in front['model-index'][0]['results']:
+        assert result['task']['type'] and result['dataset']['type'] and result['dataset']['name']
+        for metric in result['metrics']:
+            assert type(metric['value']) in (int, float) and math.isfinite(metric['value']) and metric['type']
+    assert '!!python' not in text and '{{' not in text and '{%' not in text
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_snippets_run(name, tmp_path, write_unchecked):
+    text = str(cards.render(name, 'user/net'))
+    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    assert len(blocks) == 3 and 'hf-hub:user/net' in blocks[0]
+    data = cards.load_data(name)
+    model = timm.create_model(f'{data["model"]}.{data["tag"]}', pretrained=True).eval()
+    from export.publish import save_model
+    save_model(model, tmp_path / 'net')
+    (tmp_path / 'onnx').mkdir()
+    write_unchecked(model, tmp_path / 'onnx' / 'model.onnx', OnnxOptions(patch_logits=True))
+    image = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
+    code = f'from PIL import Image\nimage = Image.open({str(image)!r})\n' + ''.join(blocks)
+    code = code.replace('hf-hub:user/net', f'local-dir:{tmp_path / "net"}')
+    run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith('ship torch.Size([1, 10, 8, 8])') and lines[-1] == 'ship'
+    with Image.open(tmp_path / 'explained.png') as picture:
+        assert picture.width > 500
+    shutil.copy(ROOT / 'export' / 'runtime.py', tmp_path)
+    command = next(line for line in text.splitlines() if line.startswith('python runtime.py run onnx/'))
+    shutil.copy(image, tmp_path / 'photo.jpg')
+    run = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and 'photo.jpg: ship' in run.stdout, run.stderr
+
+
+def test_card_of_weights_without_results_says_so(tmp_path):
+    from timm_tmblock.checkpoint import load_model, save_weights
+    model = timm.create_model('rn26', num_classes=2)
+    description = dict(model='rn26', num_classes=2, label_names=['ant', 'bee'])
+    save_weights(tmp_path / 'w.safetensors', model.state_dict(), description)
+    exports = {'fp32': dict(
+        model='rn26', license='apache-2.0', class_names=['ant', 'bee'], outputs=[{}],
+        preprocessing=dict(input_size=[3, 32, 32]), parity=dict(images=80, outputs=dict(logits=dict(same_class=1.))))}
+    text = str(cards.render_plain(load_model(tmp_path / 'w.safetensors'), 'user/ants', exports))
+    assert 'ant, bee' in text and 'has not been measured' in text and 'hf-hub:user/ants' in text
+    assert 'which class each region' not in text and '| `onnx/model.onnx` | fp32 | 100.00 % |' in text
+    assert ModelCard(text).data.library_name == 'timm'
+
+
+def spoil(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_missing_and_broken_numbers_are_refused(copied):
+    root, data = copied
+    cards.render(NAMES[0])
+    spoil(root / data['evaluation'], top1=float('nan'))
+    with pytest.raises(InputError, match='evaluation.json: evaluation.top1 is nan; a card tells finite numbers alone'):
+        cards.render(NAMES[0])
+    spoil(root / data['evaluation'], top1=None)
+    with pytest.raises(InputError, match='evaluation.json has no top1; run train/evaluate.py'):
+        cards.render(NAMES[0])
+    (root / data['evaluation']).unlink()
+    with pytest.raises(InputError, match='needs train/results/.*evaluation.json, which is not there'):
+        cards.render(NAMES[0])
+    (root / 'hub_cards' / 'models' / f'{NAMES[0]}.yaml').write_text('model: rn26_tm\n')
+    with pytest.raises(InputError, match=r'lacks tag, description'):
+        cards.render(NAMES[0])
+    with pytest.raises(InputError, match="There is no card of 'nothing'"):
+        cards.render('nothing')
+
+
+def test_stale_card_is_found(copied):
+    root, data = copied
+    evaluation = json.loads((root / data['evaluation']).read_text())
+    spoil(root / data['evaluation'], top1=evaluation['top1'] + 1)
+    with pytest.raises(InputError, match='is stale; run python -m hub_cards and commit it'):
+        main(['--check', NAMES[0]])

@@ -1,0 +1,287 @@
+"""Publishing, with the real client over HTTP against a stand-in Hub: one commit or nothing, whatever fails."""
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import READ, WRITE, Fault, Hub
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = os.urandom(20_000) + b'\0'
+DRIVER = '''
+import json, os, sys
+from pathlib import Path
+import export.push
+from export.push import PushError, PushOptions, push
+from timm_tmblock.errors import InputError
+export.push.WAITS = (0.05,)
+import huggingface_hub.utils._http as http
+real = http.time.sleep
+http.time.sleep = lambda seconds: real(min(seconds, 0.05))  # the client's own waits
+for line in sys.stdin:
+    request = json.loads(line)
+    os.environ.pop('HF_TOKEN', None)
+    os.environ.update({'HF_TOKEN': request['token']} if request['token'] else {})
+    folder, said = Path(request['folder']), []
+    files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
+    try:
+        answer = dict(kind='', text=push(folder, files, PushOptions(**request['options']), said.append))
+    except (InputError, PushError) as e:
+        answer = dict(kind=type(e).__name__, text=str(e))
+    print(json.dumps(dict(answer, said=said)), flush=True)
+'''
+
+
+class Driver:
+    """A process with the real client, which reads where the Hub is when it is imported."""
+
+    def __init__(self, hub, log):
+        self.log = log
+        with log.open('w') as out:
+            self.process = subprocess.Popen(
+                [sys.executable, '-c', DRIVER], cwd=ROOT, env=environment(hub), stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=out, text=True)
+
+    def ask(self, folder, token, options):
+        request = dict(folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options))
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    hub = Hub()
+    driver = Driver(hub, tmp_path_factory.mktemp('driver') / 'log')
+    yield hub, driver
+    driver.process.kill()
+    driver.process.communicate()
+    hub.close()
+
+
+@pytest.fixture
+def hub(server):
+    hub, driver = server
+    for state in (hub.repositories, hub.blobs, hub.faults, hub.requests):
+        state.clear()
+    hub.driver = driver
+    yield hub
+    assert hub.leaks == []
+    assert not any(secret in driver.log.read_text() for secret in (WRITE, READ, 'hf_wrong'))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / 'files'
+    (folder / 'onnx').mkdir(parents=True)
+    (folder / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# A model\n')
+    (folder / 'config.json').write_text('{"architecture": "rn26_tm"}\n')
+    (folder / 'model.safetensors').write_bytes(WEIGHTS)
+    (folder / 'onnx' / 'model.onnx').write_bytes(b'\0' + WEIGHTS)
+    return folder
+
+
+def environment(hub, token=WRITE, **more):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
+    return {**keep, 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HOME': '/nonexistent', 'HF_TOKEN': token, **more}
+
+
+def run(hub, folder, token=WRITE, **options):
+    """Name of the error, '' if there was none, and what was said; one sentence, and no token."""
+    hub.driver.ask(folder, token, options)
+    answer = json.loads(hub.driver.process.stdout.readline())
+    text = '\n'.join([*answer['said'], answer['text']])
+    assert not any(secret in text for secret in (WRITE, READ, 'hf_wrong')) and '\n' not in answer['text']
+    return answer['kind'], answer['text']
+
+
+def is_complete(hub, folder, revision='main', name='me/net'):
+    commit = hub.repositories[name].find(revision)
+    expected = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    return {path: f['content'] for path, f in commit['files'].items()} == expected
+
+
+def count(hub, name='me/net'):
+    """Commits after the one that creating a repository makes."""
+    return len(hub.repositories[name].commits) - 1
+
+
+def test_push_is_one_commit_with_a_tag_and_again_none(hub, folder):
+    kind, text = run(hub, folder, private=True, tag='v1', message='First')
+    assert kind == '', text
+    repository = hub.repositories['me/net']
+    assert repository.private and count(hub) == 1 and is_complete(hub, folder)
+    assert repository.commits[-1]['message'] == 'First' and repository.tags == {'v1': repository.branches['main']}
+    assert f'commit/{repository.branches["main"]}' in text
+    assert run(hub, folder, private=True, tag='v1')[0] == '' and count(hub) == 1
+    (folder / 'config.json').write_text('{}\n')
+    kind, text = run(hub, folder, private=True, tag='v1')
+    assert kind == 'InputError' and text == 'The tag v1 is there already, on another commit; choose another.'
+    assert count(hub) == 2 and is_complete(hub, folder)
+
+
+def test_branch_and_pull_request(hub, folder):
+    hub.create('me/net')
+    assert run(hub, folder, revision='next')[0] == ''
+    assert is_complete(hub, folder, 'next') and hub.repositories['me/net'].find('main')['files'] == {}
+    kind, text = run(hub, folder, token=READ, create_pr=True)
+    assert kind == '' and '/discussions/1' in text and is_complete(hub, folder, 'refs/pr/1')
+    assert hub.repositories['me/net'].find('main')['files'] == {}
+
+
+@pytest.mark.parametrize('token, options, message', [
+    (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
+    ('hf_wrong', {}, 'The Hub does not accept the token'),
+    (READ, {}, 'The token may not create the repository in me/net; use one with write access'),
+    (WRITE, dict(repo='no'), 'The Hub refuses it|is not there'),
+    (WRITE, dict(repo='a b/c'), 'The Hub refuses it'),
+    (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
+])
+def test_what_the_user_can_mend_is_one_sentence_and_uploads_nothing(hub, folder, token, options, message):
+    kind, text = run(hub, folder, token, **options)
+    assert kind in ('InputError', '_Missing') and re.search(message, text), text
+    assert not hub.blobs and not any('commit/' in r for r in hub.requests)
+
+
+def test_private_push_never_goes_to_a_public_repository(hub, folder):
+    hub.create('me/net')
+    kind, text = run(hub, folder, private=True)
+    assert kind == 'InputError' and 'me/net is there and public' in text and not hub.blobs and count(hub) == 0
+
+
+def test_read_token_cannot_write_to_a_repository_that_is_there(hub, folder):
+    hub.create('me/net')
+    kind, text = run(hub, folder, token=READ)
+    assert kind == 'InputError'
+    assert 'The token may not commit in me/net; use one with write access, or --create-pr' in text
+    assert not hub.blobs and count(hub) == 0
+
+
+COMMIT, LFS, YAML = r'/commit/main', r'/info/lfs/objects/batch', r'/api/validate-yaml'
+
+
+@pytest.mark.parametrize('faults', [
+    [Fault('POST', COMMIT, status=503, times=3)],
+    [Fault('POST', COMMIT, status=504, after=True)],
+    [Fault('POST', COMMIT, cut=True, after=True)],
+    [Fault('POST', COMMIT, cut=True)],
+    [Fault('POST', COMMIT, status=429, headers={'Retry-After': '0'})],
+    [Fault('POST', COMMIT, status=412, body=b'{"error": "A commit has happened since"}')],
+    [Fault('POST', YAML, status=503, body=b'<html>busy</html>')],
+    [Fault('POST', LFS, status=500, times=2), Fault('PUT', '/blobs/', status=503, times=2)],
+    [Fault('PUT', '/blobs/', cut=True, times=2)],
+    [Fault('POST', '/preupload/', status=502)],
+    [Fault('POST', '/api/repos/create', status=500)],
+    [Fault('GET', '/api/whoami-v2', status=503)],
+    [Fault('POST', '/tag/', cut=True, after=True)],
+    [Fault('GET', '/tree/', status=500)],
+], ids=lambda faults: ' '.join(f'{f.path}-{f.status or "cut"}{"-after" * f.after}' for f in faults))
+def test_what_passes_is_tried_again_and_makes_one_commit(hub, folder, faults):
+    hub.faults += faults
+    kind, text = run(hub, folder, tag='v1')
+    assert kind == '', text
+    assert all(f.times == 0 for f in faults)
+    assert count(hub) == 1 and is_complete(hub, folder)
+    assert hub.repositories['me/net'].tags == {'v1': hub.repositories['me/net'].branches['main']}
+
+
+def test_others_commit_in_between_is_kept(hub, folder):
+    repository = hub.create('me/net')
+
+    class Race(Fault):
+        @property
+        def status(self):
+            if self.times == 0 and not repository.find('main')['files']:  # as it is answered
+                other = dict(oid='0' * 40, size=1, lfs=False, content=b'x')
+                repository.branches['main'] = repository.add('of somebody else', {'NOTES.md': other})
+            return 0
+
+        @status.setter
+        def status(self, value):
+            pass
+
+    hub.faults.append(Race('POST', '/preupload/'))
+    kind, text = run(hub, folder)
+    assert kind == '', text
+    files = repository.find('main')['files']
+    assert files['NOTES.md']['content'] == b'x' and files['model.safetensors']['content'] == WEIGHTS and count(hub) == 2
+
+
+@pytest.mark.parametrize('fault, message', [
+    (Fault('POST', COMMIT, status=503, times=99), 'Could not commit: HTTP 503'),
+    (Fault('PUT', '/blobs/', status=503, times=999), 'Could not commit: HTTP 503'),
+    (Fault('GET', '/api/models/me/net', status=500, times=99), 'Could not look for the repository: HTTP 500'),
+])
+def test_what_does_not_pass_ends_with_one_sentence_and_nothing_published(hub, folder, fault, message):
+    hub.create('me/net')
+    hub.faults.append(fault)
+    kind, text = run(hub, folder)
+    assert kind == 'PushError' and message in text and text.endswith('try again later.')
+    assert count(hub) == 0
+
+
+def test_deadline_ends_a_push_that_hangs(hub, folder):
+    hub.create('me/net')
+    hub.faults.append(Fault('POST', COMMIT, delay=5, cut=True))
+    begin = time.monotonic()
+    kind, text = run(hub, folder, deadline=2.)
+    assert kind == 'PushError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
+
+
+def test_killed_push_leaves_the_repository_as_it_was_and_the_next_one_finishes(hub, folder, tmp_path):
+    hub.create('me/net')
+    hub.faults.append(Fault('PUT', '/blobs/', skip=1, delay=60))
+    driver = Driver(hub, tmp_path / 'log')
+    driver.ask(folder, WRITE, {})
+    end = time.monotonic() + 60
+    while sum(r.startswith('PUT') for r in hub.requests) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    driver.process.kill()  # SIGKILL
+    driver.process.communicate()
+    assert count(hub) == 0 and len(hub.blobs) >= 1
+    assert run(hub, folder)[0] == '' and count(hub) == 1 and is_complete(hub, folder)
+
+
+def test_arrived_content_is_verified(hub, folder):
+    hub.create('me/net')
+    tree = [{'type': 'file', 'path': 'README.md', 'oid': '0' * 40, 'size': 3}]
+    hub.faults.append(Fault('GET', '/tree/', status=200, body=json.dumps(tree).encode(), times=9))
+    kind, text = run(hub, folder)
+    assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
+
+
+def test_command_publishes_a_model_that_timm_and_the_runtime_load(hub, tmp_path):
+    env = environment(hub, HF_HOME=str(tmp_path))
+    flags = ['--precisions', 'fp32', '--tag', 'v1']
+    command = [sys.executable, '-m', 'export', 'push', 'rn26_tm', '--repo', 'me/birds', *flags]
+    dry = subprocess.run([*command, '--dry-run'], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    assert 'onnx/model.onnx.json' in dry.stdout and 'hf-hub:me/birds' in dry.stdout and not hub.requests
+    pushed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert pushed.returncode == 0, pushed.stderr
+    files = hub.repositories['me/birds'].find('v1')['files']
+    assert set(files) == {
+        'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'evaluation.png', 'explained.png',
+        'onnx/model.onnx', 'onnx/model.onnx.json'}
+    assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
+    hub.faults.append(Fault('GET', '/api/whoami-v2', status=400, times=9))
+    failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 400')
+    hub.faults.clear()
+    code = '''
+import sys, torch, timm, timm_tmblock
+from export.runtime import load
+a, b = (timm.create_model(n, pretrained=True).eval() for n in ('rn26_tm', 'hf-hub:me/birds@v1'))
+x = torch.randn(3, 3, 32, 32)
+with torch.inference_mode():
+    assert torch.equal(a(x), b(x))
+assert b.pretrained_cfg['label_names'][8] == 'ship'
+print(load('me/birds', 'cpu', revision='v1')('train/sample/images/ship.png').label)
+'''
+    loaded = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert loaded.returncode == 0 and loaded.stdout.strip() == 'ship', loaded.stderr
+    assert hashlib.sha256(files['model.safetensors']['content']).hexdigest() in hub.blobs
