@@ -12,8 +12,9 @@
 import argparse
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from export import runtime
 
@@ -262,13 +263,27 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_push)
 
 
+@contextmanager
+def exiting_on_push_error() -> Iterator[None]:
+    """End with code 1 where the Hub failed: nobody's input, so a script may try again."""
+    from export.push import PushError
+    try:
+        yield
+    except PushError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(1)
+
+
 def run_push(args: argparse.Namespace) -> None:
     import tempfile
 
     from export.images import load_images
     from export.load import load
     from export.publish import create_files
-    from export.push import PushError, PushOptions, list_files, push
+    from export.push import PushOptions, list_files, push, sign_in
+    with exiting_on_push_error():
+        if not args.dry_run:
+            sign_in()
     model = load(args.model, args.checkpoint)
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
@@ -280,11 +295,8 @@ def run_push(args: argparse.Namespace) -> None:
             return
         options = PushOptions(
             args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
-        try:
+        with exiting_on_push_error():
             print(push(folder, files, options))
-        except PushError as e:  # nobody's input: 1, for a script to try again
-            print(f'error: {e}', file=sys.stderr)
-            sys.exit(1)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -77,6 +77,16 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
     return result['url']
 
 
+def sign_in() -> str:
+    """Name of the user the token is of; to be asked before work that would be for nothing.
+
+    Raises:
+        InputError: If there is no token, or the Hub does not accept it.
+        PushError: If the Hub or the network failed.
+    """
+    return _Push(Path(), [], PushOptions(''), time.monotonic() + 60, print).check_token()
+
+
 class _Push:
     def __init__(
             self,
@@ -96,7 +106,7 @@ class _Push:
 
     def run(self) -> str:
         options = self.options
-        user = self._check_token()
+        user = self.check_token()
         self._prepare_repository()
         commit = self._retry(self._commit, 'commit')
         if options.create_pr:
@@ -107,7 +117,7 @@ class _Push:
         self.say(f'{user} pushed {len(self.files)} files to {options.repo} at {commit.oid[:8]}')
         return str(commit.commit_url)
 
-    def _check_token(self) -> str:
+    def check_token(self) -> str:
         if not self.token:
             raise InputError('There is no Hub token here; run "hf auth login" or set HF_TOKEN.')
         return self._retry(self.api.whoami, 'sign in')['name']

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import READ, WRITE, Fault, Hub
+from safetensors.torch import load, load_file
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = os.urandom(20_000) + b'\0'
@@ -254,6 +255,34 @@ def test_arrived_content_is_verified(hub, folder):
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 
+def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(hub, tmp_path):
+    from timm_tmblock.checkpoint import load_model
+    command = [
+        sys.executable, 'train/train.py', '--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size',
+        '12', '--epochs', '1', '--device', 'cpu', '--report-to', 'none', '--output', str(tmp_path), '--experiment', 'a',
+        '--push-to-hub', 'me/run']
+    env = environment(hub, HF_HOME=str(tmp_path / 'hf'))
+    hub.faults.append(Fault('GET', '/api/whoami-v2', status=401, times=9))
+    failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    result = json.loads(failed.stdout.splitlines()[-1])
+    assert failed.returncode == 0 and result['pushed'] is None and load_model(result['weights']['best'])
+    assert 'was not pushed: The Hub does not accept the token' in failed.stderr
+    assert f'python -m export push {result["weights"]["best"]} --repo me/run ' in failed.stderr
+    hub.faults.clear()
+    code = (
+        'import sys; from pathlib import Path; from train.config import parse_args; from train.publish import publish;'
+        'print(publish(Path(sys.argv[1]), parse_args(sys.argv[2:])))')
+    flags = ['--val-split', 'test[:15]', '--push-to-hub', 'me/run', '--hub-private']
+    pushed = subprocess.run(
+        [sys.executable, '-c', code, result['weights']['best'], *flags], cwd=ROOT, env=env, capture_output=True,
+        text=True)
+    assert '/me/run/commit/' in pushed.stdout, pushed.stderr
+    files = hub.repositories['me/run'].find('main')['files']
+    assert hub.repositories['me/run'].private and count(hub, 'me/run') == 1 and 'onnx/model_fp16.onnx' in files
+    expected = load_file(result['weights']['best'])
+    assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
+
+
 def test_command_publishes_a_model_that_timm_and_the_runtime_load(hub, tmp_path):
     env = environment(hub, HF_HOME=str(tmp_path))
     flags = ['--precisions', 'fp32', '--tag', 'v1']
@@ -268,9 +297,9 @@ def test_command_publishes_a_model_that_timm_and_the_runtime_load(hub, tmp_path)
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'evaluation.png', 'explained.png',
         'onnx/model.onnx', 'onnx/model.onnx.json'}
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
-    hub.faults.append(Fault('GET', '/api/whoami-v2', status=400, times=9))
+    hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 400')
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 422')
     hub.faults.clear()
     code = '''
 import sys, torch, timm, timm_tmblock

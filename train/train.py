@@ -62,6 +62,7 @@ from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
+from train.publish import publish
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teacher
 
@@ -467,7 +468,12 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     args = parse_args(argv)
     with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)
-    return trainer.evaluate() if args.eval_only else trainer.run()
+    if args.eval_only:
+        return trainer.evaluate()
+    result = trainer.run()
+    if args.push_to_hub and trainer.accelerator.is_main_process:
+        result['pushed'] = publish(trainer.folder / f'{trainer.chosen}.safetensors', args)
+    return result
 
 
 if __name__ == '__main__':

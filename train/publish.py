@@ -1,0 +1,53 @@
+"""Publishing the weights a run chose on the Hugging Face Hub; a push that fails never loses the run."""
+import shlex
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import List, Optional
+
+from timm_tmblock.errors import InputError
+
+PRECISIONS = ('fp32', 'fp16')
+
+
+def publish(weights: Path, args: Namespace) -> Optional[str]:
+    """Push weights with ONNX files and a card.
+
+    Args:
+        weights: File of the run.
+        args: Settings of the run.
+
+    Returns:
+        Address of the commit; None if it failed, which is said on stderr with the command that tries again.
+    """
+    flags = [
+        str(weights), '--repo', args.push_to_hub, '--precisions', *PRECISIONS, '--dataset', args.dataset,
+        '--check-split', args.test_split or args.val_split or args.train_split, '--input-key', args.input_key,
+        '--target-key', args.target_key, *(['--private'] if args.hub_private else [])]
+    try:
+        from export.images import add_image_options, load_images
+        from export.load import load
+        from export.publish import create_files
+        from export.push import PushError, PushOptions, push, sign_in
+    except (ImportError, InputError) as e:
+        _say(f'pushing needs more than is installed ({e}); pip install "timm-tmblock[export,ort,hub]".', flags)
+        return None
+    parser = ArgumentParser()
+    add_image_options(parser)
+    image_args = parser.parse_known_args(flags)[0]
+    try:
+        sign_in()
+        model = load(str(weights))
+        images = load_images(image_args, model, calibrate=False)
+        with tempfile.TemporaryDirectory() as name:
+            files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images)
+            return push(Path(name), files, PushOptions(args.push_to_hub, args.hub_private), lambda line: None)
+    except (InputError, PushError) as e:
+        _say(str(e), flags)
+        return None
+
+
+def _say(reason: str, flags: List[str]) -> None:
+    command = shlex.join(['python', '-m', 'export', 'push', *flags])
+    print(f'The run is complete but was not pushed: {reason} Push it with: {command}', file=sys.stderr)
