@@ -35,11 +35,11 @@ import safetensors.torch
 import timm
 import torch.nn as nn
 
+from export.runtime import METADATA_VERSION, parse_properties
+from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
-
-METADATA_VERSION = 2
 
 
 def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
@@ -76,22 +76,6 @@ def to_properties(metadata: Dict[str, Any]) -> Dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
 
 
-def from_properties(properties: Dict[str, str]) -> Dict[str, Any]:
-    """The inverse of `to_properties`."""
-    metadata = {}
-    for key, value in properties.items():
-        try:
-            metadata[key] = json.loads(value)
-        except ValueError:
-            metadata[key] = value
-    return metadata
-
-
-def sidecar(path: Path) -> Path:
-    """The file beside `path` that holds its metadata."""
-    return path.with_name(f'{path.name}.json')
-
-
 def write_sidecar(path: Path, metadata: Dict[str, Any]) -> None:
     """Write the metadata of a file beside it, with the file's hash and size."""
     target = sidecar(path)
@@ -108,7 +92,7 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
     Raises:
         InputError: If there are none, or of another version.
     """
-    metadata = from_properties(properties)
+    metadata = parse_properties(properties)
     if 'metadata_version' not in metadata and sidecar(path).is_file():
         try:
             metadata = json.loads(sidecar(path).read_text())

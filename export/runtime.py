@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
-METADATA_VERSION = 2
+METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
@@ -200,8 +200,8 @@ class OnnxSession:
             raise RuntimeInputError(
                 f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA and '
                 f'cuDNN, or allow it with --allow-fallback.')
-        self.metadata = _parse_properties(self.session.get_modelmeta().custom_metadata_map)
-        if 'metadata_version' not in self.metadata and _sidecar(path).is_file():
+        self.metadata = parse_properties(self.session.get_modelmeta().custom_metadata_map)
+        if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         _check_metadata(self.metadata, path)
 
@@ -480,7 +480,7 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
     """
     built = metadata.get('engine')
     if not built:
-        raise RuntimeInputError(f'{_sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
+        raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; {_rebuild(metadata)}.')
     gpu = query_gpu()
@@ -505,21 +505,23 @@ def _rebuild(metadata: Dict[str, Any]) -> str:
 
 # Metadata
 
-def _sidecar(path: Path) -> Path:
+def sidecar(path: Path) -> Path:
+    """The file beside `path` that holds its metadata."""
     return path.with_name(f'{path.name}.json')
 
 
 def _read_sidecar(path: Path) -> Dict[str, Any]:
     try:
-        return json.loads(_sidecar(path).read_text())
+        return json.loads(sidecar(path).read_text())
     except FileNotFoundError as e:
         raise RuntimeInputError(
-            f'There is no {_sidecar(path)}, which says what {path.name} expects and tells apart.') from e
+            f'There is no {sidecar(path)}, which says what {path.name} expects and tells apart.') from e
     except ValueError as e:
-        raise RuntimeInputError(f'{_sidecar(path)} is not JSON ({e}); export the file again.') from e
+        raise RuntimeInputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
 
 
-def _parse_properties(properties: Dict[str, str]) -> Dict[str, Any]:
+def parse_properties(properties: Dict[str, str]) -> Dict[str, Any]:
+    """Metadata of the properties of an ONNX file, whose structured values are JSON."""
     metadata = {}
     for key, value in properties.items():
         try:
@@ -730,7 +732,7 @@ def _find(source: Union[str, Path], device: str, revision: Optional[str]) -> Pat
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
     order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
-    precisions = {f: _read_sidecar(f).get('precision') if _sidecar(f).is_file() else None for f in files}
+    precisions = {f: _read_sidecar(f).get('precision') if sidecar(f).is_file() else None for f in files}
     ranked = [f for precision in order for f in files if precisions[f] == precision]
     return (ranked or files)[0]
 
