@@ -8,6 +8,7 @@
     python -m export bench rn26_tm.onnx rn26_tm.int8.onnx --torch rn26_tm
     python -m export run rn26_tm.onnx IMAGE ... --explain explained
     python -m export selftest
+    python -m export push rn26_tm --repo USER/NAME --dry-run
 """
 import argparse
 import shlex

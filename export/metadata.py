@@ -46,7 +46,7 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
     """The metadata that do not depend on the format."""
     cfg = model.pretrained_cfg
     names = list(cfg.get('label_names') or ())
-    metadata = dict(
+    return dict(
         metadata_version=METADATA_VERSION,
         model=str(cfg['architecture']),
         weights_sha256=hash_weights(model),
@@ -62,7 +62,6 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
             std=list(config['std']),
         ),
     )
-    return metadata
 
 
 def hash_weights(model: nn.Module) -> str:

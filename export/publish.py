@@ -12,7 +12,7 @@ from export.images import Images
 from export.metadata import describe_model, hash_weights, load_metadata, sidecar
 from export.onnx import OnnxOptions, export_onnx
 from export.runtime import ENGINE_SUFFIXES
-from hub_cards.card import FILES, find_card, render, render_plain
+from hub_cards.card import FILES, find_card, load_data, render, render_plain
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +112,5 @@ def _add_engine(folder: Path, path: Path, weights: str) -> None:
 
 
 def _add_pictures(name: str, folder: Path) -> None:
-    from hub_cards.card import load_data
     for path in load_data(name)['pictures'].values():
         shutil.copyfile(ROOT / path, folder / Path(path).name)

@@ -188,5 +188,4 @@ def render(name: str, repo: str = '') -> ModelCard:
         files=files,
         rates=dict(torch=f'{rates["eager, prepared"]:.0f} (eager)' if 'eager, prepared' in rates else ''),
         latency=latency,
-        bf16=True,
     )
