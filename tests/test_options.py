@@ -17,7 +17,7 @@ from timm_tmblock import PatchSupervised
 from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
-from train.config import parse_args
+from train.config import SETTINGS, dump_args, parse_args
 from train.optim import create_schedule, resolve_lr
 from train.train import Trainer, main
 
@@ -30,6 +30,15 @@ TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size
 def create_trainer(tmp_path, *flags) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
+
+
+@pytest.mark.parametrize('flags', [[], ['--hub-private', '--no-model-ema', '--pool', '65', '15', '20', '--tta', 'flip']])
+def test_settings_of_a_run_are_read_back_as_they_were(tmp_path, flags):
+    args = parse_args(flags)
+    (tmp_path / SETTINGS).write_text(dump_args(args))
+    resumed = vars(parse_args(['--resume', str(tmp_path)]))
+    assert resumed.pop('resume') == str(tmp_path)
+    assert {**resumed, 'resume': None} == vars(args)
 
 
 def gradients_after_clipping(tmp_path, monkeypatch, *flags):

@@ -166,7 +166,7 @@ def create_parser() -> Parser:
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')
-    group.add_argument('--hub-private', action='store_true', help='in a private repository')
+    group.add_argument('--hub-private', action=boolean, default=False, help='in a private repository')
     group.add_argument('--report-to', nargs='+', default=['tensorboard'], metavar='TRACKER', help=(
         "tensorboard, wandb, mlflow, trackio, ... (Accelerate's), 'all' that are installed, or 'none'"))
     group.add_argument('--project', default='timm-tmblock', help='name the trackers file the run under')
