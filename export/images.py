@@ -31,6 +31,8 @@ class Images:
 def add_image_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('images the file is checked on, and calibrated for int8')
     group.add_argument('--dataset', default='sample', help='as in train.py')
+    group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
+    group.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
     group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
     group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
@@ -81,7 +83,8 @@ def _decode(args: Namespace, split: str, model: Any, limit: int) -> Tuple[np.nda
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
     dataset = open_dataset(
-        args.dataset, split, input_key=args.input_key, target_key=args.target_key, channels=config.input_size[0])
+        args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download,
+        channels=config.input_size[0])
     names = get_class_names(dataset)
     size = len(dataset)
     taken = torch.linspace(0, size - 1, min(limit, size)).long().tolist()  # of all classes where the set is sorted

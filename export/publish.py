@@ -1,5 +1,7 @@
 """The files of a Hub repository, ready in a folder, and proven to load back."""
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -9,10 +11,11 @@ import torch
 from timm.models import save_for_hf
 
 from export.images import Images
-from export.metadata import describe_model, hash_weights, load_metadata, sidecar
+from export.metadata import describe_model, hash_weights, load_metadata, sidecar, write_sidecar
 from export.onnx import OnnxOptions, export_onnx
 from export.runtime import ENGINE_SUFFIXES
-from hub_cards.card import FILES, find_card, load_data, render, render_plain
+from export.tensorrt import read_options, tell_command
+from hub_cards.card import FILES, check, find_card, load_data, render, render_plain
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +48,14 @@ def create_files(
         The files, relative to the folder, sorted.
 
     Raises:
-        InputError: If an engine is of other weights, or something does not load back.
+        InputError: If an engine is of other weights or its ONNX file is gone, something does not load back, or the
+            Hub would refuse the card.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
+    if card is not None:
+        if not card.is_file():
+            raise InputError(f'There is no card {card}.')
+        check(card.read_text())
     save_model(model, folder)
     check_loads_back(model, folder)
     patches = getattr(model, 'has_template_matching', False)
@@ -69,6 +77,7 @@ def create_files(
         readme.write_text(str(render(name, repo) if name else render_plain(model, repo, exports)))
         if name:
             _add_pictures(name, folder)
+    check(readme.read_text())
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 
@@ -108,7 +117,25 @@ def _add_engine(folder: Path, path: Path, weights: str) -> None:
     target = folder / 'engines' / f'{built["backend"]}-{built["version"]}-{gpu}' / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
-    shutil.copyfile(sidecar(path), sidecar(target))
+    built['onnx'] = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
+    built['command'] = tell_command(built['onnx'], target, read_options(built))
+    write_sidecar(target, metadata)
+
+
+def _find_onnx(folder: Path, path: Path, built: Dict[str, Any], beside: Path) -> Path:
+    """The ONNX file an engine can be built again from; copied where it is none of those that are published anyway."""
+    def is_source(file: Path) -> bool:
+        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == built['onnx_sha256']
+    for file in sorted((folder / 'onnx').glob('*.onnx')):
+        if is_source(file):
+            return file
+    source = path.parent / built['onnx']
+    if not is_source(source):
+        raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
+    shutil.copyfile(source, beside / source.name)
+    if sidecar(source).is_file():
+        shutil.copyfile(sidecar(source), sidecar(beside / source.name))
+    return beside / source.name
 
 
 def _add_pictures(name: str, folder: Path) -> None:

@@ -5,13 +5,14 @@ for each try: a commit whose answer was lost has landed, and the same files then
 """
 import hashlib
 import json
+import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -19,6 +20,8 @@ from timm_tmblock.errors import InputError
 
 TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
+WEIGHTS = 'model.safetensors'
+MADE_FROM_WEIGHTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
 FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
 
@@ -106,8 +109,12 @@ class _Push:
 
     def run(self) -> str:
         options = self.options
+        if options.tag and options.create_pr:
+            raise InputError('--tag names a commit of the repository, which a pull request is not yet; leave one out.')
         user = self.check_token()
         self._prepare_repository()
+        if options.tag:
+            self._retry(self._check_tag, 'look for the tag')
         commit = self._retry(self._commit, 'commit')
         if options.create_pr:
             return str(commit.pr_url)
@@ -143,37 +150,76 @@ class _Push:
                 lambda: self.api.create_branch(options.repo, branch=str(options.revision), exist_ok=True),
                 'create the branch')
 
+    def _check_tag(self) -> None:
+        """
+        Raises:
+            InputError: If the tag is there and this push would make a commit that it does not name.
+        """
+        options = self.options
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(options.repo).tags}
+        if options.tag in tags:
+            head = self._find_head()
+            tree = self._list_tree(head)
+            if tags[options.tag] != head or self._find_different(tree) or self._find_stale(tree):
+                raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.')
+
+    def _find_head(self) -> str:
+        revision = None if self.options.create_pr else self.options.revision
+        return str(self.api.repo_info(self.options.repo, revision=revision).sha)
+
+    def _list_tree(self, revision: str) -> Dict[str, str]:
+        """Hash of each file: sha256 of LFS files, git's of others."""
+        return {
+            item.path: (item.lfs.sha256 if item.lfs else item.blob_id)
+            for item in self.api.list_repo_tree(self.options.repo, recursive=True, revision=revision)
+            if isinstance(item, RepoFile)}
+
+    def _find_different(self, tree: Dict[str, str]) -> List[Path]:
+        """Files that are not there as they are here."""
+        return [file for file in self.files if tree.get(file.as_posix()) not in self._hash(file)]
+
+    def _hash(self, file: Path) -> Tuple[str, str]:
+        content = (self.folder / file).read_bytes()
+        return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
+
+    def _find_stale(self, tree: Dict[str, str]) -> List[str]:
+        """Exports of other weights, of an earlier push; those of the same weights, of another machine say, stay."""
+        if WEIGHTS not in tree or Path(WEIGHTS) not in self.files or tree[WEIGHTS] in self._hash(Path(WEIGHTS)):
+            return []
+        kept = {file.as_posix() for file in self.files}
+        return [path for path in tree if path.startswith(MADE_FROM_WEIGHTS) and path not in kept]
+
     def _commit(self) -> CommitInfo:
         options = self.options
-        head = self.api.repo_info(options.repo, revision=None if options.create_pr else options.revision).sha
-        operations = [
-            CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=self.folder / file) for file in self.files]
+        head = self._find_head()
+        stale = self._find_stale(self._list_tree(head))
+        for path in stale:
+            self.say(f'removing {path}, which is of other weights')
+        operations: List[Any] = [
+            *(CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=self.folder / file)
+              for file in self.files),
+            *(CommitOperationDelete(path_in_repo=path) for path in stale)]
         return self.api.create_commit(
             options.repo, operations, commit_message=options.message, revision=options.revision,
             create_pr=options.create_pr, parent_commit=head)
 
     def _verify(self, revision: str) -> None:
-        tree = self._retry(
-            lambda: {
-                item.path: (item.lfs.sha256 if item.lfs else item.blob_id)
-                for item in self.api.list_repo_tree(self.options.repo, recursive=True, revision=revision)
-                if isinstance(item, RepoFile)},
-            'list what arrived')
-        for file in self.files:
-            content = (self.folder / file).read_bytes()
-            git = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-            if tree.get(file.as_posix()) not in (git, hashlib.sha256(content).hexdigest()):
-                raise PushError(f'{file} on the Hub is not what was pushed; run the same command again.')
+        tree = self._retry(lambda: self._list_tree(revision), 'list what arrived')
+        different = self._find_different(tree)
+        if different:
+            raise PushError(f'{different[0]} on the Hub is not what was pushed; run the same command again.')
 
     def _tag(self, revision: str) -> None:
         options = self.options
         try:
             self.api.create_tag(options.repo, tag=str(options.tag), revision=revision)
-        except HfHubHTTPError as e:
+        except HfHubHTTPError as e:  # there since the check: by an earlier try, or by somebody else
             if _status(e) != 409:
                 raise
             if self.api.repo_info(options.repo, revision=options.tag).sha != revision:
-                raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.') from e
+                raise InputError(
+                    f'The files are pushed, but the tag {options.tag} was made by another meanwhile; '
+                    f'choose another.') from e
 
     def _retry(self, call: Callable[[], Any], doing: str) -> Any:
         """The result of a call; what may pass is tried again.
@@ -215,7 +261,8 @@ class _Push:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = _status(cause)
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        text = f'HTTP {status}, {lines[-1]}' if status else lines[0]
+        told = ' '.join(lines) if isinstance(cause, ValueError) else lines[0]  # of a card, what is wrong comes last
+        text = f'HTTP {status}, {lines[-1]}' if status else told
         return (text.replace(self.token, '***') if self.token else text).rstrip('.')[:200]
 
 
@@ -225,7 +272,10 @@ class _Missing(InputError):
 
 def _status(error: BaseException) -> Optional[int]:
     response = getattr(error, 'response', None)
-    return None if response is None else response.status_code
+    if response is None:  # of Xet's client the text alone tells
+        told = re.search(r'HTTP status .*error \((\d{3}) ', str(error))
+        return int(told[1]) if told else None
+    return int(response.status_code)
 
 
 def _wait(error: BaseException, attempt: int) -> float:

@@ -5,7 +5,7 @@ what it expects and tells apart lies beside it as FILE.json: the metadata of the
 
 engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
 engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null for all that TensorRT-RTX knows.
-engine.onnx, engine.onnx_sha256: name and hash of the ONNX file.
+engine.onnx, engine.onnx_sha256: path from here and hash of the ONNX file.
 engine.profiles: for each, the input's smallest, preferred and largest shape.
 engine.options: those of EngineOptions, for building it again; engine.command does that from a shell.
 engine.version_compatible, engine.hardware_compatibility: whether other versions and GPUs can load it.
@@ -122,8 +122,7 @@ def build_engine(
         onnx_sha256=hashlib.sha256(model).hexdigest(),
         profiles=profiles,
         options=asdict(options),
-        command=shlex.join([
-            'python', '-m', 'export', 'tensorrt', onnx_path.name, '--output', path.name, *options.to_flags()]),
+        command=tell_command(onnx_path.name, path, options),
         version_compatible=options.version_compatible,
         hardware_compatibility=options.hardware_compatibility,
         build_seconds=round(time.perf_counter() - start, 2),
@@ -164,14 +163,23 @@ def rebuild_engine(path: Path) -> None:
     """
     metadata = read_metadata(path, {})
     engine = metadata['engine']
-    onnx_path = path.with_name(engine['onnx'])
+    onnx_path = path.parent / engine['onnx']
     if not onnx_path.is_file():
         raise InputError(f'{path} cannot be built again: there is no {onnx_path}.')
     if hashlib.sha256(onnx_path.read_bytes()).hexdigest() != engine['onnx_sha256']:
         raise InputError(f'{path} was built from another {onnx_path.name}; build it with python -m export tensorrt.')
+    build_engine(onnx_path, path, read_options(engine))
+
+
+def read_options(engine: Dict[str, Any]) -> EngineOptions:
+    """Options of an engine, from its sidecar."""
     known = {f.name for f in fields(EngineOptions)}
-    options = {k: _freeze(v) for k, v in engine['options'].items() if k in known}
-    build_engine(onnx_path, path, EngineOptions(**options))
+    return EngineOptions(**{k: _freeze(v) for k, v in engine['options'].items() if k in known})
+
+
+def tell_command(onnx: str, path: Path, options: EngineOptions) -> str:
+    """The command that builds an engine, from its folder."""
+    return shlex.join(['python', '-m', 'export', 'tensorrt', onnx, '--output', path.name, *options.to_flags()])
 
 
 def _freeze(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
@@ -107,6 +108,39 @@ def _check_numbers(value: Any, where: str) -> None:
             _check_numbers(item, f'{where}[{i}]')
     elif isinstance(value, float) and not math.isfinite(value):
         raise InputError(f'{where} is {value}; a card tells finite numbers alone.')
+
+
+def check(text: str) -> None:
+    """What the Hub would say of a card, before anything is uploaded.
+
+    Args:
+        text: README.md.
+
+    Raises:
+        InputError: For front matter that is missing, no YAML, or of the wrong kinds.
+    """
+    block = REGEX_YAML_BLOCK.search(text)
+    try:
+        data = yaml.safe_load(block[2]) if block else None
+    except yaml.YAMLError as e:
+        raise InputError(f'The front matter of the card is no YAML: {" ".join(str(e).split())}') from e
+    if not isinstance(data, dict):
+        raise InputError('The card must begin with front matter: settings in YAML between two lines of ---.')
+    for field in ('license', 'library_name', 'pipeline_tag'):
+        if not isinstance(data.get(field, ''), str):
+            raise InputError(f'{field} in the front matter of the card must be text, not {data[field]!r}.')
+    if 'license' not in data:
+        raise InputError('The front matter of the card names no license.')
+    for field in ('tags', 'datasets', 'metrics'):
+        value = data.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f'{field} in the front matter of the card must be a list of text.')
+    _check_numbers(data, 'front matter')
+    try:
+        ModelCard(text, ignore_metadata_errors=False)
+    except (ValueError, KeyError, TypeError) as e:
+        reason = ' '.join(str(e).split(' Pass ')[0].split())
+        raise InputError(f'The model-index of the card is not as the Hub wants it: {reason}') from e
 
 
 def render(name: str, repo: str = '') -> ModelCard:

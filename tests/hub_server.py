@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback address: repositories, commits and LFS storage, with faults.
+"""A stand-in for the Hugging Face Hub on the loopback address: repositories, commits, LFS and Xet, with faults.
 
 Two origins, as the real one has: the Hub wants the token, the storage must never see it. What the client asks for is in
 its own sources; nothing here was compared with the real Hub.
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, List, Optional
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_xet import XetStore
 
 WRITE, READ = 'hf_write_token', 'hf_read_token'
 USERS = {WRITE: ('me', 'write'), READ: ('me', 'read')}
@@ -31,6 +33,7 @@ class Fault:
     cut: bool = False  # close the connection without an answer
     after: bool = False  # once the request has been handled
     delay: float = 0.
+    truncate: Optional[int] = None  # close the connection after so many bytes of the answer
 
 
 @dataclass
@@ -54,7 +57,10 @@ class Repository:
 class Hub:
     """Start one, set HF_ENDPOINT to its `endpoint`, and look at `repositories` afterwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, xet: Optional[XetStore] = None) -> None:
+        self.xet = xet  # without one, uploads by Xet find nobody
+        self.part_size = 0  # of LFS uploads in parts
+        self.parts: Dict[str, Dict[int, bytes]] = {}
         self.repositories: Dict[str, Repository] = {}
         self.blobs: Dict[str, bytes] = {}
         self.faults: List[Fault] = []
@@ -79,6 +85,18 @@ class Hub:
         repository = self.repositories[name] = Repository(private)
         repository.branches['main'] = repository.add('initial commit', {})
         return repository
+
+    def has_been_sent(self) -> bool:
+        """Whether content was uploaded, or leave to do so was asked for."""
+        return bool(self.blobs) or any('xet-write-token' in r for r in self.requests)
+
+    def receive(self, oid: str, size: int) -> bool:
+        """Whether the content of this sha256 has arrived."""
+        if oid not in self.blobs and self.xet:
+            own = self.xet.list_hashes().get(oid)
+            if own:
+                self.blobs[oid] = self.xet.read(own, size)
+        return oid in self.blobs
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -133,7 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(body)
+            self.wfile.write(body if fault is None or fault.truncate is None else body[:fault.truncate])
+        if fault and fault.truncate is not None:
+            self.close_connection = True
+            self.connection.close()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -146,15 +167,35 @@ class StorageHandler(_Handler):
         if self.headers.get('Authorization'):
             self.hub.leaks.append(self.path)
             return self.refuse(400, 'the storage was sent a token')
-        oid = path.rsplit('/', 1)[-1]
+        _, kind, oid, *part = path.split('/')
+        if kind == 'parts' and self.command == 'PUT':
+            self.hub.parts.setdefault(oid, {})[int(part[0])] = self.body
+            return self.send(200, headers={'ETag': f'"{hashlib.md5(self.body).hexdigest()}"'})
+        if kind == 'parts':
+            return self.complete(oid)
         if self.command == 'PUT':
             if hashlib.sha256(self.body).hexdigest() != oid:
                 return self.refuse(400, 'other content')
             self.hub.blobs[oid] = self.body
             return self.send(200)
         content = self.hub.blobs.get(oid)
-        return self.refuse(404, 'no blob') if content is None else self.send(
-            200, content, {'Content-Type': 'application/octet-stream', 'ETag': f'"{oid}"'})
+        if content is None:
+            return self.refuse(404, 'no blob')
+        headers = {'Content-Type': 'application/octet-stream', 'ETag': f'"{oid}"', 'Accept-Ranges': 'bytes'}
+        begin = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        if not begin:
+            return self.send(200, content, headers)
+        at = int(begin[1])
+        self.send(206, content[at:], {**headers, 'Content-Range': f'bytes {at}-{len(content) - 1}/{len(content)}'})
+
+    def complete(self, oid):
+        parts = self.hub.parts.pop(oid, {})
+        expected = [{'partNumber': n, 'etag': f'"{hashlib.md5(p).hexdigest()}"'} for n, p in sorted(parts.items())]
+        content = b''.join(p for _, p in sorted(parts.items()))
+        if json.loads(self.body)['parts'] != expected or hashlib.sha256(content).hexdigest() != oid:
+            return self.refuse(400, 'other parts')
+        self.hub.blobs[oid] = content
+        self.send(200)
 
 
 class HubHandler(_Handler):
@@ -172,6 +213,9 @@ class HubHandler(_Handler):
                 (r'/api/models/([^/]+/[^/]+)/branch/(.+)', self.branch),
                 (r'/api/models/([^/]+/[^/]+)/tag/(.+)', self.tag),
                 (r'/api/models/([^/]+/[^/]+)/tree/([^/]+)', self.tree),
+                (r'/api/models/([^/]+/[^/]+)/refs', self.refs),
+                (r'/api/models/([^/]+/[^/]+)/xet-(write|read)-token/(.+)', self.xet_token),
+                (r'/api/resolve-cache/models/([^/]+/[^/]+)/([^/]+)/(.+)', self.resolve_cache),
                 (r'/([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)', self.lfs),
                 (r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.resolve),
         ):
@@ -187,6 +231,8 @@ class HubHandler(_Handler):
         text = json.loads(self.body)['content']
         if not text.startswith('---\n'):
             return self.send(400, {'errors': [{'message': 'no front matter'}], 'warnings': []})
+        if 'widget: no' in text:
+            return self.send(400, {'errors': [{'message': '"widget" must be an array'}], 'warnings': []})
         self.send(200, {'errors': [], 'warnings': []})
 
     def create(self, query):
@@ -248,11 +294,17 @@ class HubHandler(_Handler):
             return self.send(200) if request['oid'] in self.hub.blobs else self.refuse(404, 'not uploaded')
         objects = []
         for o in request['objects']:
+            count = -(-o['size'] // self.hub.part_size) if self.hub.part_size else 0
+            parts = {f'{n:05d}': f'{self.hub.storage}/parts/{o["oid"]}/{n}' for n in range(1, count + 1)}
+            upload = {'href': f'{self.hub.storage}/parts/{o["oid"]}', 'header': {
+                'chunk_size': str(self.hub.part_size), **parts}}
+            if not count:
+                upload = {'href': f'{self.hub.storage}/blobs/{o["oid"]}', 'header': {}}
             actions = {} if o['oid'] in self.hub.blobs else {'actions': {
-                'upload': {'href': f'{self.hub.storage}/blobs/{o["oid"]}', 'header': {}},
+                'upload': upload,
                 'verify': {'href': f'{self.hub.endpoint}/{name}.git/info/lfs/objects/verify', 'header': {}}}}
             objects.append({'oid': o['oid'], 'size': o['size'], **actions})
-        self.send(200, {'transfer': 'basic', 'objects': objects})
+        self.send(200, {'transfer': 'multipart' if self.hub.part_size else 'basic', 'objects': objects})
 
     def commit(self, query, name, revision):
         repository, head = self.find_commit(name, revision)
@@ -270,12 +322,12 @@ class HubHandler(_Handler):
                 oid = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
                 files[value['path']] = dict(oid=oid, size=len(content), lfs=False, content=content)
             elif line['key'] == 'lfsFile':
-                if value['oid'] not in self.hub.blobs:
+                if not self.hub.receive(value['oid'], value['size']):
                     return self.refuse(400, 'LFS object was not uploaded')
                 files[value['path']] = dict(
                     oid=value['oid'], size=value['size'], lfs=True, content=self.hub.blobs[value['oid']])
-            elif line['key'] == 'deletedFile':
-                files.pop(value['path'], None)
+            elif line['key'] == 'deletedFile' and files.pop(value['path'], None) is None:
+                return self.refuse(400, f'no file {value["path"]}')
         oid = repository.add(header['summary'], files)
         answer = {'success': True, 'commitOid': oid, 'commitUrl': f'{self.hub.endpoint}/{name}/commit/{oid}'}
         if query.get('create_pr'):
@@ -313,6 +365,30 @@ class HubHandler(_Handler):
                  **({'lfs': {'oid': f['oid'], 'size': f['size'], 'pointerSize': 130}} if f['lfs'] else {})}
                 for p, f in sorted(commit['files'].items())])
 
+    def refs(self, query, name):
+        repository = self.find(name)
+        if repository:
+            self.send(200, {
+                kind: [{'name': n, 'ref': f'refs/{folder}/{n}', 'targetCommit': c} for n, c in those.items()]
+                for kind, folder, those in (
+                    ('branches', 'heads', repository.branches), ('tags', 'tags', repository.tags),
+                    ('converts', 'convert', {}))})
+
+    def xet_token(self, query, name, kind, revision):
+        if self.find(name) is None or (kind == 'write' and not self.may_write(query)):
+            return
+        if not self.hub.xet:
+            return self.refuse(404, 'no Xet here')
+        until = int(time.time()) + 3600
+        self.send(200, {'accessToken': 'xet', 'exp': until, 'casUrl': self.hub.xet.endpoint}, {
+            'X-Xet-Cas-Url': self.hub.xet.endpoint, 'X-Xet-Access-Token': 'xet', 'X-Xet-Token-Expiration': str(until)})
+
+    def resolve_cache(self, query, name, revision, path):
+        _, commit = self.find_commit(name, revision)
+        if commit:
+            f = commit['files'][path]
+            self.send(200, f['content'], {'ETag': f'"{f["oid"]}"', 'Content-Type': 'application/octet-stream'})
+
     def resolve(self, query, name, revision, path):
         _, commit = self.find_commit(name, revision)
         if commit is None:
@@ -325,5 +401,9 @@ class HubHandler(_Handler):
         if f['lfs']:
             headers.update({'X-Linked-ETag': f'"{f["oid"]}"', 'X-Linked-Size': str(f['size']),
                             'Location': f'{self.hub.storage}/blobs/{f["oid"]}'})
+            own = self.hub.xet.list_hashes().get(f['oid']) if self.hub.xet else None
+            if own:
+                token = f'{self.hub.endpoint}/api/models/{name}/xet-read-token/{commit["oid"]}'
+                headers.update({'X-Xet-Hash': own, 'Link': f'<{token}>; rel="xet-auth"'})
             return self.send(302, b'', headers)
-        self.send(200, f['content'], {**headers, 'Content-Type': 'application/octet-stream'})
+        self.send(307, b'', {**headers, 'Location': f'/api/resolve-cache/models/{name}/{commit["oid"]}/{path}'})

@@ -32,7 +32,7 @@ def create_trainer(tmp_path, *flags) -> Trainer:
     return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
 
 
-@pytest.mark.parametrize('flags', [[], ['--hub-private', '--no-model-ema', '--pool', '65', '15', '20', '--tta', 'flip']])
+@pytest.mark.parametrize('flags', [[], ['--hub-private', '--no-model-ema', '--pool', '65', '15', '20']])
 def test_settings_of_a_run_are_read_back_as_they_were(tmp_path, flags):
     args = parse_args(flags)
     (tmp_path / SETTINGS).write_text(dump_args(args))

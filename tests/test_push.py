@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub_server import READ, WRITE, Fault, Hub
+from hub_xet import XetStore
 from safetensors.torch import load, load_file
 
 ROOT = Path(__file__).parent.parent
@@ -45,17 +47,20 @@ class Driver:
         self.log = log
         with log.open('w') as out:
             self.process = subprocess.Popen(
-                [sys.executable, '-c', DRIVER], cwd=ROOT, env=environment(hub), stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=out, text=True)
+                [sys.executable, '-c', DRIVER], cwd=ROOT, env=environment(hub, HF_HOME=str(log.parent)),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
 
     def ask(self, folder, token, options):
         request = dict(folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options))
         print(json.dumps(request), file=self.process.stdin, flush=True)
 
 
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    hub = Hub()
+@pytest.fixture(scope='module', params=['lfs', 'xet'])
+def server(request, tmp_path_factory):
+    store = XetStore(tmp_path_factory.mktemp('xet') / 'store') if request.param == 'xet' else None
+    if store and not store.works():
+        pytest.skip('this hf_xet has no store on disk')
+    hub = Hub(store)
     driver = Driver(hub, tmp_path_factory.mktemp('driver') / 'log')
     yield hub, driver
     driver.process.kill()
@@ -68,6 +73,7 @@ def hub(server):
     hub, driver = server
     for state in (hub.repositories, hub.blobs, hub.faults, hub.requests):
         state.clear()
+    hub.part_size = 0
     hub.driver = driver
     yield hub
     assert hub.leaks == []
@@ -81,14 +87,29 @@ def folder(tmp_path):
     (folder / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# A model\n')
     (folder / 'config.json').write_text('{"architecture": "rn26_tm"}\n')
     (folder / 'model.safetensors').write_bytes(WEIGHTS)
-    (folder / 'onnx' / 'model.onnx').write_bytes(b'\0' + WEIGHTS)
+    (folder / 'onnx' / 'model.onnx').write_bytes(b'\0' + str(tmp_path).encode() + WEIGHTS)
     return folder
+
+
+@pytest.fixture
+def lfs(hub):
+    if hub.xet:
+        pytest.skip('of plain LFS')
+    return hub
+
+
+@pytest.fixture
+def xet(hub):
+    if not hub.xet:
+        pytest.skip('of Xet')
+    return hub
 
 
 def environment(hub, token=WRITE, **more):
     keep = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
-    return {**keep, 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
-            'HF_HOME': '/nonexistent', 'HF_TOKEN': token, **more}
+    return {**keep, 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '0' if hub.xet else '1',
+            'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_TOKEN': token, 'HF_XET_CLIENT_RETRY_MAX_ATTEMPTS': '2',
+            'HF_XET_CLIENT_RETRY_BASE_DELAY': '10ms', **more}
 
 
 def run(hub, folder, token=WRITE, **options):
@@ -122,7 +143,21 @@ def test_push_is_one_commit_with_a_tag_and_again_none(hub, folder):
     (folder / 'config.json').write_text('{}\n')
     kind, text = run(hub, folder, private=True, tag='v1')
     assert kind == 'InputError' and text == 'The tag v1 is there already, on another commit; choose another.'
-    assert count(hub) == 2 and is_complete(hub, folder)
+    assert count(hub) == 1 and run(hub, folder, private=True, tag='v2')[0] == '' and is_complete(hub, folder, 'v2')
+
+
+def test_exports_of_other_weights_are_removed_and_those_of_the_same_stay(hub, folder):
+    assert run(hub, folder)[0] == ''
+    (folder / 'onnx' / 'model.onnx').rename(folder / 'onnx' / 'other.onnx')
+    assert run(hub, folder)[0] == ''
+    both = {'onnx/model.onnx', 'onnx/other.onnx'}
+    files = hub.repositories['me/net'].find('main')['files']
+    assert both <= set(files)
+    files['notes.txt'] = dict(oid='0' * 40, size=1, lfs=False, content=b'x')
+    (folder / 'model.safetensors').write_bytes(WEIGHTS[::-1])
+    assert run(hub, folder)[0] == ''
+    assert both & set(hub.repositories['me/net'].find('main')['files']) == {'onnx/other.onnx'}
+    assert 'notes.txt' in hub.repositories['me/net'].find('main')['files'] and count(hub) == 3
 
 
 def test_branch_and_pull_request(hub, folder):
@@ -141,17 +176,19 @@ def test_branch_and_pull_request(hub, folder):
     (WRITE, dict(repo='no'), 'The Hub refuses it|is not there'),
     (WRITE, dict(repo='a b/c'), 'The Hub refuses it'),
     (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
+    (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),
 ])
 def test_what_the_user_can_mend_is_one_sentence_and_uploads_nothing(hub, folder, token, options, message):
     kind, text = run(hub, folder, token, **options)
     assert kind in ('InputError', '_Missing') and re.search(message, text), text
-    assert not hub.blobs and not any('commit/' in r for r in hub.requests)
+    assert not hub.has_been_sent() and not any('commit/' in r for r in hub.requests)
 
 
 def test_private_push_never_goes_to_a_public_repository(hub, folder):
     hub.create('me/net')
     kind, text = run(hub, folder, private=True)
-    assert kind == 'InputError' and 'me/net is there and public' in text and not hub.blobs and count(hub) == 0
+    assert kind == 'InputError' and 'me/net is there and public' in text
+    assert not hub.has_been_sent() and count(hub) == 0
 
 
 def test_read_token_cannot_write_to_a_repository_that_is_there(hub, folder):
@@ -162,7 +199,16 @@ def test_read_token_cannot_write_to_a_repository_that_is_there(hub, folder):
     assert not hub.blobs and count(hub) == 0
 
 
-COMMIT, LFS, YAML = r'/commit/main', r'/info/lfs/objects/batch', r'/api/validate-yaml'
+def test_card_the_hub_refuses_ends_the_push_before_anything_is_sent(hub, folder):
+    (folder / 'README.md').write_text('---\nlicense: apache-2.0\nwidget: no\n---\n')
+    kind, text = run(hub, folder)
+    assert kind == 'InputError' and '"widget" must be an array' in text
+    assert not hub.has_been_sent() and count(hub) == 0
+
+
+COMMIT, YAML, CREATE = r'/commit/main', r'/api/validate-yaml', '/api/repos/create'
+BATCH, VERIFY, TOKEN = r'/info/lfs/objects/batch', '/info/lfs/objects/verify', '/xet-write-token/'
+BUSY = b'{"error": "Cannot create repo: another conflicting operation is in progress"}'
 
 
 @pytest.mark.parametrize('faults', [
@@ -173,19 +219,59 @@ COMMIT, LFS, YAML = r'/commit/main', r'/info/lfs/objects/batch', r'/api/validate
     [Fault('POST', COMMIT, status=429, headers={'Retry-After': '0'})],
     [Fault('POST', COMMIT, status=412, body=b'{"error": "A commit has happened since"}')],
     [Fault('POST', YAML, status=503, body=b'<html>busy</html>')],
-    [Fault('POST', LFS, status=500, times=2), Fault('PUT', '/blobs/', status=503, times=2)],
-    [Fault('PUT', '/blobs/', cut=True, times=2)],
     [Fault('POST', '/preupload/', status=502)],
-    [Fault('POST', '/api/repos/create', status=500)],
+    [Fault('POST', CREATE, status=500)],
+    [Fault('POST', CREATE, status=409, body=BUSY, times=3)],
+    [Fault('POST', CREATE, cut=True, after=True)],
     [Fault('GET', '/api/whoami-v2', status=503)],
     [Fault('POST', '/tag/', cut=True, after=True)],
+    [Fault('POST', '/tag/', status=503)],
+    [Fault('GET', '/refs', status=503)],
     [Fault('GET', '/tree/', status=500)],
 ], ids=lambda faults: ' '.join(f'{f.path}-{f.status or "cut"}{"-after" * f.after}' for f in faults))
 def test_what_passes_is_tried_again_and_makes_one_commit(hub, folder, faults):
-    hub.faults += faults
+    check_tried_again(hub, folder, faults)
+
+
+@pytest.mark.parametrize('part_size', [0, 6000])
+@pytest.mark.parametrize('faults', [
+    [],
+    [Fault('POST', BATCH, status=500, times=2), Fault('PUT', 'blobs|parts', status=503, times=2)],
+    [Fault('PUT', 'blobs|parts', cut=True, times=2)],
+    [Fault('PUT', 'blobs|parts', status=403)],  # an address that has expired
+    [Fault('POST', VERIFY, status=500)],
+], ids=['none', 'busy', 'cut', 'expired', 'verify'])
+def test_lfs_uploads_whole_and_in_parts_are_tried_again(lfs, folder, faults, part_size):
+    lfs.part_size = part_size
+    check_tried_again(lfs, folder, faults)
+    assert any('/parts/' in r for r in lfs.requests) == bool(part_size)
+
+
+@pytest.mark.parametrize('fault', [Fault('GET', TOKEN, status=503), Fault('GET', TOKEN, cut=True)], ids=['busy', 'cut'])
+def test_xet_uploads_are_tried_again(xet, folder, fault):
+    check_tried_again(xet, folder, [fault])
+    assert not any('/lfs/' in r for r in xet.requests)
+
+
+@pytest.mark.parametrize('status, expected', [
+    (401, 'InputError: The Hub does not accept the token'),
+    (403, 'InputError: The token may not commit in me/net'),
+    (404, '_Missing: me/net or its revision is not there'),
+    (503, 'PushError: Could not commit: '),
+])
+def test_xet_that_refuses_or_fails_for_good_is_one_sentence(xet, folder, status, expected):
+    xet.create('me/net')
+    xet.faults.append(Fault('GET', TOKEN, status=status, times=99))
+    kind, text = run(xet, folder)
+    assert f'{kind}: {text}'.startswith(expected), text
+    assert count(xet) == 0
+
+
+def check_tried_again(hub, folder, faults):
+    hub.faults += [replace(f) for f in faults]
     kind, text = run(hub, folder, tag='v1')
     assert kind == '', text
-    assert all(f.times == 0 for f in faults)
+    assert all(f.times == 0 for f in hub.faults)
     assert count(hub) == 1 and is_complete(hub, folder)
     assert hub.repositories['me/net'].tags == {'v1': hub.repositories['me/net'].branches['main']}
 
@@ -214,36 +300,46 @@ def test_others_commit_in_between_is_kept(hub, folder):
 
 @pytest.mark.parametrize('fault, message', [
     (Fault('POST', COMMIT, status=503, times=99), 'Could not commit: HTTP 503'),
-    (Fault('PUT', '/blobs/', status=503, times=999), 'Could not commit: HTTP 503'),
     (Fault('GET', '/api/models/me/net', status=500, times=99), 'Could not look for the repository: HTTP 500'),
 ])
 def test_what_does_not_pass_ends_with_one_sentence_and_nothing_published(hub, folder, fault, message):
     hub.create('me/net')
-    hub.faults.append(fault)
+    hub.faults.append(replace(fault))
     kind, text = run(hub, folder)
     assert kind == 'PushError' and message in text and text.endswith('try again later.')
     assert count(hub) == 0
 
 
-def test_deadline_ends_a_push_that_hangs(hub, folder):
+def test_lfs_storage_that_fails_for_good_is_one_sentence(lfs, folder):
+    lfs.create('me/net')
+    lfs.faults.append(Fault('PUT', '/blobs/', status=503, times=999))
+    kind, text = run(lfs, folder)
+    assert kind == 'PushError' and 'Could not commit: HTTP 503' in text and count(lfs) == 0
+
+
+def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path):
     hub.create('me/net')
+    hub.driver = Driver(hub, tmp_path / 'log')
     hub.faults.append(Fault('POST', COMMIT, delay=5, cut=True))
     begin = time.monotonic()
     kind, text = run(hub, folder, deadline=2.)
     assert kind == 'PushError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
+    hub.driver.process.kill()  # as the end of the command does with what hangs
+    hub.driver.process.communicate()
 
 
 def test_killed_push_leaves_the_repository_as_it_was_and_the_next_one_finishes(hub, folder, tmp_path):
     hub.create('me/net')
-    hub.faults.append(Fault('PUT', '/blobs/', skip=1, delay=60))
+    fault = Fault('GET', TOKEN, delay=60) if hub.xet else Fault('PUT', '/blobs/', delay=60)
+    hub.faults.append(fault)
     driver = Driver(hub, tmp_path / 'log')
     driver.ask(folder, WRITE, {})
     end = time.monotonic() + 60
-    while sum(r.startswith('PUT') for r in hub.requests) < 2 and time.monotonic() < end:
+    while fault.times and time.monotonic() < end:
         time.sleep(0.05)
     driver.process.kill()  # SIGKILL
     driver.process.communicate()
-    assert count(hub) == 0 and len(hub.blobs) >= 1
+    assert count(hub) == 0 and fault.times == 0
     assert run(hub, folder)[0] == '' and count(hub) == 1 and is_complete(hub, folder)
 
 
@@ -255,7 +351,8 @@ def test_arrived_content_is_verified(hub, folder):
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 
-def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(hub, tmp_path):
+def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tmp_path):
+    hub = lfs
     from timm_tmblock.checkpoint import load_model
     command = [
         sys.executable, 'train/train.py', '--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size',

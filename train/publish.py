@@ -24,7 +24,8 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
     flags = [
         str(weights), '--repo', args.push_to_hub, '--precisions', *PRECISIONS, '--dataset', args.dataset,
         '--check-split', args.test_split or args.val_split or args.train_split, '--input-key', args.input_key,
-        '--target-key', args.target_key, *(['--private'] if args.hub_private else [])]
+        '--target-key', args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
+        *(['--dataset-download'] if args.dataset_download else []), *(['--private'] if args.hub_private else [])]
     try:
         from export.images import add_image_options, load_images
         from export.load import load
