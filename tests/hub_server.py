@@ -387,7 +387,8 @@ class HubHandler(_Handler):
         _, commit = self.find_commit(name, revision)
         if commit:
             f = commit['files'][path]
-            self.send(200, f['content'], {'ETag': f'"{f["oid"]}"', 'Content-Type': 'application/octet-stream'})
+            self.send(200, f['content'], {
+                'X-Repo-Commit': revision, 'ETag': f'"{f["oid"]}"', 'Content-Type': 'application/octet-stream'})
 
     def resolve(self, query, name, revision, path):
         _, commit = self.find_commit(name, revision)

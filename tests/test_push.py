@@ -6,13 +6,18 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 from hub_server import READ, WRITE, Fault, Hub
 from hub_xet import XetStore
 from safetensors.torch import load, load_file
+
+from export.images import add_image_options, load_images
+from export.publish import create_files
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = os.urandom(20_000) + b'\0'
@@ -380,9 +385,39 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
 
 
-def test_command_publishes_a_model_that_timm_and_the_runtime_load(hub, tmp_path):
+DOWNLOAD = '''
+import sys
+import huggingface_hub.utils._http as http
+from huggingface_hub import hf_hub_download
+real = http.time.sleep
+http.time.sleep = lambda seconds: real(min(seconds, 0.05))
+for path in sys.argv[1:]:
+    print(open(hf_hub_download('me/net', path), 'rb').read().hex())
+'''
+
+
+@pytest.mark.parametrize('disable_xet', ['0', '1'], ids=['by-xet', 'by-http'])
+@pytest.mark.parametrize('faults', [
+    [],
+    [Fault('HEAD', '/resolve/', status=503), Fault('GET', '/blobs/', truncate=9000, times=2)],
+    [Fault('GET', '/resolve-cache/', truncate=5)],
+    [Fault('GET', '/xet-read-token/', status=503)],
+], ids=['none', 'truncated', 'truncated-small', 'busy'])
+def test_pushed_files_are_downloaded_whole_by_either_transport(hub, folder, tmp_path, disable_xet, faults):
+    assert run(hub, folder)[0] == ''
+    hub.faults += [replace(f) for f in faults]
+    names = ['config.json', 'model.safetensors', 'onnx/model.onnx']
+    env = environment(hub, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_XET=disable_xet)
+    got = subprocess.run([sys.executable, '-c', DOWNLOAD, *names], env=env, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    assert [bytes.fromhex(line) for line in got.stdout.split()] == [(folder / n).read_bytes() for n in names]
+    assert any('xet-read-token' in r for r in hub.requests) == bool(hub.xet and disable_xet == '0')
+
+
+def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
+    hub = lfs
     env = environment(hub, HF_HOME=str(tmp_path))
-    flags = ['--precisions', 'fp32', '--tag', 'v1']
+    flags = ['--precisions', 'fp32', '--tag', 'v1', '--check-images', '20']
     command = [sys.executable, '-m', 'export', 'push', 'rn26_tm', '--repo', 'me/birds', *flags]
     dry = subprocess.run([*command, '--dry-run'], cwd=ROOT, env=env, capture_output=True, text=True)
     assert dry.returncode == 0, dry.stderr
@@ -397,17 +432,37 @@ def test_command_publishes_a_model_that_timm_and_the_runtime_load(hub, tmp_path)
     hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 422')
-    hub.faults.clear()
+    assert hashlib.sha256(files['model.safetensors']['content']).hexdigest() in hub.blobs
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('published')
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    parser = ArgumentParser()
+    add_image_options(parser)
+    images = load_images(parser.parse_args(['--check-images', '20']), model, calibrate=False)
+    create_files(folder, model, 'me/net', ['fp32'], [], images)
+    return folder
+
+
+def test_what_was_pushed_loads_in_timm_transformers_and_the_runtime(hub, published, tmp_path):
+    assert run(hub, published, tag='v1')[0] == ''
     code = '''
 import sys, torch, timm, timm_tmblock
 from export.runtime import load
-a, b = (timm.create_model(n, pretrained=True).eval() for n in ('rn26_tm', 'hf-hub:me/birds@v1'))
+a, b = (timm.create_model(n, pretrained=True).eval() for n in ('rn26_tm', 'hf-hub:me/net@v1'))
 x = torch.randn(3, 3, 32, 32)
 with torch.inference_mode():
     assert torch.equal(a(x), b(x))
 assert b.pretrained_cfg['label_names'][8] == 'ship'
-print(load('me/birds', 'cpu', revision='v1')('train/sample/images/ship.png').label)
+from transformers import AutoModelForImageClassification
+c = AutoModelForImageClassification.from_pretrained('me/net', revision='v1').eval()
+with torch.inference_mode():
+    assert type(c).__name__ == 'TimmWrapperForImageClassification' and torch.equal(a(x), c(x).logits)
+assert c.config.id2label[8] == 'ship'
+print(load('me/net', 'cpu', revision='v1')('train/sample/images/ship.png').label)
 '''
+    env = environment(hub, HF_HOME=str(tmp_path))
     loaded = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert loaded.returncode == 0 and loaded.stdout.strip() == 'ship', loaded.stderr
-    assert hashlib.sha256(files['model.safetensors']['content']).hexdigest() in hub.blobs
