@@ -44,12 +44,13 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
             f'{path} was exported from {metadata["model"]} with other weights; name those with --checkpoint.')
     options = OnnxOptions(
         precision=metadata['precision'],
+        target=(metadata['quantization'] or {}).get('target', 'cpu'),
         patch_logits=len(metadata['outputs']) > 1,
         softmax='probabilities' in metadata['outputs'][0]['meaning'],
         preprocessing=metadata['input']['layout'] if metadata['input']['range'] == 'pixels' else None,
     )
     engine = metadata.get('engine')
-    if metadata['precision'] == 'bf16' and not engine:
+    if not engine and (options.precision == 'bf16' or options.target == 'tensorrt'):  # not what a CPU is to run
         import onnx
         run = create_run(onnx.load(path), options)
     else:

@@ -8,6 +8,7 @@ outputs: for each its largest difference from PyTorch relative to PyTorch's larg
     PyTorch decides by more than the format can resolve.
 top1: accuracy in percent of PyTorch and of the file, where the labels are known.
 """
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -34,13 +35,18 @@ class Limits:
     same_regions: float
     decided_regions: float
     top1: float = 0.5  # percentage points
+    sampled: bool = False  # asked of the set the images are drawn from: see `allow`
+
+    def allow(self, images: int) -> float:
+        """By how much the share of so many images may miss the limit by chance: two standard errors."""
+        return 2 * math.sqrt(self.same * (1 - self.same) / images) if self.sampled else 0.
 
 
 LIMITS = {
     'fp32': Limits(1e-4, same=1., decided=1., resolution=1e-5, same_regions=0.999, decided_regions=1.),
     'fp16': Limits(2e-2, same=0.99, decided=0.999, resolution=2 ** -9, same_regions=0.98, decided_regions=0.999),
     'bf16': Limits(1e-1, same=0.99, decided=0.999, resolution=2 ** -6, same_regions=0.95, decided_regions=0.99),
-    'int8': Limits(None, same=0.99, decided=0.99, resolution=0., same_regions=0.9, decided_regions=0.9),
+    'int8': Limits(None, same=0.99, decided=0.99, resolution=0., same_regions=0.9, decided_regions=0.9, sampled=True),
 }
 
 
@@ -52,6 +58,7 @@ class ParityError(InputError):
 class _Comparison:
     """One output, on some inputs."""
     difference: float
+    inputs: int
     worst: int  # input with the largest difference
     same: float
     decided: float
@@ -68,6 +75,7 @@ def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, re
     wrong = (clear & ~same).reshape(len(got), -1).any(axis=1)
     return _Comparison(
         difference=float(errors.max()),
+        inputs=len(got),
         worst=int(errors.argmax()),
         same=float(same.mean()),
         decided=float(same[clear].mean()) if clear.any() else 1.,
@@ -126,10 +134,11 @@ def check(
         targets = images.targets[:compared]
         right = [100 * float((y.argmax(1) == targets).mean()) for y in (real.expected, real.got)]
         report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
-        if right[0] - right[1] > limits.top1:
+        lost = limits.top1 + 100 * limits.allow(compared)
+        if right[0] - right[1] > lost:
             failure = failure or ParityError(
                 f'{names[0]}: top-1 accuracy on {compared} images of {images.source} is {right[1]:.2f} %, PyTorch '
-                f'has {right[0]:.2f} %; at most {limits.top1} points may be lost.')
+                f'has {right[0]:.2f} %; at most {lost:.4g} points may be lost.')
     return report, failure
 
 
@@ -175,11 +184,12 @@ def _judge(name: str, c: _Comparison, limits: Limits, call: Callable[[int], str]
     regions = name.startswith('patch')
     same, decided = (
         (limits.same_regions, limits.decided_regions) if regions else (limits.same, limits.decided))
+    same, decided = (share - limits.allow(c.inputs) for share in (same, decided))
     if c.same < same or c.decided < decided:
         share, limit = (c.decided, decided) if c.decided < decided else (c.same, same)
         return ParityError(
             f'{name} has the class of PyTorch for {100 * share:.2f} % of the {"regions" if regions else "inputs"}, at '
-            f'least {100 * limit:g} % are asked for; {call(c.flipped)} changes its class, {call(c.worst)} differs '
+            f'least {100 * limit:.4g} % are asked for; {call(c.flipped)} changes its class, {call(c.worst)} differs '
             f'most.')
     return None
 

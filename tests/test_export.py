@@ -224,8 +224,8 @@ def test_precisions_keep_their_limits_and_size(
     assert [o.version for o in proto.opset_import if not o.domain] == [opset]
     assert metadata['precision'] == precision and metadata['opset'] == opset
     parity = metadata['parity']
-    assert parity['images'] == 500 and parity['outputs']['logits']['same_class'] >= 0.99
-    assert parity['top1']['exported'] >= parity['top1']['pytorch'] - 0.5
+    assert parity['images'] == 500 and parity['outputs']['logits']['same_class'] >= 0.98  # 10 of 500
+    assert parity['top1']['exported'] >= parity['top1']['pytorch'] - 1
     if precision == 'int8':
         assert metadata['quantization']['target'] == target and metadata['quantization']['images'] == 512
         assert metadata['quantization']['images_of'] == 'sample train' and parity['images_of'] == 'sample test'
