@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@echo "Explanations         $(DEMO)/explained/*.png"
 	@echo "Record               $(DEMO)/summary.csv, tensorboard --logdir $(DEMO)"
 
-test: $(VENV)/.installed $(VENV)/triton
+test: $(VENV)/.installed $(VENV)/triton $(VENV)/space
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
@@ -34,4 +34,10 @@ $(VENV)/.installed: pyproject.toml
 # the real Triton server, which judges model repositories in the tests; its Python packages are not wanted
 $(VENV)/triton: $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ nvidia-pytriton==0.7.0
+	touch $@
+
+# what the Hub installs for the Space, and nothing else
+$(VENV)/space: hub_cards/space/README.md hub_cards/space/requirements.txt
+	$(PYTHON) -m venv $@
+	-$@/bin/pip install --quiet --no-compile gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt
 	touch $@

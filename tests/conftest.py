@@ -4,12 +4,26 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 
+import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn as nn
 
 import timm_tmblock  # noqa: F401  registers the models
+
+
+class OneThreadSession(onnxruntime.InferenceSession):
+    """onnxruntime's, which heeds no environment variable, on one thread unless the options say how many."""
+
+    def __init__(self, model, sess_options=None, *args, **kwargs):
+        sess_options = sess_options or onnxruntime.SessionOptions()
+        sess_options.intra_op_num_threads = sess_options.intra_op_num_threads or 1
+        super().__init__(model, sess_options, *args, **kwargs)
+
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    onnxruntime.InferenceSession = OneThreadSession
 
 
 def make_trained_like(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,81 @@
+"""Put together the folder of a Hugging Face Space that shows models.
+
+    python -m hub_cards.build_space --output space                          # the shipped models
+    python -m hub_cards.build_space --output space best.safetensors rn26    # those with patch scores come first
+    python space/app.py                                                     # try it: pip install gradio onnxruntime
+    hf upload user/name space . --repo-type space                           # publish it
+
+The folder has all that the app needs: ONNX files, the runtime, example images. Nothing in it needs PyTorch.
+"""
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple
+
+from export.images import add_image_options, load_images
+from export.load import load
+from export.onnx import OnnxOptions, export_onnx
+from timm_tmblock.checkpoint import writing
+from timm_tmblock.errors import InputError, exiting_on_input_error
+
+ROOT = Path(__file__).resolve().parent.parent
+APP = ROOT / 'hub_cards' / 'space'
+EXAMPLES = ROOT / 'train' / 'sample' / 'images'
+MODELS = ('rn26_tm',)
+
+
+def build(output: Path, models: Sequence[Tuple[str, Any]], args: argparse.Namespace) -> List[Path]:
+    """Write the folder.
+
+    Args:
+        output: Folder, which must be empty if it is there.
+        models: Networks by name, in evaluation mode.
+        args: Options of `export.images.add_image_options`, of the images the ONNX files are checked on.
+
+    Returns:
+        Its files.
+
+    Raises:
+        InputError: If there is something in the folder, or it cannot be written.
+        ParityError: If an ONNX file does not give what PyTorch gives.
+    """
+    names = [name for name, _ in models]
+    if len(set(names)) < len(names):
+        raise InputError(f'Two models are called alike among {", ".join(names)}; rename a file.')
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f'{output} is not an empty folder; name another, or empty it.')
+    with writing(output) as tmp:
+        shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
+        shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
+        shutil.copytree(EXAMPLES, tmp / 'examples')
+        for name, model in models:
+            options = OnnxOptions(patch_logits=getattr(model, 'has_template_matching', False))
+            export_onnx(model, tmp / 'models' / f'{name}.onnx', options, load_images(args, model, calibrate=False))
+        os.replace(tmp, output)
+    return sorted(path for path in output.rglob('*') if path.is_file())
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        InputError: See `build`.
+    """
+    parser = argparse.ArgumentParser(
+        prog='python -m hub_cards.build_space', description='Put together the folder of a Space that shows models.')
+    parser.add_argument(
+        'models', nargs='*', metavar='MODEL', default=MODELS,
+        help=f'name with pretrained weights, hf-hub:USER/NAME, or weight file; {", ".join(MODELS)} if not given')
+    parser.add_argument('--output', type=Path, required=True, metavar='FOLDER')
+    add_image_options(parser)
+    args = parser.parse_args(argv)
+    models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
+    for path in build(args.output, models, args):
+        print(f'{path.stat().st_size:>10,} {path}')
+    print(f'Publish it: hf upload USER/NAME {args.output} . --repo-type space')
+
+
+if __name__ == '__main__':
+    with exiting_on_input_error():
+        main()

@@ -1,0 +1,206 @@
+"""Drop an image: its class, and which regions matched which class. ONNX Runtime on a CPU, without PyTorch.
+
+    python app.py                                 # the ONNX files in models/
+    MODELS="user/rn26_tm, user/rn26" python app.py    # repositories on the Hugging Face Hub
+"""
+import base64
+import io
+import os
+from html import escape
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from uuid import uuid4
+
+import gradio as gr
+import numpy as np
+import runtime
+from PIL import Image
+
+HERE = Path(__file__).parent
+NOTHING = 'nothing'
+GOLD = (255, 200, 0)
+CSS = """
+.tm-result { position: relative; margin-bottom: 1.5rem; }
+.tm-result h3 { margin: 0 0 .5rem; font-size: 1.1rem; }
+.tm-view { position: relative; display: flex; flex-wrap: wrap; gap: 1rem; --side: min(18rem, 100%); }
+.tm-seen { flex: 0 0 var(--side); width: var(--side); aspect-ratio: 1; }
+.tm-seen > img { width: 100%; height: 100%; image-rendering: pixelated; }
+.tm-result.tm-mapped .tm-seen > img { filter: grayscale(1) brightness(.75); }
+.tm-grid { position: absolute; top: 0; left: 0; z-index: 2; width: var(--side); aspect-ratio: 1; display: grid; }
+.tm-grid i:hover { outline: 2px solid white; }
+.tm-rows { flex: 1 1 14rem; min-width: 0; max-height: 24rem; overflow-y: auto; border: 0; padding: 0; margin: 0; }
+.tm-row { display: grid; grid-template-columns: 1.1rem minmax(4rem, 6rem) minmax(2rem, 1fr) 4rem 3.6rem; gap: .4rem;
+    align-items: center; padding: .2rem .3rem; font-variant-numeric: tabular-nums; border-radius: .3rem; }
+.tm-head { opacity: .7; font-size: .85rem; }
+.tm-row input { appearance: auto; width: 1rem; height: 1rem; margin: 0; accent-color: rgb(190, 140, 0); }
+.tm-row:has(input) { cursor: pointer; }
+.tm-row:has(input):hover, .tm-row:has(:checked) { background: rgba(255, 200, 0, .25); }
+.tm-row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
+.tm-row > span.tm-name { text-align: left; }
+.tm-bar { height: .7rem; border-radius: .35rem; background: rgba(128, 128, 128, .25); overflow: hidden; }
+.tm-bar b { display: block; height: 100%; background: rgb(255, 200, 0); }
+.tm-heat { position: absolute; top: 0; left: 0; z-index: 1; width: var(--side); aspect-ratio: 1; opacity: 0;
+    pointer-events: none; }
+.tm-row:has(:checked) .tm-heat { opacity: .7; }
+.tm-rows:has(.tm-row:hover .tm-heat) .tm-row:not(:hover) .tm-heat { opacity: 0; }
+.tm-rows .tm-row:hover .tm-heat { opacity: .7; }
+.tm-note { margin: .5rem 0 0; opacity: .8; }
+.tm-problem { padding: 1rem; border: 1px solid #c00; border-radius: .5rem; }
+"""
+
+
+class ImageFile(gr.Image):
+    """gr.Image that hands on the file as it came, so that it is the runtime that says what is wrong with it."""
+    is_template = True  # shown as gr.Image is
+
+    def preprocess(self, payload: Any) -> Optional[str]:
+        return payload.path if payload else None
+
+
+def load_models() -> Dict[str, runtime.Runner]:
+    """Those of the variable MODELS, else of models/, by name; those with patch scores first.
+
+    Raises:
+        runtime.RuntimeInputError: If one cannot be loaded, or there is none.
+    """
+    repositories = [name.strip() for name in os.environ.get('MODELS', '').split(',') if name.strip()]
+    sources: Sequence[Union[str, Path]] = repositories or sorted((HERE / 'models').glob('*.onnx'))
+    if not sources:
+        raise runtime.RuntimeInputError('There are no models: put ONNX files into models/, or set MODELS.')
+    runners = {Path(source).name.removesuffix('.onnx'): runtime.load(source, 'cpu') for source in sources}
+    if repositories:
+        return runners
+    return dict(sorted(runners.items(), key=lambda item: len(item[1].metadata['outputs']) < 2))
+
+
+def classify(image: Optional[str], model: str) -> Dict[str, float]:
+    """Probability of each class, for programs.
+
+    Args:
+        image: Path of an image file.
+        model: Name of a model.
+    """
+    if not image:
+        raise gr.Error('Give an image.')
+    try:
+        prediction = MODELS[model](image)
+    except runtime.RuntimeInputError as e:
+        raise gr.Error(_tell(e, image)) from e
+    return {name: round(float(p), 6) for name, p in zip(prediction.class_names, prediction.probabilities)}
+
+
+def show(image: Optional[str], model: str, baseline: str) -> str:
+    """The result of one model or of two, as HTML."""
+    if not image:
+        return '<p class="tm-note">Drop an image, or choose one of the examples.</p>'
+    names = [model] if baseline in (NOTHING, model) else [model, baseline]
+    try:
+        return ''.join(to_html(name, MODELS[name](image)) for name in names)
+    except runtime.RuntimeInputError as e:
+        return f'<p class="tm-problem" role="alert">{escape(_tell(e, image))}</p>'
+
+
+def _tell(error: Exception, image: str) -> str:
+    """What is wrong with an image, without the place it was stored at."""
+    return str(error).replace(image, Path(image).name)
+
+
+def to_html(title: str, prediction: runtime.Prediction) -> str:
+    """The image as the network saw it, its classes, and for each a map of the regions that matched it."""
+    patches = prediction.patch_probabilities  # (templates, H, W) or None
+    group = uuid4().hex
+    classes, templates = list(prediction.class_names), list(prediction.template_names)
+    seen = f'<img alt="The image as the network saw it" src="{_to_url(prediction.image)}">'
+    if patches is None:
+        rows = _rows(group, classes, prediction.probabilities)
+        note = 'This network has no template matching block: it cannot say which region matched what.'
+        return _SECTION.format(kind='', title=escape(title), seen=seen, grid='', rows=rows, note=note)
+    best = patches.argmax(axis=0)
+    count = f'{best.size} regions of {prediction.image.width // best.shape[1]} pixels a side'
+    if templates == classes:
+        rows = _rows(group, classes, prediction.probabilities, patches)
+    else:  # templates of their own, which have no class probability
+        rows = _rows(group, classes, prediction.probabilities)
+        rows += _rows(group, templates, patches.mean(axis=(1, 2)), patches, heads=('template', 'match'))
+    cells = ''.join(
+        f'<i title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>' for (y, x), k in np.ndenumerate(best))
+    grid = f'<div class="tm-grid" style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>'
+    note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
+    return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
+
+
+_SECTION = (
+    '<section class="tm-result{kind}"><h3>{title}</h3>'
+    '<div class="tm-view"><div class="tm-seen">{seen}</div>{grid}{rows}</div>'
+    '<p class="tm-note">{note}</p></section>')
+
+
+def _rows(
+        group: str,
+        names: List[str],
+        values: np.ndarray,
+        patches: Optional[np.ndarray] = None,
+        heads: Tuple[str, str] = ('class', 'probability'),
+) -> str:
+    """Names with their values, the largest first, and what shows where each was matched."""
+    rows = [
+        f'<div class="tm-row tm-head"><span></span><span class="tm-name">{heads[0]}</span><span></span>'
+        f'<span>{heads[1]}</span><span>{"" if patches is None else "regions"}</span></div>']
+    for place, i in enumerate(np.argsort(-values)):
+        switch, regions, heat = '<span></span>', '', ''
+        if patches is not None:
+            switch = f'<input type="radio" name="{group}" value="{escape(names[i])}"{" checked" if not place else ""}>'
+            regions = str(int((patches.argmax(axis=0) == i).sum()))
+            heat = f'<img class="tm-heat" alt="Where {escape(names[i])} was matched" src="{_heat(patches[i])}">'
+        rows.append(
+            f'<label class="tm-row">{switch}<span class="tm-name">{escape(names[i])}</span>'
+            f'<div class="tm-bar"><b style="width: {100 * values[i]:.1f}%"></b></div>'
+            f'<span>{100 * values[i]:.1f} %</span><span>{regions}</span>{heat}</label>')
+    return f'<fieldset class="tm-rows">{"".join(rows)}</fieldset>'
+
+
+def _heat(scores: np.ndarray) -> str:
+    """Scores (H, W) of one class as gold of that opacity; the browser enlarges it."""
+    pixels = np.empty((*scores.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = GOLD
+    pixels[..., 3] = np.round(255 * scores.clip(0, 1))
+    return _to_url(Image.fromarray(pixels))
+
+
+def _to_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
+
+try:
+    MODELS = load_models()
+except runtime.RuntimeInputError as error:
+    raise SystemExit(str(error)) from None
+
+
+def build() -> gr.Blocks:
+    """The page."""
+    names = list(MODELS)
+    with gr.Blocks(title='Which class did each region match?') as page:
+        gr.Markdown(
+            '# Which class did each region match?\n'
+            'Residual networks with a [template matching block](https://arxiv.org/abs/2210.00992) say it in one '
+            'forward pass. Drop an image, then point at a class or choose it.')
+        with gr.Row():
+            with gr.Column(min_width=280):
+                image = ImageFile(type='filepath', label='Image', height=280, sources=['upload', 'clipboard', 'webcam'])
+                model = gr.Dropdown(names, value=names[0], label='Model')
+                baseline = gr.Dropdown([NOTHING, *names], value=(names[1:] or [NOTHING])[0], label='Compare with')
+            with gr.Column(min_width=280, scale=2):
+                result = gr.HTML(show(None, names[0], NOTHING), css_template=CSS, apply_default_css=False)
+        gr.Examples([str(p) for p in sorted((HERE / 'examples').glob('*.png'))], image, label='Examples')
+        changes = [image.change, model.change, baseline.change]
+        gr.on(changes, show, [image, model, baseline], result, api_visibility='private')
+        program = gr.Button(visible=False)
+        program.click(classify, [image, model], gr.JSON(visible=False), api_name='classify')
+    return page
+
+
+if __name__ == '__main__':
+    build().launch(max_file_size='20mb')
