@@ -67,7 +67,7 @@ def create_files(
         exports[key] = export_onnx(model, folder / FILES[key], options, images)
     weights = hash_weights(model)
     for path in engines:
-        _add_engine(folder, path, weights)
+        add_engine(folder, path, weights)
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     readme = folder / 'README.md'
     if card is not None:
@@ -106,7 +106,7 @@ def check_loads_back(model: Any, folder: Path) -> None:
         raise InputError('What was saved gives other logits than the model: config.json cannot tell its arguments.')
 
 
-def _add_engine(folder: Path, path: Path, weights: str) -> None:
+def add_engine(folder: Path, path: Path, weights: str) -> None:
     if path.suffix not in ENGINE_SUFFIXES:
         raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}.')
     metadata = load_metadata(path)

@@ -146,3 +146,31 @@ def test_stale_card_is_found(copied):
     spoil(root / data['evaluation'], top1=evaluation['top1'] + 1)
     with pytest.raises(InputError, match='is stale; run python -m hub_cards and commit it'):
         main(['--check', NAMES[0]])
+
+
+FRONT = 'license: mit\ntags: [a]\nmodel-index:\n- name: x\n  results:\n'
+RESULT = '  - task: {type: image-classification}\n    dataset: {type: a/b, name: b}\n    metrics: [%s]\n'
+
+
+@pytest.mark.parametrize('front, message', [
+    (None, r'must begin with front matter: settings in YAML between two lines of ---'),
+    ('just text', r'must begin with front matter'),
+    ('license: [mit', r'The front matter of the card is no YAML: '),
+    ('tags: [a]', r'The front matter of the card names no license'),
+    ('license: [mit, apache-2.0]', r"license in the front matter of the card must be text, not \['mit', 'apache-2.0'\]"),
+    ('license: mit\ntags: a', r'tags in the front matter of the card must be a list of text'),
+    ('license: mit\ndatasets: [1]', r'datasets in the front matter of the card must be a list of text'),
+    (FRONT + RESULT % '{type: accuracy, value: .nan}', r'front matter\.model-index\[0\].*value is nan'),
+    (FRONT + RESULT % '{value: 3}', r'The model-index of the card is not as the Hub wants it: '),
+])
+def test_card_the_hub_would_refuse_is_one_sentence(front, message):
+    text = '# A card\n' if front is None else f'---\n{front}\n---\n\n# A card\n'
+    with pytest.raises(InputError, match=message) as error:
+        cards.check(text)
+    assert '\n' not in str(error.value)
+
+
+def test_card_that_is_well_is_taken():
+    cards.check(f'---\n{FRONT}{RESULT % "{type: accuracy, value: 3.5}"}---\n\n# A card\n')
+    for name in NAMES:
+        cards.check((cards.RENDERED / f'{name}.md').read_text())

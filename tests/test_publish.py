@@ -1,0 +1,86 @@
+"""What is published lies as its sidecars say, and an engine never goes without the ONNX file it is of."""
+import hashlib
+import importlib.util
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+
+from export.onnx import OnnxOptions, export_onnx
+from export.publish import add_engine, create_files
+from export.tensorrt import EngineOptions, build_engine, rebuild_engine
+from timm_tmblock.errors import InputError
+from train.config import parse_args
+from train.publish import publish
+
+real = pytest.mark.skipif(not importlib.util.find_spec('tensorrt_rtx'), reason='pip install tensorrt-rtx')
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('rn26_tm', pretrained=True).eval()
+
+
+@pytest.fixture(scope='module')
+def engines(model, images, tmp_path_factory):
+    """Engines of the ONNX file that is published too, and of one that is not."""
+    folder = tmp_path_factory.mktemp('engines')
+    paths = []
+    for name, options in (('same', OnnxOptions(patch_logits=True)), ('pixels', OnnxOptions(preprocessing='NHWC'))):
+        export_onnx(model, folder / f'{name}.onnx', options, images(model, 8, 8))
+        paths.append(folder / f'{name}.engine')
+        build_engine(folder / f'{name}.onnx', paths[-1], EngineOptions(backend='tensorrt_rtx', batches=((1, 2, 4),)))
+    return paths
+
+
+@real
+def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, engines, images, tmp_path):
+    files = create_files(tmp_path, model, 'me/net', (), engines, images(model, 8, 8))
+    assert sorted(files) == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*') if p.is_file())
+    same, pixels = (next(tmp_path.glob(f'engines/*/{path.name}')) for path in engines)
+    assert not list(tmp_path.glob('engines/*/same.onnx'))  # onnx/model.onnx has the same bytes
+    for path, onnx, size in ((same, '../../onnx/model.onnx', (3, 5, 6)), (pixels, 'pixels.onnx', None)):
+        metadata = json.loads(Path(f'{path}.json').read_text())
+        assert metadata['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+        engine = metadata['engine']
+        assert engine['onnx'] == onnx and f'export tensorrt {onnx} ' in engine['command']
+        source = (path.parent / onnx).read_bytes()
+        assert hashlib.sha256(source).hexdigest() == engine['onnx_sha256']
+        built = path.stat().st_size
+        path.unlink()
+        rebuild_engine(path)  # as the runtime does on a GPU of another kind
+        assert abs(path.stat().st_size - built) < 0.01 * built
+        assert [shape[0] for shape in engine['profiles'][0]] == [1, 2, 4]
+
+
+@real
+def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tmp_path):
+    for name in ('pixels.engine', 'pixels.engine.json'):
+        shutil.copy(engines[1].with_name(name), tmp_path)
+    weights = json.loads(Path(f'{engines[1]}.json').read_text())['weights_sha256']
+    for path, sha256, message in (
+            (tmp_path / 'pixels.engine', weights, r'pixels\.engine was built from .*pixels\.onnx, which is gone or another'),
+            (engines[0], 64 * '0', r'same\.engine was built from other weights; build it again'),
+            (tmp_path / 'a.onnx', weights, r'a\.onnx must end in \.engine or \.plan')):
+        with pytest.raises(InputError, match=message):
+            add_engine(tmp_path / 'out', path, sha256)
+
+
+def test_training_publishes_with_images_of_its_own_set(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv('HF_TOKEN', '')
+    monkeypatch.setattr('huggingface_hub.utils._auth._get_token_from_file', lambda: None)
+    args = parse_args([
+        '--dataset', 'torch/cifar10', '--data-dir', str(tmp_path), '--dataset-download', '--test-split', 'validation',
+        '--push-to-hub', 'me/net', '--hub-private'])
+    assert publish(tmp_path / 'best.safetensors', args) is None
+    message = capsys.readouterr().err
+    command = shlex.split(message.split('Push it with: ')[1])
+    assert command[:4] == ['python', '-m', 'export', 'push'] and '--dataset-download' in command
+    for flag, value in (
+            ('--dataset', 'torch/cifar10'), ('--data-dir', str(tmp_path)), ('--check-split', 'validation'),
+            ('--repo', 'me/net')):
+        assert command[command.index(flag) + 1] == value
+    assert '--private' in command
