@@ -20,8 +20,8 @@ TEMPLATE = ROOT / 'hub_cards' / 'card.md.jinja'
 FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onnx/model_bf16.onnx',
          'int8': 'onnx/model_int8.onnx', 'int8-tensorrt': 'onnx/model_int8_tensorrt.onnx'}
 REQUIRED = (
-    'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'latency',
-    'pictures', 'notes')
+    'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'precisions',
+    'latency', 'pictures', 'notes')
 TAGS = ['image-classification', 'timm', 'template-matching', 'explainability', 'onnx', 'tensorrt', 'arxiv:2210.00992']
 
 
@@ -155,33 +155,34 @@ def render(name: str, repo: str = '') -> ModelCard:
     """
     data = load_data(name)
     evaluation, training = _load_json(data['evaluation']), _load_json(data['training'])
-    latency = _load_json(data['latency'])
+    latency = _load_json(data['latency']) if data['latency'] else dict(rows=[])  # not measured
     for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
         _check_numbers(result, f'{data.get(where, where)}: {where}')
-    for field in ('top1', 'top5', 'ece', 'flip_top1', 'patch_accuracy', 'images'):
+    model = timm.create_model(data['model'])
+    has_patches: bool = model.has_template_matching
+    for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
         if evaluation.get(field) is None:
             raise InputError(f'{data["evaluation"]} has no {field}; run train/evaluate.py --tta flip again.')
-    sidecars = {key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in FILES}
+    sidecars = {key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
     for key, sidecar in sidecars.items():
         _check_numbers(sidecar, f'{data["exports"]}/{key}')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
-    rate_of = {key: rates.get(f'{data["model"]} {key}') for key in FILES}
+    rate_of = {key: rates.get(f'{data["model"]} {key}') for key in sidecars}
     files = []
-    for key, path in FILES.items():
-        parity = sidecars[key]['parity']
+    for key, sidecar in sidecars.items():
+        parity = sidecar['parity']
         output = parity['outputs']['logits']
         files.append(dict(
-            path=path,
+            path=FILES[key],
             precision=key.replace('-', ' for ') if '-' in key else key,
-            megabytes=f'{sidecars[key]["file_bytes"] / 1e6:.2f}',
+            megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
             parity=parity,
             difference=output['max_relative_difference'],
             same_class=output['same_class'],
             rate='' if rate_of[key] is None else f'{rate_of[key]:.0f}',
         ))
-    model = timm.create_model(data['model'])
     first = sidecars['fp32']
-    patches = first['outputs'][1]
+    patches = first['outputs'][1] if has_patches else None
     dataset = data['dataset']
     metrics = dict(accuracy=('Top-1 accuracy', evaluation['top1']), top5=('Top-5 accuracy', evaluation['top5']))
     card_data = ModelCardData(
@@ -211,8 +212,10 @@ def render(name: str, repo: str = '') -> ModelCard:
         recipe=data['recipe'],
         class_names=first['class_names'],
         preprocessing=first['preprocessing'],
-        regions='×'.join(map(str, patches['shape'][2:])),
-        stride=patches['stride'],
+        has_patches=has_patches,
+        has_bf16='bf16' in sidecars,
+        regions='×'.join(map(str, patches['shape'][2:])) if patches else '',
+        stride=patches['stride'] if patches else 0,
         parameters=sum(p.numel() for p in model.parameters()),
         epochs=training['epochs'],
         seed=training['seed'],
