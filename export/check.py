@@ -6,8 +6,8 @@ from timm.data.model_config import resolve_input_data_config
 
 from export.images import Images
 from export.metadata import hash_weights, load_metadata
-from export.onnx import OnnxOptions, create_inputs, create_reference, create_run
-from export.parity import BATCH_SIZES, ParityError, check
+from export.onnx import OnnxOptions, create_inputs, create_larger_input, create_reference, create_run
+from export.parity import BATCH_SIZES, ParityError, check, check_batch
 from export.runtime import load
 from timm_tmblock.errors import InputError
 
@@ -42,12 +42,14 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
     if metadata['weights_sha256'] != hash_weights(model):
         raise InputError(
             f'{path} was exported from {metadata["model"]} with other weights; name those with --checkpoint.')
+    height = metadata['input']['shape'][1 if metadata['input']['layout'] == 'NHWC' else 2]
     options = OnnxOptions(
         precision=metadata['precision'],
         target=(metadata['quantization'] or {}).get('target', 'cpu'),
         patch_logits=len(metadata['outputs']) > 1,
         softmax='probabilities' in metadata['outputs'][0]['meaning'],
         preprocessing=metadata['input']['layout'] if metadata['input']['range'] == 'pixels' else None,
+        dynamic_size=isinstance(height, str),
     )
     engine = metadata.get('engine')
     if not engine and (options.precision == 'bf16' or options.target == 'tensorrt'):  # not what a CPU is to run
@@ -58,6 +60,8 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     prepare, random_input = create_inputs(config, options)
     precision = 'fp16' if engine and engine['options']['tf32'] else metadata['precision']  # as many bits of mantissa
-    return check(
-        run, create_reference(model, config, options), options.output_names, precision, images, prepare, random_input,
-        _batch_sizes(metadata))
+    reference, names = create_reference(model, config, options), options.output_names
+    report, failure = check(run, reference, names, precision, images, prepare, random_input, _batch_sizes(metadata))
+    if options.dynamic_size and not engine and failure is None:  # an engine takes what its profiles say
+        failure = check_batch(run, reference, names, precision, create_larger_input(config, options))
+    return report, failure

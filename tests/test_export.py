@@ -17,6 +17,7 @@ from PIL import Image
 
 import export.parity
 from export.__main__ import main
+from export.check import check_file
 from export.images import _name_set
 from export.load import load
 from export.onnx import OnnxOptions, create_onnx, export_onnx
@@ -209,6 +210,23 @@ def test_dynamic_height_and_width(trained_like, tmp_path, images):
             expected = model.forward_patch_logits(x)
         for got, y in zip(session.run(None, {'image': x.numpy()}), expected):
             np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+
+
+def test_file_that_is_right_at_one_size_alone_is_found_by_the_check(trained_like, tmp_path, images, write_unchecked):
+    model = trained_like('rn26_tm')
+    path = tmp_path / 'x.onnx'
+    write_unchecked(model, path, OnnxOptions(dynamic_size=True))
+    assert check_file(path, model, images(model, 64, 9))[1] is None
+    proto = onnx.load(path)
+    last = next(node for node in proto.graph.node if 'logits' in node.output)
+    last.output[0] = 'right'
+    make = onnx.helper.make_node
+    proto.graph.node.extend([  # times height / 32
+        make('Shape', ['image'], ['shape'], start=2, end=3), make('Cast', ['shape'], ['height'], to=1),
+        make('Div', ['height', 'nominal'], ['ratio']), make('Mul', ['right', 'ratio'], ['logits'])])
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([32]), 'nominal'))
+    onnx.save(proto, path)
+    assert 'logits differs from PyTorch' in str(check_file(path, model, images(model, 64, 9))[1])
 
 
 @pytest.mark.parametrize('precision, target, opset, bytes_per_weight', [
