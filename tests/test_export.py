@@ -338,7 +338,7 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
 
 @pytest.mark.parametrize('arguments, message', [
     (['nothing', '--output', 'x.onnx'], 'nothing'),
-    (['rn26', '--output', 'x.onnx'], 'No pretrained weights'),
+    (['rn20', '--output', 'x.onnx'], 'No pretrained weights'),
     (['test_resnet.r160_in1k', '--output', 'x.onnx'], 'test_resnet'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'missing.safetensors'], 'There is no checkpoint'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS'], 'weights of rn26_tm, not of rn26'),

@@ -11,7 +11,11 @@ import timm_tmblock
 from train.data import DataConfig, decode, open_dataset
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / 'train' / 'results' / 'rn26_tm.cifar10' / 'result.json'
+TAGS = [t for t in timm.list_pretrained() if timm.model_entrypoint(t).__module__.startswith('timm_tmblock.')]
+
+
+def read_top1(tag):
+    return json.loads((ROOT / 'train' / 'results' / tag / 'result.json').read_text())['last']['eval_top1']
 
 
 @pytest.fixture
@@ -23,17 +27,17 @@ def no_network(monkeypatch):
 
 
 def test_every_pretrained_tag_loads_without_network(no_network):
-    tags = [t for t in timm.list_pretrained() if timm.model_entrypoint(t).__module__.startswith('timm_tmblock.')]
-    assert 'rn26_tm.cifar10' in tags
-    for tag in tags:
+    assert 'rn26_tm.cifar10' in TAGS
+    for tag in TAGS:
         model = timm.create_model(tag, pretrained=True)
         assert len(model.pretrained_cfg['label_names']) == model.num_classes
 
 
-def test_accuracy_on_the_sample_is_that_of_the_result():
+@pytest.mark.parametrize('tag', [t for t in TAGS if t.endswith('.cifar10')])
+def test_accuracy_on_the_sample_is_that_of_the_result(tag):
     """500 of the 10,000 test images: within three standard errors."""
-    stated = json.loads(RESULT.read_text())['last']['eval_top1'] / 100
-    model = timm.create_model('rn26_tm.cifar10', pretrained=True).eval()
+    stated = read_top1(tag) / 100
+    model = timm.create_model(tag, pretrained=True).eval()
     cfg = model.pretrained_cfg
     config = DataConfig(cfg['input_size'], cfg['mean'], cfg['std'])
     data = decode(open_dataset('sample', 'test'), config, progress=False)
@@ -45,9 +49,10 @@ def test_accuracy_on_the_sample_is_that_of_the_result():
     assert abs(accuracy - stated) < 3 * (stated * (1 - stated) / len(data)) ** 0.5
 
 
-def test_readme_states_the_accuracy_of_the_result():
-    top1 = json.loads(RESULT.read_text())['last']['eval_top1']
-    assert f'{top1:.2f} %' in (ROOT / 'README.md').read_text()
+@pytest.mark.parametrize('tag', TAGS)
+def test_readme_states_the_accuracy_of_the_result(tag):
+    row = next(line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith(f'| `{tag}` |'))
+    assert f'| {read_top1(tag):.2f} % |' in row
 
 
 def test_pretrained_model_explains_a_test_image_by_its_class():

@@ -426,7 +426,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     assert pushed.returncode == 0, pushed.stderr
     files = hub.repositories['me/birds'].find('v1')['files']
     assert set(files) == {
-        'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'evaluation.png', 'explained.png',
+        'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
         'onnx/model.onnx', 'onnx/model.onnx.json'}
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
     hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))

@@ -261,7 +261,7 @@ def test_every_setting_has_a_help_text_that_renders():
     (['--batch-size', '50'], 'smaller --batch-size'),
     (['--batch-size', '0'], 'batch-size'),
     (['--mean', '0.5'], '3 values'),
-    (['--pretrained', '--model', 'rn26'], 'No pretrained weights'),
+    (['--pretrained', '--model', 'rn20'], 'No pretrained weights'),
     (['--patch-loss-weight', '2'], 'patch_loss_weight'),
     (['--lr', '1e30', '--opt', 'sgd'], r'not finite in update 2, .* rate 9\.3.*e\+29; there was no checkpoint'),
     (['--resume', 'nowhere'], 'no experiment folder nowhere'),
