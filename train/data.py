@@ -1,5 +1,6 @@
 """Image sets: opened by timm, and decoded once to a uint8 tensor where they fit in memory."""
 import math
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
@@ -94,6 +95,26 @@ def open_dataset(
                 raise InputError(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
     return dataset
+
+
+def add_data_options(parser: ArgumentParser) -> None:
+    """Flags that name a labelled split, for what measures a network on one."""
+    parser.add_argument('--dataset', default='sample', help='as in train.py')
+    parser.add_argument('--split', default='test')
+    parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
+    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
+    parser.add_argument('--input-key', default='image', help='image column of an hfds/ set')
+    parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+
+
+def open_named(args: Namespace, channels: int = 3) -> Any:
+    """The split that those flags name.
+
+    Raises:
+        InputError: If there is no such set, split or column.
+    """
+    return open_dataset(
+        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download, channels)
 
 
 def get_class_names(dataset: Any) -> List[str]:

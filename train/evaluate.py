@@ -12,8 +12,6 @@ Prints the result as JSON; with --output also writes NAME.json, with the confusi
 import argparse
 import hashlib
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -23,18 +21,16 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import timm
 import torch
 from tqdm import tqdm
 
-import timm_tmblock
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import Parser, positive
-from train.data import decode, fits_in_memory, get_class_names, open_dataset
+from train.data import add_data_options, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
-from train.hardware import describe_hardware
+from train.files import save_figure, write_json
+from train.hardware import describe_hardware, describe_versions
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.metrics import Reliability, count_confusions, measure_accuracy, measure_reliability, softmax
 from train.runner import Runner, create_runner
@@ -48,12 +44,7 @@ def create_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
-    parser.add_argument('--dataset', default='sample', help='as in train.py')
-    parser.add_argument('--split', default='test')
-    parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
-    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
-    parser.add_argument('--input-key', default='image', help='image column of an hfds/ set')
-    parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+    add_data_options(parser)
     parser.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
     parser.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
     parser.add_argument('--batch-size', type=positive, default=256)
@@ -79,9 +70,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         interpolation=runner.config['interpolation'],
         crop_pct=runner.config['crop_pct'],
     )
-    dataset = open_dataset(
-        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download,
-        config.input_size[0])
+    dataset = open_named(args, channels)
     names = get_class_names(dataset)
     if runner.class_names and len(runner.class_names) != len(names):
         raise InputError(
@@ -156,9 +145,7 @@ def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
     right.set(
         xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy',
         title=f'calibration error {100 * result["ece"]:.2f} % ({len(edges) - 1} bins, {result["images"]} images)')
-    with writing(path) as tmp:
-        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
-        os.replace(tmp, path)
+    save_figure(figure, path)
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
@@ -184,19 +171,14 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         batch_size=args.batch_size,
         precision=args.precision if runner.kind == 'PyTorch' else 'as exported',
         hardware=describe_hardware(runner.device),
-        versions=dict(
-            timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
-            python=platform.python_version()),
+        versions=describe_versions(),
     )
     if args.output:
         names = runner.class_names or [str(i) for i in range(len(confusion))]
         full = dict(
             result, class_names=names, confusion=confusion.tolist(),
             reliability={k: v.tolist() for k, v in vars(reliability).items()})
-        path = Path(f'{args.output}.json')
-        with writing(path) as tmp:
-            tmp.write_text(json.dumps(full, indent=1) + '\n')
-            os.replace(tmp, path)
+        write_json(Path(f'{args.output}.json'), full)
         draw(full, reliability, Path(f'{args.output}.png'))
     return result
 

@@ -1,9 +1,13 @@
-"""What a result was measured on."""
+"""What a result was measured on, and with."""
 import platform
 import re
 from pathlib import Path
+from typing import Dict
 
+import timm
 import torch
+
+import timm_tmblock
 
 
 def describe_hardware(device: torch.device) -> str:
@@ -14,3 +18,9 @@ def describe_hardware(device: torch.device) -> str:
         names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
         name = names[0] if names else name
     return f'{name}, {torch.get_num_threads()} threads'
+
+
+def describe_versions() -> Dict[str, str]:
+    return dict(
+        timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
+        python=platform.python_version())

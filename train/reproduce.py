@@ -32,10 +32,10 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import torch
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
+from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
 from train.tables import render
 
@@ -99,8 +99,8 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
         begun = json.loads((path / 'cell.json').read_text())['command']
         if begun != wanted:
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
-    if (path / 'result.json').is_file():
-        return
+    if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
+        return  # not one that train.py wrote and nobody has labelled yet
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / 'cell.json', dict(command=wanted))
     where = ['--resume', str(path)] if find_checkpoints(path) else [
@@ -116,12 +116,6 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     result = json.loads(output.splitlines()[-1])
     write_json(path / 'result.json', dict(
         command=wanted, setting=cell.setting, data=cell.dataset, **{k: v for k, v in result.items() if k != 'weights'}))
-
-
-def write_json(path: Path, value: Dict[str, Any]) -> None:
-    with writing(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1) + '\n')
-        os.replace(tmp, path)
 
 
 class Processes:

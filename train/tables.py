@@ -1,12 +1,11 @@
 """The tables and figures of the paper's experiments, from the results of their runs."""
 import json
-import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from timm_tmblock.checkpoint import writing
+from train.files import save_figure, write_text
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 
 Scores = Dict[Tuple[str, str], List[float]]  # (setting, set) -> test accuracy of each seed, in %
@@ -21,19 +20,24 @@ TITLES = {
 
 def render(experiment: str, folder: Path) -> Path:
     """Write README.md and, for a figure of the paper, a PNG over the results in a folder; returns the table's path."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob('*/result.json'))]
-    scores: Scores = defaultdict(list)
-    for result in results:
-        scores[result['setting'], result['data']].append(result['test']['top1'])
-    lines = [f'# {TITLES[experiment]}', '', *_table(experiment, scores), '', *_provenance(results)]
+    results, scores = read_results(folder)
+    lines = [f'# {TITLES[experiment]}', '', *tabulate(experiment, scores), '', *say_provenance(results)]
     if scores and experiment != 'table1':
         _draw(experiment, scores, folder / f'{experiment}.png')
         lines += ['', f'![{TITLES[experiment]}]({experiment}.png)']
     path = folder / 'README.md'
-    with writing(path) as tmp:
-        tmp.write_text('\n'.join(lines) + '\n')
-        os.replace(tmp, path)
+    write_text(path, '\n'.join(lines) + '\n')
     return path
+
+
+def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
+    """The finished runs in a folder, and their scores."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob('*/result.json'))]
+    results = [result for result in results if 'setting' in result]
+    scores: Scores = defaultdict(list)
+    for result in results:
+        scores[result['setting'], result['data']].append(result['test']['top1'])
+    return results, scores
 
 
 def format_scores(values: List[float]) -> str:
@@ -72,7 +76,7 @@ def _batch_size(setting: str) -> int:
     return int(setting.partition('.batch')[2] or 0)
 
 
-def _table(experiment: str, scores: Scores) -> List[str]:
+def tabulate(experiment: str, scores: Scores) -> List[str]:
     datasets = [d for d in DATASETS if any(dataset == d for _, dataset in scores)]
     settings = list(TABLE_1) if experiment == 'table1' else _order(sorted({s for s, _ in scores}))
     head = '| | ' + ' | '.join(f'{DATASET_NAMES[d]} | paper' for d in datasets) + ' |'
@@ -86,7 +90,7 @@ def _table(experiment: str, scores: Scores) -> List[str]:
     return lines if datasets else ['No run is finished yet.']
 
 
-def _provenance(results: List[Dict[str, Any]]) -> List[str]:
+def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
     """How the numbers came about, said once where all runs agree."""
     lines = []
     for key, title in (('epochs', 'Epochs'), ('seed', 'Seeds'), ('images', 'Images'), ('hardware', 'Hardware'),
@@ -124,6 +128,4 @@ def _draw(experiment: str, scores: Scores, path: Path) -> None:
     axes.tick_params(axis='x', labelsize=8)
     axes.grid(axis='y', alpha=0.3)
     axes.legend()
-    with writing(path) as tmp:
-        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
-        os.replace(tmp, path)
+    save_figure(figure, path)

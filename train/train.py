@@ -23,7 +23,6 @@ Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the p
 The last line of output is the result as JSON.
 """
 import json
-import platform
 import signal
 import sys
 import time
@@ -46,7 +45,6 @@ from timm.models import PretrainedCfg
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
-import timm_tmblock
 from timm_tmblock.checkpoint import load_model, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
@@ -57,7 +55,8 @@ from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
-from train.hardware import describe_hardware
+from train.files import write_json
+from train.hardware import describe_hardware, describe_versions
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
@@ -223,7 +222,10 @@ class Trainer:
                 while self.state.update < self.updates:
                     self.train_epoch()
                     self.finish_epoch()
-                return self.result(self.test())
+                result = self.result(self.test())
+                if self.main_process:
+                    write_json(self.folder / 'result.json', result)
+                return result
         except KeyboardInterrupt:
             raise InputError(
                 f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
@@ -414,9 +416,7 @@ class Trainer:
             hardware=describe_hardware(self.accelerator.device),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
-            versions=dict(
-                timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
-                python=platform.python_version()),
+            versions=describe_versions(),
         )
 
     def result(self, test: Optional[Dict[str, Any]]) -> Dict[str, Any]:
