@@ -28,7 +28,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "timm-tmblock needs Python 3.10 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[train,export,ort,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,analysis,export,ort,dev]"
 	touch $@
 
 # the real Triton server, which judges model repositories in the tests; its Python packages are not wanted

@@ -225,7 +225,8 @@ def _visible(image: Image.Image, aspect: float, crop_pct: float) -> Image.Image:
     return image.crop((left, top, left + crop_w, top + crop_h))
 
 
-def _color(index: int) -> Tuple[int, int, int]:
+def class_color(index: int) -> Tuple[int, int, int]:
+    """Colour of a class in every picture, RGB in [0, 255]."""
     if index < len(_COLORS):
         c = _COLORS[index]
         return int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)
@@ -248,7 +249,7 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     order = counts.argsort()[::-1]
 
     base = explanation.image.resize((size, size), Image.Resampling.BICUBIC)
-    colors = np.array([_color(i) for i in range(len(explanation.template_names))], dtype=np.uint8)
+    colors = np.array([class_color(i) for i in range(len(explanation.template_names))], dtype=np.uint8)
     regions = Image.fromarray(colors[classes]).resize((size, size), Image.Resampling.NEAREST)
     heat = Image.fromarray(explanation.heat_map(explanation.template_names[index])).resize(
         (size, size), Image.Resampling.BILINEAR)
@@ -271,7 +272,7 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     for entry, i in enumerate(order):  # legend, two columns, most frequent class first
         x = lefts[1] + entry % 2 * size // 2
         y = below + entry // 2 * line
-        draw.rectangle((x, y + 3, x + 11, y + 14), fill=_color(int(present[i])))
+        draw.rectangle((x, y + 3, x + 11, y + 14), fill=class_color(int(present[i])))
         share = 100 * counts[i] / classes.size
         draw.text((x + 17, y), f'{explanation.template_names[present[i]]} {share:.0f} %', fill='black', font=font)
     scale = Image.fromarray(np.broadcast_to(_heat_color(np.linspace(0, 1, size)), (12, size, 3)).copy())

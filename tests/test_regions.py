@@ -1,0 +1,268 @@
+"""Regions of images: what is drawn and measured is what the network saw, against loops and brute force."""
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import silhouette_score
+
+from timm_tmblock.errors import InputError
+from timm_tmblock.layers import PatchMean
+from timm_tmblock.models._base import CIFAR10_LABELS, CIFAR100_LABELS
+from train.analysis import geometry, mosaic, trust, words
+from train.analysis.__main__ import main
+from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
+from train.analysis.superclasses import find_superclasses
+from train.data import InMemorySet
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('rn26_tm', pretrained=True).eval()
+
+
+def make_set(counts, size=32, seed=0):
+    rng = np.random.default_rng(seed)
+    targets = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    images = torch.from_numpy(rng.integers(0, 256, (len(targets), 3, size, size), dtype=np.uint8))
+    return InMemorySet(images, torch.from_numpy(targets), [f'c{k}' for k in range(len(counts))])
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+def test_sample_has_the_same_number_of_each_class_and_no_region_twice():
+    data = make_set([5, 7, 3])
+    sample = draw_sample(data, (8, 8), 4, 9, seed=1)
+    assert np.bincount(sample.targets).tolist() == [3, 3, 3]  # as many as the smallest has
+    assert all(len(set(row)) == 9 and max(row) < 64 for row in sample.places.tolist())
+    known = {image.numpy().tobytes(): int(target) for image, target in zip(data.images, data.targets)}
+    for image, target in zip(sample.images, sample.targets):
+        assert known[image.transpose(2, 0, 1).tobytes()] == target
+    assert len({image.tobytes() for image in sample.images}) == 9
+    assert (draw_sample(data, (8, 8), 4, 9, seed=1).places == sample.places).all()
+    for settings, message in ((dict(regions_per_image=65), '1 to 64 regions'), (dict(regions_per_image=0), '1 to 64')):
+        with pytest.raises(InputError, match=message):
+            draw_sample(data, (8, 8), images_per_class=2, seed=0, **settings)
+    with pytest.raises(InputError, match='no image of c1'):
+        draw_sample(make_set([2, 0]), (8, 8), 1, 1, seed=0)
+
+
+@pytest.mark.parametrize('name, patch_size', [('rn26_tm', 4), ('dn100_tm_cat', 3)])
+def test_embeddings_are_what_the_layers_give(trained_like, name, patch_size):
+    model = trained_like(name, patch_size=patch_size).double()
+    sample = draw_sample(make_set([3] * 10), map_size(model), 1, 5, seed=0)
+    found = embed_regions(model, sample, batch_size=3)
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).double().view(1, -1, 1, 1) for k in ('mean', 'std'))
+    x = (torch.from_numpy(sample.images).permute(0, 3, 1, 2).double() / 255 - mean) / std
+    f = model._forward_trunk(x)
+    logits = model.forward_patch_logits(x)[1]
+    block, n = model.tm(f), 0
+    for i, places in enumerate(sample.places):
+        for place in places:
+            at = (i, slice(None), place // 8, place % 8)
+            for key, expected in (('stage 3', f), ('block output', block), ('scores', logits.softmax(1))):
+                np.testing.assert_allclose(found[key][n], expected[at].detach().numpy(), rtol=2e-3, atol=2e-4)
+            n += 1
+    if name == 'rn26_tm':
+        values = found['block output'] - found['stage 3'] @ model.tm.shortcut.weight[:, :, 0, 0].detach().numpy().T
+    else:
+        values = found['block output'][:, -192:]
+    close(found['values'], values)
+
+
+def test_baseline_has_the_features_alone(trained_like):
+    sample = draw_sample(make_set([2] * 10), (8, 8), 1, 2, seed=0)
+    assert set(embed_regions(trained_like('rn26'), sample)) == {'stage 3'}
+
+
+@pytest.mark.parametrize('patch_size', [3, 4, 5])
+def test_patch_shows_the_pixels_that_its_mean_is_of(patch_size):
+    rows, columns = np.mgrid[:32, :32]
+    image = np.stack([rows, columns, np.full((32, 32), 255)], axis=-1).astype(np.uint8)
+    sample = Sample(image[None], np.array([0]), ['c'], (8, 8), np.arange(64)[None])
+    patches = crop_patches(sample, patch_size, stride=4)
+    assert patches.shape == (64, 4 * patch_size, 4 * patch_size, 3)
+    x = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    y = PatchMean(patch_size)(x)
+    for place in range(64):
+        gradient, = torch.autograd.grad(y[0, 0, place // 8, place % 8], x, retain_graph=True)
+        seen = {tuple(cell) for cell in gradient[0, 0].nonzero().tolist()}
+        shown = patches[place][patches[place][..., 2] == 255]  # not the grey outside of the image
+        assert {(int(r) // 4, int(c) // 4) for r, c, _ in shown} == seen
+        assert len(shown) == 16 * len(seen)
+
+
+def test_neighbour_rate_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    x, labels, groups = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), np.repeat(np.arange(15), 4)
+    shares = []
+    for i in range(60):
+        others = [j for j in range(60) if groups[j] != groups[i]]
+        nearest = sorted(others, key=lambda j: ((x[i] - x[j]) ** 2).sum())[:7]
+        shares.append(np.mean([labels[j] == labels[i] for j in nearest]))
+    assert geometry.neighbour_rate(x, labels, groups, 7) == pytest.approx(np.mean(shares))
+
+
+def test_measures_are_of_classes_and_of_superclasses():
+    rng = np.random.default_rng(0)
+    names = list(CIFAR10_LABELS)
+    targets = np.repeat(np.arange(10), 3)
+    sample = Sample(np.zeros((30, 32, 32, 3), np.uint8), targets, names, (8, 8), np.zeros((30, 2), int))
+    x = rng.normal(size=(60, 4))
+    values = geometry.measure_geometry(x, sample, k=3)
+    vehicles = np.isin(sample.region_targets, [names.index(n) for n in ('airplane', 'automobile', 'ship', 'truck')])
+    assert values['superclass_silhouette'] == pytest.approx(silhouette_score(x, vehicles))
+    assert values['class_silhouette'] == pytest.approx(silhouette_score(x, sample.region_targets))
+    sample.class_names = [f'c{k}' for k in range(10)]
+    assert geometry.measure_geometry(x, sample)['superclass_silhouette'] is None
+
+
+def test_superclasses_of_cifar100_are_twenty_of_five():
+    groups = find_superclasses(list(CIFAR100_LABELS))
+    assert np.bincount(groups).tolist() == [5] * 20
+    assert len({groups[CIFAR100_LABELS.index(n)] for n in ('maple_tree', 'oak_tree', 'palm_tree')}) == 1
+    assert find_superclasses(list(CIFAR100_LABELS)[::-1]).tolist() != groups.tolist()
+
+
+def test_grid_keeps_a_grid_and_fills_each_cell_once():
+    rng = np.random.default_rng(0)
+    order = rng.permutation(25)
+    points = np.stack([order % 5 * 3. - 7, order // 5 * 0.2 + 1], axis=1)  # (x, y)
+    places, side = mosaic.snap_to_grid(points)
+    assert side == 5 and (places == np.stack([order // 5, order % 5], axis=1)).all()
+    places, side = mosaic.snap_to_grid(rng.normal(size=(23, 2)))
+    assert side == 5 and len({tuple(p) for p in places.tolist()}) == 23
+    patches = rng.integers(0, 256, (23, 6, 6, 3), dtype=np.uint8)
+    colors = rng.integers(0, 256, (23, 3), dtype=np.uint8)
+    picture = mosaic.paint_mosaic(rng.normal(size=(23, 2)), patches, colors)
+    cells = picture.reshape(5, 10, 5, 10, 3).transpose(0, 2, 1, 3, 4).reshape(25, 10, 10, 3)
+    painted = {cell[2:-2, 2:-2].tobytes(): tuple(cell[0, 0]) for cell in cells}
+    for patch, color in zip(patches, colors):
+        assert painted[patch.tobytes()] == tuple(color)
+
+
+def test_words_keep_the_nearest_patches_one_of_an_image():
+    rng = np.random.default_rng(0)
+    scores, image = rng.dirichlet([0.3] * 4, 200), rng.integers(0, 40, 200)
+    found = words.find_words(scores, image, 6, 5, seed=0)
+    distances = ((scores[:, None] - found.centers) ** 2).sum(-1)
+    label = distances.argmin(1)
+    assert found.counts.tolist() == np.bincount(label, minlength=6).tolist()
+    for k, nearest in enumerate(found.nearest):
+        kept = []
+        for n in sorted(np.flatnonzero(label == k), key=lambda n: distances[n, k]):
+            if image[n] not in image[kept] and len(kept) < 5:
+                kept.append(n)
+        assert nearest.tolist() == kept
+
+
+def test_purity_is_of_pure_and_of_mixed_words():
+    found = words.VisualWords(
+        np.array([[0.9, 0.1, 0.], [0.4, 0.3, 0.3], [0.2, 0., 0.8]]), np.array([6, 3, 1]),
+        [np.array([0, 1]), np.array([2, 3]), np.array([4])])
+    values = words.measure_words(found, np.array([0, 1, 0, 0, 2]))
+    assert values == pytest.approx(dict(mixed_words=1 / 3, mixed_patches=0.3, purity=0.75, mixed_purity=1.))
+    assert found.order.tolist() == [0, 1, 2]
+
+
+def test_ranks_and_covers_are_of_whole_cells():
+    evidence = torch.tensor([[[3., 1.], [2., 9.]]])
+    ranks = trust.rank_cells(evidence)
+    assert ranks.tolist() == [[[1, 3], [2, 0]]]
+    x, fill = torch.arange(16.).view(1, 1, 4, 4), torch.full((1, 1, 4, 4), -1.)
+    covered = trust.cover(x, fill, ranks < 2)
+    assert covered[0, 0].tolist() == [[-1, -1, 2, 3], [-1, -1, 6, 7], [8, 9, -1, -1], [12, 13, -1, -1]]
+
+
+def test_maps_are_those_of_their_definitions(model):
+    torch.manual_seed(0)
+    x, classes = torch.randn(3, 3, 32, 32), torch.tensor([1, 8, 5])
+    maps = {name: f(x, classes) for name, f in trust.create_explainers(model, (8, 8), 0).items()}
+    assert {tuple(m.shape) for m in maps.values()} == {(3, 8, 8)}
+    with torch.no_grad():
+        logits, patches = model.forward_patch_logits(x)
+        for i, k in enumerate(classes):
+            torch.testing.assert_close(maps['class map'][i], patches[i].softmax(0)[k])
+            # with average pooling and a linear classifier, Grad-CAM is CAM
+            cam = (model.fc.weight[k][:, None, None] * model.forward_features(x[i:i + 1])[0]).sum(0)
+            assert torch.corrcoef(torch.stack([maps['Grad-CAM'][i].flatten(), cam.flatten()]))[0, 1] > 0.9999
+        effect, counts = torch.zeros(32, 32), torch.zeros(32, 32)
+        for top in range(0, 25, 4):
+            for left in range(0, 25, 4):
+                covered = x[:1].clone()
+                covered[:, :, top:top + 8, left:left + 8] = 0
+                effect[top:top + 8, left:left + 8] += logits[0, 1] - model(covered)[0, 1]
+                counts[top:top + 8, left:left + 8] += 1
+        expected = F.avg_pool2d((effect / counts)[None, None], 4)[0, 0]
+        torch.testing.assert_close(maps['occlusion'][0], expected, rtol=1e-3, atol=1e-3)
+
+
+class Counting(torch.nn.Module):
+    """Two classes; the first one's probability is the share of the left upper quarter that is white."""
+
+    def forward(self, x):
+        p = x[:, :, :4, :4].mean((1, 2, 3)).clamp(0.001, 0.999)
+        return torch.stack([p, 1 - p], 1).log()
+
+
+def test_curves_follow_the_evidence():
+    x = torch.ones(5, 1, 8, 8)
+    evidence = torch.zeros(4, 4)
+    evidence[:2, :2] = 1
+    maps = {
+        'true': lambda images, classes: evidence.expand(len(images), 4, 4),
+        'wrong': lambda images, classes: -evidence.expand(len(images), 4, 4),
+    }
+    curves = trust.follow(Counting(), x, torch.zeros(5, dtype=torch.long), maps, steps=16, batch_size=2, progress=False)
+    expected = [max(1 - step / 4, 0) for step in range(17)]
+    np.testing.assert_allclose(curves['true'].deletion, np.tile(expected, (5, 1)), atol=2e-3)
+    assert curves['wrong'].deletion[0, 4] > 0.99 and curves['true'].deletion.shape == (5, 17)
+    assert curves['true'].without_least.all() and not curves['true'].without_most.any()
+    summary = trust.summarize(curves)
+    assert summary['true']['deletion'] == pytest.approx(np.trapezoid(expected, dx=1 / 16), abs=2e-3)
+    assert summary['wrong']['deletion_lead'] == pytest.approx(
+        summary['true']['deletion'] - summary['wrong']['deletion']) and summary['wrong']['deletion_lead'] < 0
+    assert summary['wrong']['without_least'] == 0 and summary['wrong']['without_least_lead'] == 100
+
+
+@pytest.mark.parametrize('command, flags', [
+    ('geometry', ['--images-per-class', '4', '--regions', '2']),
+    ('mosaic', ['--images-per-class', '4', '--regions', '2']),
+    ('words', ['--images-per-class', '4', '--regions', '4', '--words', '12', '--show', '5']),
+    ('trust', ['--images', '7', '--steps', '4']),
+])
+def test_command_writes_the_same_pictures_and_numbers_again(tmp_path, command, flags):
+    results = [main([command, 'rn26_tm', *flags, '--output', str(tmp_path / str(i) / command)]) for i in range(2)]
+    assert results[0] == results[1] and results[0]['analysis'] == command and 'NaN' not in json.dumps(results[0])
+    for suffix in ('json', 'png', 'svg'):
+        files = [(tmp_path / str(i) / f'{command}.{suffix}').read_bytes() for i in range(2)]
+        assert files[0] == files[1] and len(files[0]) > 500
+    with Image.open(tmp_path / '0' / f'{command}.png') as image:
+        assert image.width > 600
+    assert str(tmp_path) not in (tmp_path / '0' / f'{command}.json').read_text()
+
+
+def test_constants_are_measured_and_set_beside_the_paper(tmp_path):
+    values = main(['maximizer', 'rn26_tm', '--images', '20', '--output', str(tmp_path / 'm')])
+    assert values['paper'] == dict(mu=2.5, eta=17.) and values['eta'] > 0 and len(values['layer_mu']) == 8
+    assert json.loads((tmp_path / 'm.json').read_text()) == values and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['geometry', 'rn26_tm', '--baseline', 'rn26_tm'], 'rn26_tm has a template matching block'),
+    (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
+    (['mosaic', 'nothing'], 'nothing is no model with weights'),
+    (['trust', 'rn26_tm', '--split', 'nothing'], "Cannot open split 'nothing'"),
+    (['words', 'rn26_tm', '--regions', '65'], '1 to 64 regions'),
+    (['painting', 'rn26_tm'], 'invalid choice'),
+])
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        main(flags)
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())

@@ -1,0 +1,249 @@
+"""Pictures and measures of what a trained network makes of the regions of images.
+
+    python -m train.analysis geometry rn26_tm --baseline rn26      # Figure 5: t-SNE of features, by class
+    python -m train.analysis mosaic rn26_tm                        # Figure 6: patches by class scores and by values
+    python -m train.analysis words rn26_tm                         # Figure 7: combinations of classes
+    python -m train.analysis trust rn26_tm                         # does the class map show the evidence?
+    python -m train.analysis maximizer WEIGHTS                     # mu and eta of sections 3.2 and 4.1
+
+A network is a name with pretrained weights or a weight file of training; the images are those of the sample unless
+--dataset names others. Each writes NAME.json, NAME.png and NAME.svg; the same seed gives the same.
+"""
+import argparse
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+
+from export.load import load
+from timm_tmblock.analysis import measure_maximizer
+from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.explanation import class_color
+from train.analysis import geometry, mosaic, trust, words
+from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
+from train.augment import DataConfig
+from train.config import Parser, positive
+from train.data import InMemorySet, add_data_options, decode, open_named
+from train.failure import naming_failures
+from train.files import save_figure, write_json
+from train.hardware import describe_hardware, describe_versions
+from train.runner import resolve_device
+
+PAPER_MU, PAPER_ETA = 2.5, 17.
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        prog='python -m train.analysis', description='What a trained network makes of the regions of images.',
+        allow_abbrev=False)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    def add(command: str, description: str, images_per_class: Optional[int], regions: Optional[int]) -> Any:
+        sub = commands.add_parser(
+            command, help=description, description=description, allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
+        sub.add_argument('--output', metavar='NAME', default=f'output/analysis/{command}', help='without suffix')
+        add_data_options(sub)
+        sub.add_argument('--seed', type=int, default=0)
+        sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
+        if images_per_class:
+            sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
+                'or as many as the smallest class has'))
+        if regions:
+            sub.add_argument('--regions', type=positive, default=regions, help='of each image, drawn at random')
+        return sub
+
+    sub = add('geometry', 't-SNE of features by class, with how well classes lie together', 80, 8)
+    sub.add_argument('--baseline', metavar='MODEL', help='network without template matching to set beside it')
+    sub.add_argument('--perplexity', type=float, default=30.)
+    add('mosaic', 'patches laid out by their class scores and by their value embeddings', 80, 2)
+    sub = add('words', 'k-means over the class scores of patches', 80, 64)
+    sub.add_argument('--words', type=positive, default=100)
+    sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, of as many images')
+    sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
+    sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance', None, None)
+    sub.add_argument('--images', type=positive, default=1000, help='the first of the split')
+    sub.add_argument('--steps', type=positive, default=16)
+    sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU', None, None)
+    sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
+    return parser
+
+
+def load_network(name: str, device: torch.device, template_matching: Optional[bool] = None) -> Any:
+    """
+    Raises:
+        InputError: If there is no such network, or it has a block where it should have none, or the reverse.
+    """
+    model: Any = load(name)
+    if template_matching is not None and model.has_template_matching != template_matching:
+        raise InputError(
+            f'{name} has {"no " if template_matching else "a "}template matching block; '
+            f'name a network with{"" if template_matching else "out"} one.')
+    return model.to(device, memory_format=torch.channels_last)  # on CPUs three times as fast
+
+
+def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
+    """The split, as the network takes it.
+
+    Raises:
+        InputError: If it cannot be opened or has other classes.
+    """
+    cfg = model.pretrained_cfg
+    config = DataConfig(
+        tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
+        crop_pct=cfg['crop_pct'])
+    data = decode(open_named(args, config.input_size[0]), config)
+    if len(data.class_names) != model.num_classes:
+        raise InputError(
+            f'{args.model} tells {model.num_classes} classes apart and {args.dataset} has {len(data.class_names)}.')
+    return data
+
+
+def normalize(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, C, H, W) as the network takes it."""
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    images = (images / 255 - mean) / std
+    return images.to(next(model.parameters()).device, memory_format=torch.channels_last)
+
+
+def colors_of(num_classes: int) -> np.ndarray:
+    return np.array([class_color(k) for k in range(num_classes)], dtype=np.uint8)
+
+
+def say_sample(args: argparse.Namespace, sample: Sample) -> str:
+    images = len(sample.targets) // len(sample.class_names)
+    return (f'{images} images of each class of {Path(args.dataset).name} {args.split}, '
+            f'{sample.places.shape[1]} regions of each')
+
+
+Outcome = Tuple[Dict[str, Any], Any]  # values, and a Matplotlib figure, None where there is nothing to see
+
+
+def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
+    networks = {}
+    if args.baseline:
+        networks[args.baseline] = load_network(args.baseline, next(model.parameters()).device, False)
+    networks[args.model] = model
+    grids = {map_size(network) for network in networks.values()}
+    if len(grids) > 1:
+        raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
+    sample = draw_sample(open_images(args, model), grids.pop(), args.images_per_class, args.regions, args.seed)
+    spaces = {
+        f'{Path(name).stem}: {layer}': x
+        for name, network in networks.items()
+        for layer, x in embed_regions(network, sample).items() if layer != 'scores'}
+    measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
+    maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
+    title = f'Regions by t-SNE, coloured by the class of their image. {say_sample(args, sample)}'
+    return dict(spaces=measures, neighbours=10), geometry.draw_geometry(maps, measures, sample, title)
+
+
+def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
+    sample = draw_sample(open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed)
+    spaces = embed_regions(model, sample)
+    spaces = {'class scores': spaces['scores'], 'value embeddings': spaces['values']}
+    measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
+    patches = crop_patches(sample, model.patch_size, model.patch_reduction)
+    colors = colors_of(len(sample.class_names))
+    mosaics = [
+        mosaic.paint_mosaic(geometry.project(x, args.seed), patches, colors[sample.region_targets])
+        for x in spaces.values()]
+    figure = mosaic.draw_mosaics(
+        mosaics, [f'{Path(args.model).stem}: patches by their {name}' for name in spaces],
+        [f'{geometry.describe(measures[name])}' for name in spaces], sample.class_names, colors)
+    return dict(spaces=measures, neighbours=10), figure
+
+
+def run_words(args: argparse.Namespace, model: Any) -> Outcome:
+    sample = draw_sample(open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed)
+    scores = embed_regions(model, sample)['scores']
+    if len(scores) < args.words:
+        raise InputError(f'There are {len(scores)} patches, too few for {args.words} words; take more images.')
+    found = words.find_words(scores, sample.image_index, args.words, args.patches, args.seed)
+    values = words.measure_words(found, sample.region_targets)
+    patches = crop_patches(sample, model.patch_size, model.patch_reduction)
+    shown = found.order
+    if args.show:
+        by_purity = np.argsort(-found.centers.max(axis=1), kind='stable')
+        shown = by_purity[np.linspace(0, len(by_purity) - 1, min(args.show, len(by_purity))).round().astype(int)]
+    caption = (
+        f'{Path(args.model).stem}: {args.words} words of {len(scores):,} patches ({say_sample(args, sample)}). '
+        f'{100 * values["mixed_words"]:.0f} % of the words,\n{100 * values["mixed_patches"]:.0f} % of the patches, are '
+        f'mixed: no class has half of the score. Nearest patches of the best class: '
+        f'{100 * values["purity"]:.0f} % in pure words, {100 * values["mixed_purity"]:.0f} % in mixed ones.')
+    figure = words.draw_words(
+        found, shown, patches, sample.class_names, colors_of(len(sample.class_names)), caption,
+        columns=10 if len(shown) >= 10 else len(shown))
+    centers = [dict(zip(sample.class_names, np.round(c, 4).tolist())) for c in found.centers[found.order]]
+    # a word that has no mixed ones has no purity of them
+    return {**{k: v if np.isfinite(v) else None for k, v in values.items()}, 'centers': centers}, figure
+
+
+def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
+    data = open_images(args, model)
+    images, targets = normalize(model, data.images[:args.images]), data.targets[:args.images]
+    targets = targets.to(images.device)
+    with torch.inference_mode():
+        outputs = [model.forward_patch_logits(x) for x in images.split(200)]
+    predicted = torch.cat([logits.argmax(1) for logits, _ in outputs])
+    matched = torch.cat([patches.argmax(1) for _, patches in outputs])
+    curves = trust.follow(
+        model, images, targets, trust.create_explainers(model, map_size(model), args.seed), args.steps)
+    summary = trust.summarize(curves)
+    values = dict(
+        images=len(images),
+        top1=100 * (predicted == targets).double().mean().item(),
+        patch_accuracy=100 * (matched == targets[:, None, None]).double().mean().item(),
+        patch_agreement=100 * (matched == predicted[:, None, None]).double().mean().item(),
+        steps=args.steps,
+        maps=summary,
+        curves={
+            name: {key: getattr(c, key).mean(axis=0).round(5).tolist() for key in ('deletion', 'insertion')}
+            for name, c in curves.items()},
+    )
+    title = f'{Path(args.model).stem}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
+    return values, trust.draw_trust(curves, summary, title)
+
+
+def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:
+    images = normalize(model, open_images(args, model).images[:args.images])
+    try:
+        constants = measure_maximizer(model, images.split(200))
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    return dict(vars(constants), images=len(images), paper=dict(mu=PAPER_MU, eta=PAPER_ETA)), None
+
+
+RUN: Dict[str, Callable[[argparse.Namespace, Any], Outcome]] = dict(
+    geometry=run_geometry, mosaic=run_mosaic, words=run_words, trust=run_trust, maximizer=run_maximizer)
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    """Run a command, write its files and return what the JSON says.
+
+    Raises:
+        InputError: For a network, images or settings that cannot be used.
+    """
+    args = create_parser().parse_args(argv)
+    device = resolve_device(args.device)
+    with naming_failures('take fewer images'):
+        model = load_network(args.model, device, None if args.command == 'maximizer' else True)
+        values, figure = RUN[args.command](args, model)
+    settings = {k: v for k, v in vars(args).items() if k not in ('command', 'output', 'device', 'dataset_download')}
+    result = dict(
+        analysis=args.command, settings=settings, **values, hardware=describe_hardware(device),
+        versions=describe_versions())
+    if figure is not None:
+        for suffix in ('png', 'svg'):
+            save_figure(figure, Path(f'{args.output}.{suffix}'))
+    write_json(Path(f'{args.output}.json'), result)
+    return result
+
+
+if __name__ == '__main__':
+    with exiting_on_input_error():
+        arguments = create_parser().parse_args()
+        main()
+        print(f'wrote {arguments.output}.json' + ('' if arguments.command == 'maximizer' else ', .png and .svg'))

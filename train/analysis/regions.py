@@ -1,0 +1,132 @@
+"""Regions of images as the layers around template matching see them."""
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from timm_tmblock.errors import InputError
+from train.data import InMemorySet
+
+
+@dataclass
+class Sample:
+    """Images of every class, and the regions of each to look at."""
+    images: np.ndarray  # (I, H, W, C) uint8
+    targets: np.ndarray  # (I,)
+    class_names: List[str]
+    grid: Tuple[int, int]  # height and width of the feature map
+    places: np.ndarray  # (I, P) regions of each image, row · width + column
+
+    @property
+    def image_index(self) -> np.ndarray:
+        """Image of each region, (I · P,)."""
+        return np.repeat(np.arange(len(self.targets)), self.places.shape[1])
+
+    @property
+    def region_targets(self) -> np.ndarray:
+        """Class of each region's image, (I · P,)."""
+        return np.repeat(self.targets, self.places.shape[1])
+
+
+def draw_sample(
+        data: InMemorySet,
+        grid: Tuple[int, int],
+        images_per_class: int,
+        regions_per_image: int,
+        seed: int,
+) -> Sample:
+    """Draw images of each class and regions of each image, the same for every network with this grid.
+
+    Args:
+        data: Images.
+        grid: Height and width of the feature map.
+        images_per_class: Of each class, or as many as the smallest has.
+        regions_per_image: Of each image.
+        seed: Of the draw.
+
+    Raises:
+        InputError: If a class has no images, or an image fewer regions than asked for.
+    """
+    rng = np.random.default_rng(seed)
+    targets = data.targets.numpy()
+    counts = np.bincount(targets, minlength=len(data.class_names))
+    if counts.min() == 0:
+        raise InputError(f'The set has no image of {data.class_names[counts.argmin()]}; name a split that has.')
+    images_per_class = min(images_per_class, counts.min())
+    size = grid[0] * grid[1]
+    if not 0 < regions_per_image <= size:
+        raise InputError(f'Ask for 1 to {size} regions of an image, not {regions_per_image}.')
+    index = np.concatenate([
+        rng.permutation(np.flatnonzero(targets == k))[:images_per_class] for k in range(len(counts))])
+    places = np.stack([rng.permutation(size)[:regions_per_image] for _ in index])
+    images = data.images[torch.from_numpy(index)].permute(0, 2, 3, 1).numpy()
+    return Sample(images, targets[index], data.class_names, grid, places)
+
+
+def map_size(model: Any) -> Tuple[int, int]:
+    """Height and width of the map that patches are matched on."""
+    height, width = (size // model.patch_reduction for size in model.img_size)
+    return height, width
+
+
+@torch.inference_mode()
+def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str, np.ndarray]:
+    """What each layer around template matching makes of the regions of a sample.
+
+    Args:
+        model: Network of this project, in evaluation mode.
+        sample: Regions of its feature map.
+        batch_size: Images at once.
+
+    Returns:
+        (N, D) by layer: 'stage 3' and, with template matching, 'values' (f' of section 3.3), 'block output'
+        (the input of stage 4) and 'scores' (class probabilities of the patches).
+    """
+    like = next(model.parameters())
+    device = like.device
+    mean, std = (like.new_tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    inputs: List[torch.Tensor] = []
+    handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    parts: Dict[str, List[np.ndarray]] = {}
+    try:
+        for first in range(0, len(sample.images), batch_size):
+            batch = slice(first, first + batch_size)
+            images = torch.from_numpy(sample.images[batch]).to(device).permute(0, 3, 1, 2)
+            model((images / 255 - mean) / std)
+            f = inputs.pop()
+            maps = {'stage 3': f}
+            if model.has_template_matching:
+                logits = model.tm.patch_logits(f)
+                maps['values'] = model.tm.value(model.tm.mix(logits))
+                maps['block output'] = model.tm.embed(f, logits)
+                maps['scores'] = F.softmax(logits, dim=1)
+            places = torch.from_numpy(sample.places[batch]).to(device)
+            for name, x in maps.items():
+                x = x.float().flatten(2).transpose(1, 2)  # (B, H · W, D)
+                x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+                parts.setdefault(name, []).append(x.flatten(0, 1).cpu().numpy())
+    finally:
+        handle.remove()
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def crop_patches(sample: Sample, patch_size: int, stride: int) -> np.ndarray:
+    """The pixels of the patch around each region, padded with grey where it leaves the image.
+
+    Args:
+        sample: Regions.
+        patch_size: Side of the patches, in pixels of the feature map; where it is even, they reach one further down
+            and to the right, as the mean over them does.
+        stride: Pixels of the image to one of the feature map.
+
+    Returns:
+        (N, S, S, C) uint8, S = patch_size · stride.
+    """
+    before, side = (patch_size - 1) // 2 * stride, patch_size * stride
+    padding = ((0, 0), (before, side), (before, side), (0, 0))
+    padded = np.pad(sample.images, padding, constant_values=128)
+    rows, columns = (part * stride for part in np.divmod(sample.places.ravel(), sample.grid[1]))
+    return np.stack([
+        padded[i, top:top + side, left:left + side] for i, top, left in zip(sample.image_index, rows, columns)])

@@ -1,0 +1,165 @@
+"""Whether the class map shows the evidence: parts of images are masked by it, and by other maps of the same network.
+
+Deletion and insertion curves are those of RISE (Petsiuk et al., https://arxiv.org/abs/1806.07421): the most evident
+cells are replaced by the mean colour one after the other, or uncovered in a blurred image, and the probability of the
+class is followed. Grad-CAM and occlusion are captum's.
+"""
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam, Occlusion
+from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
+
+# (images, classes) -> evidence (B, h, w) of each cell for the class
+Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str, Explainer]:
+    """The maps to compare, each on the cells of the network's own class map.
+
+    Args:
+        model: Network with template matching, in evaluation mode.
+        grid: Height and width of its class map.
+        seed: Of the random map.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    grad_cam, occlusion = LayerGradCam(model, model.norm), Occlusion(model)
+
+    def class_map(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            probabilities = model.forward_patch_logits(images)[1].softmax(1)
+        return probabilities[torch.arange(len(classes)), classes].clone()
+
+    def by_gradient(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        # without its ReLU, which leaves cells of no order
+        return F.adaptive_avg_pool2d(grad_cam.attribute(images, classes).detach(), grid)[:, 0]
+
+    def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        sides = [2 * size // cells for size, cells in zip(images.shape[2:], grid)]  # two cells, stepped by one
+        with torch.inference_mode():
+            effect = occlusion.attribute(
+                images, (images.shape[1], *sides), (images.shape[1], *(s // 2 for s in sides)), baselines=0.,
+                target=classes)
+        return F.adaptive_avg_pool2d(effect.clone().mean(1, keepdim=True), grid)[:, 0]
+
+    def at_random(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return torch.rand(len(images), *grid, generator=generator).to(images.device)
+
+    return {'class map': class_map, 'Grad-CAM': by_gradient, 'occlusion': by_occlusion, 'random': at_random}
+
+
+def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
+    """Rank of each cell, 0 for the most evident: (B, h, w) -> (B, h, w) int64."""
+    order = evidence.flatten(1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1).view_as(evidence)
+
+
+def cover(images: torch.Tensor, fill: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Replace cells (B, h, w) of images (B, C, H, W) by what `fill` has there."""
+    mask = F.interpolate(cells[:, None].float(), images.shape[2:], mode='nearest')
+    return torch.lerp(images, fill, mask)
+
+
+@dataclass
+class Curves:
+    """One map over all images."""
+    deletion: np.ndarray  # (I, steps + 1) probability of the class
+    insertion: np.ndarray  # (I, steps + 1)
+    without_most: np.ndarray  # (I,) whether the image is right without its more evident half
+    without_least: np.ndarray  # (I,)
+
+    def areas(self) -> Dict[str, np.ndarray]:
+        """Area under each curve, of each image."""
+        return {name: np.trapezoid(getattr(self, name), dx=1 / (self.deletion.shape[1] - 1), axis=1)
+                for name in ('deletion', 'insertion')}
+
+
+@torch.no_grad()
+def follow(
+        model: Any,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        explainers: Dict[str, Explainer],
+        steps: int = 16,
+        batch_size: int = 100,
+        progress: bool = True,
+) -> Dict[str, Curves]:
+    """Mask images step by step as each map says, and follow the network.
+
+    Args:
+        model: Network in evaluation mode.
+        images: Normalised (I, C, H, W), so that the mean colour is 0.
+        targets: (I,).
+        explainers: Maps by name.
+        steps: Between the whole image and none of it.
+        batch_size: Images at once.
+        progress: Whether to show a bar.
+    """
+    parts: Dict[str, List[List[np.ndarray]]] = {name: [] for name in explainers}
+    bar = tqdm(total=len(images) * len(explainers), desc='Masking', unit='map', disable=not progress, leave=False)
+    for x, y in zip(images.split(batch_size), targets.split(batch_size)):
+        mean, blurred = torch.zeros_like(x), gaussian_blur(x, [11, 11], [5., 5.])
+        classes = model(x).argmax(1)
+        for name, explainer in explainers.items():
+            with torch.enable_grad():
+                ranks = rank_cells(explainer(x, classes))
+            cells = ranks[0].numel()
+            probabilities: List[List[torch.Tensor]] = [[], []]
+            for step in range(steps + 1):
+                first = ranks < round(cells * step / steps)
+                for curve, seen in zip(probabilities, (cover(x, mean, first), cover(x, blurred, ~first))):
+                    p = model(seen).float().softmax(1)
+                    curve.append(p.gather(1, classes[:, None])[:, 0])
+            halves = [
+                (model(cover(x, mean, half)).argmax(1) == y).cpu().numpy()
+                for half in (ranks < cells // 2, ranks >= cells // 2)]
+            parts[name].append([torch.stack(curve, 1).cpu().numpy() for curve in probabilities] + halves)
+            bar.update(len(x))
+    bar.close()
+    return {name: Curves(*(np.concatenate(column) for column in zip(*batches))) for name, batches in parts.items()}
+
+
+def summarize(curves: Dict[str, Curves]) -> Dict[str, Dict[str, float]]:
+    """Mean and standard error of what each map scores; for all but the class map, also how far it is from that.
+
+    'deletion' is better the lower, 'insertion' the higher; 'without_most' and 'without_least' are accuracies in %.
+    """
+    def mean_and_error(values: np.ndarray) -> Tuple[float, float]:
+        return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+    values = {
+        name: {**c.areas(), 'without_most': 100. * c.without_most, 'without_least': 100. * c.without_least}
+        for name, c in curves.items()}
+    first = next(iter(values))
+    summary: Dict[str, Dict[str, float]] = {}
+    for name, columns in values.items():
+        row = summary[name] = {}
+        for key, column in columns.items():
+            row[key], row[f'{key}_error'] = mean_and_error(column)
+            if name != first:  # image by image, so that what is hard for all drops out
+                row[f'{key}_lead'], row[f'{key}_lead_error'] = mean_and_error(values[first][key] - column)
+    return summary
+
+
+def draw_trust(curves: Dict[str, Curves], summary: Dict[str, Dict[str, float]], title: str) -> Any:
+    """Deletion and insertion curves of all maps, as a Matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout='constrained')
+    panels: List[Any] = list(figure.subplots(1, 2, sharey=True))
+    for axes, key, what in zip(panels, ('deletion', 'insertion'), ('replaced by the mean colour', 'uncovered')):
+        for name, c in curves.items():
+            curve = getattr(c, key).mean(axis=0)
+            axes.plot(
+                np.linspace(0, 100, len(curve)), curve, label=f'{name}: area {summary[name][key]:.3f}',
+                linestyle='--' if name == 'random' else '-')
+        axes.set(title=key, xlabel=f'share of the image {what}, the most evident first (%)', ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel('probability of the predicted class')
+    figure.suptitle(title, fontsize=11)
+    return figure
