@@ -1,6 +1,6 @@
 """Comparing a file that is there with the network it was exported from."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm.data.model_config import resolve_input_data_config
 
@@ -12,15 +12,19 @@ from export.runtime import load
 from timm_tmblock.errors import InputError
 
 
-def _batch_sizes(metadata: Dict[str, Any]) -> Sequence[int]:
-    """Those of BATCH_SIZES that the file takes, or the closest it takes."""
-    low, high = 1, max(BATCH_SIZES)
+def find_batches(metadata: Dict[str, Any]) -> List[Tuple[int, int]]:
+    """Smallest and largest batch of each profile of an engine, or of a file."""
     if 'engine' in metadata:
-        profiles = metadata['engine']['profiles']
-        low, high = min(p[0][0] for p in profiles), max(p[2][0] for p in profiles)
-    elif isinstance(metadata['input']['shape'][0], int):
-        low = high = metadata['input']['shape'][0]
-    return sorted({min(max(size, low), high) for size in BATCH_SIZES})
+        return [(profile[0][0], profile[2][0]) for profile in metadata['engine']['profiles']]
+    batch = metadata['input']['shape'][0]
+    return [(batch, batch) if isinstance(batch, int) else (1, max(BATCH_SIZES))]
+
+
+def _batch_sizes(ranges: List[Tuple[int, int]]) -> Sequence[int]:
+    """Those of BATCH_SIZES that lie in one of the ranges, or the closest that do."""
+    def closest(size: int) -> int:
+        return min((min(max(size, low), high) for low, high in ranges), key=lambda n: abs(n - size))
+    return sorted(set(map(closest, BATCH_SIZES)))
 
 
 def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], Optional[ParityError]]:
@@ -59,9 +63,14 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
         run = load(path, 'auto' if engine else 'cpu').session.run
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     prepare, random_input = create_inputs(config, options)
-    precision = 'fp16' if engine and engine['options']['tf32'] else metadata['precision']  # as many bits of mantissa
+    precision = metadata['precision']
+    if precision == 'fp32' and engine and engine['options']['tf32']:
+        precision = 'fp16'  # as many bits of mantissa
+    ranges = find_batches(metadata)
     reference, names = create_reference(model, config, options), options.output_names
-    report, failure = check(run, reference, names, precision, images, prepare, random_input, _batch_sizes(metadata))
+    report, failure = check(
+        run, reference, names, precision, images, prepare, random_input, _batch_sizes(ranges),
+        accepts=lambda size: any(low <= size <= high for low, high in ranges))
     if options.dynamic_size and not engine and failure is None:  # an engine takes what its profiles say
         failure = check_batch(run, reference, names, precision, create_larger_input(config, options))
     return report, failure

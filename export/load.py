@@ -4,6 +4,7 @@ from typing import Optional
 
 import timm
 import torch.nn as nn
+from safetensors import SafetensorError
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.checkpoint import load_model
@@ -18,7 +19,7 @@ def load_pretrained(name: str) -> nn.Module:
     """
     try:
         return timm.create_model(name, pretrained=True).eval()
-    except (RuntimeError, ValueError, OSError, KeyError) as e:  # of timm and of the Hub's client
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as e:  # of timm and of the Hub's client
         reason = str(e).strip().split('\n')[0]
         raise InputError(
             f'{name} is no model with weights ({reason}); give them with --checkpoint, or name one of '

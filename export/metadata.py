@@ -38,7 +38,7 @@ import torch.nn as nn
 from export.runtime import METADATA_VERSION, parse_properties
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError
 
 
@@ -79,10 +79,24 @@ def write_sidecar(path: Path, metadata: Dict[str, Any]) -> None:
     """Write the metadata of a file beside it, with the file's hash and size."""
     target = sidecar(path)
     with writing(target) as tmp:
-        content = path.read_bytes()
-        own = dict(file_sha256=hashlib.sha256(content).hexdigest(), file_bytes=len(content))
-        tmp.write_text(json.dumps({**metadata, **own}, indent=1) + '\n')
+        tmp.write_text(_describe_file(path, metadata))
         os.replace(tmp, target)
+
+
+def replace_with_sidecar(tmp: Path, path: Path, metadata: Dict[str, Any]) -> None:
+    """Give a finished file its name, and a sidecar; on a full disk the pair of before stays whole."""
+    target = sidecar(path)
+    with writing(target) as tmp_sidecar:
+        tmp_sidecar.write_text(_describe_file(tmp, metadata))
+        remove(target)  # never beside a file it is not of
+        os.replace(tmp, path)
+        os.replace(tmp_sidecar, target)
+
+
+def _describe_file(path: Path, metadata: Dict[str, Any]) -> str:
+    content = path.read_bytes()
+    own = dict(file_sha256=hashlib.sha256(content).hexdigest(), file_bytes=len(content))
+    return json.dumps({**metadata, **own}, indent=1) + '\n'
 
 
 def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
@@ -97,6 +111,8 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
             metadata = json.loads(sidecar(path).read_text())
         except ValueError as e:
             raise InputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
+        if not isinstance(metadata, dict):
+            raise InputError(f'{sidecar(path)} is no object of JSON; export the file again.')
     version = metadata.get('metadata_version')
     if version is None:
         raise InputError(

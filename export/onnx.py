@@ -1,7 +1,6 @@
 """ONNX files that say how to use them, checked against PyTorch."""
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,20 @@ import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 
 from export.images import Images
-from export.metadata import describe_model, sidecar, to_properties, write_sidecar
+from export.metadata import describe_model, replace_with_sidecar, to_properties
 from export.network import ExportedNetwork, fold
-from timm_tmblock.checkpoint import remove, writing
+from export.runtime import RuntimeInputError, import_onnxruntime
+from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
 try:
     import onnx
-    import onnxruntime
     import onnxscript
+    onnxruntime = import_onnxruntime()
 except ImportError as e:
     raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export,ort]".') from e
+except RuntimeInputError as e:
+    raise InputError(str(e)) from e
 
 from export.parity import check, check_batch
 from export.quantize import METHOD, quantize
@@ -110,12 +112,9 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         tmp.write_bytes(serialize(proto, metadata))
         if failure is not None:
             failed = path.with_name(f'{path.stem}.failed.onnx')
-            os.replace(tmp, failed)
-            write_sidecar(failed, metadata)
+            replace_with_sidecar(tmp, failed, metadata)
             raise type(failure)(f'{failure} The file is kept as {failed}.')
-        remove(sidecar(path))  # never beside a file it is not of
-        os.replace(tmp, path)
-        write_sidecar(path, metadata)
+        replace_with_sidecar(tmp, path, metadata)
     return metadata
 
 

@@ -62,7 +62,7 @@ class _Comparison:
     worst: int  # input with the largest difference
     same: float
     decided: float
-    flipped: int  # first input of another class that is no tie
+    flipped: int  # first input of another class that is no tie, or of another class at all
 
 
 def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, resolution: float) -> _Comparison:
@@ -79,7 +79,7 @@ def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, re
         worst=int(errors.argmax()),
         same=float(same.mean()),
         decided=float(same[clear].mean()) if clear.any() else 1.,
-        flipped=int(wrong.argmax()),
+        flipped=int((wrong if wrong.any() else ~same.reshape(len(got), -1).all(axis=1)).argmax()),
     )
 
 
@@ -92,6 +92,7 @@ def check(
         prepare: Callable[[np.ndarray], np.ndarray],
         random_input: Callable[[int], np.ndarray],
         batch_sizes: Sequence[int] = BATCH_SIZES,
+        accepts: Callable[[int], bool] = lambda size: True,
 ) -> Tuple[Dict[str, Any], Optional[ParityError]]:
     """Compare a file with PyTorch.
 
@@ -104,6 +105,7 @@ def check(
         prepare: Makes an input of uint8 images (N, C, H, W).
         random_input: A batch of so many random inputs.
         batch_sizes: Images at a time, rising; of what is left over when all had their turn, as many as the last.
+        accepts: Whether the file takes a batch of a size; the last images are left out where it does not.
 
     Returns:
         The report, and what the file fails in, if it does.
@@ -111,7 +113,7 @@ def check(
     limits = LIMITS[precision]
     pixels = images.held_out
     sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
-    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch) >= batch_sizes[0]]
+    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch) and accepts(len(batch))]
     real = _compare(run, reference, names, batches, limits)
     random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], limits)
     compared = sum(map(len, batches))

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import weakref
@@ -45,6 +46,10 @@ TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
 
 class RuntimeInputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, and what to do."""
+
+
+class NotInstalledError(RuntimeInputError):
+    """A library that would be needed is not there."""
 
 
 class EngineMismatchError(RuntimeInputError):
@@ -175,7 +180,7 @@ class OnnxSession:
             allow_fallback: bool = False,
             threads: Optional[int] = None,
     ) -> None:
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         device = _pick_device(device)
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         options = ort.SessionOptions()
@@ -223,6 +228,7 @@ class TensorRTSession:
     """
 
     def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
+        self.path = path
         self.metadata = _read_sidecar(path)
         _check_metadata(self.metadata, path)
         check_engine(path, self.metadata)
@@ -239,7 +245,7 @@ class TensorRTSession:
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise EngineMismatchError(
-                f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata)}.')
+                f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata, path)}.')
         # not the default kind: what others do on the legacy stream would break a capture
         self.stream = _check_cuda(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
         self.cuda_graphs = cuda_graphs
@@ -308,7 +314,7 @@ class _Binding:
             known = ' or '.join(f'{tuple(low)} to {tuple(high)}' for low, _, high in ranges)
             raise RuntimeInputError(
                 f'The engine takes inputs of {known}, not {shape}; use another --batch-size, or '
-                f'{_rebuild(session.metadata)}.')
+                f'{_rebuild(session.metadata, session.path)}.')
         self.captures = session.cuda_graphs
         if session.trt.__name__ == 'tensorrt_rtx':  # its kernels change as it runs, so it captures by itself
             settings = engine.create_runtime_config()
@@ -419,7 +425,7 @@ def _pick_device(device: str) -> str:
     """What 'auto' means for ONNX Runtime: the GPU, where there is one and the package installed can use it."""
     if device != 'auto':
         return device
-    has_provider = 'CUDAExecutionProvider' in _import_onnxruntime().get_available_providers()
+    has_provider = 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
     return 'cuda' if has_provider and query_gpu() else 'cpu'
 
 
@@ -427,7 +433,8 @@ def import_tensorrt(backend: str = 'auto') -> Any:
     """The module 'tensorrt' or 'tensorrt_rtx', the first that is installed for 'auto'.
 
     Raises:
-        RuntimeInputError: If it is not installed, or older than 10.
+        NotInstalledError: If it is not installed.
+        RuntimeInputError: If it is broken, or older than 10.
     """
     for name in TENSORRT_MODULES if backend == 'auto' else (backend,):
         trt = _import_library(name)
@@ -440,10 +447,16 @@ def import_tensorrt(backend: str = 'auto') -> Any:
                 f'typing; install TensorRT 10 or newer.')
         return trt
     wanted = 'TensorRT' if backend == 'auto' else backend
-    raise RuntimeInputError(f'{wanted} is not installed; pip install tensorrt-cu13, or tensorrt-rtx.')
+    raise NotInstalledError(f'{wanted} is not installed; pip install tensorrt-cu13, or tensorrt-rtx.')
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module of ONNX Runtime.
+
+    Raises:
+        NotInstalledError: If it is not installed.
+        RuntimeInputError: If it is broken, or installed twice.
+    """
     installed = []
     for name in ('onnxruntime', 'onnxruntime-gpu'):
         try:
@@ -457,7 +470,7 @@ def _import_onnxruntime() -> Any:
             'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu" (or onnxruntime).')
     ort = _import_library('onnxruntime')
     if ort is None:
-        raise RuntimeInputError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.')
+        raise NotInstalledError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.')
     return ort
 
 
@@ -482,7 +495,8 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
     if not built:
         raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
-        raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; {_rebuild(metadata)}.')
+        raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
+            f'{_rebuild(metadata, path)}.')
     gpu = query_gpu()
     if gpu is None:
         raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
@@ -490,17 +504,22 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
     if trt.__version__ != built['version'] and not built['version_compatible']:
         raise EngineMismatchError(
             f'{path} was built by {built["backend"]} {built["version"]}, here is {trt.__version__}; '
-            f'{_rebuild(metadata)}.')
+            f'{_rebuild(metadata, path)}.')
     on = built['gpu']
     exact = built['hardware_compatibility'] in ('none', 'same-cc')
     if on and exact and on['compute_capability'] != gpu['compute_capability']:
         raise EngineMismatchError(
             f'{path} was built for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, '
-            f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata)}.')
+            f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata, path)}.')
 
 
-def _rebuild(metadata: Dict[str, Any]) -> str:
-    return f'build it again with "{metadata["engine"]["command"]}"'
+def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
+    """What to do: the command of the sidecar, whose files are relative to the engine's folder, with whole paths."""
+    command = shlex.split(metadata['engine']['command'])
+    onnx, output = (command.index(word) + 1 for word in ('tensorrt', '--output'))
+    for i in (onnx, output):
+        command[i] = os.path.abspath(path.parent / command[i])
+    return f'in a checkout of timm-tmblock build it again with "{shlex.join(command)}"'
 
 
 # Metadata
@@ -512,12 +531,15 @@ def sidecar(path: Path) -> Path:
 
 def _read_sidecar(path: Path) -> Dict[str, Any]:
     try:
-        return json.loads(sidecar(path).read_text())
+        metadata = json.loads(sidecar(path).read_text())
     except FileNotFoundError as e:
         raise RuntimeInputError(
             f'There is no {sidecar(path)}, which says what {path.name} expects and tells apart.') from e
     except ValueError as e:
         raise RuntimeInputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
+    if not isinstance(metadata, dict):
+        raise RuntimeInputError(f'{sidecar(path)} is no object of JSON; export the file again.')
+    return metadata
 
 
 def parse_properties(properties: Dict[str, str]) -> Dict[str, Any]:
@@ -536,10 +558,16 @@ def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
     if version != METADATA_VERSION:
         found = f'has metadata of version {version}' if version else 'does not say its classes and preprocessing'
         raise RuntimeInputError(f'{path} {found}; export it with python -m export onnx.')
-    channels = [d for d in metadata['outputs'][0]['shape'] if isinstance(d, int)]
-    if channels != [len(metadata['class_names'])]:
-        raise RuntimeInputError(
-            f'{path} names {len(metadata["class_names"])} classes and gives scores of {channels[0]}; export it again.')
+    try:
+        scores, names = metadata['outputs'][0]['shape'][1], metadata['class_names']
+        complete = all(key in metadata['preprocessing'] for key in ('input_size', 'mean', 'std', 'color'))
+        complete = complete and all(key in metadata['input'] for key in ('name', 'shape', 'layout', 'range'))
+    except (KeyError, IndexError, TypeError):
+        complete = False
+    if not complete:
+        raise RuntimeInputError(f'{path} says only a part of what is needed to use it; export it again.')
+    if scores != len(names):
+        raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; export it again.')
 
 
 # Runner: images in, predictions out

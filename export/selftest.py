@@ -7,7 +7,7 @@ from export.bench import describe_machine, measure, open_file
 from export.check import check_file
 from export.images import Images
 from export.onnx import PRECISIONS, OnnxOptions, export_onnx
-from export.runtime import RuntimeInputError, query_gpu
+from export.runtime import NotInstalledError, RuntimeInputError, query_gpu
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError
 
@@ -63,9 +63,9 @@ def _test_engine(
     try:
         built = build_engine(path, engine, EngineOptions(backend=backend, batches=((1, 64, 64),)))['engine']
         row.update(version=f'{built["backend"]} {built["version"]}', build_seconds=built['build_seconds'])
-    except RuntimeInputError as e:  # not installed
+    except NotInstalledError as e:
         return dict(row, result='not available', reason=str(e))
-    except InputError as e:
+    except (InputError, RuntimeInputError) as e:
         return dict(row, result='failed', reason=str(e))
     if query_gpu() is None:
         return dict(row, result='built, not run', reason='there is no NVIDIA GPU')

@@ -23,9 +23,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
-from export.metadata import read_metadata, sidecar, write_sidecar
+from export.metadata import read_metadata, replace_with_sidecar
 from export.runtime import ENGINE_SUFFIXES, import_tensorrt, query_gpu
-from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
 OPSETS = (9, 25)  # that TensorRT's parser reads; newer ones it takes for what it knows, without a word
@@ -114,24 +114,23 @@ def build_engine(
         tmp.touch()  # before the work, should the folder not be writable
     start = time.perf_counter()
     plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
+    relative = os.path.relpath(onnx_path, path.parent)
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,
         gpu=gpu if trt.__name__ == 'tensorrt' else None,
-        onnx=onnx_path.name,
+        onnx=relative,
         onnx_sha256=hashlib.sha256(model).hexdigest(),
         profiles=profiles,
         options=asdict(options),
-        command=tell_command(onnx_path.name, path, options),
+        command=tell_command(relative, path, options),
         version_compatible=options.version_compatible,
         hardware_compatibility=options.hardware_compatibility,
         build_seconds=round(time.perf_counter() - start, 2),
     )
     with writing(path) as tmp:
         tmp.write_bytes(plan)
-        remove(sidecar(path))  # never beside a file it is not of
-        os.replace(tmp, path)
-        write_sidecar(path, metadata)
+        replace_with_sidecar(tmp, path, metadata)
     if layers:
         with writing(layers) as tmp:
             tmp.write_text(engine_layers)

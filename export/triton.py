@@ -121,7 +121,14 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
             raise InputError(
                 f'{path} takes no batch below {min(smallest)}, but requests come one by one; build it with --batch 1 '
                 f'{best[0]} {largest[0]}.')
-        max_batch = max(largest)
+        reach = 0
+        for low, high in sorted(zip(smallest, largest)):
+            if low > reach + 1:
+                raise InputError(
+                    f'{path} takes no batch between {reach} and {low}, but requests are batched as they come; build it '
+                    f'with profiles that meet.')
+            reach = max(reach, high)
+        max_batch = reach
         preferred = ', '.join(map(str, sorted(set(best))))
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'

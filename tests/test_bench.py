@@ -95,6 +95,16 @@ def test_selftest_reports_every_precision(tmp_path, capsys, monkeypatch):
     assert table.count('\n|') == 11 and table in capsys.readouterr().out
 
 
+def test_selftest_fails_where_tensorrt_is_broken_not_where_it_is_missing(monkeypatch, tmp_path):
+    from export.runtime import NotInstalledError, RuntimeInputError
+    for error, result in ((NotInstalledError, 'not available'), (RuntimeInputError, 'failed')):
+        def build(*args, error=error):
+            raise error('tensorrt: a reason')
+        monkeypatch.setattr(export.selftest, 'build_engine', build)
+        row = export.selftest._test_engine(tmp_path / 'x.onnx', 'fp16', None, None, 'tensorrt', 1.)
+        assert (row['result'], row['reason']) == (result, 'tensorrt: a reason')
+
+
 def test_selftest_that_fails_says_so_and_ends_with_an_error(monkeypatch, capsys):
     real_export = export.selftest.export_onnx
 

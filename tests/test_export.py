@@ -287,6 +287,22 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(pretrained, tmp_path, imag
     assert list(tmp_path.iterdir()) == []
 
 
+def test_disk_that_fills_up_at_the_sidecar_leaves_the_pair_of_before(pretrained, tmp_path, images, monkeypatch):
+    export_onnx(pretrained, tmp_path / 'x.onnx', OnnxOptions(), images(pretrained, 64, 9))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = Path.write_text
+
+    def write_text(self, *args, **kwargs):
+        if '.onnx.json' in self.name:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, 'write_text', write_text)
+    with pytest.raises(InputError, match='Cannot write .*x.onnx.json: the disk is full, .* already there are intact'):
+        export_onnx(pretrained, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True), images(pretrained, 64, 9))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before and len(before) == 2
+
+
 def test_soft_maximizers_export(trained_like, tmp_path, images):
     model = trained_like('rn20_tm', maximizer='softmax')
     export_onnx(model, tmp_path / 'soft.onnx', OnnxOptions(patch_logits=True), images(model, 64, 9))
@@ -328,9 +344,13 @@ def test_model_is_left_as_it_was(pretrained, images):
 
 
 def test_local_dir_and_hub_names_load(pretrained, tmp_path):
-    timm.models.save_for_hf(pretrained, tmp_path, model_config=dict(num_classes=10))
+    timm.models.save_for_hf(pretrained, tmp_path, model_config=dict(num_classes=10), safe_serialization=True)
     model = load(f'local-dir:{tmp_path}')
     assert all(torch.equal(a, b) for a, b in zip(pretrained.state_dict().values(), model.state_dict().values()))
+    weights = tmp_path / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match='local-dir:.* is no model with weights'):
+        load(f'local-dir:{tmp_path}')
     with pytest.raises(InputError, match='hf-hub:nobody/nothing is no model with weights') as error:
         load('hf-hub:nobody/nothing')
     assert '\n' not in str(error.value)

@@ -35,6 +35,36 @@ def test_comparison_agrees_with_a_loop_in_float64():
     assert result.flipped == flipped and 0 < result.same < result.decided < 1
 
 
+def test_image_that_is_named_changed_its_class_where_all_changes_are_ties():
+    scores = np.tile(np.array([[1., 0.999, 0.]], dtype=np.float32), (6, 1))
+    got = scores.copy()
+    got[4, :2] = 0.999, 1.
+    result = compare_output(got, scores, scores, 0.01)
+    assert result.decided == 1 and result.same == pytest.approx(5 / 6) and result.flipped == 4
+
+
+@pytest.mark.parametrize('ranges, sizes, compared', [
+    ([(1, 1), (8, 64)], [1, 8, 64], 150 - (150 - 73) % 64 + 13), ([(1, 64)], [1, 2, 7, 64], 150),
+    ([(4, 4)], [4], 148), ([(1, 4), (16, 16)], [1, 2, 4, 16], 148)])
+def test_batches_are_those_a_file_takes(ranges, sizes, compared):
+    from export.check import _batch_sizes
+    assert _batch_sizes(ranges) == sizes
+    seen = []
+
+    def accepts(size):
+        return any(low <= size <= high for low, high in ranges)
+
+    def run(x):
+        seen.append(len(x))
+        return scores_of(x)
+
+    report, failure = check(
+        run, scores_of, ('logits', 'patch_logits'), 'fp32', make_images(),
+        lambda p: (p / 255 - 0.5).astype(np.float32),
+        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32), sizes, accepts)
+    assert failure is None and all(map(accepts, seen)) and report['images'] == compared
+
+
 def make_images(n=150, targets=None):
     pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 4, 4), dtype=np.uint8)
     return Images(pixels[:0], pixels, targets, 'a set')

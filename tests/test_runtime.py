@@ -204,6 +204,8 @@ def with_properties(source, target, **properties):
     (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'says only a part of what is needed'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'says only a part of what'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', 'There is no .*x.engine.json, which'),
 ])
 def test_bad_file_is_one_sentence(folder, tmp_path, make, message):

@@ -118,6 +118,18 @@ def test_command_in_the_sidecar_builds_the_same_engine(files, tmp_path):
 
 
 @real
+def test_engine_in_another_folder_than_its_onnx_file_is_built_again(files, tmp_path):
+    (tmp_path / 'onnx').mkdir()
+    shutil.copy(files / 'patches.onnx', tmp_path / 'onnx' / 'a.onnx')
+    path = tmp_path / 'engines' / 'x.engine'
+    engine = build_real(tmp_path / 'onnx' / 'a.onnx', path)['engine']
+    assert engine['onnx'] == '../onnx/a.onnx' and 'tensorrt ../onnx/a.onnx --output x.engine' in engine['command']
+    path.unlink()
+    rebuild_engine(path)
+    assert path.is_file()
+
+
+@real
 def test_model_is_exported_and_built_at_once(tmp_path):
     main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.plan'), '--patch-logits', '--batch', '8'])
     metadata = json.loads((tmp_path / 'x.plan.json').read_text())
@@ -410,7 +422,7 @@ def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files
     metadata = json.loads(sidecar.read_text())
     metadata['engine'].update(change)
     sidecar.write_text(json.dumps(metadata))
-    command = 'python -m export tensorrt patches.onnx --output x.engine .*--batch 1 2 3'
+    command = f'python -m export tensorrt {tmp_path}/patches.onnx --output {path} .*--batch 1 2 3'
     with pytest.raises(runtime.RuntimeInputError, match=f'{message}.*build it again with "{command}'):
         runtime.load(path)
     metadata['engine'].update(version_compatible=True, hardware_compatibility='ampere+')
@@ -431,7 +443,7 @@ def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulat
     path = tmp_path / 'x.engine'
     build_engine(files / 'patches.onnx', path, EngineOptions())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(runtime.RuntimeInputError, match='not the engine its sidecar is of, or is cut short; build it'):
+    with pytest.raises(runtime.RuntimeInputError, match='not the engine its sidecar is of, or is cut short; .*build it'):
         runtime.load(path)
     (tmp_path / 'x.engine.json').write_text((files / 'patches.onnx.json').read_text())
     with pytest.raises(runtime.RuntimeInputError, match='is not of an engine'):

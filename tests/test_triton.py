@@ -239,6 +239,13 @@ def test_engine_that_takes_no_single_request_is_refused(files, tmp_path):
         main(['triton', str(write_engine(files, 'eight', [(8, 8, 8)])), '--output', str(tmp_path)])
 
 
+def test_engine_with_a_gap_between_its_profiles_is_refused(files, tmp_path):
+    path = write_engine(files, 'gap', [(8, 16, 64), (1, 1, 4)])
+    with pytest.raises(InputError, match='takes no batch between 4 and 8, .* profiles that meet'):
+        main(['triton', str(path), '--output', str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_path):
     other = write_engine(files, 'scores', [(1, 2, 3)])
     relabelled = write_engine(files, 'relabelled', [(1, 2, 3)], class_names=list('abcdefghij'))
