@@ -276,15 +276,23 @@ def exiting_on_push_error() -> Iterator[None]:
 
 
 def run_push(args: argparse.Namespace) -> None:
+    from export.push import leave_hanging
+    try:
+        with exiting_on_push_error():
+            _push(args)
+    finally:
+        leave_hanging(1)
+
+
+def _push(args: argparse.Namespace) -> None:
     import tempfile
 
     from export.images import load_images
     from export.load import load
     from export.publish import create_files
     from export.push import PushOptions, list_files, push, sign_in
-    with exiting_on_push_error():
-        if not args.dry_run:
-            sign_in()
+    if not args.dry_run:
+        sign_in()
     model = load(args.model, args.checkpoint)
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
@@ -296,8 +304,7 @@ def run_push(args: argparse.Namespace) -> None:
             return
         options = PushOptions(
             args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
-        with exiting_on_push_error():
-            print(push(folder, files, options))
+        print(push(folder, files, options))
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -64,7 +64,8 @@ def create_files(
     for key in dict.fromkeys(('fp32', *precisions)):
         precision, _, target = key.partition('-')
         options = OnnxOptions(precision, target or 'cpu', patch_logits=patches)
-        exports[key] = export_onnx(model, folder / FILES[key], options, images)
+        export_onnx(model, folder / FILES[key], options, images)
+        exports[key] = json.loads(sidecar(folder / FILES[key]).read_text())
     weights = hash_weights(model)
     for path in engines:
         add_engine(folder, path, weights)
@@ -74,7 +75,7 @@ def create_files(
         readme.write_text(card.read_text())
     else:
         name = find_card(weights)
-        readme.write_text(str(render(name, repo) if name else render_plain(model, repo, exports)))
+        readme.write_text(str(render(name, repo, exports) if name else render_plain(model, repo, exports)))
         if name:
             _add_pictures(name, folder)
     check(readme.read_text())
@@ -115,6 +116,8 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
     built: Dict[str, Any] = metadata['engine']
     gpu = f'sm{built["gpu"]["compute_capability"].replace(".", "")}' if built['gpu'] else 'any'
     target = folder / 'engines' / f'{built["backend"]}-{built["version"]}-{gpu}' / path.name
+    if target.is_file():
+        raise InputError(f'Two engines for one machine are called {path.name}; rename one, and build it again.')
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
     built['onnx'] = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
@@ -132,6 +135,8 @@ def _find_onnx(folder: Path, path: Path, built: Dict[str, Any], beside: Path) ->
     source = path.parent / built['onnx']
     if not is_source(source):
         raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
+    if (beside / source.name).is_file() and not is_source(beside / source.name):
+        raise InputError(f'Two engines were built from files called {source.name}; rename one, and build it again.')
     shutil.copyfile(source, beside / source.name)
     if sidecar(source).is_file():
         shutil.copyfile(sidecar(source), sidecar(beside / source.name))

@@ -5,7 +5,9 @@ for each try: a commit whose answer was lost has landed, and the same files then
 """
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from timm_tmblock.errors import InputError
 
 TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
+SIGN_IN = 60.  # seconds
 WEIGHTS = 'model.safetensors'
 MADE_FROM_WEIGHTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
@@ -28,6 +31,10 @@ FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeE
 
 class PushError(RuntimeError):
     """The Hub or the network failed; the message is one sentence, and trying again later may do."""
+
+
+class DeadlineError(PushError):
+    """The Hub did not finish in time. Threads of the client may still wait for it: leave by `leave_hanging`."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +63,50 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
 
     Raises:
         InputError: For a token, a name or rights that will not do. Nothing was uploaded.
-        PushError: If the Hub or the network failed, or the deadline passed. Nothing is half-published.
+        DeadlineError: If the deadline passed.
+        PushError: If the Hub or the network failed. Nothing is half-published.
+    """
+    end = time.monotonic() + options.deadline
+    return _within(options.deadline, _Push(folder, files, options, end, say).run)
+
+
+def _within(seconds: float, call: Callable[[], str]) -> str:
+    """The result of a call, in a thread, as the client's own tries know no deadline.
+
+    Raises:
+        DeadlineError: If it is not there in time.
     """
     result: Dict[str, Any] = {}
-    end = time.monotonic() + options.deadline
 
     def work() -> None:
         try:
-            result['url'] = _Push(folder, files, options, end, say).run()
+            result['value'] = call()
         except BaseException as e:
             result['error'] = e
 
-    # in a thread, as the client's own tries know no deadline
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(options.deadline)
+    thread.join(seconds)
     if thread.is_alive():
-        raise PushError(
-            f'The Hub did not finish within {options.deadline:g} s; the repository has all of the commit or nothing, '
-            f'so run the same command again.')
+        global _hanging
+        _hanging = True
+        raise DeadlineError(
+            f'The Hub did not finish within {seconds:g} s; the repository has all of the commit or nothing, so run the '
+            f'same command again.')
     if 'error' in result:
         raise result['error']
-    return result['url']
+    return result['value']
+
+
+_hanging = False  # whether a call was given up
+
+
+def leave_hanging(code: int) -> None:
+    """End the process here if a call was given up: Python would wait for the threads of the client's uploads."""
+    if _hanging:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def sign_in() -> str:
@@ -87,7 +116,7 @@ def sign_in() -> str:
         InputError: If there is no token, or the Hub does not accept it.
         PushError: If the Hub or the network failed.
     """
-    return _Push(Path(), [], PushOptions(''), time.monotonic() + 60, print).check_token()
+    return _within(SIGN_IN, _Push(Path(), [], PushOptions(''), time.monotonic() + SIGN_IN, print).check_token)
 
 
 class _Push:
@@ -111,13 +140,15 @@ class _Push:
         options = self.options
         if options.tag and options.create_pr:
             raise InputError('--tag names a commit of the repository, which a pull request is not yet; leave one out.')
+        if options.revision and options.create_pr:
+            raise InputError('--revision names a branch to push to, and a pull request has its own; leave one out.')
         user = self.check_token()
         self._prepare_repository()
         if options.tag:
             self._retry(self._check_tag, 'look for the tag')
-        commit = self._retry(self._commit, 'commit')
         if options.create_pr:
-            return str(commit.pr_url)
+            return self._retry(self._open_pull_request, 'open a pull request')
+        commit = self._retry(self._commit, 'commit')
         self._verify(commit.oid)
         if options.tag:
             self._retry(lambda: self._tag(commit.oid), 'tag')
@@ -145,7 +176,7 @@ class _Push:
             raise InputError(
                 f'{options.repo} is there and public, so nothing pushed to it is private; make it private first, or '
                 f'leave out --private.')
-        if options.revision and not options.create_pr:
+        if options.revision:
             self._retry(
                 lambda: self.api.create_branch(options.repo, branch=str(options.revision), exist_ok=True),
                 'create the branch')
@@ -164,8 +195,7 @@ class _Push:
                 raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.')
 
     def _find_head(self) -> str:
-        revision = None if self.options.create_pr else self.options.revision
-        return str(self.api.repo_info(self.options.repo, revision=revision).sha)
+        return str(self.api.repo_info(self.options.repo, revision=self.options.revision).sha)
 
     def _list_tree(self, revision: str) -> Dict[str, str]:
         """Hash of each file: sha256 of LFS files, git's of others."""
@@ -202,6 +232,26 @@ class _Push:
         return self.api.create_commit(
             options.repo, operations, commit_message=options.message, revision=options.revision,
             create_pr=options.create_pr, parent_commit=head)
+
+    def _open_pull_request(self) -> str:
+        """Address of an open pull request with these files: one that is there, or a new one.
+
+        An answer that was lost leaves one behind, and the Hub would open a second.
+        """
+        repo = self.options.repo
+
+        def is_done(revision: str) -> bool:
+            tree = self._list_tree(revision)
+            return not self._find_different(tree) and not self._find_stale(tree)
+
+        if is_done(self._find_head()):
+            self.say(f'{repo} has these files already, so there is nothing to open a pull request for')
+            return f'{self.api.endpoint}/{repo}'
+        for request in self.api.get_repo_discussions(
+                repo, discussion_type='pull_request', discussion_status='open'):
+            if is_done(f'refs/pr/{request.num}'):
+                return request.url
+        return str(self._commit().pr_url)
 
     def _verify(self, revision: str) -> None:
         tree = self._retry(lambda: self._list_tree(revision), 'list what arrived')

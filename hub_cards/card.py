@@ -22,7 +22,12 @@ FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onn
 REQUIRED = (
     'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'precisions',
     'latency', 'pictures', 'notes')
-TAGS = ['image-classification', 'timm', 'template-matching', 'explainability', 'onnx', 'tensorrt', 'arxiv:2210.00992']
+TAGS = ['image-classification', 'timm', 'onnx', 'tensorrt', 'arxiv:2210.00992']
+PATCH_TAGS = ['template-matching', 'explainability']
+
+
+def choose_tags(has_patches: bool) -> List[str]:
+    return [*TAGS, *PATCH_TAGS] if has_patches else TAGS
 
 
 def list_cards() -> List[str]:
@@ -68,7 +73,7 @@ def render_plain(model: Any, repo: str, exports: Dict[str, Dict[str, Any]]) -> M
         library_name='timm',
         pipeline_tag='image-classification',
         license=first['license'],
-        tags=TAGS,
+        tags=choose_tags(len(first['outputs']) > 1),
     )
     files = [
         dict(path=FILES[key], precision=key, same_class=100 * e['parity']['outputs']['logits']['same_class'])
@@ -143,12 +148,13 @@ def check(text: str) -> None:
         raise InputError(f'The model-index of the card is not as the Hub wants it: {reason}') from e
 
 
-def render(name: str, repo: str = '') -> ModelCard:
+def render(name: str, repo: str = '', exports: Optional[Dict[str, Dict[str, Any]]] = None) -> ModelCard:
     """The card of a model.
 
     Args:
         name: Model and tag, as in `list_cards`.
         repo: Hub repository it is for, 'USER/NAME' if not known.
+        exports: Sidecars of the ONNX files that lie beside the card, by key of FILES; the committed ones if None.
 
     Raises:
         InputError: If a result is missing or no number.
@@ -158,12 +164,17 @@ def render(name: str, repo: str = '') -> ModelCard:
     latency = _load_json(data['latency']) if data['latency'] else dict(rows=[])  # not measured
     for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
         _check_numbers(result, f'{data.get(where, where)}: {where}')
-    model = timm.create_model(data['model'])
+    model = timm.create_model(name)
     has_patches: bool = model.has_template_matching
     for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
         if evaluation.get(field) is None:
             raise InputError(f'{data["evaluation"]} has no {field}; run train/evaluate.py --tta flip again.')
-    sidecars = {key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
+    trust = _load_json(f'{data["analysis"]}/trust.json') if data.get('analysis') else None
+    _check_numbers(trust, f'{data.get("analysis")}: trust')
+    sidecars = exports
+    if sidecars is None:
+        sidecars = {
+            key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
     for key, sidecar in sidecars.items():
         _check_numbers(sidecar, f'{data["exports"]}/{key}')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
@@ -176,6 +187,7 @@ def render(name: str, repo: str = '') -> ModelCard:
             path=FILES[key],
             precision=key.replace('-', ' for ') if '-' in key else key,
             megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
+            top1='' if 'top1' not in parity else f'{parity["top1"]["exported"]:.2f} %',
             parity=parity,
             difference=output['max_relative_difference'],
             same_class=output['same_class'],
@@ -191,7 +203,7 @@ def render(name: str, repo: str = '') -> ModelCard:
         license=data['license'],
         datasets=[dataset['id']],
         metrics=['accuracy'],
-        tags=TAGS,
+        tags=choose_tags(has_patches),
         model_name=name,
         eval_results=[
             EvalResult(
@@ -214,13 +226,17 @@ def render(name: str, repo: str = '') -> ModelCard:
         preprocessing=first['preprocessing'],
         has_patches=has_patches,
         has_bf16='bf16' in sidecars,
+        for_tensorrt=FILES['fp16' if 'fp16' in sidecars else 'fp32'],
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',
         stride=patches['stride'] if patches else 0,
         parameters=sum(p.numel() for p in model.parameters()),
+        megabytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
+        commit=training.get('commit'),
         epochs=training['epochs'],
         seed=training['seed'],
         versions=evaluation['versions'],
         evaluation=evaluation,
+        trust=trust,
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         rates=dict(torch=f'{rates["eager, prepared"]:.0f} (eager)' if 'eager, prepared' in rates else ''),

@@ -212,7 +212,8 @@ class HubHandler(_Handler):
                 (r'/api/models/([^/]+/[^/]+)/commit/(.+)', self.commit),
                 (r'/api/models/([^/]+/[^/]+)/branch/(.+)', self.branch),
                 (r'/api/models/([^/]+/[^/]+)/tag/(.+)', self.tag),
-                (r'/api/models/([^/]+/[^/]+)/tree/([^/]+)', self.tree),
+                (r'/api/models/([^/]+/[^/]+)/tree/(.+)', self.tree),
+                (r'/api/models/([^/]+/[^/]+)/discussions', self.discussions),
                 (r'/api/models/([^/]+/[^/]+)/refs', self.refs),
                 (r'/api/models/([^/]+/[^/]+)/xet-(write|read)-token/(.+)', self.xet_token),
                 (r'/api/resolve-cache/models/([^/]+/[^/]+)/([^/]+)/(.+)', self.resolve_cache),
@@ -337,6 +338,15 @@ class HubHandler(_Handler):
         else:
             repository.branches[revision] = oid
         self.send(200, answer)
+
+    def discussions(self, query, name):
+        repository = self.find(name)
+        if repository:
+            found = [
+                dict(title='', num=n, author=dict(name='me'), createdAt='2026-01-01T00:00:00.000Z', status='open',
+                     repo=dict(name=name, type='model'), isPullRequest=True)
+                for n in range(1, repository.pull_requests + 1)]
+            self.send(200, dict(count=len(found), start=0, discussions=found))
 
     def branch(self, query, name, branch):
         repository, head = self.find_commit(name, 'main')

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -50,7 +51,7 @@ def test_numbers_are_those_of_the_results(name):
     card = ModelCard(text)
     results = {r.metric_type: r for r in card.data.eval_results}
     assert results['accuracy'].metric_value == round(evaluation['top1'], 2)
-    assert (results['accuracy'].dataset_type, results['accuracy'].dataset_split) == ('uoft-cs/cifar10', 'test')
+    assert (results['accuracy'].dataset_type, results['accuracy'].dataset_split) == (data['dataset']['id'], 'test')
     assert f'Top-1 {evaluation["top1"]:.2f} %' in text
     if evaluation.get('patch_accuracy') is not None:
         assert f'{evaluation["patch_accuracy"]:.1f} % of the regions' in text
@@ -59,6 +60,7 @@ def test_numbers_are_those_of_the_results(name):
         sidecar = json.loads((ROOT / data['exports'] / f'{data["model"]}.{key}.onnx.json').read_text())
         row = next(line for line in text.splitlines() if line.startswith(f'| `{path}`'))
         assert f'| {sidecar["parity"]["top1"]["exported"]:.2f} % |' in row
+        assert f'of {sidecar["parity"]["images_of"]}, which top-1' in text
         assert f'| {sidecar["file_bytes"] / 1e6:.2f} |' in row
     for picture in re.findall(r'!\[[^]]*\]\(([^)]+)\)', text):
         assert picture in {Path(p).name for p in data['pictures'].values()}
@@ -95,7 +97,12 @@ def test_snippets_run(name, tmp_path, write_unchecked):
     run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert lines[0].startswith('ship torch.Size([1, 10, 8, 8])' if patches else 'ship') and lines[-1] == 'ship'
+    config = timm.data.resolve_model_data_config(model)
+    with Image.open(image) as picture, torch.inference_mode():
+        label = model.pretrained_cfg['label_names'][model(timm.data.create_transform(**config)(picture)[None]).argmax()]
+    assert label == 'ship' or data['tag'] != 'cifar10'
+    shape = f' torch.Size([1, {model.num_classes}, 8, 8])' if patches else ''
+    assert lines[0] == label + shape and lines[-1] == label
     if patches:
         with Image.open(tmp_path / 'explained.png') as picture:
             assert picture.width > 500
@@ -104,7 +111,7 @@ def test_snippets_run(name, tmp_path, write_unchecked):
     shutil.copy(image, tmp_path / 'photo.jpg')
     run = subprocess.run(
         [sys.executable, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and 'photo.jpg: ship' in run.stdout, run.stderr
+    assert run.returncode == 0 and f'photo.jpg: {label}' in run.stdout, run.stderr
 
 
 def test_card_of_weights_without_results_says_so(tmp_path):

@@ -174,7 +174,20 @@ def test_branch_and_pull_request(hub, folder):
     assert hub.repositories['me/net'].find('main')['files'] == {}
 
 
+def test_a_pull_request_is_opened_once(hub, folder):
+    hub.create('me/net')
+    hub.faults.append(Fault('POST', COMMIT, after=True, cut=True))  # opened, but the answer was lost
+    addresses = [run(hub, folder, token=READ, create_pr=True) for _ in range(2)]
+    assert addresses[0] == addresses[1] == ('', f'{hub.endpoint}/me/net/discussions/1')
+    assert hub.repositories['me/net'].pull_requests == 1 and count(hub) == 1
+    (folder / 'config.json').write_text('{}')
+    assert run(hub, folder, token=READ, create_pr=True)[1].endswith('/discussions/2')
+    assert run(hub, folder)[0] == '' and run(hub, folder, create_pr=True) == ('', f'{hub.endpoint}/me/net')
+    assert hub.repositories['me/net'].pull_requests == 2
+
+
 @pytest.mark.parametrize('token, options, message', [
+    (READ, dict(create_pr=True, revision='next'), '--revision names a branch to push to, and a pull request has its'),
     (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
     ('hf_wrong', {}, 'The Hub does not accept the token'),
     (READ, {}, 'The token may not create the repository in me/net; use one with write access'),
@@ -328,9 +341,37 @@ def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path):
     hub.faults.append(Fault('POST', COMMIT, delay=5, cut=True))
     begin = time.monotonic()
     kind, text = run(hub, folder, deadline=2.)
-    assert kind == 'PushError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
+    assert kind == 'DeadlineError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
     hub.driver.process.kill()  # as the end of the command does with what hangs
     hub.driver.process.communicate()
+
+
+LEAVE = '''
+import sys, export.push
+from pathlib import Path
+export.push.SIGN_IN = 1.
+folder = Path(sys.argv[1])
+files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
+try:
+    export.push.sign_in()
+    export.push.push(folder, files, export.push.PushOptions('me/net', deadline=2.))
+except export.push.DeadlineError as e:
+    print(e, file=sys.stderr)
+finally:
+    export.push.leave_hanging(1)
+'''
+
+
+@pytest.mark.parametrize('fault, seconds', [
+    (Fault('PUT', '/blobs/', delay=60, times=9), 2), (Fault('GET', '/api/whoami-v2', delay=60, times=9), 1)])
+def test_process_ends_where_the_hub_never_answers(lfs, folder, tmp_path, fault, seconds):
+    lfs.create('me/net')
+    lfs.faults.append(replace(fault))
+    env = environment(lfs, HF_HOME=str(tmp_path))
+    ended = subprocess.run(
+        [sys.executable, '-c', LEAVE, str(folder)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 1 and f'The Hub did not finish within {seconds} s' in ended.stderr
+    assert count(lfs) == 0
 
 
 def test_killed_push_leaves_the_repository_as_it_was_and_the_next_one_finishes(hub, folder, tmp_path):
@@ -428,6 +469,8 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     assert set(files) == {
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
         'onnx/model.onnx', 'onnx/model.onnx.json'}
+    card = files['README.md']['content'].decode()
+    assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'Compared on\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
     hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

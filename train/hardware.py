@@ -1,8 +1,9 @@
 """What a result was measured on, and with."""
 import platform
 import re
+import subprocess
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Optional
 
 import timm
 import torch
@@ -24,3 +25,12 @@ def describe_versions() -> Dict[str, str]:
     return dict(
         timm_tmblock=timm_tmblock.__version__, torch=torch.__version__, timm=timm.__version__,
         python=platform.python_version())
+
+
+def find_commit() -> Optional[str]:
+    """Commit of the checkout, None outside of one."""
+    command = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

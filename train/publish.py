@@ -49,6 +49,13 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         return None
 
 
+def leave_hanging() -> None:
+    """End the process if a push was given up whose threads would be waited for; the run is complete."""
+    module = sys.modules.get('export.push')
+    if module is not None:
+        module.leave_hanging(0)
+
+
 def _say(reason: str, flags: List[str]) -> None:
     command = shlex.join(['python', '-m', 'export', 'push', *flags])
     print(f'The run is complete but was not pushed: {reason} Push it with: {command}', file=sys.stderr)

@@ -56,12 +56,12 @@ from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import write_json
-from train.hardware import describe_hardware, describe_versions
+from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from train.publish import publish
+from train.publish import leave_hanging, publish
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teacher
 
@@ -417,6 +417,7 @@ class Trainer:
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
             versions=describe_versions(),
+            commit=find_commit(),
         )
 
     def result(self, test: Optional[Dict[str, Any]]) -> Dict[str, Any]:
@@ -481,3 +482,4 @@ if __name__ == '__main__':
         result = main()
     if Accelerator().is_main_process:
         print(json.dumps(result))
+    leave_hanging()
