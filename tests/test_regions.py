@@ -239,6 +239,7 @@ def test_curves_follow_the_evidence():
 def test_command_writes_the_same_pictures_and_numbers_again(tmp_path, command, flags):
     results = [main([command, 'rn26_tm', *flags, '--output', str(tmp_path / str(i) / command)]) for i in range(2)]
     assert results[0] == results[1] and results[0]['analysis'] == command and 'NaN' not in json.dumps(results[0])
+    assert results[0]['command'] == ' '.join(['python -m train.analysis', command, 'rn26_tm', *flags])
     for suffix in ('json', 'png', 'svg'):
         files = [(tmp_path / str(i) / f'{command}.{suffix}').read_bytes() for i in range(2)]
         assert files[0] == files[1] and len(files[0]) > 500

@@ -10,6 +10,8 @@ A network is a name with pretrained weights or a weight file of training; the im
 --dataset names others. Each writes NAME.json, NAME.png and NAME.svg; the same seed gives the same.
 """
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -216,6 +218,12 @@ def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:
     return dict(vars(constants), images=len(images), paper=dict(mu=PAPER_MU, eta=PAPER_ETA)), None
 
 
+def tell_command(argv: List[str], output: str) -> str:
+    """The command that was given, but for where its files go."""
+    words = [word for word in argv if word not in ('--output', output, f'--output={output}')]
+    return shlex.join(['python', '-m', 'train.analysis', *words])
+
+
 RUN: Dict[str, Callable[[argparse.Namespace, Any], Outcome]] = dict(
     geometry=run_geometry, mosaic=run_mosaic, words=run_words, trust=run_trust, maximizer=run_maximizer)
 
@@ -226,6 +234,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     Raises:
         InputError: For a network, images or settings that cannot be used.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
     device = resolve_device(args.device)
     with naming_failures('take fewer images'):
@@ -233,8 +242,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         values, figure = RUN[args.command](args, model)
     settings = {k: v for k, v in vars(args).items() if k not in ('command', 'output', 'device', 'dataset_download')}
     result = dict(
-        analysis=args.command, settings=settings, **values, hardware=describe_hardware(device),
-        versions=describe_versions())
+        analysis=args.command, command=tell_command(argv, args.output), settings=settings, **values,
+        hardware=describe_hardware(device), versions=describe_versions())
     if figure is not None:
         for suffix in ('png', 'svg'):
             save_figure(figure, Path(f'{args.output}.{suffix}'))
