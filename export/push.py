@@ -66,6 +66,7 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
         DeadlineError: If the deadline passed.
         PushError: If the Hub or the network failed. Nothing is half-published.
     """
+    os.environ.setdefault('HF_XET_CLIENT_RETRY_MAX_DURATION', '30s')  # Xet's own tries; there are TRIES around them
     end = time.monotonic() + options.deadline
     return _within(options.deadline, _Push(folder, files, options, end, say).run)
 

@@ -246,6 +246,11 @@ BUSY = b'{"error": "Cannot create repo: another conflicting operation is in prog
     [Fault('POST', '/tag/', status=503)],
     [Fault('GET', '/refs', status=503)],
     [Fault('GET', '/tree/', status=500)],
+    [Fault('POST', CREATE, status=429, headers={'Retry-After': '0'})],
+    [Fault('POST', YAML, cut=True)],
+    [Fault('POST', '/preupload/', status=408)],
+    [Fault('POST', '/preupload/', status=429, headers={'Retry-After': '0'})],
+    [Fault('POST', '/tag/', status=429)],
 ], ids=lambda faults: ' '.join(f'{f.path}-{f.status or "cut"}{"-after" * f.after}' for f in faults))
 def test_what_passes_is_tried_again_and_makes_one_commit(hub, folder, faults):
     check_tried_again(hub, folder, faults)
@@ -335,10 +340,15 @@ def test_lfs_storage_that_fails_for_good_is_one_sentence(lfs, folder):
     assert kind == 'PushError' and 'Could not commit: HTTP 503' in text and count(lfs) == 0
 
 
-def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path):
-    hub.create('me/net')
+@pytest.mark.parametrize('fault', [
+    Fault('POST', COMMIT, delay=5, cut=True),
+    Fault('POST', CREATE, status=409, body=BUSY, times=10 ** 9),  # which the client asks again without end
+], ids=['commit', 'create'])
+def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path, fault):
+    if fault.path == COMMIT:
+        hub.create('me/net')
     hub.driver = Driver(hub, tmp_path / 'log')
-    hub.faults.append(Fault('POST', COMMIT, delay=5, cut=True))
+    hub.faults.append(replace(fault))
     begin = time.monotonic()
     kind, text = run(hub, folder, deadline=2.)
     assert kind == 'DeadlineError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
