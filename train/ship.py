@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Make the weights of a finished run those that come with the package for a tag.
+
+    python train/ship.py output/EXPERIMENT --tag cifar10 --dataset hfds/uoft-cs/cifar10 --input-key img
+
+Measures the run's weights on the test split in float32 and rounded to float16, and writes
+
+    timm_tmblock/weights/MODEL.TAG.safetensors    float16 where that costs at most 0.02 points of top-1, else float32
+    timm_tmblock/weights/index.json               sha256, accuracy and source of every such file
+    train/results/MODEL.TAG/                      settings, result and summary of the run, evaluation.json and .png
+
+The tag itself is a line of `default_cfgs` beside the model; the tests say what it lacks.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from safetensors.torch import load_file
+
+from timm_tmblock.checkpoint import read_description, save_weights, writing
+from timm_tmblock.errors import InputError, exiting_on_input_error
+from train import evaluate
+from train.config import SETTINGS, Parser
+from train.data import add_data_options
+from train.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / 'timm_tmblock' / 'weights'
+RESULTS = ROOT / 'train' / 'results'
+TOLERANCE = 0.02  # points of top-1 that float16 may cost
+RECORDS = (SETTINGS, 'result.json', 'summary.csv')
+
+
+def create_parser() -> Parser:
+    parser = Parser(
+        prog='ship.py', description='Make the weights of a run those of a pretrained tag.', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('run', type=Path, help='experiment folder of train.py, finished')
+    parser.add_argument('--tag', required=True, help='what the weights are of: cifar10, cifar100, ...')
+    add_data_options(parser)
+    return parser
+
+
+def choose_precision(top1: Dict[str, float]) -> str:
+    """'float16' where its accuracy (%) is that of 'float32' within the tolerance, else 'float32'."""
+    return 'float16' if abs(top1['float16'] - top1['float32']) <= TOLERANCE + 1e-9 else 'float32'
+
+
+def copy(source: Path, target: Path) -> None:
+    with writing(target) as tmp:
+        shutil.copyfile(source, tmp)
+        os.replace(tmp, target)
+
+
+def round_weights(path: Path, target: Path) -> None:
+    """Write weights in float16, integers as they are."""
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise InputError(f'{path} has values that float16 cannot hold.')
+    save_weights(target, tensors, read_description(path))
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    """Ship as the flags say (the command line's if None) and return the entry of the index.
+
+    Raises:
+        InputError: If the run is not finished, or its weights or the set cannot be used.
+    """
+    args = create_parser().parse_args(argv)
+    missing = [name for name in RECORDS if not (args.run / name).is_file()]
+    if missing:
+        raise InputError(f'{args.run} has no {missing[0]}; give the folder of a run that has finished.')
+    result = json.loads((args.run / 'result.json').read_text())
+    weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
+    model = read_description(weights)['model']
+    name = f'{model}.{args.tag}'
+    data = ['--dataset', args.dataset, '--split', args.split, '--input-key', args.input_key, '--target-key',
+            args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else [])]
+
+    def measure(path: Path, *flags: str) -> Dict[str, Any]:
+        return evaluate.main([model, '--checkpoint', str(path), *data, *flags])
+
+    target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
+    with tempfile.TemporaryDirectory() as folder:
+        rounded, report = Path(folder) / 'float16.safetensors', Path(folder) / 'evaluation'
+        round_weights(weights, rounded)
+        fully = ('--tta', 'flip', '--output', str(report))
+        evaluation = measure(rounded, *fully)
+        top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1'])
+        dtype = choose_precision(top1)
+        if dtype == 'float32':
+            evaluation = measure(weights, *fully)
+        for path in (WEIGHTS, results):
+            path.mkdir(parents=True, exist_ok=True)
+        copy(rounded if dtype == 'float16' else weights, target)
+        for suffix in ('.json', '.png'):
+            copy(report.with_suffix(suffix), results / f'evaluation{suffix}')
+    for record in RECORDS:
+        if record != 'result.json':
+            copy(args.run / record, results / record)
+    write_json(results / 'result.json', {k: v for k, v in result.items() if k != 'weights'})
+    entry = dict(
+        sha256=hashlib.sha256(target.read_bytes()).hexdigest(), bytes=target.stat().st_size, dtype=dtype,
+        top1=evaluation['top1'], top1_by_dtype=top1, images=evaluation['images'], dataset=args.dataset,
+        source=str(results.relative_to(ROOT)))
+    index = WEIGHTS / 'index.json'
+    entries = json.loads(index.read_text()) if index.is_file() else {}
+    write_json(index, dict(sorted({**entries, name: entry}.items())))
+    return entry
+
+
+if __name__ == '__main__':
+    torch.set_grad_enabled(False)
+    with exiting_on_input_error():
+        print(json.dumps(main()))
