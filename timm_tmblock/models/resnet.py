@@ -294,7 +294,7 @@ default_cfgs = generate_default_cfgs({
     'rn20.mini_imagenet': create_mini_imagenet_cfg(),
     'rn20_tm.untrained': create_cfg(),
     'rn20_tm.mini_imagenet': create_mini_imagenet_cfg(),
-    'rn26.untrained': create_cfg(),
+    'rn26.cifar10': create_cfg(file=weights_path('rn26.cifar10'), label_names=CIFAR10_LABELS),
     'rn26.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26_tm.cifar10': create_cfg(file=weights_path('rn26_tm.cifar10'), label_names=CIFAR10_LABELS),
     'rn26_tm.mini_imagenet': create_mini_imagenet_cfg(),
