@@ -113,7 +113,8 @@ def check(
     limits = LIMITS[precision]
     pixels = images.held_out
     sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
-    batches = [prepare(batch) for batch in np.split(pixels, np.cumsum(sizes)) if len(batch) >= batch_sizes[0] and accepts(len(batch))]
+    parts = np.split(pixels, np.cumsum(sizes))
+    batches = [prepare(part) for part in parts if len(part) >= batch_sizes[0] and accepts(len(part))]
     real = _compare(run, reference, names, batches, limits)
     random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], limits)
     compared = sum(map(len, batches))
