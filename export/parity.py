@@ -37,9 +37,13 @@ class Limits:
     top1: float = 0.5  # percentage points
     sampled: bool = False  # asked of the set the images are drawn from: see `allow`
 
+    def chance(self, images: int) -> float:
+        """How far the share of so many images may be off by chance: two standard errors."""
+        return 2 * math.sqrt(self.same * (1 - self.same) / images)
+
     def allow(self, images: int) -> float:
-        """By how much the share of so many images may miss the limit by chance: two standard errors."""
-        return 2 * math.sqrt(self.same * (1 - self.same) / images) if self.sampled else 0.
+        """By how much the share of so many images may miss the limit."""
+        return self.chance(images) if self.sampled else 0.
 
 
 LIMITS = {
@@ -116,7 +120,8 @@ def check(
     parts = np.split(pixels, np.cumsum(sizes))
     batches = [prepare(part) for part in parts if len(part) >= batch_sizes[0] and accepts(len(part))]
     real = _compare(run, reference, names, batches, limits)
-    random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], limits)
+    noise = _of_noise(limits)
+    random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)
     compared = sum(map(len, batches))
 
     outputs, failure = {}, None
@@ -129,7 +134,7 @@ def check(
             same_class_decided=round(r.decided, 5),
         )
         failure = failure or _judge(name, r, limits, images.name)
-        failure = failure or _judge(name, g, _of_noise(limits), 'random input {}'.format)
+        failure = failure or _judge(name, g, noise, 'random input {}'.format)
     report: Dict[str, Any] = dict(
         batch_sizes=list(batch_sizes), images=compared, images_of=images.source, random_inputs=sum(batch_sizes),
         outputs=outputs)
@@ -137,7 +142,7 @@ def check(
         targets = images.targets[:compared]
         right = [100 * float((y.argmax(1) == targets).mean()) for y in (real.expected, real.got)]
         report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
-        lost = limits.top1 + 100 * limits.allow(compared)
+        lost = limits.top1 + 100 * limits.chance(compared)
         if right[0] - right[1] > lost:
             failure = failure or ParityError(
                 f'{names[0]}: top-1 accuracy on {compared} images of {images.source} is {right[1]:.2f} %, PyTorch '
@@ -148,16 +153,22 @@ def check(
 def check_batch(
         run: Run, reference: Run, names: Sequence[str], precision: str, batch: np.ndarray) -> Optional[ParityError]:
     """What a file fails in on one more random batch, of another size for example."""
-    comparisons = _compare(run, reference, names, [batch], LIMITS[precision]).comparisons
     limits = _of_noise(LIMITS[precision])
+    comparisons = _compare(run, reference, names, [batch], limits).comparisons
     call = 'random input {} of ' + ' x '.join(map(str, batch.shape[1:]))
     return next((e for e in (_judge(name, c, limits, call.format) for name, c in comparisons.items()) if e), None)
 
 
 def _of_noise(limits: Limits) -> Limits:
-    """Limits for random input: what a network makes of noise is often close to a tie."""
-    limits = replace(limits, same=0., same_regions=0.)
-    return limits if limits.resolution else replace(limits, decided=0., decided_regions=0.)
+    """Limits for random input: what a network makes of noise is often close to a tie.
+
+    One of so few inputs would be too many, so that scores of a rounded format are a tie where they lie closer than it
+    may differ.
+    """
+    noise = replace(limits, same=0., same_regions=0.)
+    if limits.difference is None:
+        return replace(noise, decided=0., decided_regions=0.)
+    return noise if limits.same == 1 else replace(noise, resolution=limits.difference)
 
 
 @dataclass

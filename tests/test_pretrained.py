@@ -15,7 +15,7 @@ TAGS = [t for t in timm.list_pretrained() if timm.model_entrypoint(t).__module__
 
 
 def read_top1(tag):
-    return json.loads((ROOT / 'train' / 'results' / tag / 'result.json').read_text())['last']['eval_top1']
+    return json.loads((ROOT / 'train' / 'results' / tag / 'evaluation.json').read_text())['top1']
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_networks_of_one_recipe_are_compared_where_the_protocol_was_not_run():
         assert verdicts(evaluations=evaluations, runs={**runs, 'rn26.cifar10': other})[claim] == (UNTESTED, "–")
 
 
-@pytest.mark.parametrize('output, verdict', [(0.3, HOLDS), (0.05, FAILS), (-0.2, FAILS)])
+@pytest.mark.parametrize('output, verdict', [(0.6, HOLDS), (0.4, FAILS), (0.01, FAILS)])
 def test_clusters_at_the_output_of_the_block(output, verdict):
     def space(value):
         return dict(class_silhouette=value, class_neighbour_rate=value, superclass_silhouette=value,

@@ -160,12 +160,13 @@ def judge_block_output(evidence: Evidence) -> Judgement:
         return UNTESTED, []
     ours, *others = (spaces[name] for name in names)
     better = all(ours[key] > other[key] for other in others for key in ours)
-    clusters = ours['superclass_silhouette'] >= 0.1
+    clusters = ours['class_neighbour_rate'] > 0.5 > max(other['class_neighbour_rate'] for other in others)
     lines = [
-        f'{100 * spaces[name]["superclass_neighbour_rate"]:.0f} % of the neighbours are of the superclass {where}, '
-        f'silhouette {spaces[name]["superclass_silhouette"]:.2f}' for name, where in names.items()]
-    if better and not clusters:
-        lines.append('better, but not clusters (0.1 would pass)')
+        f'{100 * spaces[name]["class_neighbour_rate"]:.0f} % of the neighbours are of the class {where} '
+        f'({100 * spaces[name]["superclass_neighbour_rate"]:.0f} % of the superclass; silhouettes '
+        f'{spaces[name]["class_silhouette"]:.2f} and {spaces[name]["superclass_silhouette"]:.2f})'
+        for name, where in names.items()]
+    lines.append('more than half there alone, and all four higher, would pass')
     return HOLDS if better and clusters else FAILS, lines
 
 

@@ -1,0 +1,106 @@
+"""Weights that come with the package: what the index says of each is so, and how they get there."""
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from timm_tmblock.errors import InputError
+from train import ship, train
+
+ROOT = Path(__file__).parent.parent
+INDEX = json.loads((ship.WEIGHTS / 'index.json').read_text())
+
+
+def test_index_tells_of_every_file_and_every_tag():
+    assert {path.stem for path in ship.WEIGHTS.glob('*.safetensors')} == set(INDEX)
+    files = {name: timm.get_pretrained_cfg(name).file for name in timm.list_pretrained()}
+    assert {name for name, file in files.items() if file and 'timm_tmblock' in str(file)} == set(INDEX)
+
+
+@pytest.mark.parametrize('name', INDEX)
+def test_index_says_what_the_file_is(name):
+    entry, path = INDEX[name], ship.WEIGHTS / f'{name}.safetensors'
+    assert entry['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert entry['bytes'] == path.stat().st_size
+    dtypes = {str(t.dtype).removeprefix('torch.') for t in load_file(path).values() if t.is_floating_point()}
+    assert dtypes == {entry['dtype']} == {ship.choose_precision(entry['top1_by_dtype'])}
+    evaluation = json.loads((ROOT / entry['source'] / 'evaluation.json').read_text())
+    assert evaluation['weights_sha256'] == entry['sha256'] and evaluation['images'] == entry['images']
+    assert evaluation['top1'] == entry['top1'] == entry['top1_by_dtype'][entry['dtype']]
+    run = json.loads((ROOT / entry['source'] / 'result.json').read_text())
+    assert run['model'] == name.partition('.')[0]
+
+
+@pytest.mark.parametrize('name', INDEX)
+def test_tag_has_the_preprocessing_and_classes_of_the_training(name):
+    from timm_tmblock.checkpoint import read_description
+    cfg = timm.get_pretrained_cfg(name)
+    about = read_description(ship.WEIGHTS / f'{name}.safetensors')
+    assert list(cfg.label_names) == about['label_names'] and cfg.num_classes == about['num_classes']
+    assert (list(cfg.mean), list(cfg.std), list(cfg.input_size)) == (about['mean'], about['std'], about['input_size'])
+
+
+def test_wheel_stays_small():
+    assert sum(path.stat().st_size for path in ship.WEIGHTS.iterdir()) < 60e6
+
+
+def test_float16_where_it_costs_nothing():
+    assert ship.choose_precision(dict(float32=92.79, float16=92.77)) == 'float16'
+    assert ship.choose_precision(dict(float32=92.79, float16=92.76)) == 'float32'
+    assert ship.choose_precision(dict(float32=92.79, float16=92.82)) == 'float32'  # not identical
+
+
+@pytest.fixture(scope='module')
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    train.main([
+        '--model', 'rn20_tm', '--train-split', 'train[:60]', '--max-steps', '2', '--batch-size', '20', '--val-fraction',
+        '0.2', '--device', 'cpu', '--report-to', 'none', '--output', str(folder), '--experiment', 'run'])
+    return folder / 'run'
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, 'ROOT', tmp_path)
+    monkeypatch.setattr(ship, 'WEIGHTS', tmp_path / 'weights')
+    monkeypatch.setattr(ship, 'RESULTS', tmp_path / 'results')
+    return tmp_path
+
+
+@pytest.mark.parametrize('tolerance, dtype', [(100., torch.float16), (-1., torch.float32)])
+def test_shipped_weights_are_those_of_the_run(finished_run, elsewhere, monkeypatch, tolerance, dtype):
+    monkeypatch.setattr(ship, 'TOLERANCE', tolerance)
+    entry = ship.main([str(finished_run), '--tag', 'sample', '--split', 'test[:20]'])
+    path = elsewhere / 'weights' / 'rn20_tm.sample.safetensors'
+    best, shipped = load_file(finished_run / 'best.safetensors'), load_file(path)
+    assert set(best) == set(shipped)
+    for key, tensor in best.items():
+        assert torch.equal(shipped[key], tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    assert json.loads((elsewhere / 'weights' / 'index.json').read_text()) == {'rn20_tm.sample': entry}
+    assert entry['source'] == 'results/rn20_tm.sample' and entry['images'] == 20
+    files = {p.name for p in (elsewhere / 'results' / 'rn20_tm.sample').iterdir()}
+    assert files == {'args.yaml', 'result.json', 'summary.csv', 'evaluation.json', 'evaluation.png'}
+    result = json.loads((elsewhere / 'results' / 'rn20_tm.sample' / 'result.json').read_text())
+    assert result['best'] and str(finished_run.parent) not in json.dumps(result)
+    model = timm.create_model('rn20_tm', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    assert model.fc.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name', ['args.yaml', 'result.json'])
+def test_unfinished_run_is_refused_and_leaves_nothing(finished_run, elsewhere, tmp_path, name):
+    import shutil
+    shutil.copytree(finished_run, tmp_path / 'half')
+    (tmp_path / 'half' / name).unlink()
+    with pytest.raises(InputError, match=f'half has no {name}; give the folder of a run that has finished'):
+        ship.main([str(tmp_path / 'half'), '--tag', 'sample'])
+    assert not (elsewhere / 'weights').exists()
+
+
+def test_set_of_other_classes_is_refused_and_leaves_nothing(finished_run, elsewhere):
+    with pytest.raises(InputError, match="Cannot open split 'nothing'"):
+        ship.main([str(finished_run), '--tag', 'sample', '--split', 'nothing'])
+    assert not (elsewhere / 'weights').exists() and not (elsewhere / 'results').exists()
