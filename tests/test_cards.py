@@ -21,13 +21,14 @@ from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 NAMES = cards.list_cards()
+FULL = 'rn26_tm.cifar10'  # the card of all there can be
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """The data and results of the first card, where they can be spoilt."""
-    data = cards.load_data(NAMES[0])
-    for path in (data['training'], data['evaluation'], data['latency'], data['exports'], 'hub_cards'):
+    """The data and results of a card, where they can be spoilt."""
+    data = cards.load_data(FULL)
+    for path in (data['training'], data['evaluation'], data['latency'], data['exports'], data['analysis'], 'hub_cards'):
         source, target = ROOT / path, tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -134,19 +135,19 @@ def spoil(path, **values):
 
 def test_missing_and_broken_numbers_are_refused(copied):
     root, data = copied
-    cards.render(NAMES[0])
+    cards.render(FULL)
     spoil(root / data['evaluation'], top1=float('nan'))
     with pytest.raises(InputError, match='evaluation.json: evaluation.top1 is nan; a card tells finite numbers alone'):
-        cards.render(NAMES[0])
+        cards.render(FULL)
     spoil(root / data['evaluation'], top1=None)
     with pytest.raises(InputError, match='evaluation.json has no top1; run train/evaluate.py'):
-        cards.render(NAMES[0])
+        cards.render(FULL)
     (root / data['evaluation']).unlink()
     with pytest.raises(InputError, match='needs train/results/.*evaluation.json, which is not there'):
-        cards.render(NAMES[0])
-    (root / 'hub_cards' / 'models' / f'{NAMES[0]}.yaml').write_text('model: rn26_tm\n')
+        cards.render(FULL)
+    (root / 'hub_cards' / 'models' / f'{FULL}.yaml').write_text('model: rn26_tm\n')
     with pytest.raises(InputError, match=r'lacks tag, description'):
-        cards.render(NAMES[0])
+        cards.render(FULL)
     with pytest.raises(InputError, match="There is no card of 'nothing'"):
         cards.render('nothing')
 
@@ -156,7 +157,7 @@ def test_stale_card_is_found(copied):
     evaluation = json.loads((root / data['evaluation']).read_text())
     spoil(root / data['evaluation'], top1=evaluation['top1'] + 1)
     with pytest.raises(InputError, match='is stale; run python -m hub_cards and commit it'):
-        main(['--check', NAMES[0]])
+        main(['--check', FULL])
 
 
 FRONT = 'license: mit\ntags: [a]\nmodel-index:\n- name: x\n  results:\n'
