@@ -478,7 +478,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     files = hub.repositories['me/birds'].find('v1')['files']
     assert set(files) == {
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
-        'onnx/model.onnx', 'onnx/model.onnx.json'}
+        'words.png', 'onnx/model.onnx', 'onnx/model.onnx.json'}
     card = files['README.md']['content'].decode()
     assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'Compared on\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
