@@ -166,7 +166,9 @@ def judge_block_output(evidence: Evidence) -> Judgement:
         f'({100 * spaces[name]["superclass_neighbour_rate"]:.0f} % of the superclass; silhouettes '
         f'{spaces[name]["class_silhouette"]:.2f} and {spaces[name]["superclass_silhouette"]:.2f})'
         for name, where in names.items()]
-    lines.append('more than half there alone, and all four higher, would pass')
+    lines.append(
+        'more than half there alone, and all four higher, would pass, a rule set after the numbers were seen: by '
+        'silhouettes alone there are no clusters')
     return HOLDS if better and clusters else FAILS, lines
 
 
