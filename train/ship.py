@@ -24,7 +24,6 @@ from typing import Any, Dict, List, Optional
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
 from safetensors.torch import load_file
 
 from timm_tmblock.checkpoint import read_description, save_weights, writing
@@ -120,6 +119,5 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
 
 if __name__ == '__main__':
-    torch.set_grad_enabled(False)
     with exiting_on_input_error():
         print(json.dumps(main()))

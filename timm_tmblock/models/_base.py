@@ -21,15 +21,6 @@ from ..layers import TemplateMatching
 _logger = logging.getLogger(__name__)
 
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-CIFAR100_LABELS = tuple('''
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
-    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
-    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
-    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-'''.split())
 
 
 class TemplateMatchingNet(nn.Module):
@@ -421,13 +412,6 @@ def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'paper_name': 'Feature Embedding by Template Matching as a ResNet Block',
         **kwargs
     }
-
-
-def create_cifar100_cfg(**kwargs) -> Dict[str, Any]:
-    """Config of a network of the 100 classes of CIFAR-100."""
-    return create_cfg(
-        num_classes=100, mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762), label_names=CIFAR100_LABELS,
-        **kwargs)
 
 
 def create_mini_imagenet_cfg(pool_size: int = 11, **kwargs) -> Dict[str, Any]:

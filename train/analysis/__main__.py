@@ -23,7 +23,7 @@ from timm_tmblock.analysis import measure_maximizer
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
 from train.analysis import geometry, mosaic, trust, words
-from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
+from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
 from train.config import Parser, positive
 from train.data import InMemorySet, add_data_options, decode, open_named
@@ -101,13 +101,6 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
         raise InputError(
             f'{args.model} tells {model.num_classes} classes apart and {args.dataset} has {len(data.class_names)}.')
     return data
-
-
-def normalize(model: Any, images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, C, H, W) as the network takes it."""
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
-    images = (images / 255 - mean) / std
-    return images.to(next(model.parameters()).device, memory_format=torch.channels_last)
 
 
 def colors_of(num_classes: int) -> np.ndarray:

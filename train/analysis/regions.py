@@ -71,6 +71,13 @@ def map_size(model: Any) -> Tuple[int, int]:
     return height, width
 
 
+def normalize(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, C, H, W) as the network takes it, on its device."""
+    like = next(model.parameters())
+    mean, std = (like.new_tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    return ((images.to(like.device) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
 @torch.inference_mode()
 def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str, np.ndarray]:
     """What each layer around template matching makes of the regions of a sample.
@@ -84,17 +91,13 @@ def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str
         (N, D) by layer: 'stage 3' and, with template matching, 'values' (f' of section 3.3), 'block output'
         (the input of stage 4) and 'scores' (class probabilities of the patches).
     """
-    like = next(model.parameters())
-    device = like.device
-    mean, std = (like.new_tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
     inputs: List[torch.Tensor] = []
     handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     parts: Dict[str, List[np.ndarray]] = {}
     try:
         for first in range(0, len(sample.images), batch_size):
             batch = slice(first, first + batch_size)
-            images = torch.from_numpy(sample.images[batch]).to(device).permute(0, 3, 1, 2)
-            model((images / 255 - mean) / std)
+            model(normalize(model, torch.from_numpy(sample.images[batch]).permute(0, 3, 1, 2)))
             f = inputs.pop()
             maps = {'stage 3': f}
             if model.has_template_matching:
@@ -102,7 +105,7 @@ def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str
                 maps['values'] = model.tm.value(model.tm.mix(logits))
                 maps['block output'] = model.tm.embed(f, logits)
                 maps['scores'] = F.softmax(logits, dim=1)
-            places = torch.from_numpy(sample.places[batch]).to(device)
+            places = torch.from_numpy(sample.places[batch]).to(f.device)
             for name, x in maps.items():
                 x = x.float().flatten(2).transpose(1, 2)  # (B, H · W, D)
                 x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
