@@ -11,24 +11,12 @@ from sklearn.metrics import silhouette_score
 
 from timm_tmblock.errors import InputError
 from timm_tmblock.layers import PatchMean
-from timm_tmblock.models._base import CIFAR10_LABELS
+from timm_tmblock.models._labels import CIFAR10_LABELS, CIFAR100_LABELS
 from train.analysis import geometry, mosaic, trust, words
 from train.analysis.__main__ import main
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
 from train.analysis.superclasses import find_superclasses
 from train.data import InMemorySet
-
-# in the order of the set
-CIFAR100_LABELS = tuple('''
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
-    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
-    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
-    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-'''.split())
-
 
 @pytest.fixture(scope='module')
 def model():

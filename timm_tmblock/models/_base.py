@@ -17,10 +17,9 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from timm.utils import reparameterize_model
 
 from ..layers import TemplateMatching
+from ._labels import CIFAR10_LABELS, CIFAR100_LABELS
 
 _logger = logging.getLogger(__name__)
-
-CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 class TemplateMatchingNet(nn.Module):
@@ -412,6 +411,18 @@ def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'paper_name': 'Feature Embedding by Template Matching as a ResNet Block',
         **kwargs
     }
+
+
+def create_cifar10_cfg(tag: str) -> Dict[str, Any]:
+    """Config of weights in the package that were trained on CIFAR-10."""
+    return create_cfg(file=weights_path(tag), label_names=CIFAR10_LABELS)
+
+
+def create_cifar100_cfg(tag: str) -> Dict[str, Any]:
+    """Config of weights in the package that were trained on CIFAR-100."""
+    return create_cfg(
+        file=weights_path(tag), label_names=CIFAR100_LABELS, num_classes=100,
+        mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
 def create_mini_imagenet_cfg(pool_size: int = 11, **kwargs) -> Dict[str, Any]:

@@ -16,12 +16,11 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from ..layers import fuse_conv_norm, get_maximizer_layer
 from ._base import (
-    CIFAR10_LABELS,
     TemplateMatchingNet,
     create_cfg,
+    create_cifar10_cfg,
     create_mini_imagenet_cfg,
     create_network,
-    weights_path,
 )
 
 __all__ = ['PreActResNet']  # model_registry will add each entrypoint fn to this
@@ -294,9 +293,9 @@ default_cfgs = generate_default_cfgs({
     'rn20.mini_imagenet': create_mini_imagenet_cfg(),
     'rn20_tm.untrained': create_cfg(),
     'rn20_tm.mini_imagenet': create_mini_imagenet_cfg(),
-    'rn26.cifar10': create_cfg(file=weights_path('rn26.cifar10'), label_names=CIFAR10_LABELS),
+    'rn26.cifar10': create_cifar10_cfg('rn26.cifar10'),
     'rn26.mini_imagenet': create_mini_imagenet_cfg(),
-    'rn26_tm.cifar10': create_cfg(file=weights_path('rn26_tm.cifar10'), label_names=CIFAR10_LABELS),
+    'rn26_tm.cifar10': create_cifar10_cfg('rn26_tm.cifar10'),
     'rn26_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'rn38.untrained': create_cfg(),
     'rn38.mini_imagenet': create_mini_imagenet_cfg(),
