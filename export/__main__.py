@@ -297,7 +297,9 @@ def _push(args: argparse.Namespace) -> None:
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = create_files(folder, model, args.repo, args.precisions, args.engines, images, args.card)
+        weights_file = args.checkpoint or (Path(args.model) if args.model.endswith('.safetensors') else None)
+        files = create_files(
+            folder, model, args.repo, args.precisions, args.engines, images, args.card, weights_file)
         print('\n'.join(list_files(folder, files)))
         if args.dry_run:
             print((folder / 'README.md').read_text())

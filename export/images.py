@@ -68,12 +68,12 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         calibration=held_out[:0] if calibration is None else calibration,
         held_out=held_out,
         targets=targets if same else None,
-        source=f'{_name_set(args.dataset)} {args.check_split}',
-        calibration_source=f'{_name_set(args.dataset)} {args.calibration_split}',
+        source=f'{name_set(args.dataset)} {args.check_split}',
+        calibration_source=f'{name_set(args.dataset)} {args.calibration_split}',
     )
 
 
-def _name_set(dataset: str) -> str:
+def name_set(dataset: str) -> str:
     """Without the place on this machine, as it goes into files."""
     name = re.sub(r'^\w+/(?=.)', '', dataset) if re.match(r'(torch|hfds|hfids|tfds|wds)/', dataset) else dataset
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name

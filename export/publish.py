@@ -16,6 +16,7 @@ from export.onnx import OnnxOptions, export_onnx
 from export.runtime import ENGINE_SUFFIXES
 from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, find_card, load_data, render, render_plain
+from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def create_files(
         engines: Sequence[Path],
         images: Images,
         card: Optional[Path] = None,
+        weights_file: Optional[Path] = None,
 ) -> List[Path]:
     """Write everything that is to be published.
 
@@ -43,6 +45,7 @@ def create_files(
         engines: Engines to go with the ONNX files.
         images: For calibration and comparison.
         card: README.md to take instead of the rendered one.
+        weights_file: Where the weights are from; if a run of train.py wrote them, the card tells what it measured.
 
     Returns:
         The files, relative to the folder, sorted.
@@ -75,7 +78,8 @@ def create_files(
         readme.write_text(card.read_text())
     else:
         name = find_card(weights)
-        readme.write_text(str(render(name, repo, exports) if name else render_plain(model, repo, exports)))
+        readme.write_text(str(
+            render(name, repo, exports) if name else render_plain(model, repo, exports, read_run(weights_file))))
         if name:
             _add_pictures(name, folder)
     check(readme.read_text())

@@ -60,20 +60,39 @@ def find_card(weights_sha256: str) -> Optional[str]:
     return None
 
 
-def render_plain(model: Any, repo: str, exports: Dict[str, Dict[str, Any]]) -> ModelCard:
-    """The card of a network without measured results: what it is, its files and how to use them.
+def render_plain(
+        model: Any,
+        repo: str,
+        exports: Dict[str, Dict[str, Any]],
+        run: Optional[Dict[str, Any]] = None,
+) -> ModelCard:
+    """The card of a network without committed results: what it is, its files and how to use them.
 
     Args:
         model: Network, with timm's pretrained_cfg.
         repo: Hub repository it is for.
         exports: Metadata of the ONNX files, by key of FILES.
+        run: What `read_run` says of the weights.
+
+    Raises:
+        InputError: For an accuracy that is no number.
     """
     first = exports['fp32']
+    _check_numbers(run, 'result.json')
+    measured: Dict[str, Any] = {}
+    if run and run['dataset_id']:
+        measured = dict(datasets=[run['dataset_id']])
+    if run and run['split']:
+        measured.update(metrics=['accuracy'], model_name=repo.split('/')[-1], eval_results=[EvalResult(
+            task_type='image-classification', dataset_type=run['dataset_id'] or 'imagefolder',
+            dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
+            metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2), verified=None)])
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
         license=first['license'],
         tags=choose_tags(len(first['outputs']) > 1),
+        **measured,
     )
     files = [
         dict(path=FILES[key], precision=key, same_class=100 * e['parity']['outputs']['logits']['same_class'])
@@ -89,6 +108,7 @@ def render_plain(model: Any, repo: str, exports: Dict[str, Dict[str, Any]]) -> M
         parameters=sum(p.numel() for p in model.parameters()),
         files=files,
         images=first['parity']['images'],
+        run=run,
         has_patches=len(first['outputs']) > 1,
     )
 

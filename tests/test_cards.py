@@ -17,6 +17,7 @@ from PIL import Image
 import hub_cards.card as cards
 from export.onnx import OnnxOptions
 from hub_cards.__main__ import main
+from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +128,33 @@ def test_card_of_weights_without_results_says_so(tmp_path):
     assert 'ant, bee' in text and 'has not been measured' in text and 'hf-hub:user/ants' in text
     assert 'which class each region' not in text and '| `onnx/model.onnx` | fp32 | 100.00 % |' in text
     assert ModelCard(text).data.get('library_name') == 'timm'
+
+
+@pytest.mark.parametrize('settings, test, expected, metric', [
+    (dict(dataset='hfds/me/ants', test_split='test'), dict(top1=71.5, top5=100.), '30 images (me/ants: test)', 71.5),
+    (dict(dataset='ants', test_split='validation'), dict(top1=71.5, top5=100.), '30 images (ants: validation)', 71.5),
+    (dict(dataset='ants', pool=[65, 15, 20]), dict(top1=71.5, top5=100.), '30 images (ants: the part for tests)', None),
+    (dict(dataset='ants'), None, '20 images (ants: held out of train, which chose the weights too)', None),
+    (dict(dataset='ants', val_split='val'), None, '20 images (ants: val, which chose the weights too)', None)])
+def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path, settings, test, expected, metric):
+    model = timm.create_model('rn26', num_classes=2)
+    sidecar = json.loads((ROOT / 'export/results/rn26.cifar10/rn26.fp32.onnx.json').read_text())
+    exports = dict(fp32=dict(sidecar, class_names=['ant', 'bee']))
+    result = json.loads((ROOT / 'train/results/rn26.cifar10/result.json').read_text())
+    result.update(best=dict(top1=80., top5=100.), test=test, images=dict(train=90, validation=20, test=30))
+    (tmp_path / 'result.json').write_text(json.dumps(result))
+    defaults = dict(train_split='train', val_split=None, test_split=None)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**defaults, **settings}))
+    card = cards.render_plain(model, 'me/net', exports, read_run(tmp_path / 'best.safetensors'))
+    cards.check(str(card))
+    assert f'Top-1 {71.5 if test else 80.:.2f} % on {expected}' in str(card)  # no top-5 of two classes
+    assert [r.metric_value for r in card.data.eval_results or ()] == ([metric] if metric else [])
+    assert card.data.get('datasets') == (['me/ants'] if 'hfds' in settings['dataset'] else None)
+    for other in (tmp_path / 'last.safetensors', tmp_path / 'other' / 'best.safetensors', None):
+        assert read_run(other) is None  # nothing was measured of those
+    (tmp_path / 'result.json').write_text(json.dumps(dict(result, best=dict(top1=math.nan, top5=1.), test=None)))
+    with pytest.raises(InputError, match='a card tells finite numbers alone'):
+        cards.render_plain(model, 'me/net', exports, read_run(tmp_path / 'best.safetensors'))
 
 
 def spoil(path, **values):

@@ -18,7 +18,7 @@ from PIL import Image
 import export.parity
 from export.__main__ import main
 from export.check import check_file
-from export.images import _name_set
+from export.images import name_set
 from export.load import load
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
@@ -401,8 +401,8 @@ def test_images_of_another_set_are_named_without_their_place(pretrained, images,
         for k in range(10):
             (tmp_path / 'birds' / split / f'bird{k}').mkdir(parents=True)
             Image.new('RGB', (40, 50), color).save(tmp_path / 'birds' / split / f'bird{k}' / '0.png')
-    assert _name_set('hfds/uoft-cs/cifar10') == 'uoft-cs/cifar10' and _name_set('torch/cifar10') == 'cifar10'
-    assert _name_set(f'hfids/{tmp_path}/away') == _name_set(f'wds/{tmp_path}/away') == 'away'
+    assert name_set('hfds/uoft-cs/cifar10') == 'uoft-cs/cifar10' and name_set('torch/cifar10') == 'cifar10'
+    assert name_set(f'hfids/{tmp_path}/away') == name_set(f'wds/{tmp_path}/away') == 'away'
     given = images(pretrained, 9, 5, '--dataset', str(tmp_path / 'birds'))
     assert (given.source, given.calibration_source) == ('birds test', 'birds train') and given.targets is None
     assert given.calibration.shape == (9, 3, 32, 32) and given.held_out.shape == (5, 3, 32, 32)

@@ -432,6 +432,8 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
     assert '/me/run/commit/' in pushed.stdout, pushed.stderr
     files = hub.repositories['me/run'].find('main')['files']
     assert hub.repositories['me/run'].private and count(hub, 'me/run') == 1 and 'onnx/model_fp16.onnx' in files
+    measured = f'Top-1 {result["best"]["top1"]:.2f} %, top-5 {result["best"]["top5"]:.2f} % on 15 images'
+    assert measured in files['README.md']['content'].decode()
     expected = load_file(result['weights']['best'])
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
 

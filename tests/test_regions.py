@@ -18,6 +18,7 @@ from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regi
 from train.analysis.superclasses import find_superclasses
 from train.data import InMemorySet
 
+
 @pytest.fixture(scope='module')
 def model():
     return timm.create_model('rn26_tm', pretrained=True).eval()

@@ -42,7 +42,7 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         model = load(str(weights))
         images = load_images(image_args, model, calibrate=False)
         with tempfile.TemporaryDirectory() as name:
-            files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images)
+            files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images, weights_file=weights)
             return push(Path(name), files, PushOptions(args.push_to_hub, args.hub_private), lambda line: None)
     except (InputError, PushError) as e:
         _say(str(e), flags)
