@@ -15,7 +15,7 @@ from export.metadata import describe_model, hash_weights, load_metadata, sidecar
 from export.onnx import OnnxOptions, export_onnx
 from export.runtime import ENGINE_SUFFIXES
 from export.tensorrt import read_options, tell_command
-from hub_cards.card import FILES, check, find_card, load_data, render, render_plain
+from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 
@@ -78,8 +78,12 @@ def create_files(
         readme.write_text(card.read_text())
     else:
         name = find_card(weights)
+        rows = [
+            describe_engine(path.relative_to(folder).as_posix(), load_metadata(path))
+            for path in sorted(folder.glob('engines/*/*')) if path.suffix in ENGINE_SUFFIXES]
         readme.write_text(str(
-            render(name, repo, exports) if name else render_plain(model, repo, exports, read_run(weights_file))))
+            render(name, repo, exports, rows) if name else
+            render_plain(model, repo, exports, read_run(weights_file), rows)))
         if name:
             _add_pictures(name, folder)
     check(readme.read_text())

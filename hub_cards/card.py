@@ -2,7 +2,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import yaml
@@ -60,11 +60,38 @@ def find_card(weights_sha256: str) -> Optional[str]:
     return None
 
 
+def describe_engine(path: str, sidecar: Dict[str, Any]) -> Dict[str, Any]:
+    """A row of the table of engines.
+
+    Args:
+        path: In the repository.
+        sidecar: Metadata of the engine.
+    """
+    engine = sidecar['engine']
+    gpu = engine['gpu']
+    if gpu is None:
+        runs_on = 'every GPU that TensorRT-RTX supports'
+    elif engine['hardware_compatibility'] == 'ampere+':
+        runs_on = 'Ampere and later'
+    else:
+        runs_on = f'compute capability {gpu["compute_capability"]} ({gpu["name"]})'
+    ranges = [[shape[0] for shape in profile] for profile in engine['profiles']]
+    return dict(
+        path=path,
+        precision=sidecar['precision'],
+        megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
+        version=f'{engine["backend"]} {engine["version"]}' + (' or later' if engine['version_compatible'] else ''),
+        runs_on=runs_on,
+        batches=', '.join(f'{low}' if low == high else f'{low} to {high}' for low, _, high in ranges),
+    )
+
+
 def render_plain(
         model: Any,
         repo: str,
         exports: Dict[str, Dict[str, Any]],
         run: Optional[Dict[str, Any]] = None,
+        engines: Sequence[Dict[str, Any]] = (),
 ) -> ModelCard:
     """The card of a network without committed results: what it is, its files and how to use them.
 
@@ -73,6 +100,7 @@ def render_plain(
         repo: Hub repository it is for.
         exports: Metadata of the ONNX files, by key of FILES.
         run: What `read_run` says of the weights.
+        engines: Rows of the table of engines.
 
     Raises:
         InputError: For an accuracy that is no number.
@@ -99,7 +127,7 @@ def render_plain(
         for key, e in exports.items()]
     return ModelCard.from_template(
         card_data,
-        template_str=(TEMPLATE.parent / 'plain.md.jinja').read_text(),
+        template_str=_read_template('plain.md.jinja'),
         name=repo.split('/')[-1],
         repo=repo,
         model=first['model'],
@@ -109,8 +137,15 @@ def render_plain(
         files=files,
         images=first['parity']['images'],
         run=run,
+        engines=engines,
         has_patches=len(first['outputs']) > 1,
     )
+
+
+def _read_template(name: str) -> str:
+    """With the table of engines, as huggingface_hub renders text alone, where templates cannot include others."""
+    text = (TEMPLATE.parent / name).read_text()
+    return text.replace('{{ engine_table }}\n', (TEMPLATE.parent / 'engines.md.jinja').read_text())
 
 
 def _load_json(path: str) -> Any:
@@ -168,13 +203,19 @@ def check(text: str) -> None:
         raise InputError(f'The model-index of the card is not as the Hub wants it: {reason}') from e
 
 
-def render(name: str, repo: str = '', exports: Optional[Dict[str, Dict[str, Any]]] = None) -> ModelCard:
+def render(
+        name: str,
+        repo: str = '',
+        exports: Optional[Dict[str, Dict[str, Any]]] = None,
+        engines: Sequence[Dict[str, Any]] = (),
+) -> ModelCard:
     """The card of a model.
 
     Args:
         name: Model and tag, as in `list_cards`.
         repo: Hub repository it is for, 'USER/NAME' if not known.
         exports: Sidecars of the ONNX files that lie beside the card, by key of FILES; the committed ones if None.
+        engines: Rows of the table of engines.
 
     Raises:
         InputError: If a result is missing or no number.
@@ -234,7 +275,7 @@ def render(name: str, repo: str = '', exports: Optional[Dict[str, Dict[str, Any]
     )
     return ModelCard.from_template(
         card_data,
-        template_str=TEMPLATE.read_text(),
+        template_str=_read_template(TEMPLATE.name),
         name=name,
         repo=repo or f'USER/{name}',
         model=data['model'],
@@ -259,6 +300,7 @@ def render(name: str, repo: str = '', exports: Optional[Dict[str, Dict[str, Any]
         trust=trust,
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
+        engines=engines,
         rates=dict(torch=f'{rates["eager, prepared"]:.0f} (eager)' if 'eager, prepared' in rates else ''),
         latency=latency,
     )

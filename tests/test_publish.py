@@ -41,6 +41,13 @@ def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, 
     files = create_files(tmp_path, model, 'me/net', (), engines, images(model, 8, 8))
     assert sorted(files) == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*') if p.is_file())
     same, pixels = (next(tmp_path.glob(f'engines/*/{path.name}')) for path in engines)
+    rows = [line for line in (tmp_path / 'README.md').read_text().splitlines() if line.startswith('| `engines/')]
+    assert len(rows) == 2
+    for row, path in zip(rows, sorted(tmp_path.glob('engines/*/*.engine'))):
+        version = json.loads(Path(f'{path}.json').read_text())['engine']['version']
+        assert row == (
+            f'| `{path.relative_to(tmp_path)}` | fp32 | {path.stat().st_size / 1e6:.2f} | tensorrt_rtx {version} '
+            f'| every GPU that TensorRT-RTX supports | 1 to 4 |')
     assert not list(tmp_path.glob('engines/*/same.onnx'))  # onnx/model.onnx has the same bytes
     for path, onnx, _size in ((same, '../../onnx/model.onnx', (3, 5, 6)), (pixels, 'pixels.onnx', None)):
         metadata = json.loads(Path(f'{path}.json').read_text())
