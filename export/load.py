@@ -22,8 +22,8 @@ def load_pretrained(name: str) -> nn.Module:
     except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as e:  # of timm and of the Hub's client
         reason = str(e).strip().split('\n')[0]
         raise InputError(
-            f'{name} is no model with weights ({reason}); give them with --checkpoint, or name one of '
-            f'timm.list_pretrained().') from e
+            f'{name} is no model with weights ({reason}); name one of timm.list_pretrained(), or give a weight file of '
+            f'training (*.safetensors) in its place.') from e
 
 
 def load(name: str, checkpoint: Optional[Path] = None) -> nn.Module:
