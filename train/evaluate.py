@@ -130,7 +130,7 @@ def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     shown = left.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     figure.colorbar(shown, ax=left, label='share of the class', shrink=0.8)
-    left.set(xlabel='taken for', ylabel='class', title=f'{result["model"]}: top-1 {result["top1"]:.2f} %')
+    left.set(xlabel='taken for', ylabel='class', title=f'{Path(result["model"]).name}: top-1 {result["top1"]:.2f} %')
     if len(names) <= 20:
         left.set_xticks(range(len(names)), names, rotation=60, ha='right')
         left.set_yticks(range(len(names)), names)

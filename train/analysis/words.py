@@ -96,8 +96,9 @@ def draw_words(
         cell = grid[place].subgridspec(2, 1, height_ratios=(1, 3), hspace=0)
         bars, square = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
         bars.bar(range(len(class_names)), words.centers[k], color=colors / 255, width=0.9)
-        top = [i for i in np.argsort(-words.centers[k])[:3] if words.centers[k][i] >= 0.1]
-        bars.set_title(', '.join(f'{class_names[i]} {words.centers[k][i]:.1f}' for i in top[:2]), fontsize=6, pad=2)
+        first, second = np.argsort(-words.centers[k])[:2]
+        top = [first, second] if words.centers[k][second] >= 0.1 else [first]
+        bars.set_title(', '.join(f'{class_names[i]} {words.centers[k][i]:.1g}' for i in top), fontsize=6, pad=2)
         bars.set(ylim=(0, 1), xticks=[], yticks=[])
         size = patches.shape[1]
         canvas = np.full((side, side, size + 1, size + 1, 3), 255, dtype=np.uint8)
