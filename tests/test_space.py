@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
         others.append(make_trained_like(timm.create_model(name, **kwargs)).eval())
         others[-1].pretrained_cfg = dict(others[-1].pretrained_cfg, label_names=labels)
     shipped = timm.create_model('rn26_tm', pretrained=True).eval()
-    models = [('rn26', others[0]), ('rn26_tm', shipped), ('seven', others[1])]
+    models = [('rn26', others[0]), ('rn26_tm', shipped), ('rn26_tm.few', others[1])]
     output = tmp_path_factory.mktemp('space') / 'space'
     build(output, models, args)
     return output
@@ -178,6 +178,8 @@ class TestInBrowser:
     def test_networks_are_compared(self, open_page):
         page = open_page()
         assert page.get_by_label('Model', exact=True).input_value() == 'rn26_tm'
+        assert page.get_by_label('Compare with', exact=True).input_value() == 'rn26'
+        choose(page, 'Compare with', 'nothing')
         upload(page, SHIP)
         choose(page, 'Compare with', 'rn26')
         page.wait_for_selector('.tm-result h3:text-is("rn26")')
@@ -187,8 +189,8 @@ class TestInBrowser:
         assert baseline.locator('.tm-heat').count() == 0 and baseline.locator('.tm-row').count() == 11
         choose(page, 'Compare with', 'nothing')
         page.wait_for_function("document.querySelectorAll('.tm-result').length == 1")
-        choose(page, 'Model', 'seven')  # templates that are no classes
-        page.wait_for_selector('.tm-result h3:text-is("seven")')
+        choose(page, 'Model', 'rn26_tm.few')  # templates that are no classes
+        page.wait_for_selector('.tm-result h3:text-is("rn26_tm.few")')
         assert page.locator('.tm-rows').count() == 2 and page.locator('.tm-heat').count() == 7
         assert len(shown_maps(page)) == 1
 
@@ -258,7 +260,7 @@ def test_space_without_models_says_so(folder, tmp_path):
 
 def test_folder_is_complete(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
-    onnx = {f'models/{name}.onnx{end}' for name in ('rn26', 'rn26_tm', 'seven') for end in ('', '.json')}
+    onnx = {f'models/{name}.onnx{end}' for name in ('rn26', 'rn26_tm', 'rn26_tm.few') for end in ('', '.json')}
     examples = {f'examples/{path.name}' for path in (ROOT / 'train' / 'sample' / 'images').glob('*.png')}
     assert files == {'README.md', 'app.py', 'requirements.txt', 'runtime.py'} | onnx | examples and len(examples) == 10
     card = SpaceCard.load(folder / 'README.md').data

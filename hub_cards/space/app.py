@@ -64,7 +64,7 @@ def load_models() -> Dict[str, runtime.Runner]:
         runtime.RuntimeInputError: If one cannot be loaded, or there is none.
     """
     repositories = [name.strip() for name in os.environ.get('MODELS', '').split(',') if name.strip()]
-    sources: Sequence[Union[str, Path]] = repositories or sorted((HERE / 'models').glob('*.onnx'))
+    sources: Sequence[Union[str, Path]] = repositories or sorted((HERE / 'models').glob('*.onnx'), key=lambda p: p.stem)
     if not sources:
         raise runtime.RuntimeInputError('There are no models: put ONNX files into models/, or set MODELS.')
     runners = {Path(source).name.removesuffix('.onnx'): runtime.load(source, 'cpu') for source in sources}
@@ -182,6 +182,7 @@ except runtime.RuntimeInputError as error:
 def build() -> gr.Blocks:
     """The page."""
     names = list(MODELS)
+    baselines = [name for name in names[1:] if len(MODELS[name].metadata['outputs']) < 2] or [*names[1:], NOTHING]
     with gr.Blocks(title='Which class did each region match?') as page:
         gr.Markdown(
             '# Which class did each region match?\n'
@@ -191,7 +192,7 @@ def build() -> gr.Blocks:
             with gr.Column(min_width=280):
                 image = ImageFile(type='filepath', label='Image', height=280, sources=['upload', 'clipboard', 'webcam'])
                 model = gr.Dropdown(names, value=names[0], label='Model')
-                baseline = gr.Dropdown([NOTHING, *names], value=(names[1:] or [NOTHING])[0], label='Compare with')
+                baseline = gr.Dropdown([NOTHING, *names], value=baselines[0], label='Compare with')
             with gr.Column(min_width=280, scale=2):
                 result = gr.HTML(show(None, names[0], NOTHING), css_template=CSS, apply_default_css=False)
         gr.Examples([str(p) for p in sorted((HERE / 'examples').glob('*.png'))], image, label='Examples')
