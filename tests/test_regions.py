@@ -7,15 +7,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples, silhouette_score
 
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
 from timm_tmblock.layers import PatchMean
 from timm_tmblock.models._labels import CIFAR10_LABELS, CIFAR100_LABELS
 from train.analysis import geometry, mosaic, trust, words
-from train.analysis.__main__ import main
+from train.analysis.__main__ import main, tell_command
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
-from train.analysis.superclasses import find_superclasses
+from train.analysis.superclasses import find_superclasses, name_superclasses
 from train.data import InMemorySet
 
 
@@ -29,6 +30,14 @@ def make_set(counts, size=32, seed=0):
     targets = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     images = torch.from_numpy(rng.integers(0, 256, (len(targets), 3, size, size), dtype=np.uint8))
     return InMemorySet(images, torch.from_numpy(targets), [f'c{k}' for k in range(len(counts))])
+
+
+def save(path, name, labels, **kwargs):
+    """A file of untrained weights."""
+    model = timm.create_model(name, **kwargs)
+    save_weights(path, model.state_dict(), dict(
+        model=name, model_args=kwargs, num_classes=len(labels), label_names=labels))
+    return str(path)
 
 
 def close(a, b):
@@ -65,7 +74,9 @@ def test_embeddings_are_what_the_layers_give(trained_like, name, patch_size):
     for i, places in enumerate(sample.places):
         for place in places:
             at = (i, slice(None), place // 8, place % 8)
-            for key, expected in (('stage 3', f), ('block output', block), ('scores', logits.softmax(1))):
+            for key, expected in (
+                    ('stage 3', f), ('patch mean', model.tm.patch_mean(f)), ('block output', block),
+                    ('scores', logits.softmax(1))):
                 np.testing.assert_allclose(found[key][n], expected[at].detach().numpy(), rtol=2e-3, atol=2e-4)
             n += 1
     if name == 'rn26_tm':
@@ -75,9 +86,41 @@ def test_embeddings_are_what_the_layers_give(trained_like, name, patch_size):
     close(found['values'], values)
 
 
+@pytest.mark.parametrize('name', [
+    'rn26_tm', 'rn26_tm.mini_imagenet', 'wrn16_tm.mini_imagenet', 'dn100_tm.mini_imagenet'])
+def test_map_is_as_large_as_that_of_the_patch_logits(name):
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        assert map_size(model) == model.forward_patch_logits(torch.zeros(1, 3, *model.img_size))[1].shape[2:]
+
+
+def test_networks_whose_files_are_called_alike_are_told_apart(tmp_path):
+    files = [
+        save(tmp_path / run / 'last.safetensors', name, list(CIFAR10_LABELS))
+        for run, name in (('a', 'rn26_tm'), ('b', 'rn26'))]
+    flags = ['--baseline', files[1], '--images-per-class', '3', '--regions', '2', '--output', str(tmp_path / 'g')]
+    spaces = main(['geometry', files[0], *flags])['spaces']
+    assert list(spaces) == [f'{files[1]}: stage 3'] + [
+        f'{files[0]}: {layer}' for layer in ('stage 3', 'patch mean', 'values', 'block output')]
+
+
+def test_command_leaves_out_where_files_go_and_nothing_else():
+    assert tell_command(['trust', 'a', '--output', 'a', '--seed', '1']) == 'python -m train.analysis trust a --seed 1'
+    assert tell_command(['trust', 'a', '--output=a']) == 'python -m train.analysis trust a'
+
+
+def test_words_without_patches_count_for_nothing():
+    scores = np.repeat(np.eye(4), 10, axis=0)  # four different patches for six words
+    found = words.find_words(scores, np.arange(40), 6, 5, seed=0)
+    assert np.count_nonzero(found.counts) == 4
+    values = words.measure_words(found, np.repeat(np.arange(4), 10))
+    assert values['purity'] == 1 and np.isnan(values['mixed_purity'])
+
+
 def test_baseline_has_the_features_alone(trained_like):
     sample = draw_sample(make_set([2] * 10), (8, 8), 1, 2, seed=0)
     assert set(embed_regions(trained_like('rn26'), sample)) == {'stage 3'}
+    assert set(embed_regions(trained_like('rn26_tm'), sample, ('values', 'scores'))) == {'values', 'scores'}
 
 
 @pytest.mark.parametrize('patch_size', [3, 4, 5])
@@ -97,7 +140,7 @@ def test_patch_shows_the_pixels_that_its_mean_is_of(patch_size):
         assert len(shown) == 16 * len(seen)
 
 
-def test_neighbour_rate_is_that_of_a_loop():
+def test_neighbour_shares_are_those_of_a_loop():
     rng = np.random.default_rng(0)
     x, labels, groups = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), np.repeat(np.arange(15), 4)
     shares = []
@@ -105,7 +148,7 @@ def test_neighbour_rate_is_that_of_a_loop():
         others = [j for j in range(60) if groups[j] != groups[i]]
         nearest = sorted(others, key=lambda j: ((x[i] - x[j]) ** 2).sum())[:7]
         shares.append(np.mean([labels[j] == labels[i] for j in nearest]))
-    assert geometry.neighbour_rate(x, labels, groups, 7) == pytest.approx(np.mean(shares))
+    assert geometry.find_neighbour_shares(x, labels, groups, 7) == pytest.approx(shares)
 
 
 def test_measures_are_of_classes_and_of_superclasses():
@@ -118,12 +161,19 @@ def test_measures_are_of_classes_and_of_superclasses():
     vehicles = np.isin(sample.region_targets, [names.index(n) for n in ('airplane', 'automobile', 'ship', 'truck')])
     assert values['superclass_silhouette'] == pytest.approx(silhouette_score(x, vehicles))
     assert values['class_silhouette'] == pytest.approx(silhouette_score(x, sample.region_targets))
+    by_image = silhouette_samples(x, vehicles).reshape(30, 2).mean(1)
+    assert values['superclass_silhouette_error'] == pytest.approx(by_image.std(ddof=1) / 30 ** 0.5)
+    chance = geometry.find_chance(sample)
+    assert chance['class'] == pytest.approx(2 / 29)  # of the other images of 30, those of the same class
+    assert chance['superclass'] == pytest.approx(0.4 * 11 / 29 + 0.6 * 17 / 29)
     sample.class_names = [f'c{k}' for k in range(10)]
+    assert geometry.find_chance(sample)['superclass'] is None
     assert geometry.measure_geometry(x, sample)['superclass_silhouette'] is None
 
 
 def test_superclasses_of_cifar100_are_twenty_of_five():
-    groups = find_superclasses(list(CIFAR100_LABELS))
+    groups, names = find_superclasses(list(CIFAR100_LABELS)), name_superclasses(list(CIFAR100_LABELS))
+    assert names[groups[CIFAR100_LABELS.index('shark')]] == 'fish' and len(names) == 20
     assert np.bincount(groups).tolist() == [5] * 20
     assert len({groups[CIFAR100_LABELS.index(n)] for n in ('maple_tree', 'oak_tree', 'palm_tree')}) == 1
     assert find_superclasses(list(CIFAR100_LABELS)[::-1]).tolist() != groups.tolist()
@@ -188,6 +238,7 @@ def test_maps_are_those_of_their_definitions(model):
         logits, patches = model.forward_patch_logits(x)
         for i, k in enumerate(classes):
             torch.testing.assert_close(maps['class map'][i], patches[i].softmax(0)[k])
+            torch.testing.assert_close(maps["another image's class map"][(i + 1) % 3], patches[i].softmax(0)[k])
             # with average pooling and a linear classifier, Grad-CAM is CAM
             cam = (model.fc.weight[k][:, None, None] * model.forward_features(x[i:i + 1])[0]).sum(0)
             assert torch.corrcoef(torch.stack([maps['Grad-CAM'][i].flatten(), cam.flatten()]))[0, 1] > 0.9999
@@ -258,12 +309,23 @@ def test_constants_are_measured_and_set_beside_the_paper(tmp_path):
     (['geometry', 'rn26_tm', '--baseline', 'rn26_tm'], 'rn26_tm has a template matching block'),
     (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
     (['mosaic', 'nothing'], 'nothing is no model with weights'),
+    (['trust', 'rn26_tm', '--images', '1'], 'take two at least'),
+    (['words', 'SEVEN'], 'matches 7 templates and tells 10 classes apart'),
+    (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'tell different classes apart'),
+    (['geometry', 'rn26_tm', '--max-regions', '79'], '8 regions of one image of each of 10 classes are more than 79'),
+    (['geometry', 'rn26_tm', '--seed', '-1'], 'must not be negative'),
+    (['geometry', 'rn26_tm', '--perplexity', '0'], 'must be at least 1'),
     (['trust', 'rn26_tm', '--split', 'nothing'], "Cannot open split 'nothing'"),
     (['words', 'rn26_tm', '--regions', '65'], '1 to 64 regions'),
     (['painting', 'rn26_tm'], 'invalid choice'),
 ])
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, flags, message):
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, tmp_path_factory, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp('weights')
+    files = dict(
+        SEVEN=save(folder / 'seven.safetensors', 'rn26_tm', list(CIFAR10_LABELS), num_templates=7),
+        OTHER=save(folder / 'other.safetensors', 'rn26', list('abcdefghij')))
+    flags = [files.get(flag, flag) for flag in flags]
     with pytest.raises(InputError, match=message) as error:
         main(flags)
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())

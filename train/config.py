@@ -27,6 +27,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must not be negative, not {value}')
+    return value
+
+
 def create_parser() -> Parser:
     parser = Parser(
         prog='train.py',

@@ -10,7 +10,6 @@ A pretrained model, weights of training, an ONNX file and a TensorRT engine are 
 Prints the result as JSON; with --output also writes NAME.json, with the confusion matrix, and NAME.png.
 """
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from train.augment import DataConfig
 from train.config import Parser, positive
 from train.data import add_data_options, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
-from train.files import save_figure, write_json
+from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.metrics import Reliability, count_confusions, measure_accuracy, measure_reliability, softmax
@@ -160,10 +159,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         loader = create_loader(args, runner)
         values = measure(runner, loader, args.tta == 'flip', args.bins)
     reliability, confusion = values.pop('reliability'), values.pop('confusion')
-    weights = Path(runner.weights or '')
     result = dict(
         model=args.model,
-        weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        weights_sha256=hash_file(runner.weights),
         runtime=runner.kind,
         dataset=args.dataset,
         split=args.split,

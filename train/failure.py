@@ -40,6 +40,8 @@ def naming_failures(memory_advice: str) -> Iterator[None]:
         # a worker's error arrives with its traceback; the last line is the error itself
         lines = str(e).strip().split('\n')
         raise e if len(lines) == 1 else InputError(re.sub(r'^[\w.]*InputError: ', '', lines[-1])) from e
+    except MemoryError as e:  # of NumPy
+        raise InputError(f'There is too little memory: {memory_advice}.') from e
     except (RuntimeError, OSError) as e:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or should_reduce_batch_size(e):

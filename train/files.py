@@ -1,8 +1,10 @@
 """Results on disk: JSON, text and figures, each written whole or not at all, and the same bytes each time."""
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from timm_tmblock.checkpoint import writing
 
@@ -14,7 +16,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + '\n')
+    """Numbers that JSON has none of, NaN and infinity, become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + '\n')
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def hash_file(path: Optional[str]) -> Optional[str]:
+    """sha256 of a file, None if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:

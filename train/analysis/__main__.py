@@ -7,7 +7,8 @@
     python -m train.analysis maximizer WEIGHTS                     # mu and eta of sections 3.2 and 4.1
 
 A network is a name with pretrained weights or a weight file of training; the images are those of the sample unless
---dataset names others. Each writes NAME.json, NAME.png and NAME.svg; the same seed gives the same.
+--dataset names others. Each writes NAME.json, NAME.png and NAME.svg; the same seed gives the same. They need the extra
+'analysis'.
 """
 import argparse
 import shlex
@@ -22,13 +23,12 @@ from export.load import load
 from timm_tmblock.analysis import measure_maximizer
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
-from train.analysis import geometry, mosaic, trust, words
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
-from train.config import Parser, positive
+from train.config import Parser, not_negative, positive
 from train.data import InMemorySet, add_data_options, decode, open_named
 from train.failure import naming_failures
-from train.files import save_figure, write_json
+from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions
 from train.runner import resolve_device
 
@@ -41,34 +41,43 @@ def create_parser() -> Parser:
         allow_abbrev=False)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
-    def add(command: str, description: str, images_per_class: Optional[int], regions: Optional[int]) -> Any:
+    def add(
+            command: str,
+            description: str,
+            images_per_class: Optional[int] = None,
+            regions: Optional[int] = None,
+            max_regions: Optional[int] = None,
+    ) -> Any:
         sub = commands.add_parser(
             command, help=description, description=description, allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
-        sub.add_argument('--output', metavar='NAME', default=f'output/analysis/{command}', help='without suffix')
+        sub.add_argument('--output', metavar='NAME', help=(
+            f'without suffix; output/analysis/MODEL.{command} if not given'))
         add_data_options(sub)
-        sub.add_argument('--seed', type=int, default=0)
+        sub.add_argument('--seed', type=not_negative, default=0)
         sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
         if images_per_class:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
                 'or as many as the smallest class has'))
         if regions:
             sub.add_argument('--regions', type=positive, default=regions, help='of each image, drawn at random')
+            sub.add_argument('--max-regions', type=positive, default=max_regions, help=(
+                'in all; of sets with many classes there are fewer images of each'))
         return sub
 
-    sub = add('geometry', 't-SNE of features by class, with how well classes lie together', 80, 8)
+    sub = add('geometry', 't-SNE of features by class, with how well classes lie together', 80, 8, 10_000)
     sub.add_argument('--baseline', metavar='MODEL', help='network without template matching to set beside it')
-    sub.add_argument('--perplexity', type=float, default=30.)
-    add('mosaic', 'patches laid out by their class scores and by their value embeddings', 80, 2)
-    sub = add('words', 'k-means over the class scores of patches', 80, 64)
+    sub.add_argument('--perplexity', type=positive, default=30)
+    add('mosaic', 'patches laid out by their class scores and by their value embeddings', 80, 2, 3600)
+    sub = add('words', 'k-means over the class scores of patches', 80, 64, 150_000)
     sub.add_argument('--words', type=positive, default=100)
     sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, of as many images')
     sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
-    sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance', None, None)
-    sub.add_argument('--images', type=positive, default=1000, help='the first of the split')
+    sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
+    sub.add_argument('--images', type=positive, default=1000, help='the first of the split, two at least')
     sub.add_argument('--steps', type=positive, default=16)
-    sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU', None, None)
+    sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')
     sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
     return parser
 
@@ -113,47 +122,81 @@ def say_sample(args: argparse.Namespace, sample: Sample) -> str:
             f'{sample.places.shape[1]} regions of each')
 
 
+def label(name: str) -> str:
+    """A network as pictures call it: without the place of its file."""
+    return Path(name).name.removesuffix('.safetensors')
+
+
+def check_templates(name: str, model: Any) -> None:
+    """
+    Raises:
+        InputError: If the templates are not the classes, so that patches have no class scores.
+    """
+    if model.tm.num_templates != model.num_classes:
+        raise InputError(
+            f'{name} matches {model.tm.num_templates} templates and tells {model.num_classes} classes apart; give a '
+            f'network with a template for each class.')
+
+
+def sample_regions(args: argparse.Namespace, model: Any) -> Sample:
+    return draw_sample(
+        open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed, args.max_regions)
+
+
 Outcome = Tuple[Dict[str, Any], Any]  # values, and a Matplotlib figure, None where there is nothing to see
 
 
 def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
-    networks = {}
+    from train.analysis import geometry
+
+    networks = {args.model: model}
     if args.baseline:
-        networks[args.baseline] = load_network(args.baseline, next(model.parameters()).device, False)
-    networks[args.model] = model
-    grids = {map_size(network) for network in networks.values()}
-    if len(grids) > 1:
-        raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
-    sample = draw_sample(open_images(args, model), grids.pop(), args.images_per_class, args.regions, args.seed)
+        baseline = load_network(args.baseline, next(model.parameters()).device, False)
+        if map_size(baseline) != map_size(model):
+            raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
+        classes = [list(network.pretrained_cfg.get('label_names') or ()) for network in (baseline, model)]
+        if classes[0] != classes[1]:
+            raise InputError(f'{args.baseline} and {args.model} tell different classes apart.')
+        networks = {args.baseline: baseline, args.model: model}
+    if len(set(map(label, networks))) == len(networks):  # files of two runs are called alike
+        networks = {label(name): network for name, network in networks.items()}
+    sample = sample_regions(args, model)
+    layers = ('stage 3', 'patch mean', 'values', 'block output')
     spaces = {
-        f'{Path(name).stem}: {layer}': x
-        for name, network in networks.items()
-        for layer, x in embed_regions(network, sample).items() if layer != 'scores'}
+        f'{name}: {layer}': x
+        for name, network in networks.items() for layer, x in embed_regions(network, sample, layers).items()}
     measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
-    title = f'Regions by t-SNE, coloured by the class of their image. {say_sample(args, sample)}'
-    return dict(spaces=measures, neighbours=10), geometry.draw_geometry(maps, measures, sample, title)
+    values = dict(spaces=measures, chance=geometry.find_chance(sample), neighbours=10)
+    return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
 
 
 def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
-    sample = draw_sample(open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed)
-    spaces = embed_regions(model, sample)
+    from train.analysis import geometry, mosaic
+
+    check_templates(args.model, model)
+    sample = sample_regions(args, model)
+    spaces = embed_regions(model, sample, ('scores', 'values'))
     spaces = {'class scores': spaces['scores'], 'value embeddings': spaces['values']}
     measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
     patches = crop_patches(sample, model.patch_size, model.patch_reduction)
-    colors = colors_of(len(sample.class_names))
+    _, names, color_of = geometry.choose_colors(sample)
+    colors = colors_of(len(names))
     mosaics = [
-        mosaic.paint_mosaic(geometry.project(x, args.seed), patches, colors[sample.region_targets])
+        mosaic.paint_mosaic(geometry.project(x, args.seed), patches, colors[color_of[sample.region_targets]])
         for x in spaces.values()]
     figure = mosaic.draw_mosaics(
-        mosaics, [f'{Path(args.model).stem}: patches by their {name}' for name in spaces],
-        [f'{geometry.describe(measures[name])}' for name in spaces], sample.class_names, colors)
-    return dict(spaces=measures, neighbours=10), figure
+        mosaics, [f'{label(args.model)}: patches by their {name}' for name in spaces],
+        [f'{geometry.describe(measures[name])}' for name in spaces], names, colors)
+    return dict(spaces=measures, chance=geometry.find_chance(sample), neighbours=10), figure
 
 
 def run_words(args: argparse.Namespace, model: Any) -> Outcome:
-    sample = draw_sample(open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed)
-    scores = embed_regions(model, sample)['scores']
+    from train.analysis import words
+
+    check_templates(args.model, model)
+    sample = sample_regions(args, model)
+    scores = embed_regions(model, sample, ['scores'])['scores']
     if len(scores) < args.words:
         raise InputError(f'There are {len(scores)} patches, too few for {args.words} words; take more images.')
     found = words.find_words(scores, sample.image_index, args.words, args.patches, args.seed)
@@ -163,11 +206,12 @@ def run_words(args: argparse.Namespace, model: Any) -> Outcome:
     if args.show:
         by_purity = np.argsort(-found.centers.max(axis=1), kind='stable')
         shown = by_purity[np.linspace(0, len(by_purity) - 1, min(args.show, len(by_purity))).round().astype(int)]
+    kinds = dict(purity='pure words', mixed_purity='mixed ones')
+    purity = [f'{100 * values[key]:.0f} % in {kind}' for key, kind in kinds.items() if np.isfinite(values[key])]
     caption = (
-        f'{Path(args.model).stem}: {args.words} words of {len(scores):,} patches ({say_sample(args, sample)}). '
+        f'{label(args.model)}: {args.words} words of {len(scores):,} patches ({say_sample(args, sample)}). '
         f'{100 * values["mixed_words"]:.0f} % of the words,\n{100 * values["mixed_patches"]:.0f} % of the patches, are '
-        f'mixed: no class has half of the score. Nearest patches of the best class: '
-        f'{100 * values["purity"]:.0f} % in pure words, {100 * values["mixed_purity"]:.0f} % in mixed ones.')
+        f'mixed: no class has half of the score. Nearest patches of the best class: {", ".join(purity)}.')
     figure = words.draw_words(
         found, shown, patches, sample.class_names, colors_of(len(sample.class_names)), caption,
         columns=10 if len(shown) >= 10 else len(shown))
@@ -177,6 +221,11 @@ def run_words(args: argparse.Namespace, model: Any) -> Outcome:
 
 
 def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
+    from train.analysis import trust
+
+    check_templates(args.model, model)
+    if args.images < 2:
+        raise InputError('Errors are over images; take two at least.')
     data = open_images(args, model)
     images, targets = normalize(model, data.images[:args.images]), data.targets[:args.images]
     targets = targets.to(images.device)
@@ -198,7 +247,7 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
             name: {key: getattr(c, key).mean(axis=0).round(5).tolist() for key in ('deletion', 'insertion')}
             for name, c in curves.items()},
     )
-    title = f'{Path(args.model).stem}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
+    title = f'{label(args.model)}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
     return values, trust.draw_trust(curves, summary, title)
 
 
@@ -211,9 +260,14 @@ def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:
     return dict(vars(constants), images=len(images), paper=dict(mu=PAPER_MU, eta=PAPER_ETA)), None
 
 
-def tell_command(argv: List[str], output: str) -> str:
+def tell_command(argv: List[str]) -> str:
     """The command that was given, but for where its files go."""
-    words = [word for word in argv if word not in ('--output', output, f'--output={output}')]
+    words, rest = [], iter(argv)
+    for word in rest:
+        if word == '--output':
+            next(rest)
+        elif not word.startswith('--output='):
+            words.append(word)
     return shlex.join(['python', '-m', 'train.analysis', *words])
 
 
@@ -229,23 +283,27 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
+    args.output = args.output or f'output/analysis/{label(args.model)}.{args.command}'
     device = resolve_device(args.device)
-    with naming_failures('take fewer images'):
+    with naming_failures('take fewer images or regions'):
         model = load_network(args.model, device, None if args.command == 'maximizer' else True)
-        values, figure = RUN[args.command](args, model)
+        try:
+            values, figure = RUN[args.command](args, model)
+        except ImportError as e:
+            raise InputError(f'The analyses need more than is installed ({e}); pip install -e ".[analysis]".') from e
     settings = {k: v for k, v in vars(args).items() if k not in ('command', 'output', 'device', 'dataset_download')}
     result = dict(
-        analysis=args.command, command=tell_command(argv, args.output), settings=settings, **values,
+        analysis=args.command, command=tell_command(argv), settings=settings,
+        weights_sha256=hash_file(model.pretrained_cfg.get('file')), **values,
         hardware=describe_hardware(device), versions=describe_versions())
     if figure is not None:
         for suffix in ('png', 'svg'):
             save_figure(figure, Path(f'{args.output}.{suffix}'))
     write_json(Path(f'{args.output}.json'), result)
+    print(f'wrote {args.output}.json' + ('' if figure is None else ', .png and .svg'))
     return result
 
 
 if __name__ == '__main__':
     with exiting_on_input_error():
-        arguments = create_parser().parse_args()
         main()
-        print(f'wrote {arguments.output}.json' + ('' if arguments.command == 'maximizer' else ', .png and .svg'))

@@ -1,16 +1,16 @@
 """How classes lie in an embedding: measured in the space itself, and drawn by t-SNE (Figure 5)."""
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
 from train.analysis.regions import Sample
-from train.analysis.superclasses import find_superclasses
+from train.analysis.superclasses import find_superclasses, name_superclasses
 
 
-def neighbour_rate(x: np.ndarray, labels: np.ndarray, groups: np.ndarray, k: int = 10) -> float:
+def find_neighbour_shares(x: np.ndarray, labels: np.ndarray, groups: np.ndarray, k: int = 10) -> np.ndarray:
     """Share of each point's k nearest neighbours that have its label, neighbours of its own group left out.
 
     Regions of one image lie close together whatever a layer does, so that groups are images here.
@@ -20,27 +20,61 @@ def neighbour_rate(x: np.ndarray, labels: np.ndarray, groups: np.ndarray, k: int
         labels: (N,).
         groups: (N,).
         k: Neighbours of a point.
+
+    Returns:
+        (N,)
     """
     largest = np.unique(groups, return_counts=True)[1].max()
     found = NearestNeighbors(n_neighbors=min(k + largest, len(x))).fit(x).kneighbors(x, return_distance=False)
     other = groups[found] != groups[:, None]
     nearest = other & (other.cumsum(axis=1) <= k)
-    return float((labels[found] == labels[:, None])[nearest].mean())
+    return ((labels[found] == labels[:, None]) & nearest).sum(axis=1) / nearest.sum(axis=1)
+
+
+def average(values: np.ndarray, groups: np.ndarray) -> Tuple[float, float]:
+    """Mean over points and its standard error, for groups of as many points each that are drawn one by one.
+
+    Args:
+        values: (N,).
+        groups: (N,), 0 to G - 1.
+    """
+    means = np.bincount(groups, values) / np.bincount(groups)
+    return float(means.mean()), float(means.std(ddof=1) / len(means) ** 0.5)
+
+
+def label_regions(sample: Sample) -> Dict[str, Optional[np.ndarray]]:
+    """Class and superclass of each region's image, None where the set has no superclasses."""
+    groups = find_superclasses(sample.class_names)
+    return {'class': sample.region_targets, 'superclass': None if groups is None else groups[sample.region_targets]}
 
 
 def measure_geometry(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, Optional[float]]:
     """How well the regions of a class lie together: silhouette in [-1, 1] and neighbour rate in [0, 1].
 
-    For the superclasses too, None where the set has none.
+    Each with its standard error over images. For the superclasses too, None where the set has none.
     """
-    classes = sample.region_targets
-    groups = find_superclasses(sample.class_names)
-    labels = {'class': classes, 'superclass': None if groups is None else groups[classes]}
     values: Dict[str, Optional[float]] = {}
-    for name, y in labels.items():
-        values[f'{name}_silhouette'] = None if y is None else float(silhouette_score(x, y))
-        values[f'{name}_neighbour_rate'] = None if y is None else neighbour_rate(x, y, sample.image_index, k)
+    for name, y in label_regions(sample).items():
+        for key in ('silhouette', 'neighbour_rate'):
+            values[f'{name}_{key}'] = values[f'{name}_{key}_error'] = None
+        if y is not None:
+            images = sample.image_index
+            for key, points in (
+                    ('silhouette', silhouette_samples(x, y)),
+                    ('neighbour_rate', find_neighbour_shares(x, y, images, k))):
+                values[f'{name}_{key}'], values[f'{name}_{key}_error'] = average(points, images)
     return values
+
+
+def find_chance(sample: Sample) -> Dict[str, Optional[float]]:
+    """Neighbour rates of points that lie anywhere."""
+    found: Dict[str, Optional[float]] = {}
+    for name, y in label_regions(sample).items():
+        found[name] = None
+        if y is not None:
+            counts = np.bincount(y[::sample.places.shape[1]])  # images of each label
+            found[name] = float((counts * (counts - 1)).sum() / (counts.sum() * (counts.sum() - 1)))
+    return found
 
 
 def project(x: np.ndarray, seed: int, perplexity: float = 30.) -> np.ndarray:
@@ -71,19 +105,29 @@ def draw_geometry(
 
     figure = Figure(figsize=(4.2 * len(maps), 5.4), layout='constrained')
     panels: List[Any] = list(figure.subplots(1, len(maps), squeeze=False)[0])
-    names, classes = sample.class_names, sample.region_targets
-    legend = len(names) <= 20
-    groups = find_superclasses(names)
-    color_of = np.arange(len(names)) if legend or groups is None else groups
-    colors = colormaps['tab10' if color_of.max() < 10 else 'tab20'](color_of % 20)
+    by, names, color_of = choose_colors(sample)
+    labels = color_of[sample.region_targets]
+    colors = colormaps['tab10' if len(names) <= 10 else 'tab20'](np.arange(len(names)) % 20)
     for axes, (name, points) in zip(panels, maps.items()):
         for k in range(len(names)):
-            part = points[classes == k]
+            part = points[labels == k]
             axes.scatter(*part.T, s=3, color=colors[k], label=names[k], linewidths=0, rasterized=True)
         axes.set(title=name, xticks=[], yticks=[])
         axes.set_xlabel(describe(measures[name]), fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    if legend:
+    figure.suptitle(f'Regions by t-SNE, coloured by the {by} of their image. {title}', fontsize=11)
+    if len(names) <= 20:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=10, markerscale=4, frameon=False, fontsize=9)
+        figure.legend(
+            handles, labels, loc='outside lower center', ncols=10 if len(names) <= 10 else 5, markerscale=4,
+            frameon=False, fontsize=9)
     return figure
+
+
+def choose_colors(sample: Sample) -> Tuple[str, List[str], np.ndarray]:
+    """What to colour regions by, where one can tell 20 colours apart: 'class' or 'superclass', the names, and which of
+    them each class is.
+    """
+    groups, names = find_superclasses(sample.class_names), sample.class_names
+    if len(names) <= 20 or groups is None:
+        return 'class', names, np.arange(len(names))
+    return 'superclass', name_superclasses(names), groups

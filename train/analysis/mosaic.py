@@ -56,10 +56,10 @@ def draw_mosaics(
         mosaics: List[np.ndarray],
         titles: List[str],
         captions: List[str],
-        class_names: List[str],
+        names: List[str],
         colors: np.ndarray,
 ) -> Any:
-    """Mosaics side by side, with the colour of each class below, as a Matplotlib figure."""
+    """Mosaics side by side, with what the colours (K, 3) of frames are of below, as a Matplotlib figure."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -69,7 +69,7 @@ def draw_mosaics(
         axes.imshow(mosaic, interpolation='nearest')
         axes.set(title=title, xticks=[], yticks=[])
         axes.set_xlabel(caption, fontsize=10)
-    if len(class_names) <= 20:
-        handles = [Patch(color=color / 255, label=name) for name, color in zip(class_names, colors)]
+    if len(names) <= 20:
+        handles = [Patch(color=color / 255, label=name) for name, color in zip(names, colors)]
         figure.legend(handles=handles, loc='outside lower center', ncols=10, frameon=False)
     return figure

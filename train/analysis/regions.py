@@ -1,6 +1,6 @@
 """Regions of images as the layers around template matching see them."""
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ def draw_sample(
         images_per_class: int,
         regions_per_image: int,
         seed: int,
+        max_regions: int = 2 ** 31,
 ) -> Sample:
     """Draw images of each class and regions of each image, the same for every network with this grid.
 
@@ -45,9 +46,11 @@ def draw_sample(
         images_per_class: Of each class, or as many as the smallest has.
         regions_per_image: Of each image.
         seed: Of the draw.
+        max_regions: In all; fewer images of each class are drawn where there would be more.
 
     Raises:
-        InputError: If a class has no images, or an image fewer regions than asked for.
+        InputError: If a class has no images, an image fewer regions than asked for, or the regions of one image of each
+            class are too many.
     """
     rng = np.random.default_rng(seed)
     targets = data.targets.numpy()
@@ -58,6 +61,11 @@ def draw_sample(
     size = grid[0] * grid[1]
     if not 0 < regions_per_image <= size:
         raise InputError(f'Ask for 1 to {size} regions of an image, not {regions_per_image}.')
+    images_per_class = min(images_per_class, max_regions // (len(counts) * regions_per_image))
+    if not images_per_class:
+        raise InputError(
+            f'{regions_per_image} regions of one image of each of {len(counts)} classes are more than {max_regions}; '
+            f'take fewer --regions.')
     index = np.concatenate([
         rng.permutation(np.flatnonzero(targets == k))[:images_per_class] for k in range(len(counts))])
     places = np.stack([rng.permutation(size)[:regions_per_image] for _ in index])
@@ -65,9 +73,11 @@ def draw_sample(
     return Sample(images, targets[index], data.class_names, grid, places)
 
 
+@torch.inference_mode()
 def map_size(model: Any) -> Tuple[int, int]:
     """Height and width of the map that patches are matched on."""
-    height, width = (size // model.patch_reduction for size in model.img_size)
+    image = next(model.parameters()).new_zeros(1, model.in_chans, *model.img_size)
+    height, width = model._forward_trunk(image).shape[2:]
     return height, width
 
 
@@ -78,18 +88,27 @@ def normalize(model: Any, images: torch.Tensor) -> torch.Tensor:
     return ((images.to(like.device) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
+LAYERS = ('stage 3', 'patch mean', 'values', 'block output', 'scores')
+
+
 @torch.inference_mode()
-def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str, np.ndarray]:
-    """What each layer around template matching makes of the regions of a sample.
+def embed_regions(
+        model: Any,
+        sample: Sample,
+        layers: Sequence[str] = LAYERS,
+        batch_size: int = 200,
+) -> Dict[str, np.ndarray]:
+    """What layers around template matching make of the regions of a sample.
 
     Args:
         model: Network of this project, in evaluation mode.
         sample: Regions of its feature map.
+        layers: Of LAYERS: the input f of the block, its mean over the patch around each region (x_g of section 3.3),
+            the values f', the output of the block, which stage 4 takes, and the class probabilities of the patches.
         batch_size: Images at once.
 
     Returns:
-        (N, D) by layer: 'stage 3' and, with template matching, 'values' (f' of section 3.3), 'block output'
-        (the input of stage 4) and 'scores' (class probabilities of the patches).
+        (N, D) by layer, of those that the network has; a baseline has 'stage 3' alone.
     """
     inputs: List[torch.Tensor] = []
     handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
@@ -102,12 +121,13 @@ def embed_regions(model: Any, sample: Sample, batch_size: int = 200) -> Dict[str
             maps = {'stage 3': f}
             if model.has_template_matching:
                 logits = model.tm.patch_logits(f)
+                maps['patch mean'] = model.tm.patch_mean(f)
                 maps['values'] = model.tm.value(model.tm.mix(logits))
                 maps['block output'] = model.tm.embed(f, logits)
                 maps['scores'] = F.softmax(logits, dim=1)
             places = torch.from_numpy(sample.places[batch]).to(f.device)
-            for name, x in maps.items():
-                x = x.float().flatten(2).transpose(1, 2)  # (B, H · W, D)
+            for name in (name for name in maps if name in layers):
+                x = maps[name].float().flatten(2).transpose(1, 2)  # (B, H · W, D)
                 x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
                 parts.setdefault(name, []).append(x.flatten(0, 1).cpu().numpy())
     finally:

@@ -44,8 +44,16 @@ def find_superclasses(class_names: List[str]) -> Optional[np.ndarray]:
 
     CIFAR-10 has vehicles and animals, the halves of Figure 5; CIFAR-100 has its 20.
     """
+    names = name_superclasses(class_names)
     for groups in _read_sets():
         if set(class_names) == set(groups):
-            order = list(dict.fromkeys(groups.values()))
-            return np.array([order.index(groups[name]) for name in class_names])
+            return np.array([names.index(groups[name]) for name in class_names])
     return None
+
+
+def name_superclasses(class_names: List[str]) -> List[str]:
+    """Names of the superclasses, empty for a set without any."""
+    for groups in _read_sets():
+        if set(class_names) == set(groups):
+            return list(dict.fromkeys(groups.values()))
+    return []

@@ -46,10 +46,15 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
                 target=classes)
         return F.adaptive_avg_pool2d(effect.clone().mean(1, keepdim=True), grid)[:, 0]
 
+    def of_another_image(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return class_map(images, classes).roll(1, 0)  # as smooth and as central, but of what is not there
+
     def at_random(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
-    return {'class map': class_map, 'Grad-CAM': by_gradient, 'occlusion': by_occlusion, 'random': at_random}
+    return {
+        'class map': class_map, 'Grad-CAM': by_gradient, 'occlusion': by_occlusion,
+        "another image's class map": of_another_image, 'random': at_random}
 
 
 def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
@@ -92,7 +97,7 @@ def follow(
 
     Args:
         model: Network in evaluation mode.
-        images: Normalised (I, C, H, W), so that the mean colour is 0.
+        images: Normalised (I, C, H, W), so that the mean colour is 0; two or more.
         targets: (I,).
         explainers: Maps by name.
         steps: Between the whole image and none of it.
@@ -101,7 +106,8 @@ def follow(
     """
     parts: Dict[str, List[List[np.ndarray]]] = {name: [] for name in explainers}
     bar = tqdm(total=len(images) * len(explainers), desc='Masking', unit='map', disable=not progress, leave=False)
-    for x, y in zip(images.split(batch_size), targets.split(batch_size)):
+    batches = -(-len(images) // batch_size)  # of like size, so that none is of one image
+    for x, y in zip(images.tensor_split(batches), targets.tensor_split(batches)):
         mean, blurred = torch.zeros_like(x), gaussian_blur(x, [11, 11], [5., 5.])
         classes = model(x).argmax(1)
         for name, explainer in explainers.items():
@@ -156,7 +162,7 @@ def draw_trust(curves: Dict[str, Curves], summary: Dict[str, Dict[str, float]], 
             curve = getattr(c, key).mean(axis=0)
             axes.plot(
                 np.linspace(0, 100, len(curve)), curve, label=f'{name}: area {summary[name][key]:.3f}',
-                linestyle='--' if name == 'random' else '-')
+                linestyle='--' if name in ('random', "another image's class map") else '-')
         axes.set(title=key, xlabel=f'share of the image {what}, the most evident first (%)', ylim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend()

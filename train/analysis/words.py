@@ -53,9 +53,11 @@ def measure_words(words: VisualWords, targets: np.ndarray) -> Dict[str, float]:
         over the words that are not mixed; 'mixed_purity': over the others (NaN where there are none).
     """
     best, mixed = words.centers.argmax(axis=1), words.centers.max(axis=1) < 0.5
-    purity = np.array([(targets[nearest] == k).mean() for nearest, k in zip(words.nearest, best)])
+    used = words.counts > 0  # where many patches score alike, words can be left without any
+    purity = np.array([(targets[n] == k).mean() if len(n) else 0. for n, k in zip(words.nearest, best)])
 
     def mean(part: np.ndarray) -> float:
+        part = part & used
         return float(purity[part].mean()) if part.any() else float('nan')
 
     return dict(
