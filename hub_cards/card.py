@@ -55,7 +55,8 @@ def find_card(weights_sha256: str) -> Optional[str]:
     """The card of these weights, if there is one."""
     for name in list_cards():
         data = load_data(name)
-        if _load_json(f'{data["exports"]}/{data["model"]}.fp32.onnx.json')['weights_sha256'] == weights_sha256:
+        path = ROOT / data['exports'] / f'{data["model"]}.fp32.onnx.json'
+        if path.is_file() and json.loads(path.read_text())['weights_sha256'] == weights_sha256:
             return name
     return None
 
@@ -148,11 +149,24 @@ def _read_template(name: str) -> str:
     return text.replace('{{ engine_table }}\n', (TEMPLATE.parent / 'engines.md.jinja').read_text())
 
 
-def _load_json(path: str) -> Any:
+def tell_command(analysis: Dict[str, Any], dataset_id: str) -> str:
+    """The command of an analysis, with the set as the Hub calls it."""
+    return analysis['command'].replace(analysis['settings']['dataset'], f'hfds/{dataset_id}')
+
+
+def _read(path: str) -> str:
+    """
+    Raises:
+        InputError: If there is no such file.
+    """
     file = ROOT / path
     if not file.is_file():
         raise InputError(f'The card needs {path}, which is not there; run the command that writes it.')
-    return json.loads(file.read_text())
+    return file.read_text()
+
+
+def _load_json(path: str) -> Any:
+    return json.loads(_read(path))
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -225,6 +239,8 @@ def render(
     latency = _load_json(data['latency']) if data['latency'] else dict(rows=[])  # not measured
     for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
         _check_numbers(result, f'{data.get(where, where)}: {where}')
+    settings = yaml.safe_load(_read(str(Path(data['training']).with_name('args.yaml'))))
+    continued = settings.get('initial_checkpoint') is not None
     model = timm.create_model(name)
     has_patches: bool = model.has_template_matching
     for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
@@ -298,6 +314,8 @@ def render(
         versions=evaluation['versions'],
         evaluation=evaluation,
         trust=trust,
+        trust_command=tell_command(trust, dataset['id']) if trust else '',
+        continued=continued,
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         engines=engines,

@@ -1,5 +1,6 @@
 """What a run of train.py measured of the weights it chose."""
 import json
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -26,18 +27,22 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
         return None
     result = json.loads((folder / 'result.json').read_text())
     settings = yaml.safe_load((folder / SETTINGS).read_text())
-    test, best = result['test'], result['best']
+    test, best, pooled = result.get('test'), result.get('best'), settings.get('pool')
     if weights.stem != ('best' if best else 'last') or not (test or best):
         return None
-    split = settings['test_split'] if test else None
+    split = settings.get('test_split') if test and not pooled else None
     if test:
-        part = split or 'the part for tests'
+        part = split or 'a part divided off for tests'
+    elif pooled:
+        part = 'a part divided off to choose the weights'
     elif settings['val_split']:
         part = f'{settings["val_split"]}, which chose the weights too'
     else:
         part = f'held out of {settings["train_split"]}, which chose the weights too'
     name = name_set(settings['dataset'])
+    on_hub = re.fullmatch(r'hfds/(\w[\w.-]*/\w[\w.-]*)', settings['dataset'])
     return dict(
         top1=(test or best)['top1'], top5=(test or best)['top5'],
-        images=result['images']['test' if test else 'validation'], part=part, split=split, dataset=name, result=result,
-        dataset_id=name if settings['dataset'].startswith('hfds/') and '/' in name else None)
+        images=result['images']['test' if test else 'validation'], part=part, split=split,
+        dataset=name if on_hub else Path(name).name,
+        dataset_id=on_hub[1] if on_hub and not Path(on_hub[1]).exists() else None, result=result)

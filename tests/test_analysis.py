@@ -77,19 +77,20 @@ def test_constants_equal_loops_over_layers_and_pixels(trained_like, name, blocks
     assert model.training and len(constants.layer_mu) == len(constants.layer_eta) == blocks
     model.eval()
     modules = dict(model.named_modules())
+    all_mu, all_sums = [], []
     for layer in constants.layer_mu:
         norm, seen = modules[layer], []
         norm.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out.permute(0, 2, 3, 1).flatten(0, 2)))
         model(torch.cat(batches))
-        assert constants.layer_eta[layer] == pytest.approx(
-            np.mean([pixel.double().sum().item() for pixel in seen]), rel=1e-5)
+        sums = [pixel.double().sum().item() for pixel in seen]
+        assert constants.layer_eta[layer] == pytest.approx(np.mean(sums), rel=1e-5)
         mu = [
             mean - beta * (var + norm.eps) ** 0.5 / gamma
             for mean, beta, var, gamma in zip(*(t.tolist() for t in (
                 norm.running_mean, norm.bias, norm.running_var, norm.weight)))]
         assert constants.layer_mu[layer] == pytest.approx(np.mean(mu), rel=1e-6)
-    assert constants.mu == pytest.approx(np.mean(list(constants.layer_mu.values())))
-    assert constants.eta == pytest.approx(np.mean(list(constants.layer_eta.values())))
+        all_mu, all_sums = all_mu + mu, all_sums + sums
+    assert constants.mu == pytest.approx(np.mean(all_mu)) and constants.eta == pytest.approx(np.mean(all_sums))
 
 
 def test_thresholds_of_zero_and_of_dead_kernels_are_left_out(trained_like):

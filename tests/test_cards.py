@@ -29,7 +29,9 @@ FULL = 'rn26_tm.cifar10'  # the card of all there can be
 def copied(tmp_path, monkeypatch):
     """The data and results of a card, where they can be spoilt."""
     data = cards.load_data(FULL)
-    for path in (data['training'], data['evaluation'], data['latency'], data['exports'], data['analysis'], 'hub_cards'):
+    settings = str(Path(data['training']).with_name('args.yaml'))
+    results = (data['training'], settings, data['evaluation'], data['latency'], data['exports'], data['analysis'])
+    for path in (*results, 'hub_cards'):
         source, target = ROOT / path, tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -133,7 +135,10 @@ def test_card_of_weights_without_results_says_so(tmp_path):
 @pytest.mark.parametrize('settings, test, expected, metric', [
     (dict(dataset='hfds/me/ants', test_split='test'), dict(top1=71.5, top5=100.), '30 images (me/ants: test)', 71.5),
     (dict(dataset='ants', test_split='validation'), dict(top1=71.5, top5=100.), '30 images (ants: validation)', 71.5),
-    (dict(dataset='ants', pool=[65, 15, 20]), dict(top1=71.5, top5=100.), '30 images (ants: the part for tests)', None),
+    (dict(dataset='hfds/../sets/ants', test_split='test'), dict(top1=71.5, top5=100.), '30 images (ants: test)', 71.5),
+    (dict(dataset='hfds/me/ants', pool=[65, 15, 20], test_split='test'), dict(top1=71.5, top5=100.),
+     '30 images (me/ants: a part divided off for tests)', None),
+    (dict(dataset='ants', pool=[65, 35, 0]), None, '20 images (ants: a part divided off to choose the weights)', None),
     (dict(dataset='ants'), None, '20 images (ants: held out of train, which chose the weights too)', None),
     (dict(dataset='ants', val_split='val'), None, '20 images (ants: val, which chose the weights too)', None)])
 def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path, settings, test, expected, metric):
@@ -149,7 +154,7 @@ def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path,
     cards.check(str(card))
     assert f'Top-1 {71.5 if test else 80.:.2f} % on {expected}' in str(card)  # no top-5 of two classes
     assert [r.metric_value for r in card.data.eval_results or ()] == ([metric] if metric else [])
-    assert card.data.get('datasets') == (['me/ants'] if 'hfds' in settings['dataset'] else None)
+    assert card.data.get('datasets') == (['me/ants'] if settings['dataset'] == 'hfds/me/ants' else None)
     for other in (tmp_path / 'last.safetensors', tmp_path / 'other' / 'best.safetensors', None):
         assert read_run(other) is None  # nothing was measured of those
     (tmp_path / 'result.json').write_text(json.dumps(dict(result, best=dict(top1=math.nan, top5=1.), test=None)))

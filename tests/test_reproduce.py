@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from timm_tmblock.errors import InputError
+from train import reproduce
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
 from train.paper import DATASETS, TABLE_1
@@ -51,6 +52,38 @@ def test_grid_of_maximizers_is_that_of_figure_3():
     for setting, args in found.items():
         assert args.model == 'rn20' and setting.endswith(f'batch{args.batch_size}')
         assert args.model_kwargs.get('maximizer', 'bn_relu') == setting.split('.')[0]
+    for cell in cells('maximizers', '--datasets', 'mini_imagenet'):
+        recipe = str(ROOT / 'train' / 'recipes' / 'paper' / f'{cell.recipe}.yaml')
+        assert parse_args(['-c', recipe, *cell.flags]).model == 'rn20.mini_imagenet'
+
+
+@pytest.mark.parametrize('visible, expected', [(None, ['0', '1', '0']), ('4,GPU-ab', ['4', 'GPU-ab', '4'])])
+def test_runs_are_spread_over_the_gpus_one_may_use(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    used = []
+    monkeypatch.setattr(reproduce, 'run_cell', lambda *args: used.append(args[3]['CUDA_VISIBLE_DEVICES']))
+    assert reproduce.run_cells(cells('depth')[:1] * 3, tmp_path, [], 1) == []
+    assert used == expected
+
+
+def test_figure_has_each_setting_at_its_own_place(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('train.tables.save_figure', lambda figure, path: drawn.append(figure))
+    for setting, dataset, top1 in (('rn26', 'cifar10', 89.), ('rn26_tm', 'cifar10', 91.), ('rn38', 'cifar10', 90.),
+                                   ('rn38', 'cifar100', 65.)):
+        path = tmp_path / f'{setting}.{dataset}' / 'result.json'
+        path.parent.mkdir()
+        path.write_text(json.dumps(dict(
+            setting=setting, data=dataset, seed=0, test=dict(top1=top1), epochs=3, images={}, hardware='', versions={},
+            mixed_precision='no', command='')))
+    render('depth', tmp_path)
+    axes = drawn[0].axes[0]
+    ticks = {t.get_text(): x for t, x in zip(axes.get_xticklabels(), axes.get_xticks())}
+    for container, scores in zip(axes.containers, ({'RN26': 89., 'RN26-Ours': 91., 'RN38': 90.}, {'RN38': 65.})):
+        assert dict(zip(*container.lines[0].get_data())) == {ticks[name]: top1 for name, top1 in scores.items()}
 
 
 def test_grid_of_lambdas_has_no_loss_of_patches_and_the_choice_of_the_paper():

@@ -1,6 +1,7 @@
 """Weights that come with the package: what the index says of each is so, and how they get there."""
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from export.metadata import hash_weights
+from timm_tmblock.checkpoint import read_description, save_weights
 from timm_tmblock.errors import InputError
 from train import ship, train
+from train.data import SAMPLE
 
 ROOT = Path(__file__).parent.parent
+SET = ['--dataset', f'hfds/{SAMPLE}', '--input-key', 'img']
 INDEX = json.loads((ship.WEIGHTS / 'index.json').read_text())
 
 
@@ -37,11 +42,19 @@ def test_index_says_what_the_file_is(name):
 
 @pytest.mark.parametrize('name', INDEX)
 def test_tag_has_the_preprocessing_and_classes_of_the_training(name):
-    from timm_tmblock.checkpoint import read_description
     cfg = timm.get_pretrained_cfg(name)
     about = read_description(ship.WEIGHTS / f'{name}.safetensors')
     assert list(cfg.label_names) == about['label_names'] and cfg.num_classes == about['num_classes']
     assert (list(cfg.mean), list(cfg.std), list(cfg.input_size)) == (about['mean'], about['std'], about['input_size'])
+
+
+@pytest.mark.parametrize('name', INDEX)
+def test_analyses_and_cards_are_of_the_shipped_weights(name):
+    for path in (ROOT / INDEX[name]['source'] / 'analysis').glob('*.json'):
+        assert json.loads(path.read_text())['weights_sha256'] == INDEX[name]['sha256'], path
+    model = timm.create_model(name, pretrained=True)
+    for path in (ROOT / 'export' / 'results' / name).glob('*.json'):
+        assert json.loads(path.read_text())['weights_sha256'] == hash_weights(model), path
 
 
 def test_wheel_stays_small():
@@ -74,7 +87,10 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize('tolerance, dtype', [(100., torch.float16), (-1., torch.float32)])
 def test_shipped_weights_are_those_of_the_run(finished_run, elsewhere, monkeypatch, tolerance, dtype):
     monkeypatch.setattr(ship, 'TOLERANCE', tolerance)
-    entry = ship.main([str(finished_run), '--tag', 'sample', '--split', 'test[:20]'])
+    before = elsewhere / 'results' / 'rn20_tm.sample' / 'analysis' / 'trust.json'
+    before.parent.mkdir(parents=True)
+    before.write_text('of other weights')
+    entry = ship.main([str(finished_run), '--tag', 'sample', '--split', 'test[:20]', *SET])
     path = elsewhere / 'weights' / 'rn20_tm.sample.safetensors'
     best, shipped = load_file(finished_run / 'best.safetensors'), load_file(path)
     assert set(best) == set(shipped)
@@ -92,15 +108,32 @@ def test_shipped_weights_are_those_of_the_run(finished_run, elsewhere, monkeypat
 
 @pytest.mark.parametrize('name', ['args.yaml', 'result.json'])
 def test_unfinished_run_is_refused_and_leaves_nothing(finished_run, elsewhere, tmp_path, name):
-    import shutil
     shutil.copytree(finished_run, tmp_path / 'half')
     (tmp_path / 'half' / name).unlink()
     with pytest.raises(InputError, match=f'half has no {name}; give the folder of a run that has finished'):
-        ship.main([str(tmp_path / 'half'), '--tag', 'sample'])
+        ship.main([str(tmp_path / 'half'), '--tag', 'sample', *SET])
     assert not (elsewhere / 'weights').exists()
 
 
-def test_set_of_other_classes_is_refused_and_leaves_nothing(finished_run, elsewhere):
-    with pytest.raises(InputError, match="Cannot open split 'nothing'"):
-        ship.main([str(finished_run), '--tag', 'sample', '--split', 'nothing'])
+@pytest.mark.parametrize('flags, message', [
+    ([*SET, '--split', 'nothing'], "Cannot open split 'nothing'"),
+    ([], 'name it with --dataset'),
+    (['--dataset', 'FOLDER', '--split', 'validation'], 'tells 10 classes apart and .* has 2'),
+])
+def test_set_that_will_not_do_is_refused_and_leaves_nothing(finished_run, elsewhere, tmp_path, flags, message):
+    for name in ('ant', 'bee'):
+        (tmp_path / 'set' / 'validation' / name).mkdir(parents=True)
+        shutil.copy(SAMPLE / 'images' / 'frog.png', tmp_path / 'set' / 'validation' / name / 'a.png')
+    flags = [str(tmp_path / 'set') if flag == 'FOLDER' else flag for flag in flags]
+    with pytest.raises(InputError, match=message):
+        ship.main([str(finished_run), '--tag', 'sample', *flags])
     assert not (elsewhere / 'weights').exists() and not (elsewhere / 'results').exists()
+
+
+def test_network_with_arguments_of_its_own_is_refused(finished_run, elsewhere, tmp_path):
+    shutil.copytree(finished_run, tmp_path / 'run')
+    path = tmp_path / 'run' / 'best.safetensors'
+    save_weights(path, load_file(path), dict(read_description(path), model_args=dict(patch_size=3)))
+    with pytest.raises(InputError, match='trained rn20_tm with patch_size of its own'):
+        ship.main([str(tmp_path / 'run'), '--tag', 'sample', *SET])
+    assert not (elsewhere / 'weights').exists()

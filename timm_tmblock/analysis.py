@@ -45,7 +45,8 @@ def match_threshold(norm: nn.BatchNorm2d) -> torch.Tensor:
 class MaximizerConstants:
     """Constants for soft maximizers in place of BN-ReLU, and those of each layer by its name.
 
-    mu: mean of the thresholds that are not zero; eta: mean over pixels of the sum after BN-ReLU. Over layers, the mean.
+    mu: mean over kernels of the thresholds that are not zero; eta: mean over pixels of the sum after BN-ReLU. Both over
+    the kernels and pixels of all layers, so that a layer counts by how many it has.
     """
     mu: float
     eta: float
@@ -87,16 +88,18 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
             handle.remove()
     if not all(pixels for _, pixels in sums.values()):
         raise ValueError('There were no images to measure on.')
-    layer_eta = {name: total / pixels for name, (total, pixels) in sums.items()}
-    layer_mu = {}
+    thresholds = {}
     for name, norm in norms.items():
         mu = match_threshold(norm)
-        mu = mu[mu.isfinite() & (mu != 0)]
-        if not len(mu):
+        thresholds[name] = mu[mu.isfinite() & (mu != 0)]
+        if not len(thresholds[name]):
             raise ValueError(f'All thresholds of {name} are 0, as before training; give a trained network.')
-        layer_mu[name] = mu.mean().item()
+    totals, pixels = (sum(column) for column in zip(*sums.values()))
     return MaximizerConstants(
-        sum(layer_mu.values()) / len(norms), sum(layer_eta.values()) / len(norms), layer_mu, layer_eta)
+        mu=torch.cat(list(thresholds.values())).mean().item(),
+        eta=totals / pixels,
+        layer_mu={name: mu.mean().item() for name, mu in thresholds.items()},
+        layer_eta={name: total / count for name, (total, count) in sums.items()})
 
 
 def _norms_after_3x3(model: nn.Module) -> Iterable[Tuple[str, nn.BatchNorm2d]]:

@@ -29,7 +29,7 @@ from train.config import Parser, positive
 from train.data import add_data_options, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
-from train.hardware import describe_hardware, describe_versions
+from train.hardware import describe_versions
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.metrics import Reliability, count_confusions, measure_accuracy, measure_reliability, softmax
 from train.runner import Runner, create_runner
@@ -168,7 +168,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         **values,
         batch_size=args.batch_size,
         precision=args.precision if runner.kind == 'PyTorch' else 'as exported',
-        hardware=describe_hardware(runner.device),
+        hardware=runner.hardware,
         versions=describe_versions(),
     )
     if args.output:

@@ -11,14 +11,15 @@ import torch
 import timm_tmblock
 
 
-def describe_hardware(device: torch.device) -> str:
+def describe_hardware(device: torch.device, processes: int = 1) -> str:
+    """What one process or several, on a GPU each, run on."""
     if device.type == 'cuda':
-        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}'
+        return f'{processes} x {torch.cuda.get_device_name(device)}'
     name = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').is_file():
         names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
         name = names[0] if names else name
-    return f'{name}, {torch.get_num_threads()} threads'
+    return f'{name}, ' + ('its GPU by Metal' if device.type == 'mps' else f'{torch.get_num_threads()} threads')
 
 
 def describe_versions() -> Dict[str, str]:
@@ -28,8 +29,8 @@ def describe_versions() -> Dict[str, str]:
 
 
 def find_commit() -> Optional[str]:
-    """Commit of the checkout, None outside of one."""
-    command = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
+    """Commit of the checkout, with '-dirty' where it has changes that are in none; None outside of one."""
+    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

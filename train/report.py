@@ -42,11 +42,16 @@ def collect(root: Path) -> Evidence:
     tags = find_tags(root)
     runs = {tag: read_json(results / tag / 'result.json') for tag in tags}
     for tag, run in runs.items():
+        missing = [name for name in ('result.json', SETTINGS) if not (results / tag / name).is_file()]
+        if missing:
+            raise InputError(f'train/results/{tag} has no {missing[0]}; train/ship.py writes it.')
         run['settings'] = yaml.safe_load((results / tag / SETTINGS).read_text())
     analysis = results / 'rn26_tm.cifar10' / 'analysis'
+    paper = {name: read_results(results / 'paper' / name) for name in TITLES}
+    tested = {r['data']: r['images']['test'] for found, _ in paper.values() for r in found}
     return Evidence(
-        scores={name: read_results(results / 'paper' / name)[1] for name in TITLES},
-        test_images=TEST_IMAGES,
+        scores={name: scores for name, (_, scores) in paper.items()},
+        test_images={**TEST_IMAGES, **tested},
         evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in tags},
         runs=runs,
         geometry=read_json(analysis / 'geometry.json'),
@@ -69,8 +74,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'data, seed, hardware and versions of each number.', '',
         '## What the paper claims', '',
         'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
-        'difference of accuracies decides where it exceeds two standard errors, over seeds or, with one run of each,',
-        'over test images.', '',
+        'difference decides where it exceeds two standard errors: over seeds, but at least those over test images,',
+        'which say nothing of how much two runs of one network differ. "Undecided" is what was tested and is not that',
+        'clear.', '',
         '| claim | section | verdict | evidence |', '|---|---|---|---|',
     ]
     lines += [f'| {c.text} | {c.section} | **{c.verdict}** | {c.evidence} |' for c in judge(evidence)]
@@ -100,18 +106,26 @@ def render_results(root: Path, evidence: Evidence) -> str:
             f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images '
             f'| {epochs} | {run["parameters"]:,} | {e["top1"]:.2f} % | {e["flip_top1"]:.2f} % | {regions} '
             f'| {100 * e["ece"]:.1f} % | {say_setting(e)} |')
-    lines += ['', 'In float32, by `python train/evaluate.py`. One run each.', '']
+    precisions = sorted({e['precision'] for e in evidence.evaluations.values()})
+    lines += ['', f'In {" and ".join(precisions)}, by `python train/evaluate.py`. One run each.', '']
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
-    analysed = [tag for tag in analysed if read_json(root / f'train/results/{tag}/analysis/trust.json')]
+    analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
         lines += ['## What the regions show', '']
         lines += [f'- [{tag}](train/results/{tag}/analysis/README.md)' for tag in analysed] + ['']
     return '\n'.join(lines)
 
 
+def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
+    folder = root / 'train' / 'results' / tag / 'analysis'
+    found = {name: read_json(folder / f'{name}.json') for name in ANALYSES}
+    return {name: value for name, value in found.items() if value}
+
+
 def render_analysis(tag: str, found: Dict[str, Any]) -> str:
     """The page on the regions of one network."""
-    lines = [f'# {tag}, region by region', '', f'Measured on {say_setting(next(iter(found.values())))}.', '']
+    settings = list(dict.fromkeys(map(say_setting, found.values())))
+    lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
     if 'trust' in found:
         lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '',
                   '![Deletion and insertion curves](trust.png)', '', f'`{found["trust"]["command"]}`', '']
@@ -121,7 +135,8 @@ def render_analysis(tag: str, found: Dict[str, Any]) -> str:
             '| features | silhouette, classes | neighbours of the class | silhouette, superclasses '
             '| neighbours of the superclass |', '|---|---|---|---|---|',
             *(say_space(name, values) for name, values in found['geometry']['spaces'].items()), '',
-            'Each region with its 10 nearest of other images, in the space itself.', '',
+            f'Each region with its 10 nearest of other images, in the space itself; standard errors over images. '
+            f'{say_chance(found["geometry"]["chance"])}', '',
             '![t-SNE of the features](geometry.png)', '', f'`{found["geometry"]["command"]}`', '']
     if 'mosaic' in found:
         lines += ['## Patches by class scores and by value embeddings', '', '![Patches](mosaic.png)', '',
@@ -134,8 +149,10 @@ def render_analysis(tag: str, found: Dict[str, Any]) -> str:
 def say_space(name: str, values: Dict[str, Optional[float]]) -> str:
     cells = []
     for key in ('class', 'superclass'):
-        silhouette, rate = values[f'{key}_silhouette'], values[f'{key}_neighbour_rate']
-        cells += ['–' if silhouette is None else f'{silhouette:.3f}', '–' if rate is None else f'{100 * rate:.1f} %']
+        for measure, factor, digits, unit in (('silhouette', 1, 3, ''), ('neighbour_rate', 100, 1, ' %')):
+            value, error = values[f'{key}_{measure}'], values[f'{key}_{measure}_error']
+            cells.append('–' if value is None or error is None else (
+                f'{factor * value:.{digits}f} ± {factor * error:.{digits}f}{unit}'))
     return f'| {name} | ' + ' | '.join(cells) + ' |'
 
 
@@ -153,16 +170,26 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
         lines.append(
             f'| {name} | {cell(row, "deletion", 3)} | {cell(row, "insertion", 3)} '
             f'| {cell(row, "without_most", 1)} % | {cell(row, "without_least", 1)} % |')
-    lines += ['', 'Means with standard errors over images.', '']
-    signs = dict(deletion=-1, insertion=1)
+    lines += ['', "Means with standard errors over images. Another image's class map is as smooth and as central as",
+              'the own one, but of what is not there.', '']
+    signs = {'deletion': -1, 'insertion': 1, 'without_most': -1, 'without_least': 1}
+    titles = ('deletion', 'insertion', 'what is right without the more evident half',
+              'what is right without the less evident half')
     for name, row in list(trust['maps'].items())[1:]:
-        words = []
-        for key, sign in signs.items():
+        words: Dict[str, List[str]] = {'better': [], 'worse': [], 'not told apart': []}
+        for (key, sign), title in zip(signs.items(), titles):
             lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
-            verdict = 'no better and no worse' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
-            words.append(f'{verdict} by {key} ({lead:+.3f} ± {error:.3f})')
-        lines.append(f'- Against {name}, the class map is {" and ".join(words)}.')
-    return lines
+            verdict = 'not told apart' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
+            digits = 3 if key in ('deletion', 'insertion') else 1
+            words[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
+        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in words.items() if parts]
+        lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
+    return lines + ['', 'A lead above zero is in favour of the class map.']
+
+
+def say_chance(chance: Dict[str, Optional[float]]) -> str:
+    rates = [f'{100 * rate:.1f} % of the {key}' for key, rate in chance.items() if rate is not None]
+    return f'Points that lie anywhere would have {" and ".join(rates)}.'
 
 
 def render_pages(root: Path) -> Dict[Path, str]:
@@ -170,11 +197,9 @@ def render_pages(root: Path) -> Dict[Path, str]:
     evidence = collect(root)
     pages = {root / 'RESULTS.md': render_results(root, evidence)}
     for tag in evidence.evaluations:
-        folder = root / 'train' / 'results' / tag / 'analysis'
-        found = {name: read_json(folder / f'{name}.json') for name in ANALYSES}
-        found = {name: value for name, value in found.items() if value}
+        found = find_analyses(root, tag)
         if found:
-            pages[folder / 'README.md'] = render_analysis(tag, found)
+            pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(tag, found)
     return pages
 
 

@@ -80,7 +80,8 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
                     f'{maximizer}.batch{batch_size}', 'rn26',
                     ('--model', 'rn20', '--batch-size', str(batch_size), *kwargs)))
     return [
-        Cell(name, dataset, seed, f'{recipe}.{dataset}', flags)
+        Cell(name, dataset, seed, f'{recipe}.{dataset}', tuple(
+            f'{flag}.{dataset}' if flag == 'rn20' and dataset == 'mini_imagenet' else flag for flag in flags))
         for seed in args.seeds for dataset in args.datasets for name, recipe, flags in settings
     ]
 
@@ -143,13 +144,14 @@ class Processes:
 
 def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> List[str]:
     """Run cells, `jobs` at once, and return what failed."""
-    gpus = torch.cuda.device_count()
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    gpus = [visible[i] if i < len(visible) and visible[i] else str(i) for i in range(torch.cuda.device_count())]
     share = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
     running, failures = Processes(), []
     with ThreadPoolExecutor(jobs) as pool:
         futures = []
         for i, cell in enumerate(cells):
-            env = {'CUDA_VISIBLE_DEVICES': str(i % gpus)} if gpus else share
+            env = {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else share
             futures.append(pool.submit(run_cell, cell, folder, flags, env, running))
         try:
             with tqdm(total=len(cells), desc=folder.name, unit='run') as bar:

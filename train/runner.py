@@ -10,6 +10,7 @@ from export import runtime
 from export.load import load_pretrained
 from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
+from train.hardware import describe_hardware
 
 Outputs = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
@@ -20,7 +21,8 @@ class Runner(Protocol):
     weights: Optional[str]  # file they come from, if known
     config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
     class_names: List[str]  # empty if not known
-    device: torch.device
+    device: torch.device  # of the arrays that go in and come out
+    hardware: str  # what computes
 
     def __call__(self, images: torch.Tensor) -> Outputs:
         """Classify normalised images (B, C, H, W) on the runner's device."""
@@ -71,6 +73,7 @@ class TorchRunner:
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.device = device
+        self.hardware = describe_hardware(device)
         self.dtype = dtype
         self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
@@ -108,6 +111,8 @@ class ExportedRunner:
         self.probabilities = 'probabilities' in metadata['outputs'][0]['meaning']
         self.class_names = metadata['class_names']
         self.device = torch.device('cpu')  # arrays go in and out through main memory
+        gpu = runtime.query_gpu() if on_gpu or self.session.provider != 'CPUExecutionProvider' else None
+        self.hardware = f'1 x {gpu["name"]}' if gpu else describe_hardware(self.device)
 
     def __call__(self, images: torch.Tensor) -> Outputs:
         if self.pixels:

@@ -9,6 +9,9 @@ Measures the run's weights on the test split in float32 and rounded to float16, 
     timm_tmblock/weights/index.json               sha256, accuracy and source of every such file
     train/results/MODEL.TAG/                      settings, result and summary of the run, evaluation.json and .png
 
+What that folder has of other weights, analyses and pictures, is removed. The set has to be named, as the sample is too
+small.
+
 The tag itself is a line of `default_cfgs` beside the model; the tests say what it lacks.
 """
 import argparse
@@ -26,7 +29,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 
 from safetensors.torch import load_file
 
-from timm_tmblock.checkpoint import read_description, save_weights, writing
+from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
 from train.config import SETTINGS, Parser
@@ -76,15 +79,23 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: If the run is not finished, or its weights or the set cannot be used.
     """
     args = create_parser().parse_args(argv)
+    if args.dataset == 'sample':
+        raise InputError('The accuracy of a tag is that on a whole set; name it with --dataset.')
     missing = [name for name in RECORDS if not (args.run / name).is_file()]
     if missing:
         raise InputError(f'{args.run} has no {missing[0]}; give the folder of a run that has finished.')
     result = json.loads((args.run / 'result.json').read_text())
     weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
     model = read_description(weights)['model']
-    name = f'{model}.{args.tag}'
+    name = f'{model.partition(".")[0]}.{args.tag}'
+    arguments = read_description(weights).get('model_args')
+    if arguments:
+        raise InputError(
+            f'{args.run} trained {model} with {", ".join(arguments)} of its own; the tag would be another network, as '
+            f'timm creates it without.')
     data = ['--dataset', args.dataset, '--split', args.split, '--input-key', args.input_key, '--target-key',
-            args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else [])]
+            args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
+            *(['--dataset-download'] if args.dataset_download else [])]
 
     def measure(path: Path, *flags: str) -> Dict[str, Any]:
         return evaluate.main([model, '--checkpoint', str(path), *data, *flags])
@@ -104,6 +115,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         copy(rounded if dtype == 'float16' else weights, target)
         for suffix in ('.json', '.png'):
             copy(report.with_suffix(suffix), results / f'evaluation{suffix}')
+    for other in (results / 'analysis', results / 'explained.png'):
+        remove(other)  # they were of the weights before
     for record in RECORDS:
         if record != 'result.json':
             copy(args.run / record, results / record)

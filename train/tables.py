@@ -110,20 +110,18 @@ def _draw(experiment: str, scores: Scores, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
+    order = _order(sorted({s for s, _ in scores}))
+    places = {s: float(s.removeprefix('lambda')) if experiment == 'lambda' else float(i) for i, s in enumerate(order)}
+    if experiment == 'lambda':
+        order.sort(key=places.__getitem__)
+    else:
+        axes.set_xticks(list(places.values()), [label(s).replace(', ', '\n') for s in order])
     for dataset in dict.fromkeys(d for _, d in scores):
-        settings = _order([s for s, d in scores if d == dataset])
-        means = [statistics.mean(scores[s, dataset]) for s in settings]
-        errors = [statistics.stdev(v) if len(v := scores[s, dataset]) > 1 else 0. for s in settings]
-        positions: List[float] = list(range(len(settings)))
-        if experiment == 'lambda':
-            positions = [float(s.removeprefix('lambda')) for s in settings]
-            settings_at = sorted(zip(positions, means, errors))
-            positions, means, errors = (list(column) for column in zip(*settings_at))
-        else:
-            axes.set_xticks(positions, [label(s).replace(', ', '\n') for s in settings])
+        runs = {s: scores[s, dataset] for s in order if (s, dataset) in scores}
         axes.errorbar(
-            positions, means, errors, fmt='o-' if experiment == 'lambda' else 'o', capsize=3,
-            label=DATASET_NAMES[dataset])
+            [places[s] for s in runs], [statistics.mean(v) for v in runs.values()],
+            [statistics.stdev(v) if len(v) > 1 else 0. for v in runs.values()],
+            fmt='o-' if experiment == 'lambda' else 'o', capsize=3, label=DATASET_NAMES[dataset])
     axes.set(ylabel='top-1 (%)', title=TITLES[experiment], xlabel='λ' if experiment == 'lambda' else '')
     axes.tick_params(axis='x', labelsize=8)
     axes.grid(axis='y', alpha=0.3)

@@ -202,7 +202,7 @@ class Trainer:
                 f'{processes} processes, {self.updates} updates of '
                 f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
                 f'{args.opt}, learning rate {args.lr:g}, {args.sched} schedule; '
-                f'{describe_hardware(self.accelerator.device)}, '
+                f'{describe_hardware(self.accelerator.device, self.accelerator.num_processes)}, '
                 f'mixed precision {self.accelerator.mixed_precision}\n'
                 f'writing to {self.folder}', flush=True)
         start_trackers(self.accelerator, args, self.folder, self.state.run_id, self.state.update)
@@ -413,7 +413,7 @@ class Trainer:
             dataset=args.dataset,
             num_classes=len(self.class_names),
             seed=args.seed,
-            hardware=describe_hardware(self.accelerator.device),
+            hardware=describe_hardware(self.accelerator.device, self.accelerator.num_processes),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
             versions=describe_versions(),
