@@ -1,0 +1,59 @@
+"""Numbers in README are those of the committed results."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TAG = 'rn26_tm.cifar10'
+TEXT = (ROOT / 'README.md').read_text()
+PLAIN = ' '.join(TEXT.split())
+
+
+def read(*parts):
+    return json.loads(ROOT.joinpath(*parts).read_text())
+
+
+def test_table_of_exports():
+    rows = re.findall(rf'\| \[([\w-]+)\]\(export/results/{TAG}/(\S+)\) \|(.+)\|\n', TEXT)
+    assert [row[0] for row in rows] == ['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt']
+    for _, file, cells in rows:
+        sidecar = read('export', 'results', TAG, file)
+        parity = sidecar['parity']
+        logits, patches = (parity['outputs'][key] for key in ('logits', 'patch_logits'))
+        assert [cell.strip() for cell in cells.split('|')] == [
+            f'{sidecar["file_bytes"] / 1e6:.2f}', f'{100 * logits["same_class"]:.2f} %',
+            f'{parity["top1"]["exported"]:.2f} %', f'{logits["max_relative_difference"]:.1e}',
+            f'{100 * patches["same_class"]:.2f} %']
+    assert f'top-1 (PyTorch {parity["top1"]["pytorch"]:.2f} %)' in TEXT
+
+
+def test_halves_of_images_that_are_masked():
+    trust = read('train', 'results', TAG, 'analysis', 'trust.json')
+    halves = {name: [f'{row[key]:.0f}' for key in ('without_most', 'without_least')]
+              for name, row in trust['maps'].items()}
+    ours = halves.pop('class map')
+    assert f'Measured on {trust["images"]} test images' in PLAIN
+    assert f'calls the more evident, {ours[0]} % are still right, without the other half {ours[1]} %' in PLAIN
+    named = [f'{name.replace("class map", "map").replace("random", "random halves")} {most} and {least} %'
+             for name, (most, least) in halves.items()]
+    assert f'({", ".join(named)})' in PLAIN
+
+
+def test_neighbours_of_regions():
+    found = read('train', 'results', TAG, 'analysis', 'geometry.json')
+    rates = [f'{100 * found["spaces"][name]["class_neighbour_rate"]:.0f} %' for name in (
+        'rn26_tm: block output', 'rn26_tm: stage 3', 'rn26_tm: patch mean', 'rn26: stage 3')]
+    chance = f'{100 * found["chance"]["class"]:.0f} %'
+    assert (
+        f'{rates[0]} are of the same class after it, {rates[1]} before it, {rates[2]} in the mean of that over '
+        f'patches, {rates[3]} in `rn26`, and {chance} would be by chance') in PLAIN
+
+
+@pytest.mark.parametrize('key, form', [
+    ('flip_top1', '{:.2f} %'), ('patch_accuracy', '{:.1f} % of regions right'), ('ece', 'calibration error {:.1f} %')])
+def test_more_of_the_shipped_network(key, form):
+    value = read('train', 'results', TAG, 'evaluation.json')[key]
+    paragraph = PLAIN[PLAIN.index('In float32, by'):PLAIN.index('RESULTS.md](RESULTS.md)')]
+    assert form.format(100 * value if key == 'ece' else value) in paragraph
