@@ -115,7 +115,13 @@ def test_networks_of_one_recipe_are_compared_where_the_protocol_was_not_run():
         different.append(run('rn26', **settings))
     for other in different:
         assert verdicts(evaluations=evaluations, runs={**runs, 'rn26.cifar10': other})[claim] == (UNTESTED, "–")
-    evaluations['rn26.cifar10']['images'] = 500
+    for tag, top1 in (('rn26_tm.longer', 93.5), ('rn26.longer', 93.4)):
+        evaluations[tag] = dict(evaluations['rn26.cifar10'], top1=top1)
+        runs[tag] = run(tag.partition('.')[0], initial_checkpoint=f'{tag}.before')
+    verdict, evidence = verdicts(evaluations=evaluations, runs=runs)[claim]
+    assert verdict == UNDECIDED  # the gain of short training does not last
+    assert evidence.index('+2.00') < evidence.index('rn26_tm.longer against rn26.longer: +0.10')
+    evaluations['rn26.cifar10']['images'] = evaluations['rn26_tm.longer']['images'] = 500
     assert verdicts(evaluations=evaluations, runs=runs)[claim] == (UNTESTED, "–")
 
 

@@ -134,23 +134,30 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def compare_others(evidence: Evidence) -> Tuple[str, List[str]]:
-    """The same of networks that another recipe trained, the same for baseline and template matching."""
-    verdicts, lines = [], []
+    """The same of networks that another recipe trained, the same for baseline and template matching.
+
+    Of the recipes of a pair, the longest decides.
+    """
+    found: Dict[Tuple[str, str, str], List[Tuple[bool, int, str, str]]] = {}
     for tag, ours in evidence.evaluations.items():
         for other, theirs in evidence.evaluations.items():
             run, other_run = evidence.runs[tag], evidence.runs[other]
             model, baseline = (r['model'].partition('.')[0] for r in (run, other_run))
             if '_tm' not in model or baseline != model.partition('_tm')[0]:
                 continue
-            same = all(
-                Path(str(ours[key])).name == Path(str(theirs[key])).name for key in ('dataset', 'split', 'images'))
-            if not same or find_recipe(run) != find_recipe(other_run):
+            dataset, other_dataset = (Path(e['dataset']).name for e in (ours, theirs))
+            if dataset != other_dataset or any(ours[key] != theirs[key] for key in ('split', 'images')):
+                continue
+            if find_recipe(run) != find_recipe(other_run):
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
-            verdicts.append(difference.verdict)
-            more = ' more' if run['settings'].get('initial_checkpoint') else ''
-            lines.append(f'{tag} against {other}: {difference} points (one run each, {run["epochs"]}{more} epochs)')
-    return combine(verdicts), lines
+            continued, epochs = run['settings'].get('initial_checkpoint') is not None, run['epochs']
+            length = f'{epochs} more epochs' if continued else f'{epochs} epochs'
+            found.setdefault((model, baseline, dataset), []).append((
+                continued, epochs, difference.verdict,
+                f'{tag} against {other}: {difference} points (one run each, {length})'))
+    recipes = [sorted(pairs) for pairs in found.values()]
+    return combine([pairs[-1][2] for pairs in recipes]), [pair[3] for pairs in recipes for pair in pairs]
 
 
 Judgement = Tuple[str, List[str]]
