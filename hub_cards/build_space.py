@@ -22,7 +22,7 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
 EXAMPLES = ROOT / 'train' / 'sample' / 'images'
-MODELS = ('rn26_tm', 'rn26')
+MODELS = ('rn26_tm', 'rn26_tm.cifar100', 'rn26')
 
 
 def build(output: Path, models: Sequence[Tuple[str, Any]], args: argparse.Namespace) -> List[Path]:

@@ -45,6 +45,8 @@ def test_neighbours_of_regions():
     found = read('train', 'results', TAG, 'analysis', 'geometry.json')
     rates = [f'{100 * found["spaces"][name]["class_neighbour_rate"]:.0f} %' for name in (
         'rn26_tm: block output', 'rn26_tm: stage 3', 'rn26_tm: patch mean', 'rn26: stage 3')]
+    values = found['spaces']['rn26_tm: values']['class_neighbour_rate']
+    assert f'The value vectors that the block adds have {100 * values:.0f} %' in PLAIN
     chance = f'{100 * found["chance"]["class"]:.0f} %'
     assert (
         f'{rates[0]} are of the same class after it, {rates[1]} before it, {rates[2]} in the mean of that over '

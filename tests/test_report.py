@@ -125,14 +125,16 @@ def test_networks_of_one_recipe_are_compared_where_the_protocol_was_not_run():
     assert verdicts(evaluations=evaluations, runs=runs)[claim] == (UNTESTED, "–")
 
 
-@pytest.mark.parametrize('output, verdict', [(0.6, HOLDS), (0.32, UNDECIDED), (0.1, FAILS)])
-def test_neighbours_at_the_output_of_the_block(output, verdict):
+@pytest.mark.parametrize('output, verdict, by_mean', [
+    (0.6, HOLDS, False), (0.3, HOLDS, True), (0.22, UNDECIDED, True), (0.1, FAILS, True)])
+def test_neighbours_at_the_output_of_the_block(output, verdict, by_mean):
     def space(value):
         return dict(class_silhouette=0., class_neighbour_rate=value, class_neighbour_rate_error=0.01)
-    spaces = {'rn26: stage 3': space(0.1), 'rn26_tm: stage 3': space(0.2), 'rn26_tm: patch mean': space(0.3),
+    spaces = {'rn26: stage 3': space(0.15), 'rn26_tm: stage 3': space(0.2), 'rn26_tm: patch mean': space(0.3),
               'rn26_tm: block output': space(output)}
     claim = "Features are clustered by what they mean at the block's output, not before it nor in the baseline"
-    assert verdicts(geometry=dict(spaces=spaces, chance={'class': 0.1}))[claim][0] == verdict
+    found = verdicts(geometry=dict(spaces=spaces, chance={'class': 0.1}))[claim]
+    assert found[0] == verdict and ('it is the mean that brings' in found[1]) == by_mean
     del spaces['rn26_tm: patch mean']
     assert verdicts(geometry=dict(spaces=spaces))[claim] == (UNTESTED, '–')
 

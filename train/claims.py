@@ -128,6 +128,8 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     """What two runs of different networks must share to be compared."""
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
     recipe = {key: value for key, value in settings.items() if key not in NO_RECIPE}
+    if settings['sched'] != 'step':
+        del recipe['decay_epochs']  # which no other schedule heeds
     fraction = 0.1 if settings['val_fraction'] is None else settings['val_fraction']
     held_out = 0. if settings['val_split'] else fraction  # of the images to train on
     return dict(recipe, held_out=held_out, continued=settings['initial_checkpoint'] is not None)
@@ -213,21 +215,22 @@ def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Dif
 
 
 def judge_block_output(evidence: Evidence) -> Judgement:
-    """By neighbours of the class, against the input, its mean over patches and the baseline."""
+    """By neighbours of the class, against input and baseline as the paper does; the patch mean is a control."""
     geometry = evidence.geometry or {}
     spaces, key = geometry.get('spaces', {}), 'class_neighbour_rate'
     names = {'rn26_tm: block output': "at the block's output", 'rn26_tm: stage 3': 'at its input',
-             'rn26_tm: patch mean': 'in the mean of that over patches', 'rn26: stage 3': 'in the baseline'}
+             'rn26: stage 3': 'in the baseline', 'rn26_tm: patch mean': 'in the mean of the input over patches'}
     if not set(names) <= set(spaces):
         return UNTESTED, []
-    ours, *others = (spaces[name] for name in names)
-    verdicts = [compare_spaces(ours, other, key).verdict for other in others]
-    shares = {name: f'{100 * spaces[name][key]:.0f} ± {100 * spaces[name][f"{key}_error"]:.0f} %' for name in names}
+    ours, before, baseline, control = (spaces[name] for name in names)
+    shares = {name: f'{100 * spaces[name][key]:.1f} ± {100 * spaces[name][f"{key}_error"]:.1f} %' for name in names}
     lines = [f'{shares[name]} of the neighbours are of the class {where}' for name, where in names.items()]
+    if compare_spaces(ours, control, key).verdict != HOLDS:
+        lines[-1] += ', so that it is the mean that brings them together'
     lines.append(
-        f'chance would be {100 * geometry["chance"]["class"]:.0f} %; the silhouette of the classes is '
-        f'{ours["class_silhouette"]:.2f} there, so clusters they are not')
-    return combine_all(verdicts), lines
+        f'by chance {100 * geometry["chance"]["class"]:.0f} % would be; the silhouette of the classes is '
+        f'{ours["class_silhouette"]:.2f} at the output')
+    return combine_all([compare_spaces(ours, other, key).verdict for other in (before, baseline)]), lines
 
 
 def judge_values(evidence: Evidence) -> Judgement:

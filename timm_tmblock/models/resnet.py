@@ -19,6 +19,7 @@ from ._base import (
     TemplateMatchingNet,
     create_cfg,
     create_cifar10_cfg,
+    create_cifar100_cfg,
     create_mini_imagenet_cfg,
     create_network,
 )
@@ -296,6 +297,7 @@ default_cfgs = generate_default_cfgs({
     'rn26.cifar10': create_cifar10_cfg('rn26.cifar10'),
     'rn26.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26_tm.cifar10': create_cifar10_cfg('rn26_tm.cifar10'),
+    'rn26_tm.cifar100': create_cifar100_cfg('rn26_tm.cifar100'),
     'rn26_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'rn38.untrained': create_cfg(),
     'rn38.mini_imagenet': create_mini_imagenet_cfg(),
