@@ -240,7 +240,7 @@ def judge_values(evidence: Evidence) -> Judgement:
     values, scores = spaces['value embeddings'], spaces['class scores']
     return compare_spaces(values, scores, key).verdict, [
         'silhouette of the superclasses ' + ', '.join(
-            f'{space[key]:.2f} ± {space[f"{key}_error"]:.2f} by {name}'
+            f'{space[key]:.3f} ± {space[f"{key}_error"]:.3f} by {name}'
             for name, space in (('values', values), ('scores', scores)))]
 
 
