@@ -8,7 +8,6 @@ import timm
 import torch
 
 import timm_tmblock
-from timm_tmblock.checkpoint import read_description
 from train.data import DataConfig, decode, open_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -32,16 +31,6 @@ def test_every_pretrained_tag_loads_without_network(no_network):
     for tag in TAGS:
         model = timm.create_model(tag, pretrained=True)
         assert len(model.pretrained_cfg['label_names']) == model.num_classes
-
-
-@pytest.mark.parametrize('tag', TAGS)
-def test_tag_says_what_the_weights_were_trained_with(tag):
-    cfg = timm.get_pretrained_cfg(tag)
-    trained = read_description(cfg.file)
-    assert trained['model'] == tag.partition('.')[0]
-    for key in ('num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'label_names'):
-        value = getattr(cfg, key)
-        assert (list(value) if isinstance(value, tuple) else value) == trained[key], key
 
 
 @pytest.mark.parametrize('tag', [t for t in TAGS if t.endswith('.cifar10')])
