@@ -9,13 +9,12 @@ Measures the run's weights on the test split in float32 and rounded to float16, 
     timm_tmblock/weights/index.json               sha256, accuracy and source of every such file
     train/results/MODEL.TAG/                      settings, result and summary of the run, evaluation.json and .png
 
-What that folder has of other weights, analyses and pictures, is removed. The set has to be named, as the sample is too
-small.
+Analyses and pictures in that folder are removed, as they were of the weights before. The set has to be named, as the
+sample is too small.
 
 The tag itself is a line of `default_cfgs` beside the model; the tests say what it lacks.
 """
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -34,7 +33,7 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
 from train.config import SETTINGS, Parser
 from train.data import add_data_options
-from train.files import write_json
+from train.files import hash_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / 'timm_tmblock' / 'weights'
@@ -122,7 +121,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             copy(args.run / record, results / record)
     write_json(results / 'result.json', {k: v for k, v in result.items() if k != 'weights'})
     entry = dict(
-        sha256=hashlib.sha256(target.read_bytes()).hexdigest(), bytes=target.stat().st_size, dtype=dtype,
+        sha256=hash_file(str(target)), bytes=target.stat().st_size, dtype=dtype,
         top1=evaluation['top1'], top1_by_dtype=top1, images=evaluation['images'], dataset=args.dataset,
         source=str(results.relative_to(ROOT)))
     index = WEIGHTS / 'index.json'

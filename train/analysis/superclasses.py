@@ -39,21 +39,20 @@ def _read_sets() -> List[Dict[str, str]]:
     ]
 
 
+def _find_groups(class_names: List[str]) -> Dict[str, str]:
+    """Superclass of each class by name, empty for a set without any."""
+    return next((groups for groups in _read_sets() if set(groups) == set(class_names)), {})
+
+
 def find_superclasses(class_names: List[str]) -> Optional[np.ndarray]:
     """Index of the superclass of each class (num_classes,), None for a set without any.
 
     CIFAR-10 has vehicles and animals, the halves of Figure 5; CIFAR-100 has its 20.
     """
-    names = name_superclasses(class_names)
-    for groups in _read_sets():
-        if set(class_names) == set(groups):
-            return np.array([names.index(groups[name]) for name in class_names])
-    return None
+    groups, names = _find_groups(class_names), name_superclasses(class_names)
+    return np.array([names.index(groups[name]) for name in class_names]) if groups else None
 
 
 def name_superclasses(class_names: List[str]) -> List[str]:
     """Names of the superclasses, empty for a set without any."""
-    for groups in _read_sets():
-        if set(class_names) == set(groups):
-            return list(dict.fromkeys(groups.values()))
-    return []
+    return list(dict.fromkeys(_find_groups(class_names).values()))
