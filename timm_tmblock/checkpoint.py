@@ -73,8 +73,18 @@ def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], de
     tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
     with writing(path) as tmp:
         # not save_file, whose files only their owner may read
-        tmp.write_bytes(save(tensors, metadata={'format': 'pt', 'timm_tmblock': json.dumps(description)}))
+        tmp.write_bytes(_sort_metadata(save(tensors, {'format': 'pt', 'timm_tmblock': json.dumps(description)})))
         os.replace(tmp, path)
+
+
+def _sort_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: as saved, their order is random, and so would be the file's hash."""
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + data[8 + size:]
 
 
 def read_description(path: Union[str, Path]) -> Dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The error of bad input."""
+"""The error of bad input, and how the command lines end."""
+import os
+import select
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, Tuple, Type
 
 
@@ -13,10 +15,30 @@ class InputError(ValueError):
 
 @contextmanager
 def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
-    """What each command line does with an InputError, or one of `others`."""
+    """What each command line does with an InputError, or one of `others`, and when nobody reads on (`... | head`)."""
     kinds: Tuple[Type[Exception], ...] = (InputError, *others)
     try:
         yield
     except kinds as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        if not _is_unread():  # it was another pipe
+            raise
+        sys.exit(1)
+    finally:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        if _is_unread():  # Python would complain at exit of what it could not write
+            with open(os.devnull, 'wb') as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _is_unread() -> bool:
+    """Whether the reader of standard output has gone."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # Windows; no file, as where output is captured; closed
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
