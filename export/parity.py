@@ -25,8 +25,9 @@ Run = Callable[[np.ndarray], List[np.ndarray]]
 class Limits:
     """What a precision must keep to.
 
-    Two scores closer than `resolution` of the largest are a tie as far as the format can tell: bfloat16 keeps 8 bits of
-    each number, so no file in it can order them reliably. Such images do not count towards `decided`.
+    Two scores closer than `resolution` of the largest are a tie as far as the format can tell: bfloat16 and int8 keep 8
+    bits of each number, so no file in them can order those reliably. Such images do not count towards `decided`; the
+    more classes there are, the more of them.
     """
     difference: Optional[float]  # relative
     same: float  # share of images with the same best class
@@ -39,7 +40,7 @@ class Limits:
 
     def chance(self, images: int) -> float:
         """How far the share of so many images may be off by chance: two standard errors."""
-        return 2 * math.sqrt(self.same * (1 - self.same) / images)
+        return 2 * math.sqrt(self.decided * (1 - self.decided) / images)
 
     def allow(self, images: int) -> float:
         """By how much the share of so many images may miss the limit."""
@@ -50,7 +51,8 @@ LIMITS = {
     'fp32': Limits(1e-4, same=1., decided=1., resolution=1e-5, same_regions=0.999, decided_regions=1.),
     'fp16': Limits(2e-2, same=0.99, decided=0.999, resolution=2 ** -9, same_regions=0.98, decided_regions=0.999),
     'bf16': Limits(1e-1, same=0.99, decided=0.999, resolution=2 ** -6, same_regions=0.95, decided_regions=0.99),
-    'int8': Limits(None, same=0.99, decided=0.99, resolution=0., same_regions=0.9, decided_regions=0.9, sampled=True),
+    'int8': Limits(
+        None, same=0.95, decided=0.99, resolution=2 ** -6, same_regions=0.9, decided_regions=0.9, sampled=True),
 }
 
 

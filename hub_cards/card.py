@@ -11,6 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
+from train.lineage import count_epochs, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -239,8 +240,9 @@ def render(
     latency = _load_json(data['latency']) if data['latency'] else dict(rows=[])  # not measured
     for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
         _check_numbers(result, f'{data.get(where, where)}: {where}')
-    settings = yaml.safe_load(_read(str(Path(data['training']).with_name('args.yaml'))))
-    continued = settings.get('initial_checkpoint') is not None
+    runs = read_runs(ROOT / 'train' / 'results')
+    run = Path(data['training']).parent.name
+    continued = runs[run]['settings'].get('initial_checkpoint') is not None
     model = timm.create_model(name)
     has_patches: bool = model.has_template_matching
     for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
@@ -310,6 +312,7 @@ def render(
         megabytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
         commit=training.get('commit'),
         epochs=training['epochs'],
+        all_epochs=count_epochs(run, runs),
         seed=training['seed'],
         versions=evaluation['versions'],
         evaluation=evaluation,

@@ -70,6 +70,14 @@ def test_numbers_are_those_of_the_results(name):
         assert picture in {Path(p).name for p in data['pictures'].values()}
 
 
+@pytest.mark.parametrize('keys, file', [
+    (('fp32', 'bf16', 'int8'), 'onnx/model.onnx'), (('fp32', 'fp16', 'int8-tensorrt'), 'onnx/model_fp16.onnx')])
+def test_tensorrt_is_told_to_build_a_file_that_is_pushed(keys, file):
+    folder = ROOT / cards.load_data(FULL)['exports']
+    exports = {key: json.loads((folder / f'rn26_tm.{key}.onnx.json').read_text()) for key in keys}
+    assert f'python -m export tensorrt {file} --output model.engine' in str(cards.render(FULL, exports=exports))
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_front_matter_is_plain_and_complete(name):
     text = (cards.RENDERED / f'{name}.md').read_text()

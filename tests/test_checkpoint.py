@@ -12,7 +12,8 @@ from timm_tmblock.checkpoint import read_description, save_weights
 @pytest.fixture
 def weights():
     torch.manual_seed(0)
-    return {'b.weight': torch.randn(3, 5), 'a': torch.randn(7).half(), 'n': torch.tensor(3), 'c.t': torch.randn(4, 2).t()}
+    half, transposed = torch.randn(7).half(), torch.randn(4, 2).t()
+    return {'b.weight': torch.randn(3, 5), 'a': half, 'n': torch.tensor(3), 'c.t': transposed}
 
 
 @pytest.mark.parametrize('description', [{}, dict(model='rn26_tm', label_names=['Bär', 'a "b"'], mean=[0.1])])

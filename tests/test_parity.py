@@ -149,12 +149,33 @@ def test_ties_count_only_where_the_format_can_tell():
     scores = np.zeros((100, 4), dtype=np.float32)
     scores[:, 0], scores[:, 1] = 10, 9.99  # closer than 8 bits of 10
     swapped = scores[:, [1, 0, 2, 3]]
-    bf16 = compare_output(swapped, scores, scores, LIMITS['bf16'].resolution)
-    assert bf16.same == 0 and bf16.decided == 1
+    for precision in ('bf16', 'int8'):
+        result = compare_output(swapped, scores, scores, LIMITS[precision].resolution)
+        assert result.same == 0 and result.decided == 1
     assert compare_output(swapped, scores, scores, LIMITS['fp32'].resolution).decided == 0
-    assert compare_output(swapped, scores, scores, LIMITS['int8'].resolution).decided == 0
     # they cannot all be ties, though: such a network fails by the share of all images
-    assert LIMITS['bf16'].same == LIMITS['fp16'].same == 0.99
+    assert LIMITS['bf16'].same == LIMITS['fp16'].same == 0.99 and LIMITS['int8'].same == 0.95
+
+
+def test_int8_may_turn_ties_of_one_image_in_twenty():
+    def turn(count):
+        def run(x):
+            nonlocal count
+            logits, patches = scores_of(x)
+            first, second = np.argsort(-logits, axis=1)[:, :2].T
+            for i, (a, b) in enumerate(zip(first, second)):
+                if count and logits[i, a] - logits[i, b] < 0.1:  # of a largest score of 6.8
+                    logits[i, [a, b]] = logits[i, [b, a]]
+                    count -= 1
+            return [logits, patches]
+        return run
+
+    images = make_images(400)
+    report, failure = run_check(turn(20), 'int8', images)
+    assert failure is None and report['outputs']['logits']['same_class'] == 0.95
+    assert report['outputs']['logits']['same_class_decided'] == 1
+    _, failure = run_check(turn(25), 'int8', images)  # one more than chance allows
+    assert 'logits has the class of PyTorch for 93.75 % of the inputs, at least 94.01 % are asked for' in str(failure)
 
 
 def test_int8_fails_where_99_percent_and_half_a_point_of_accuracy_are_missed_by_more_than_chance():
@@ -163,20 +184,21 @@ def test_int8_fails_where_99_percent_and_half_a_point_of_accuracy_are_missed_by_
     assert abs(100 * LIMITS['int8'].allow(400) - chance) < 0.01 and abs(chance - 0.995) < 0.01
     assert LIMITS['int8'].allow(10_000) < 0.002 and LIMITS['fp16'].allow(400) == 0
 
-    def flip(count, wrong_way=True):
+    def flip(count):
         def run(x):
             logits, patches = scores_of(x)
+            best = np.sort(logits, axis=1)
+            clear = np.flatnonzero(best[:, -1] - best[:, -2] > 0.5)
             if len(x) == 64 and count[0] > 0 and x.min() > -0.51:
-                n = min(count[0], 64)
-                logits[:n] = -logits[:n]
-                count[0] -= n
+                logits[clear[:count[0]]] *= -1
+                count[0] = 0
             return [logits, patches]
         return run
 
     _, failure = run_check(flip([7]), 'int8', images)
     assert failure is None
     _, failure = run_check(flip([8]), 'int8', images)
-    assert 'logits has the class of PyTorch for 98.00 % of the inputs, at least 98.01 % are asked for' in str(failure)
+    assert 'logits has the class of PyTorch for 97.79 % of the inputs, at least 98.01 % are asked for' in str(failure)
     images.targets = scores_of((images.held_out / 255 - 0.5).astype(np.float32))[0].argmax(1)
     report, failure = run_check(flip([6]), 'int8', images)  # 1.5 points are lost
     assert report['top1'] == dict(pytorch=100, exported=98.5) and 'at most 1.495 points may be lost' in str(failure)

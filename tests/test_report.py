@@ -20,6 +20,7 @@ from train.claims import (
     combine_most,
     judge,
 )
+from train.lineage import count_epochs
 
 ROOT = Path(__file__).parent.parent
 IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)
@@ -181,3 +182,15 @@ def test_stale_page_is_named(tmp_path, monkeypatch):
     path = tmp_path / 'train' / 'results' / 'rn26_tm.cifar10' / 'evaluation.json'
     path.write_text(json.dumps(dict(json.loads(path.read_text()), top1=12.34)))
     assert '| 12.34 % |' in report.render_pages(tmp_path)[tmp_path / 'RESULTS.md']
+
+
+def test_epochs_of_all_runs_are_counted():
+    def run(epochs, experiment, start=None, model='rn26'):
+        return dict(model=model, epochs=epochs, settings=dict(experiment=experiment, initial_checkpoint=start))
+
+    runs = dict(
+        first=run(13, 'a'), second=run(24, 'b', 'output/a/last.safetensors'),
+        third=run(23, 'c', '/elsewhere/b/best.safetensors'), other=run(5, 'd', 'output/a/last.safetensors', 'rn26_tm'),
+        unknown=run(5, 'e', 'weights.safetensors'), itself=run(5, 'f', 'output/f/last.safetensors'))
+    expected = dict(first=13, second=37, third=60, other=None, unknown=None, itself=None)
+    assert {tag: count_epochs(tag, runs) for tag in runs} == expected

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import simulated_tensorrt
 import timm
 from onnx import TensorProto, helper
 
+import export.check
 import export.runtime as runtime
 import export.tensorrt
 import export.tensorrt_matrix as matrix
@@ -401,6 +403,20 @@ def test_simulated_engine_is_checked_at_the_sizes_it_takes(simulated, files, tmp
     report, failure = check_file(tmp_path / 'x.engine', model, images(model, 1, 80))
     assert failure is None and report['batch_sizes'] == sizes and report['images'] >= 80 - sizes[0]
     assert report['outputs']['logits']['same_class'] == 1
+
+
+@pytest.mark.parametrize('tf32', [False, True])
+def test_simulated_engine_may_differ_by_10_bits_of_mantissa_with_tf32_alone(
+        simulated, files, tmp_path, images, monkeypatch, tf32):
+    if simulated['version'] != '11.4':
+        pytest.skip('the same for all versions')
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(tf32=tf32))
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    session = runtime.load(tmp_path / 'x.engine').session
+    rounded = SimpleNamespace(run=lambda x: [y + 2 ** -11 * np.abs(y).max() for y in session.run(x)])
+    monkeypatch.setattr(export.check, 'load', lambda *_: SimpleNamespace(session=rounded))
+    failure = check_file(tmp_path / 'x.engine', model, images(model, 1, 80))[1]
+    assert failure is None if tf32 else 'at most 0.0001 is allowed' in str(failure)
 
 
 def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from train.config import create_parser
+from train.lineage import count_epochs
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import Scores
 
@@ -150,13 +151,14 @@ def compare_others(evidence: Evidence) -> Tuple[str, List[str]]:
             dataset, other_dataset = (Path(e['dataset']).name for e in (ours, theirs))
             if dataset != other_dataset or any(ours[key] != theirs[key] for key in ('split', 'images')):
                 continue
-            if find_recipe(run) != find_recipe(other_run):
+            total = count_epochs(tag, evidence.runs)
+            if find_recipe(run) != find_recipe(other_run) or total != count_epochs(other, evidence.runs):
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
-            continued, epochs = run['settings'].get('initial_checkpoint') is not None, run['epochs']
-            length = f'{epochs} more epochs' if continued else f'{epochs} epochs'
+            epochs = run['epochs'] if total is None else total
+            length = f'{epochs} more epochs' if total is None else f'{epochs} epochs'
             found.setdefault((model, baseline, dataset), []).append((
-                continued, epochs, difference.verdict,
+                total is None, epochs, difference.verdict,
                 f'{tag} against {other}: {difference} points (one run each, {length})'))
     recipes = [sorted(pairs) for pairs in found.values()]
     return combine([pairs[-1][2] for pairs in recipes]), [pair[3] for pairs in recipes for pair in pairs]

@@ -15,12 +15,11 @@ from typing import Any, Dict, List, Optional
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import yaml
-
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.claims import Evidence, judge
-from train.config import SETTINGS, Parser
+from train.config import Parser
 from train.files import write_text
+from train.lineage import count_epochs, read_runs
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,27 +31,16 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def find_tags(root: Path) -> List[str]:
-    """Networks with results of their own, shipped or not."""
-    return sorted(p.parent.name for p in (root / 'train' / 'results').glob('*/evaluation.json'))
-
-
 def collect(root: Path) -> Evidence:
     results = root / 'train' / 'results'
-    tags = find_tags(root)
-    runs = {tag: read_json(results / tag / 'result.json') for tag in tags}
-    for tag, run in runs.items():
-        missing = [name for name in ('result.json', SETTINGS) if not (results / tag / name).is_file()]
-        if missing:
-            raise InputError(f'train/results/{tag} has no {missing[0]}; train/ship.py writes it.')
-        run['settings'] = yaml.safe_load((results / tag / SETTINGS).read_text())
+    runs = read_runs(results)
     analysis = results / 'rn26_tm.cifar10' / 'analysis'
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
     tested = {r['data']: r['images']['test'] for found, _ in paper.values() for r in found}
     return Evidence(
         scores={name: scores for name, (_, scores) in paper.items()},
         test_images={**TEST_IMAGES, **tested},
-        evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in tags},
+        evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in runs},
         runs=runs,
         geometry=read_json(analysis / 'geometry.json'),
         mosaic=read_json(analysis / 'mosaic.json'),
@@ -100,7 +88,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
     for tag, e in evidence.evaluations.items():
         run = evidence.runs[tag]
         regions = f'{e["patch_accuracy"]:.1f} %' if e.get('patch_accuracy') is not None else '–'
-        epochs = f'{run["epochs"]}{" more" if run["settings"].get("initial_checkpoint") else ""}'
+        epochs = count_epochs(tag, evidence.runs) or f'{run["epochs"]} more'
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
         lines.append(
             f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images '

@@ -1,0 +1,42 @@
+"""Runs in train/results, and how long their weights were trained in all, where one began with those of another."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import yaml
+
+from timm_tmblock.errors import InputError
+from train.config import SETTINGS
+
+
+def read_runs(results: Path) -> Dict[str, Dict[str, Any]]:
+    """What result.json says of each network that was evaluated, shipped or not, and its `settings`, by tag.
+
+    Raises:
+        InputError: If one of them has no record of its run.
+    """
+    runs = {}
+    for tag in sorted(path.parent.name for path in results.glob('*/evaluation.json')):
+        missing = [name for name in ('result.json', SETTINGS) if not (results / tag / name).is_file()]
+        if missing:
+            raise InputError(f'train/results/{tag} has no {missing[0]}; train/ship.py writes it.')
+        runs[tag] = json.loads((results / tag / 'result.json').read_text())
+        runs[tag]['settings'] = yaml.safe_load((results / tag / SETTINGS).read_text())
+    return runs
+
+
+def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
+    """Epochs of a run and of those it continues; None if it began with weights of which there is no record.
+
+    The run before is the one of that network whose experiment folder the first weights lay in.
+    """
+    run = runs[tag]
+    start = run['settings'].get('initial_checkpoint')
+    if start is None:
+        return int(run['epochs'])
+    others = {k: v for k, v in runs.items() if k != tag}
+    for other, earlier in others.items():
+        if (earlier['model'], earlier['settings'].get('experiment')) == (run['model'], Path(start).parent.name):
+            before = count_epochs(other, others)
+            return None if before is None else before + int(run['epochs'])
+    return None
