@@ -27,7 +27,7 @@ def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
             raise
         sys.exit(1)
     finally:
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, AttributeError, ValueError):  # gone; none at all; closed
             sys.stdout.flush()
         if _is_unread():  # Python would complain at exit of what it could not write
             with open(os.devnull, 'wb') as nowhere:
