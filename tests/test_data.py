@@ -164,7 +164,7 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
 @pytest.mark.parametrize('name, split, kwargs, message', [
     ('hfds/does/not-exist', 'train', {}, 'Cannot open'),
     ('torch/nothing', 'train', {}, 'Cannot open'),
-    ('missing_folder', 'train', {}, 'Cannot open'),
+    ('missing_folder', 'train', {}, 'Cannot open .* there is no such folder; sets of the Hub are named hfds/USER/NAME'),
     ('sample', 'holdout', {}, 'holdout'),
 ])
 def test_sets_that_cannot_be_opened_are_named(name, split, kwargs, message):

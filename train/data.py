@@ -83,6 +83,8 @@ def open_dataset(
         size = len(dataset)
     except Exception as e:  # every kind of set has errors of its own
         reason = str(e).strip().split('\n')[0] or type(e).__name__
+        if reason == 'AssertionError':  # what timm says of it
+            reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
