@@ -290,10 +290,11 @@ class _Push:
                 if isinstance(e, ValueError) and not isinstance(e, json.JSONDecodeError):
                     raise InputError(f'The Hub refuses it: {self._clean(e)}.') from e
                 status = _status(e)
-                if status in (401, 403, 404):
+                of_hub = getattr(e, 'response', None) is not None  # Xet's 404 says nothing of the repository
+                if status and (status in (401, 403) or (status == 404 and of_hub)):
                     raise self._refusal(status, doing) from e
                 wait = _wait(e, attempt)
-                if attempt == TRIES - 1 or time.monotonic() + wait > self.end or (status and status in (400, 413, 422)):
+                if attempt == TRIES - 1 or time.monotonic() + wait > self.end or status in (400, 404, 413, 422):
                     raise PushError(f'Could not {doing}: {self._clean(e)}; try again later.') from e
                 self.say(f'could not {doing} ({self._clean(e)}), trying again in {wait:g} s')
                 time.sleep(wait)

@@ -491,12 +491,17 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
         EngineMismatchError: If the engine was built for another GPU or version, or is not the file that was built.
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
-    built = metadata.get('engine')
-    if not built:
+    if not metadata.get('engine'):
         raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
             f'{_rebuild(metadata, path)}.')
+    _check_machine(path, metadata)
+
+
+def _check_machine(path: Path, metadata: Dict[str, Any]) -> None:
+    """Compare an engine's sidecar with this machine; the engine itself need not be there."""
+    built = metadata['engine']
     gpu = query_gpu()
     if gpu is None:
         raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
@@ -702,6 +707,7 @@ def load(
         cuda_graphs: bool = True,
         rebuild: bool = False,
         revision: Optional[str] = None,
+        engine: bool = False,
 ) -> Runner:
     """Open an exported network.
 
@@ -713,11 +719,13 @@ def load(
         cuda_graphs: Replay a CUDA graph for each batch size of an engine.
         rebuild: Build an engine again from the ONNX file beside it if it is of another GPU or version.
         revision: Branch, tag or commit of a Hub repository.
+        engine: Of a folder or Hub repository, take the engine that was built for this GPU and TensorRT, not an ONNX
+            file. TensorRT may run code that an engine holds: ask for it only where you trust the publisher.
 
     Raises:
         RuntimeInputError: If it cannot be had or cannot run here.
     """
-    path = _find(source, device, revision)
+    path = _find(source, device, revision, engine)
     if path.suffix not in ENGINE_SUFFIXES:
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu':
@@ -738,31 +746,69 @@ def load(
     return Runner(TensorRTSession(path, cuda_graphs))
 
 
-def _find(source: Union[str, Path], device: str, revision: Optional[str]) -> Path:
+def _find(source: Union[str, Path], device: str, revision: Optional[str], engine: bool = False) -> Path:
     path = Path(source)
     if path.is_file():
         if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
             raise RuntimeInputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
+        if engine and path.suffix == '.onnx':
+            raise RuntimeInputError(f'{path} is no engine; name one, or a folder or repository that holds some.')
         return path
-    if not path.is_dir():
+    on_hub = not path.is_dir()
+    if on_hub:
         if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
             raise RuntimeInputError(f'There is no file {source}.')
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError as e:
-            raise RuntimeInputError('Hub repositories need huggingface_hub; pip install huggingface_hub.') from e
-        try:
-            path = Path(snapshot_download(str(source), revision=revision, allow_patterns=['*.onnx', '*.onnx.json']))
-        except Exception as e:  # of the client, of HTTP, of the disk
-            raise RuntimeInputError(f'{source} cannot be had from the Hub: {str(e).strip().splitlines()[0]}') from e
+        wanted = ['*.engine.json', '*.plan.json'] if engine else ['*.onnx', '*.onnx.json']
+        path = _download(str(source), revision, wanted)
+    if engine:
+        found = _find_engine(path, source)
+        if on_hub:  # of the engines, which are large, the one alone
+            _download(str(source), revision, [found.relative_to(path).as_posix()])
+        return found
     files = sorted(path.glob('*.onnx')) + sorted(path.glob('onnx/*.onnx'))
     files = [f for f in files if not f.name.endswith('.failed.onnx')]
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
     order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
-    precisions = {f: _read_sidecar(f).get('precision') if sidecar(f).is_file() else None for f in files}
-    ranked = [f for precision in order for f in files if precisions[f] == precision]
-    return (ranked or files)[0]
+    return _rank(files, order)[0]
+
+
+def _find_engine(folder: Path, source: Union[str, Path]) -> Path:
+    """The engine of a folder that this machine can run, by what the sidecars say; fp16 before others."""
+    found = [
+        path.with_suffix('') for pattern in ('*', 'engines/*/*') for suffix in ENGINE_SUFFIXES
+        for path in sorted(folder.glob(f'{pattern}{suffix}.json'))]
+    if not found:
+        raise RuntimeInputError(f'{source} holds no engine; build one with python -m export tensorrt.')
+    reason: Optional[RuntimeInputError] = None
+    for path in _rank(found, ['fp16', 'bf16', 'fp32', 'int8']):
+        metadata = _read_sidecar(path)
+        try:
+            if metadata.get('engine'):
+                _check_machine(path, metadata)
+                return path
+        except (EngineMismatchError, NotInstalledError) as e:
+            reason = reason or e
+    raise RuntimeInputError(f'{source} holds no engine for this machine; the first: {reason or "is none"}') from reason
+
+
+def _rank(files: List[Path], order: Sequence[str]) -> List[Path]:
+    """By precision, those of none in `order` last."""
+    def place(file: Path) -> int:
+        precision = _read_sidecar(file).get('precision') if sidecar(file).is_file() else None
+        return order.index(precision) if precision in order else len(order)
+    return sorted(files, key=place)
+
+
+def _download(repo: str, revision: Optional[str], patterns: List[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise RuntimeInputError('Hub repositories need huggingface_hub; pip install huggingface_hub.') from e
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as e:  # of the client, of HTTP, of the disk
+        raise RuntimeInputError(f'{repo} cannot be had from the Hub: {str(e).strip().splitlines()[0]}') from e
 
 
 # Command line
@@ -797,6 +843,8 @@ def add_run(commands: Any) -> None:
     command.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
     command.add_argument('--threads', type=int, help='of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
+    command.add_argument(
+        '--engine', action='store_true', help='of a folder or repository, the engine built for this GPU and TensorRT')
     command.add_argument('--rebuild', action='store_true', help='build an engine of another GPU or version again')
     command.set_defaults(run=run)
 
@@ -821,7 +869,7 @@ def run(args: argparse.Namespace) -> None:
     if args.explain and args.explain.suffix.lower() in IMAGE_SUFFIXES and args.explain.suffix.lower() != '.png':
         raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
-    runner = load(args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild)
+    runner = load(args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild, engine=args.engine)
     failed: List[ImageSource] = []
 
     def skip(image: ImageSource, error: RuntimeInputError) -> None:

@@ -107,7 +107,8 @@ def to_markdown(version: str, rows: List[Dict[str, Any]]) -> str:
     failed = [row for row in rows if 'error' in row]
     columns = list(product(PRECISIONS, BATCHES))
     lines = [
-        f'{len(rows) - len(failed)} of {len(rows)} engines parsed and built by {version}; none was run. Size in MB.',
+        f'ONNX files that {version} parsed and built an engine of: {len(rows) - len(failed)} of {len(rows)}. No engine '
+        f'was run. The table has the size of each in MB. '
         f'Written by `python export/tensorrt_matrix.py`; torch {torch.__version__}, onnx {onnx.__version__}.', '',
         '| network | patch scores | image | ' + ' | '.join(f'{p} {b}' for p, b in columns) + ' |',
         '|---|---|---|' + '---|' * len(columns)]

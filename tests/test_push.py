@@ -279,7 +279,7 @@ def test_xet_uploads_are_tried_again(xet, folder, fault):
 @pytest.mark.parametrize('status, expected', [
     (401, 'InputError: The Hub does not accept the token'),
     (403, 'InputError: The token may not commit in me/net'),
-    (404, '_Missing: me/net or its revision is not there'),
+    (404, 'PushError: Could not commit: '),  # the repository has just been found
     (503, 'PushError: Could not commit: '),
 ])
 def test_xet_that_refuses_or_fails_for_good_is_one_sentence(xet, folder, status, expected):

@@ -1,4 +1,5 @@
 """Engines: built by the real TensorRT-RTX, which needs no GPU; what needs one is simulated, and says so."""
+import fnmatch
 import gc
 import hashlib
 import importlib
@@ -453,6 +454,50 @@ def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files
     (tmp_path / 'patches.onnx').unlink()
     with pytest.raises(runtime.RuntimeInputError, match='cannot be built again: there is no .*patches.onnx'):
         runtime.load(path, rebuild=True)
+
+
+def test_simulated_folder_and_repository_give_the_engine_of_the_machine(simulated, files, tmp_path, monkeypatch):
+    (tmp_path / 'onnx').mkdir()
+    for name in ('patches.onnx', 'patches.onnx.json'):
+        shutil.copy(files / name, tmp_path / 'onnx')
+    with pytest.raises(runtime.RuntimeInputError, match='holds no engine; build one'):
+        runtime.load(tmp_path, engine=True)
+    engines = tmp_path / 'engines'
+    for name, precision, change in (
+            ('a-older/x', 'fp16', dict(version='9.9')), ('b-full/x', 'fp32', {}), ('c-half/x', 'fp16', {}),
+            ('d-gpu/x', 'fp16', dict(gpu=dict(GPU, compute_capability='7.5', name='T4')))):
+        path = engines / f'{name}.engine'
+        path.parent.mkdir(parents=True)
+        build_engine(files / 'patches.onnx', path, EngineOptions(batches=((1, 2, 3),)))
+        metadata = json.loads(Path(f'{path}.json').read_text())
+        metadata['engine'].update(change)
+        Path(f'{path}.json').write_text(json.dumps(dict(metadata, precision=precision)))
+    assert runtime.load(tmp_path / 'onnx', 'cpu').session.provider == 'CPUExecutionProvider'
+    assert runtime._find(tmp_path, 'auto', None, engine=True) == engines / 'c-half' / 'x.engine'
+    assert runtime.load(tmp_path, engine=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png').label == 'ship'
+    with pytest.raises(runtime.RuntimeInputError, match='is no engine; name one'):
+        runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)
+
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
+        for path in tmp_path.rglob('*'):
+            relative = path.relative_to(tmp_path)
+            if path.is_file() and any(fnmatch.fnmatch(relative.as_posix(), p) for p in allow_patterns):
+                (tmp_path / 'snapshot' / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / 'snapshot' / relative)
+        return str(tmp_path / 'snapshot')
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+    runtime.load('me/net', revision='v1', engine=True)
+    assert asked == [
+        ('me/net', 'v1', ['*.engine.json', '*.plan.json']), ('me/net', 'v1', ['engines/c-half/x.engine'])]
+    assert len(list((tmp_path / 'snapshot').rglob('*.engine'))) == 1
+    for name in ('b-full', 'c-half'):
+        shutil.rmtree(engines / name)
+    with pytest.raises(runtime.RuntimeInputError, match='holds no engine for this machine; the first: .* 9.9, here is'):
+        runtime.load(tmp_path, engine=True)
 
 
 def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulated, files, tmp_path):
