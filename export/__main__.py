@@ -80,6 +80,7 @@ def add_check(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('file', type=Path)
     add_model_options(command)
+    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='of an ONNX file')
     add_image_options(command)
     command.set_defaults(run=run_check)
 
@@ -89,7 +90,7 @@ def run_check(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
     model = load(args.model, args.checkpoint)
-    parity, failure = check_file(args.file, model, load_images(args, model, calibrate=False))
+    parity, failure = check_file(args.file, model, load_images(args, model, calibrate=False), args.device)
     print_parity(parity)
     if failure is not None:
         raise failure
@@ -163,11 +164,12 @@ def add_triton(commands: argparse._SubParsersAction) -> None:
 
 
 def run_triton(args: argparse.Namespace) -> None:
-    from export.triton import ServingOptions, add_models
+    from export.triton import ServingOptions, add_models, tell_flags
     options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay)
     for folder in add_models(args.output, args.files, args.name, options):
         print(f'wrote {folder}')
-    print(f'serve it with: tritonserver --model-repository={args.output}')
+    flags = tell_flags(args.files)
+    print(f'serve it with: tritonserver --model-repository={args.output}{flags}')
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:

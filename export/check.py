@@ -27,13 +27,15 @@ def _batch_sizes(ranges: List[Tuple[int, int]]) -> Sequence[int]:
     return sorted(set(map(closest, BATCH_SIZES)))
 
 
-def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], Optional[ParityError]]:
-    """Compare an ONNX file on the CPU, or an engine on the GPU, with PyTorch.
+def check_file(
+        path: Path, model: Any, images: Images, device: str = 'cpu') -> Tuple[Dict[str, Any], Optional[ParityError]]:
+    """Compare an ONNX file, or an engine on the GPU, with PyTorch.
 
     Args:
         path: File of the project.
         model: Network it was exported from, in evaluation mode.
         images: Their held-out part is compared.
+        device: Where ONNX Runtime runs a file, 'cpu' or 'cuda'.
 
     Returns:
         The report of `export.parity`, and what the file fails in, if it does.
@@ -60,7 +62,7 @@ def check_file(path: Path, model: Any, images: Images) -> Tuple[Dict[str, Any], 
         import onnx
         run = create_run(onnx.load(path), options)
     else:
-        run = load(path, 'auto' if engine else 'cpu').session.run
+        run = load(path, 'auto' if engine else device).session.run
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     prepare, random_input = create_inputs(config, options)
     precision = metadata['precision']

@@ -115,12 +115,18 @@ def check(
 
     Returns:
         The report, and what the file fails in, if it does.
+
+    Raises:
+        InputError: If there are too few images for a batch.
     """
     limits = LIMITS[precision]
     pixels = images.held_out
     sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
     parts = np.split(pixels, np.cumsum(sizes))
     batches = [prepare(part) for part in parts if len(part) >= batch_sizes[0] and accepts(len(part))]
+    if not batches:
+        raise InputError(
+            f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images.')
     real = _compare(run, reference, names, batches, limits)
     noise = _of_noise(limits)
     random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -122,7 +123,10 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
     if metadata['weights_sha256'] != weights:
         raise InputError(f'{path} was built from other weights; build it again.')
     built: Dict[str, Any] = metadata['engine']
-    gpu = f'sm{built["gpu"]["compute_capability"].replace(".", "")}' if built['gpu'] else 'any'
+    gpu = 'any'
+    if built['gpu']:  # its name too, as of one compute capability there are several that want engines of their own
+        gpu = f'sm{built["gpu"]["compute_capability"].replace(".", "")}-{built["gpu"]["name"]}'
+        gpu = re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')
     target = folder / 'engines' / f'{built["backend"]}-{built["version"]}-{gpu}' / path.name
     if target.is_file():
         raise InputError(f'Two engines for one machine are called {path.name}; rename one, and build it again.')

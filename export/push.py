@@ -170,7 +170,7 @@ class _Push:
             if options.create_pr:
                 raise InputError(f'There is no repository {options.repo} to open a pull request in.') from None
             self._retry(
-                lambda: self.api.create_repo(options.repo, private=options.private, exist_ok=True),
+                lambda: self.api.create_repo(options.repo, private=options.private or None, exist_ok=True),
                 'create the repository')
             info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
         if options.private and not info.private:

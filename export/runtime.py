@@ -20,6 +20,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -42,6 +43,9 @@ METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
+BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command')
+# float32 of ONNX Runtime on a GPU would be rounded to 10 bits of mantissa before each convolution
+CUDA_OPTIONS = {'use_tf32': '0'}
 
 
 class RuntimeInputError(ValueError):
@@ -54,6 +58,11 @@ class NotInstalledError(RuntimeInputError):
 
 class EngineMismatchError(RuntimeInputError):
     """The engine was built for another GPU or another version of TensorRT, or is not the file that was built."""
+
+
+def _tell(error: BaseException) -> str:
+    """The first line of what another library says went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # Images
@@ -75,6 +84,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
                 raise RuntimeInputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
             source = Image.fromarray(source)
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        if image.format == 'EPS':
+            raise RuntimeInputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
         image = ImageOps.exif_transpose(image)
         if image.mode[0] == 'I':  # 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -186,16 +197,20 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
-        providers = [wanted] if device == 'cpu' or not allow_fallback else [wanted, 'CPUExecutionProvider']
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
                 f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], or allow the CPU with '
                 f'--allow-fallback.')
-        providers = [p for p in providers if p in ort.get_available_providers()]
+        providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
+        if device == 'cuda' and wanted in ort.get_available_providers():
+            providers.insert(0, (wanted, CUDA_OPTIONS))
+            if hasattr(ort, 'preload_dlls'):  # the loader does not find CUDA and cuDNN where pip installs them
+                with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
+                    ort.preload_dlls()
         try:
             self.session = ort.InferenceSession(path.read_bytes(), options, providers=providers)
         except Exception as e:  # onnxruntime's errors share no public base class
-            reason = str(e).strip().splitlines()[0][:200]
+            reason = _tell(e)
             advice = 'export it again'
             if 'NOT_IMPLEMENTED' in reason:
                 advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
@@ -216,11 +231,11 @@ class OnnxSession:
             names = [output['name'] for output in self.metadata['outputs']]
             return self.session.run(names, {self.metadata['input']['name']: batch})
         except Exception as e:
-            raise RuntimeInputError(f'ONNX Runtime failed: {str(e).strip().splitlines()[0][:200]}') from e
+            raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
 
 
 class TensorRTSession:
-    """A TensorRT engine. Threads may share it; their batches take turns.
+    """A TensorRT engine on the first GPU of CUDA_VISIBLE_DEVICES. Threads may share it; their batches take turns.
 
     Each batch size has an execution context, pinned buffers and, from its second batch on, a CUDA graph of copy,
     inference and copy back (of inference alone with TensorRT-RTX, which captures by itself); the `max_shapes` used last
@@ -242,12 +257,13 @@ class TensorRTSession:
         self.runtime = trt.Runtime(self.logger)
         if self.metadata['engine']['version_compatible']:
             self.runtime.engine_host_code_allowed = True
-        self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise EngineMismatchError(
-                f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata, path)}.')
-        # not the default kind: what others do on the legacy stream would break a capture
-        self.stream = _check_cuda(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
+        with _on_first_gpu(self.cudart):
+            self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
+            if self.engine is None:
+                raise EngineMismatchError(
+                    f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata, path)}.')
+            # not the default kind: what others do on the legacy stream would break a capture
+            self.stream = _check_cuda(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
         self.cuda_graphs = cuda_graphs
         self.max_shapes = max_shapes
         self.bindings: OrderedDict[Tuple[int, ...], _Binding] = OrderedDict()
@@ -256,7 +272,9 @@ class TensorRTSession:
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
-        with self.lock:
+        with self.lock, _on_first_gpu(self.cudart):
+            if not self.close.alive:
+                raise RuntimeInputError(f'{self.path} was closed; load it again.')
             binding = self.bindings.pop(batch.shape, None) or _Binding(self, batch.shape)
             self.bindings[batch.shape] = binding  # the last is the newest
             while len(self.bindings) > self.max_shapes:
@@ -269,6 +287,17 @@ def _check_cuda(result: Tuple[Any, ...]) -> Any:
     if int(error) != 0:
         raise RuntimeInputError(f'CUDA failed with {getattr(error, "name", error)}; see what else uses the GPU.')
     return values[0] if values else None
+
+
+@contextlib.contextmanager
+def _on_first_gpu(cudart: Any) -> Iterator[None]:
+    """Whichever GPU the thread has chosen for other work, which has it back afterwards."""
+    chosen = _check_cuda(cudart.cudaGetDevice())
+    _check_cuda(cudart.cudaSetDevice(0))
+    try:
+        yield
+    finally:
+        cudart.cudaSetDevice(chosen)
 
 
 def _close(cudart: Any, stream: Any, bindings: Dict[Tuple[int, ...], '_Binding']) -> None:
@@ -491,36 +520,47 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
         EngineMismatchError: If the engine was built for another GPU or version, or is not the file that was built.
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
-    if not metadata.get('engine'):
-        raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
+    _check_built(metadata, path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
             f'{_rebuild(metadata, path)}.')
-    _check_machine(path, metadata)
+    mismatch = _find_mismatch(metadata)
+    if mismatch:
+        raise EngineMismatchError(f'{path} was built {mismatch}; {_rebuild(metadata, path)}.')
 
 
-def _check_machine(path: Path, metadata: Dict[str, Any]) -> None:
-    """Compare an engine's sidecar with this machine; the engine itself need not be there."""
+def _find_mismatch(metadata: Dict[str, Any]) -> str:
+    """What an engine was built by or for that this machine has not, '' if it can run here.
+
+    Raises:
+        RuntimeInputError: If there is no GPU, or no TensorRT.
+    """
     built = metadata['engine']
     gpu = query_gpu()
     if gpu is None:
         raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
     trt = import_tensorrt(built['backend'])
-    if trt.__version__ != built['version'] and not built['version_compatible']:
-        raise EngineMismatchError(
-            f'{path} was built by {built["backend"]} {built["version"]}, here is {trt.__version__}; '
-            f'{_rebuild(metadata, path)}.')
-    on = built['gpu']
-    exact = built['hardware_compatibility'] in ('none', 'same-cc')
-    if on and exact and on['compute_capability'] != gpu['compute_capability']:
-        raise EngineMismatchError(
-            f'{path} was built for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, '
-            f'{gpu["name"]}, has {gpu["compute_capability"]}; {_rebuild(metadata, path)}.')
+    same = trt.__version__ == built['version']
+    later = _parse_version(trt.__version__) >= _parse_version(built['version'])  # what a compatible engine asks for
+    if not same and not (built['version_compatible'] and later):
+        return f'by {built["backend"]} {built["version"]}, here is {trt.__version__}'
+    on, kind, own = built['gpu'], built['hardware_compatibility'], gpu['compute_capability']
+    if on and kind in ('none', 'same-cc') and on['compute_capability'] != own:
+        return f'for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, {gpu["name"]}, has {own}'
+    if on and kind == 'ampere+' and int(own.split('.')[0]) < 8:
+        return f'for Ampere and later, this GPU, {gpu["name"]}, has compute capability {own}'
+    return ''
+
+
+def _parse_version(version: str) -> List[int]:
+    return [int(n) for n in re.findall(r'\d+', version)]
 
 
 def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
     """What to do: the command of the sidecar, whose files are relative to the engine's folder, with whole paths."""
     command = shlex.split(metadata['engine']['command'])
+    if command[:4] != ['python', '-m', 'export', 'tensorrt'] or '--output' not in command:  # not advice of ours
+        return 'build it again with python -m export tensorrt'
     onnx, output = (command.index(word) + 1 for word in ('tensorrt', '--output'))
     for i in (onnx, output):
         command[i] = os.path.abspath(path.parent / command[i])
@@ -565,7 +605,8 @@ def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
         raise RuntimeInputError(f'{path} {found}; export it with python -m export onnx.')
     try:
         scores, names = metadata['outputs'][0]['shape'][1], metadata['class_names']
-        complete = all(key in metadata['preprocessing'] for key in ('input_size', 'mean', 'std', 'color'))
+        described = ('input_size', 'mean', 'std', 'color', 'crop_pct', 'interpolation')
+        complete = all(key in metadata['preprocessing'] for key in described)
         complete = complete and all(key in metadata['input'] for key in ('name', 'shape', 'layout', 'range'))
     except (KeyError, IndexError, TypeError):
         complete = False
@@ -573,6 +614,16 @@ def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
         raise RuntimeInputError(f'{path} says only a part of what is needed to use it; export it again.')
     if scores != len(names):
         raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; export it again.')
+
+
+def _check_built(metadata: Dict[str, Any], path: Path) -> None:
+    built = metadata.get('engine')
+    if not isinstance(built, dict):
+        raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
+    gpu = built.get('gpu')
+    complete = all(key in built for key in BUILT) and built['backend'] in TENSORRT_MODULES
+    if not complete or not (gpu is None or isinstance(gpu, dict) and {'name', 'compute_capability'} <= gpu.keys()):
+        raise RuntimeInputError(f'{sidecar(path)} says only a part of what is needed; build the engine again.')
 
 
 # Runner: images in, predictions out
@@ -586,6 +637,10 @@ class Runner:
         self.preprocessing = self.metadata['preprocessing']
         mean, std = (np.array(self.preprocessing[k], dtype=np.float64) for k in ('mean', 'std'))
         self._scale, self._shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        batch = self.metadata['input']['shape'][0]
+        profiles = (self.metadata.get('engine') or {}).get('profiles', [])
+        # smallest and largest batch of each profile, empty if the file takes any
+        self._batches = [(low[0], high[0]) for low, _, high in profiles] or [(batch, batch)] * isinstance(batch, int)
 
     @property
     def class_names(self) -> List[str]:
@@ -649,9 +704,25 @@ class Runner:
 
     def infer(self, batch: np.ndarray) -> List[np.ndarray]:
         """Probabilities (B, num_classes) and, if the file has them, those of patches (B, num_templates, H/r, W/r)."""
-        outputs = self.session.run(batch)
+        outputs = self.run(batch)
         described = self.metadata['outputs']
         return [y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described)]
+
+    def run(self, batch: np.ndarray) -> List[np.ndarray]:
+        """Input of the file to its outputs, in their order in the metadata, for any number of images.
+
+        To a file that takes some batch sizes alone they go in several batches, the last filled up with its last image.
+        """
+        if not self._batches:
+            return self.session.run(batch)
+        largest = max(high for _, high in self._batches)
+        parts = []
+        for start in range(0, len(batch), largest):
+            part = batch[start:start + largest]
+            size = min(max(low, len(part)) for low, high in self._batches if high >= len(part))
+            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            parts.append([y[:len(part)] for y in self.session.run(filled)])
+        return [np.concatenate(ys) for ys in zip(*parts)]
 
     def _prepare_all(self, images: List[ImageSource]) -> Tuple[List[Tuple[ImageSource, Any]], Optional[np.ndarray]]:
         seen: List[Tuple[ImageSource, Any]] = []
@@ -720,12 +791,12 @@ def load(
         rebuild: Build an engine again from the ONNX file beside it if it is of another GPU or version.
         revision: Branch, tag or commit of a Hub repository.
         engine: Of a folder or Hub repository, take the engine that was built for this GPU and TensorRT, not an ONNX
-            file. TensorRT may run code that an engine holds: ask for it only where you trust the publisher.
+            file. An engine is code: ask for one only of a publisher you trust.
 
     Raises:
         RuntimeInputError: If it cannot be had or cannot run here.
     """
-    path = _find(source, device, revision, engine)
+    path = _find(source, device, revision, engine, rebuild)
     if path.suffix not in ENGINE_SUFFIXES:
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu':
@@ -746,7 +817,13 @@ def load(
     return Runner(TensorRTSession(path, cuda_graphs))
 
 
-def _find(source: Union[str, Path], device: str, revision: Optional[str], engine: bool = False) -> Path:
+def _find(
+        source: Union[str, Path],
+        device: str,
+        revision: Optional[str],
+        engine: bool = False,
+        rebuild: bool = False,
+) -> Path:
     path = Path(source)
     if path.is_file():
         if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
@@ -754,50 +831,82 @@ def _find(source: Union[str, Path], device: str, revision: Optional[str], engine
         if engine and path.suffix == '.onnx':
             raise RuntimeInputError(f'{path} is no engine; name one, or a folder or repository that holds some.')
         return path
-    on_hub = not path.is_dir()
-    if on_hub:
-        if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-            raise RuntimeInputError(f'There is no file {source}.')
-        wanted = ['*.engine.json', '*.plan.json'] if engine else ['*.onnx', '*.onnx.json']
-        path = _download(str(source), revision, wanted)
-    if engine:
-        found = _find_engine(path, source)
-        if on_hub:  # of the engines, which are large, the one alone
-            _download(str(source), revision, [found.relative_to(path).as_posix()])
-        return found
-    files = sorted(path.glob('*.onnx')) + sorted(path.glob('onnx/*.onnx'))
-    files = [f for f in files if not f.name.endswith('.failed.onnx')]
+    if path.is_dir():
+        return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)
+    if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        raise RuntimeInputError(f'There is no file {source}.')
+    # of the files, which are large, the one alone; of the same commit, should there be another meanwhile
+    kinds = ENGINE_SUFFIXES if engine else ['.onnx']
+    sidecars = _download(str(source), revision, [f'*{kind}.json' for kind in kinds])
+    found = _find_engine(sidecars, source, remote=True) if engine else _find_onnx(sidecars, source, device, remote=True)
+    name = found.relative_to(sidecars)
+    file = _download(str(source), sidecars.name, [name.as_posix(), f'{name.as_posix()}.json']) / name
+    if not file.is_file():
+        raise RuntimeInputError(f'{source} cannot be had from the Hub: it has no {name.as_posix()}.')
+    return file
+
+
+def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool = False) -> Path:
+    """The ONNX file of a folder, or of a repository's sidecars, for a device."""
+    files = [f for f in _list_files(folder, ('*', 'onnx/*'), ('.onnx',), remote) if not f.name.endswith('.failed.onnx')]
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
     order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
-    return _rank(files, order)[0]
+    precisions = {f: _read_sidecar(f).get('precision') if sidecar(f).is_file() else None for f in files}
+    ranked = [f for precision in order for f in files if precisions[f] == precision]
+    return (ranked or files)[0]
 
 
-def _find_engine(folder: Path, source: Union[str, Path]) -> Path:
-    """The engine of a folder that this machine can run, by what the sidecars say; fp16 before others."""
-    found = [
-        path.with_suffix('') for pattern in ('*', 'engines/*/*') for suffix in ENGINE_SUFFIXES
-        for path in sorted(folder.glob(f'{pattern}{suffix}.json'))]
-    if not found:
-        raise RuntimeInputError(f'{source} holds no engine; build one with python -m export tensorrt.')
-    reason: Optional[RuntimeInputError] = None
-    for path in _rank(found, ['fp16', 'bf16', 'fp32', 'int8']):
-        metadata = _read_sidecar(path)
+def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, remote: bool = False) -> Path:
+    """The engine of a folder, or of a repository's sidecars, that is best for this machine.
+
+    That is one of this GPU before one of others it can run too, of this version before a compatible one, fp16 before
+    others; if there is none and `rebuild` is set, one that can be built again.
+    """
+    order = ['fp16', 'bf16', 'fp32', 'int8']
+    fitting: List[Tuple[Any, Path]] = []
+    other: Optional[Path] = None
+    reasons: List[str] = []
+    for path in _list_files(folder, ('*', 'engines/*/*'), ENGINE_SUFFIXES, remote):
         try:
-            if metadata.get('engine'):
-                _check_machine(path, metadata)
-                return path
-        except (EngineMismatchError, NotInstalledError) as e:
-            reason = reason or e
-    raise RuntimeInputError(f'{source} holds no engine for this machine; the first: {reason or "is none"}') from reason
+            metadata = _read_sidecar(path)
+            _check_metadata(metadata, path)
+            _check_built(metadata, path)
+        except RuntimeInputError as e:  # not one of ours
+            reasons.append(str(e).rstrip('.'))
+            continue
+        built = metadata['engine']
+        try:
+            mismatch = _find_mismatch(metadata)
+        except NotInstalledError as e:
+            mismatch = f'by {built["backend"]}: {str(e).rstrip(".")}'
+        if mismatch:
+            reasons.insert(0, f'{path.name} was built {mismatch}')
+            other = other or path
+            continue
+        gpu, trt = query_gpu() or {}, import_tensorrt(built['backend'])
+        place = (
+            bool(built['gpu']) and built['gpu']['name'] != gpu.get('name'),
+            built['version'] != trt.__version__,
+            order.index(metadata['precision']) if metadata.get('precision') in order else len(order))
+        fitting.append((place, path))
+    if fitting:
+        return min(fitting)[1]
+    if other is not None and rebuild:
+        return other
+    if other is not None:
+        fetch = f'"hf download {source} --local-dir FOLDER", then name FOLDER and ' if remote else ''
+        reasons[0] += f'; to build it again, {fetch}use --rebuild'
+    if not reasons:
+        raise RuntimeInputError(f'{source} holds no engine; build one with python -m export tensorrt.')
+    raise RuntimeInputError(f'{source} holds no engine for this machine: {reasons[0]}.')
 
 
-def _rank(files: List[Path], order: Sequence[str]) -> List[Path]:
-    """By precision, those of none in `order` last."""
-    def place(file: Path) -> int:
-        precision = _read_sidecar(file).get('precision') if sidecar(file).is_file() else None
-        return order.index(precision) if precision in order else len(order)
-    return sorted(files, key=place)
+def _list_files(folder: Path, patterns: Sequence[str], suffixes: Sequence[str], remote: bool) -> List[Path]:
+    """Files by place and name; of a repository, those whose sidecars are there."""
+    end = '.json' if remote else ''
+    found = [path for pattern in patterns for suffix in suffixes for path in folder.glob(f'{pattern}{suffix}{end}')]
+    return sorted((p.with_suffix('') if remote else p for p in found), key=lambda path: (len(path.parts), path))
 
 
 def _download(repo: str, revision: Optional[str], patterns: List[str]) -> Path:
@@ -808,7 +917,7 @@ def _download(repo: str, revision: Optional[str], patterns: List[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as e:  # of the client, of HTTP, of the disk
-        raise RuntimeInputError(f'{repo} cannot be had from the Hub: {str(e).strip().splitlines()[0]}') from e
+        raise RuntimeInputError(f'{repo} cannot be had from the Hub: {_tell(e)}') from e
 
 
 # Command line
@@ -844,7 +953,10 @@ def add_run(commands: Any) -> None:
     command.add_argument('--threads', type=int, help='of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
     command.add_argument(
-        '--engine', action='store_true', help='of a folder or repository, the engine built for this GPU and TensorRT')
+        '--engine', action='store_true', help=(
+            'of a folder or repository, the engine built for this GPU and TensorRT; engines are code, so only of a '
+            'publisher you trust'))
+    command.add_argument('--revision', help='branch, tag or commit of a Hub repository')
     command.add_argument('--rebuild', action='store_true', help='build an engine of another GPU or version again')
     command.set_defaults(run=run)
 
@@ -869,7 +981,9 @@ def run(args: argparse.Namespace) -> None:
     if args.explain and args.explain.suffix.lower() in IMAGE_SUFFIXES and args.explain.suffix.lower() != '.png':
         raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
-    runner = load(args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild, engine=args.engine)
+    runner = load(
+        args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild, revision=args.revision,
+        engine=args.engine)
     failed: List[ImageSource] = []
 
     def skip(image: ImageSource, error: RuntimeInputError) -> None:

@@ -7,7 +7,7 @@ from export.bench import describe_machine, measure, open_file
 from export.check import check_file
 from export.images import Images
 from export.onnx import PRECISIONS, OnnxOptions, export_onnx
-from export.runtime import NotInstalledError, RuntimeInputError, query_gpu
+from export.runtime import NotInstalledError, RuntimeInputError, import_onnxruntime, query_gpu
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError
 
@@ -15,7 +15,8 @@ BATCH_SIZES = (1, 64)
 
 
 def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Dict[str, Any]:
-    """Take a network through every precision: ONNX Runtime on the CPU, and TensorRT where it is installed.
+    """Take a network through every precision: ONNX Runtime on the CPU and, where it can, the GPU, and TensorRT where it
+    is installed.
 
     Args:
         model: Network with trained weights, in evaluation mode.
@@ -24,8 +25,9 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
         seconds: For timing each file.
 
     Returns:
-        machine and gpu, and rows: file, step ('ONNX Runtime', 'TensorRT'), result ('passed', 'compared', 'built, not
-        run', 'failed', 'not available'), reason, agreement with PyTorch, and images per second by batch size.
+        machine and gpu, and rows: file, step ('ONNX Runtime', 'ONNX Runtime CUDA', 'TensorRT'), result ('passed',
+        'compared', 'built, not run', 'failed', 'not available'), reason, agreement with PyTorch, and images per second
+        by batch size.
     """
     patches = getattr(model, 'has_template_matching', False)
     rows: List[Dict[str, Any]] = []
@@ -36,6 +38,8 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
                 label = f'{precision} for {target}' if precision == 'int8' else precision
                 path = Path(name) / f'{label.replace(" ", "-")}.onnx'
                 rows.append(_test_onnx(path, label, model, options, images, seconds))
+                if path.is_file() and precision in ('fp32', 'fp16') and _has_cuda():
+                    rows.append(_test_cuda(path, label, model, images, seconds))
                 if path.is_file() and not (precision, target) == ('int8', 'cpu'):
                     rows.append(_test_engine(path, label, model, images, backend, seconds))
     return dict(gpu=query_gpu(), **describe_machine(), rows=rows)
@@ -51,9 +55,30 @@ def _test_onnx(
             row.update(result='compared', reason='ONNX Runtime has no bf16 on the CPU; each result was rounded instead')
         else:
             row['images_per_second'] = _time(path, 'cpu', seconds)
-    except InputError as e:
+    except (InputError, RuntimeInputError) as e:
         row.update(result='failed', reason=str(e))
     return row
+
+
+def _has_cuda() -> bool:
+    return query_gpu() is not None and 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
+
+
+def _test_cuda(path: Path, label: str, model: Any, images: Images, seconds: float) -> Dict[str, Any]:
+    row: Dict[str, Any] = dict(file=label, step='ONNX Runtime CUDA', result='passed')
+    try:
+        return _compare(row, path, model, images, 'cuda', seconds)
+    except (InputError, RuntimeInputError) as e:
+        return dict(row, result='failed', reason=str(e))
+
+
+def _compare(
+        row: Dict[str, Any], path: Path, model: Any, images: Images, device: str, seconds: float) -> Dict[str, Any]:
+    report, failure = check_file(path, model, images, device)
+    row['same_class'] = next(iter(report['outputs'].values()))['same_class']
+    if failure is not None:
+        return dict(row, result='failed', reason=str(failure))
+    return dict(row, images_per_second=_time(path, device, seconds))
 
 
 def _test_engine(
@@ -70,14 +95,9 @@ def _test_engine(
     if query_gpu() is None:
         return dict(row, result='built, not run', reason='there is no NVIDIA GPU')
     try:
-        report, failure = check_file(engine, model, images)
-        row['same_class'] = next(iter(report['outputs'].values()))['same_class']
-        if failure is not None:
-            return dict(row, result='failed', reason=str(failure))
-        row['images_per_second'] = _time(engine, 'auto', seconds)
+        return _compare(row, engine, model, images, 'auto', seconds)
     except (InputError, RuntimeInputError) as e:
         return dict(row, result='failed', reason=str(e))
-    return row
 
 
 def _time(path: Path, device: str, seconds: float) -> Dict[str, float]:

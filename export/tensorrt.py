@@ -282,15 +282,17 @@ def _build(
         cache = config.create_timing_cache(_read_timing_cache(cache_path))
         if cache is None:  # damaged
             cache = config.create_timing_cache(b'')
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another driver, say
+            config.set_timing_cache(config.create_timing_cache(b''), ignore_mismatch=False)
     monitor = _create_monitor(trt)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     monitor.close()
     if plan is None:
         raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
-    if cache_path:
-        _write_timing_cache(cache_path, bytes(config.get_timing_cache().serialize()))
+    timed = config.get_timing_cache() if cache_path else None
+    if cache_path and timed is not None:
+        _write_timing_cache(cache_path, bytes(timed.serialize()))
     data = bytes(plan)
     layers = ''
     if describe_layers:

@@ -106,6 +106,14 @@ class _Model:
         return folder
 
 
+def tell_flags(paths: Sequence[Path]) -> str:
+    """What the server has to be told to load the files, with a space before it, or ''."""
+    engines = [metadata['engine'] for metadata in map(load_metadata, paths) if metadata.get('engine')]
+    if any(engine.get('version_compatible') for engine in engines):  # holds code that the server runs
+        return ' --backend-config=tensorrt,version-compatible=true'
+    return ''
+
+
 def create_config(name: str, path: Path, metadata: Dict[str, Any], options: ServingOptions) -> str:
     """Text of config.pbtxt.
 

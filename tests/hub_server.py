@@ -60,6 +60,7 @@ class Hub:
     def __init__(self, xet: Optional[XetStore] = None) -> None:
         self.xet = xet  # without one, uploads by Xet find nobody
         self.part_size = 0  # of LFS uploads in parts
+        self.default_visibility = 'public'  # organizations may choose
         self.parts: Dict[str, Dict[int, bytes]] = {}
         self.repositories: Dict[str, Repository] = {}
         self.blobs: Dict[str, bytes] = {}
@@ -244,7 +245,7 @@ class HubHandler(_Handler):
         url = f'{self.hub.endpoint}/{name}'
         if name in self.hub.repositories:
             return self.send(409, {'error': 'You already created this model repo', 'url': url})
-        self.hub.create(name, request.get('visibility') == 'private')
+        self.hub.create(name, request.get('visibility', self.hub.default_visibility) == 'private')
         self.send(200, {'url': url})
 
     def find(self, name):

@@ -6,6 +6,7 @@ lacks raises AttributeError, as the real one would.
 """
 import ctypes
 import json
+import threading
 import types
 from enum import IntEnum
 from pathlib import Path
@@ -47,6 +48,7 @@ class Flags(IntEnum):
 def create_module(version, name='tensorrt', full_version=None, log=None):
     """A module like TensorRT's of a version of the table; `log` collects what the builder was told."""
     log = log if log is not None else {}
+    foreign = log.setdefault('foreign_caches', [])  # timing caches of another GPU or driver
 
     def guard(target, kind):
         return Guarded(target, kind, version)
@@ -58,6 +60,8 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             pass
 
     class Config:
+        cache = None
+
         def __init__(self):
             log.update(flags={'TF32'}, profiles=[], settings=self)
 
@@ -79,10 +83,13 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
         def create_timing_cache(self, data):
             log['cache_before'] = data
-            return guard(types.SimpleNamespace(serialize=lambda: data + b'+'), 'ITimingCache')
+            return guard(types.SimpleNamespace(serialize=lambda: data + b'+', foreign=data in foreign), 'ITimingCache')
 
         def set_timing_cache(self, cache, ignore_mismatch):
+            if object.__getattribute__(cache, '_guard')[0].foreign:
+                return False
             self.cache = cache
+            return True
 
         def get_timing_cache(self):
             return self.cache
@@ -251,6 +258,7 @@ class Cuda:
 
     @classmethod
     def cudaMalloc(cls, size):
+        cls.used.append(cls.cudaGetDevice()[1])
         buffer = ctypes.create_string_buffer(size)
         cls.buffers[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
@@ -267,6 +275,17 @@ class Cuda:
     cudaFreeHost = cudaFree
 
     cudaStreamNonBlocking = 1
+    chosen = threading.local()  # each thread has a GPU of its own choice
+    used = []  # those that memory was asked of
+
+    @classmethod
+    def cudaGetDevice(cls):
+        return 0, getattr(cls.chosen, 'index', 0)
+
+    @classmethod
+    def cudaSetDevice(cls, index):
+        cls.chosen.index = index
+        return (0,)
 
     @staticmethod
     def cudaStreamCreateWithFlags(flags):

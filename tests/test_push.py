@@ -78,7 +78,7 @@ def hub(server):
     hub, driver = server
     for state in (hub.repositories, hub.blobs, hub.faults, hub.requests):
         state.clear()
-    hub.part_size = 0
+    hub.part_size, hub.default_visibility = 0, 'public'
     hub.driver = driver
     yield hub
     assert hub.leaks == []
@@ -200,6 +200,12 @@ def test_what_the_user_can_mend_is_one_sentence_and_uploads_nothing(hub, folder,
     kind, text = run(hub, folder, token, **options)
     assert kind in ('InputError', '_Missing') and re.search(message, text), text
     assert not hub.has_been_sent() and not any('commit/' in r for r in hub.requests)
+
+
+@pytest.mark.parametrize('visibility', ['public', 'private'])
+def test_new_repository_is_as_its_owner_has_them_by_default(hub, folder, visibility):
+    hub.default_visibility = visibility
+    assert run(hub, folder)[0] == '' and hub.repositories['me/net'].private == (visibility == 'private')
 
 
 def test_private_push_never_goes_to_a_public_repository(hub, folder):

@@ -347,7 +347,7 @@ def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, 
     else:  # captures by itself
         assert simulated_tensorrt.Cuda.launches == 0 and simulated['log']['runtime_config'].cuda_graph_strategy == 1
     with pytest.raises(runtime.RuntimeInputError, match=r'takes inputs of \(1, .*\) or .* not \(17, '):
-        runner(paths + paths[:7], batch_size=17)
+        runner.session.run(runner.to_input(np.zeros((17, 32, 32, 3), dtype=np.uint8)))
 
 
 def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulated, files, tmp_path):
@@ -424,10 +424,18 @@ def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path
     monkeypatch.setenv('XDG_CACHE_HOME', '/proc/none')
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
     assert (tmp_path / 'x.engine').is_file()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    build_engine(files / 'patches.onnx', tmp_path / 'y.engine', EngineOptions())
+    if simulated['backend'] == 'tensorrt':
+        cache = next(tmp_path.rglob('timing-*.cache'))
+        cache.write_bytes(b'of another driver')
+        simulated['log']['foreign_caches'].append(b'of another driver')
+        build_engine(files / 'patches.onnx', tmp_path / 'z.engine', EngineOptions())
+        assert (tmp_path / 'z.engine').is_file() and cache.read_bytes() == b'+'
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(version='9.9'), 'was built by tensorrt.* 9.9, here is'),
+    (dict(version='1.0'), r'was built by tensorrt.* 1.0, here is'),
     (dict(gpu=dict(GPU, compute_capability='7.5', name='T4'), hardware_compatibility='same-cc'), 'for compute'),
     (dict(gpu=dict(GPU, compute_capability='7.5', name='T4')), r'for compute capability 7.5 \(T4\), this GPU, NV'),
 ])
@@ -456,48 +464,149 @@ def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files
         runtime.load(path, rebuild=True)
 
 
-def test_simulated_folder_and_repository_give_the_engine_of_the_machine(simulated, files, tmp_path, monkeypatch):
+@pytest.fixture
+def engines(simulated, files, tmp_path):
+    """Makes an engine of a folder that looks like a repository, with changes to its sidecar."""
     (tmp_path / 'onnx').mkdir()
     for name in ('patches.onnx', 'patches.onnx.json'):
         shutil.copy(files / name, tmp_path / 'onnx')
-    with pytest.raises(runtime.RuntimeInputError, match='holds no engine; build one'):
-        runtime.load(tmp_path, engine=True)
-    engines = tmp_path / 'engines'
-    for name, precision, change in (
-            ('a-older/x', 'fp16', dict(version='9.9')), ('b-full/x', 'fp32', {}), ('c-half/x', 'fp16', {}),
-            ('d-gpu/x', 'fp16', dict(gpu=dict(GPU, compute_capability='7.5', name='T4')))):
-        path = engines / f'{name}.engine'
+
+    def make(folder, precision='fp16', **change):
+        path = tmp_path / 'engines' / folder / 'x.engine'
         path.parent.mkdir(parents=True)
-        build_engine(files / 'patches.onnx', path, EngineOptions(batches=((1, 2, 3),)))
+        build_engine(tmp_path / 'onnx' / 'patches.onnx', path, EngineOptions(batches=((1, 2, 3),)))
         metadata = json.loads(Path(f'{path}.json').read_text())
         metadata['engine'].update(change)
         Path(f'{path}.json').write_text(json.dumps(dict(metadata, precision=precision)))
-    assert runtime.load(tmp_path / 'onnx', 'cpu').session.provider == 'CPUExecutionProvider'
-    assert runtime._find(tmp_path, 'auto', None, engine=True) == engines / 'c-half' / 'x.engine'
-    assert runtime.load(tmp_path, engine=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png').label == 'ship'
+        return path
+
+    return make
+
+
+T4, H100, RTX = (
+    dict(GPU, compute_capability=cc, name=name) for cc, name in (('7.5', 'T4'), ('9.0', 'H100'), ('8.9', 'RTX 4090')))
+
+
+def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engines, tmp_path, monkeypatch):
+    with pytest.raises(runtime.RuntimeInputError, match='holds no engine; build one'):
+        runtime.load(tmp_path, engine=True)
+    # worst first: what cannot run, then what can, each better than the one before
+    engines('a', version='1.0')
+    engines('b', gpu=T4)
+    engines('z', version='99.0', version_compatible=True)
+    with pytest.raises(runtime.RuntimeInputError, match='for this machine: x.engine was built .*; to build .* --rebuild'):
+        runtime.load(tmp_path, engine=True)
+    for i, (precision, change) in enumerate((
+            ('fp16', dict(gpu=H100, hardware_compatibility='ampere+', version='1.0', version_compatible=True)),
+            ('fp16', dict(gpu=H100, hardware_compatibility='ampere+')),
+            ('fp16', dict(gpu=GPU, version='1.0', version_compatible=True)),
+            ('fp32', dict(gpu=GPU)),
+            ('fp16', dict(gpu=GPU)))):
+        path = engines(f'y{9 - i}', precision, **change)
+        assert runtime._find(tmp_path, 'auto', None, engine=True) == path, change
+    prediction = runtime.load(tmp_path, engine=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
+    assert prediction.label == 'ship'
+    assert runtime.load(tmp_path, 'cpu').session.provider == 'CPUExecutionProvider'  # unless asked, an ONNX file
     with pytest.raises(runtime.RuntimeInputError, match='is no engine; name one'):
         runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)
+    (path.parent / 'x.engine').unlink()  # its sidecar alone is no engine
+    assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'y6'
+    monkeypatch.setattr(runtime, 'query_gpu', lambda: dict(T4))
+    assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'b'  # not those for Ampere and later
 
+
+def test_simulated_engine_of_the_same_capability_yields_to_one_of_the_gpu(simulated, engines, tmp_path):
+    other = engines('a', gpu=RTX)
+    assert runtime._find(tmp_path, 'auto', None, engine=True) == other
+    own = engines('b', 'fp32', gpu=GPU)
+    assert runtime._find(tmp_path, 'auto', None, engine=True) == own
+
+
+@pytest.mark.parametrize('text', [
+    '{"engine": {"name": "resnet"}}', '{"engine": "yes"}', '[]', '{', '{"metadata_version": 1}'])
+def test_simulated_foreign_sidecar_hides_no_engine(simulated, engines, tmp_path, text):
+    (tmp_path / 'a.engine').write_bytes(b'plan')
+    (tmp_path / 'a.engine.json').write_text(text)
+    with pytest.raises(runtime.RuntimeInputError, match='holds no engine for this machine: '):
+        runtime.load(tmp_path, engine=True)
+    own = engines('b')
+    assert runtime._find(tmp_path, 'auto', None, engine=True) == own
+
+
+def test_simulated_advice_is_a_command_of_the_project_alone(simulated, engines, tmp_path):
+    path = engines('a', version='1.0', command='python -c "import os" tensorrt a --output b')
+    with pytest.raises(runtime.RuntimeInputError, match='build it again with python -m export tensorrt') as error:
+        runtime.load(path)
+    assert 'import os' not in str(error.value)
+
+
+def test_simulated_folder_is_built_again_where_nothing_fits(simulated, engines, tmp_path):
+    engines('a', version='1.0')
+    runner = runtime.load(tmp_path, engine=True, rebuild=True)
+    assert runner.metadata['engine']['version'] == simulated['module'].__version__
+
+
+def test_simulated_repository_gives_one_file_of_one_commit(simulated, engines, tmp_path, monkeypatch):
+    engines('a', gpu=T4, hardware_compatibility='none')
+    own = engines('b')
     asked = []
 
     def download(repo, revision, allow_patterns):
-        asked.append((repo, revision, allow_patterns))
-        for path in tmp_path.rglob('*'):
-            relative = path.relative_to(tmp_path)
-            if path.is_file() and any(fnmatch.fnmatch(relative.as_posix(), p) for p in allow_patterns):
-                (tmp_path / 'snapshot' / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, tmp_path / 'snapshot' / relative)
-        return str(tmp_path / 'snapshot')
+        asked.append((repo, revision))
+        commit = tmp_path / 'snapshots' / '0123abc'
+        for folder in ('engines', 'onnx'):
+            for path in (tmp_path / folder).rglob('*'):
+                relative = path.relative_to(tmp_path)
+                if path.is_file() and any(fnmatch.fnmatch(relative.as_posix(), p) for p in allow_patterns):
+                    (commit / relative).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, commit / relative)
+        return str(commit)
+
+    def list_fetched():
+        files = [p for p in (tmp_path / 'snapshots').rglob('*') if p.is_file() and p.suffix != '.json']
+        return [p.relative_to(tmp_path / 'snapshots' / '0123abc').as_posix() for p in files]
 
     monkeypatch.setattr('huggingface_hub.snapshot_download', download)
     runtime.load('me/net', revision='v1', engine=True)
-    assert asked == [
-        ('me/net', 'v1', ['*.engine.json', '*.plan.json']), ('me/net', 'v1', ['engines/c-half/x.engine'])]
-    assert len(list((tmp_path / 'snapshot').rglob('*.engine'))) == 1
-    for name in ('b-full', 'c-half'):
-        shutil.rmtree(engines / name)
-    with pytest.raises(runtime.RuntimeInputError, match='holds no engine for this machine; the first: .* 9.9, here is'):
-        runtime.load(tmp_path, engine=True)
+    assert asked == [('me/net', 'v1'), ('me/net', '0123abc')] and list_fetched() == ['engines/b/x.engine']
+    shutil.rmtree(tmp_path / 'snapshots')
+    runtime.load('me/net', 'cpu')
+    assert list_fetched() == ['onnx/patches.onnx']
+    shutil.rmtree(tmp_path / 'snapshots')
+    own.unlink()
+    with pytest.raises(runtime.RuntimeInputError, match='cannot be had from the Hub: it has no engines/b/x.engine'):
+        runtime.load('me/net', engine=True)
+    shutil.rmtree(own.parent)
+    shutil.rmtree(tmp_path / 'snapshots')
+    with pytest.raises(runtime.RuntimeInputError, match='T4.*"hf download me/net --local-dir FOLDER", then name FOLDER'):
+        runtime.load('me/net', engine=True)
+
+
+def test_simulated_engine_stays_on_the_first_gpu_and_leaves_the_thread_its_own(simulated, files, tmp_path):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3),)))
+    cuda = simulated_tensorrt.Cuda
+    runner = runtime.load(tmp_path / 'x.engine')
+    cuda.used.clear()
+    cuda.cudaSetDevice(1)
+    try:
+        runner(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
+        assert set(cuda.used) == {0} and cuda.cudaGetDevice() == (0, 1)
+    finally:
+        cuda.cudaSetDevice(0)
+    runner.session.close()
+    with pytest.raises(runtime.RuntimeInputError, match='x.engine was closed; load it again'):
+        runner(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
+    assert cuda.buffers == {}
+
+
+@pytest.mark.parametrize('batches', [((1, 8, 32),), ((8, 8, 8),), ((1, 1, 1), (4, 8, 8))])
+def test_simulated_engine_takes_any_number_of_images(simulated, files, tmp_path, batches):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=batches))
+    runner, expected = runtime.load(tmp_path / 'x.engine'), runtime.load(files / 'patches.onnx', 'cpu')
+    x = np.random.default_rng(0).standard_normal((43, 3, 32, 32)).astype(np.float32)
+    for n in (1, 2, 10, 43):
+        for got, wanted in zip(runner.run(x[:n]), expected.run(x[:n])):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulated, files, tmp_path):

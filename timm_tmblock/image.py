@@ -26,6 +26,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
             image = Image.fromarray(source)
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
+            if image.format == 'EPS':  # Pillow has Ghostscript run it
+                raise InputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
             image.load()
             image = ImageOps.exif_transpose(image)
     except FileNotFoundError as e:

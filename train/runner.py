@@ -99,7 +99,7 @@ class ExportedRunner:
         except runtime.RuntimeInputError as e:
             raise InputError(str(e)) from e
         metadata = runner.metadata
-        self.session = runner.session
+        self.runner = runner
         self.kind = 'TensorRT' if on_gpu else 'ONNX Runtime'
         self.weights: Optional[str] = str(path)
         self.config = dict(metadata['preprocessing'])
@@ -111,7 +111,7 @@ class ExportedRunner:
         self.probabilities = 'probabilities' in metadata['outputs'][0]['meaning']
         self.class_names = metadata['class_names']
         self.device = torch.device('cpu')  # arrays go in and out through main memory
-        gpu = runtime.query_gpu() if on_gpu or self.session.provider != 'CPUExecutionProvider' else None
+        gpu = runtime.query_gpu() if on_gpu or runner.session.provider != 'CPUExecutionProvider' else None
         self.hardware = f'1 x {gpu["name"]}' if gpu else describe_hardware(self.device)
 
     def __call__(self, images: torch.Tensor) -> Outputs:
@@ -120,7 +120,7 @@ class ExportedRunner:
         if self.layout == 'NHWC':
             images = images.permute(0, 2, 3, 1)
         try:
-            outputs = [torch.from_numpy(y) for y in self.session.run(np.ascontiguousarray(images.numpy()))]
+            outputs = [torch.from_numpy(y) for y in self.runner.run(np.ascontiguousarray(images.numpy()))]
         except runtime.RuntimeInputError as e:
             raise InputError(str(e)) from e
         if self.probabilities:

@@ -67,7 +67,9 @@ def load_models() -> Dict[str, runtime.Runner]:
     sources: Sequence[Union[str, Path]] = repositories or sorted((HERE / 'models').glob('*.onnx'), key=lambda p: p.stem)
     if not sources:
         raise runtime.RuntimeInputError('There are no models: put ONNX files into models/, or set MODELS.')
-    runners = {Path(source).name.removesuffix('.onnx'): runtime.load(source, 'cpu') for source in sources}
+    short = [Path(source).name.removesuffix('.onnx') for source in sources]
+    names = short if len(set(short)) == len(short) else [str(source) for source in sources]  # two users' rn26_tm
+    runners = {name: runtime.load(source, 'cpu') for name, source in zip(names, sources)}
     if repositories:
         return runners
     return dict(sorted(runners.items(), key=lambda item: len(item[1].metadata['outputs']) < 2))
