@@ -293,6 +293,9 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.publish import create_files
     from export.push import PushOptions, list_files, push, sign_in
+    options = PushOptions(
+        args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
+    options.validate()
     if not args.dry_run:
         sign_in()
     model = load(args.model, args.checkpoint)
@@ -306,8 +309,6 @@ def _push(args: argparse.Namespace) -> None:
         if args.dry_run:
             print((folder / 'README.md').read_text())
             return
-        options = PushOptions(
-            args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
         print(push(folder, files, options))
 
 

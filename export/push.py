@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 
 from timm_tmblock.errors import InputError
 
@@ -47,6 +48,21 @@ class PushOptions:
     message: str = 'Upload model, exports and card'
     create_pr: bool = False
     deadline: float = 1800.  # seconds for all of it
+
+    def validate(self) -> None:
+        """
+        Raises:
+            InputError: For what no push can be.
+        """
+        try:
+            validate_repo_id(self.repo)
+        except ValueError as e:
+            raise InputError(f'{self.repo!r} is no name of a repository: {str(e).splitlines()[0]}') from e
+        if self.tag and self.create_pr:
+            raise InputError(
+                '--tag names a commit of the repository, which a pull request is not yet; leave one out.')
+        if self.revision and self.create_pr:
+            raise InputError('--revision names a branch to push to, and a pull request has its own; leave one out.')
 
 
 def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callable[[str], None] = print) -> str:
@@ -139,10 +155,7 @@ class _Push:
 
     def run(self) -> str:
         options = self.options
-        if options.tag and options.create_pr:
-            raise InputError('--tag names a commit of the repository, which a pull request is not yet; leave one out.')
-        if options.revision and options.create_pr:
-            raise InputError('--revision names a branch to push to, and a pull request has its own; leave one out.')
+        options.validate()
         user = self.check_token()
         self._prepare_repository()
         if options.tag:

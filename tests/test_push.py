@@ -192,7 +192,7 @@ def test_a_pull_request_is_opened_once(hub, folder):
     ('hf_wrong', {}, 'The Hub does not accept the token'),
     (READ, {}, 'The token may not create the repository in me/net; use one with write access'),
     (WRITE, dict(repo='no'), 'The Hub refuses it|is not there'),
-    (WRITE, dict(repo='a b/c'), 'The Hub refuses it'),
+    (WRITE, dict(repo='a b/c'), "'a b/c' is no name of a repository"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
     (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),
 ])
