@@ -59,6 +59,16 @@ def test_processes_draw_different_augmentation():
     assert not torch.equal(first, second)
 
 
+def test_processes_that_stream_draw_different_augmentation_in_one_order():
+    def take(rank, seed=0):
+        dataset, config = open_dataset('sample', 'train[:64]'), replace(CONFIG, input_size=(3, 32, 32))
+        return next(StreamingLoader(
+            dataset, config, 8, torch.device('cpu'), training=True, seed=seed, rank=rank, num_workers=1).epoch(0))
+
+    (images, targets), (others, same), (_, different) = take(0), take(1), take(0, seed=1)
+    assert torch.equal(targets, same) and not torch.equal(images, others) and not torch.equal(targets, different)
+
+
 def test_epoch_taken_up_in_the_middle_goes_on_the_same():
     loader = make_loader()
     whole = list(loader.epoch(3))

@@ -1,6 +1,7 @@
 """Settings of the training script: each has the effect its name says."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
+from train.engine import _configure_deepspeed
 from train.optim import create_schedule, resolve_lr
 from train.train import Trainer, main
 
@@ -105,6 +107,38 @@ def test_learning_rate_scales_with_the_images_of_an_update(flags, images, expect
     assert resolve_lr(parse_args(flags), images) == pytest.approx(expected)
 
 
+def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('lr: 0.015\n')
+    assert resolve_lr(parse_args(['-c', str(recipe)]), 512) == 0.015
+    assert resolve_lr(parse_args(['-c', str(recipe), '--lr-base', '0.1']), 512) == pytest.approx(0.2)
+    trainer = create_trainer(tmp_path, '-c', str(recipe), '--lr-base', '0.256', '--lr-base-size', '12')
+    assert trainer.lr == pytest.approx(0.256)
+    assert trainer.args.lr is None and trainer.args.lr_base == 0.256  # what another number of GPUs scales anew
+
+
+def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    main([*TINY, '--output', str(tmp_path)])
+    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['mixed_precision'] == 'bf16'
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--mixed-precision', 'bf16'], 'use --mixed-precision no'), (['--opt', 'muon'], 'muon needs the shapes'),
+    (['--clip-grad', '1', '--clip-mode', 'agc'], 'clips by the norm alone'),
+])
+def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
+    config = dict(gradient_clipping='auto')
+    _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--batch-size', '7']))
+    assert config == dict(gradient_clipping=0., train_micro_batch_size_per_gpu=7)  # 'auto' would be 1
+    _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--clip-grad', '3']))
+    assert config['gradient_clipping'] == 3
+    with pytest.raises(InputError, match=message):
+        _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', *flags]))
+
+
 @pytest.mark.parametrize('flags, updates, shape', [
     (['--sched', 'poly', '--decay-rate', '1', '--epochs', '4'], 40, {0: 1, 20: 0.5, 39: 0.025}),
     (['--sched', 'poly', '--decay-rate', '1', '--max-steps', '25'], 25, {0: 1, 5: 0.8, 24: 0.04}),
@@ -184,6 +218,50 @@ def test_initial_checkpoint_is_where_training_starts(tmp_path):
         create_trainer(tmp_path / 'new', '--initial-checkpoint', str(best), '--model', 'rn38_tm')
 
 
+@pytest.fixture
+def two_classes(tmp_path):
+    for name in ('ship', 'frog'):
+        folder = tmp_path / 'set' / 'train' / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            shutil.copy(ROOT / 'train' / 'sample' / 'images' / f'{name}.png', folder / f'{i}.png')
+    return tmp_path / 'set'
+
+
+@pytest.mark.parametrize('weights', ['pretrained', 'cifar10', 'cifar100'])
+def test_pretrained_networks_are_tuned_to_other_classes(tmp_path, two_classes, weights):
+    file = ROOT / 'timm_tmblock' / 'weights' / f'rn26_tm.{weights}.safetensors'
+    start = ['--pretrained'] if weights == 'pretrained' else ['--initial-checkpoint', str(file)]
+    result = main([
+        '--dataset', str(two_classes), '--val-fraction', '0', '--batch-size', '12', '--epochs', '1', '--device', 'cpu',
+        '--lr', '0', '--report-to', 'none', '--output', str(tmp_path), '--experiment', 'run', *start])
+    model = load_model(tmp_path / 'run' / 'last.safetensors')
+    assert model.num_classes == model.get_patch_classifier().num_templates == 2 == result['num_classes']
+    before, after = load_file(file if weights == 'cifar100' else file.with_stem('rn26_tm.cifar10')), model.state_dict()
+    kept = [k for k in before if 'running' not in k and 'num_batches' not in k and before[k].shape == after[k].shape]
+    assert len(kept) > 40 and all(torch.equal(before[k].float(), after[k]) for k in kept)
+
+
+def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
+    theirs = ['--model-kwargs', 'patch_size=1', '--mean', '0.2', '0.3', '0.4', '--crop-pct', '0.9']
+    result = main([*TINY, '--output', str(tmp_path), '--model', 'rn20_tm', *theirs])
+    best = str(tmp_path / 'run' / 'best.safetensors')
+    flags = [*TINY, '--output', str(tmp_path / 'new'), '--model', 'rn20_tm', '--initial-checkpoint', best]
+    measured = main([*flags, '--eval-only'])
+    assert measured['validation']['loss'] == pytest.approx(result['best']['loss'], rel=1e-6)
+    trainer = create_trainer(tmp_path / 'new', *flags, '--mean', '0.5', '0.5', '0.5')  # unless told otherwise
+    assert trainer.data_config.mean == (0.5, 0.5, 0.5) and trainer.data_config.crop_pct == 0.9
+    assert trainer.plain_model.patch_size == 1
+
+
+def test_run_goes_on_without_the_weights_it_began_with(tmp_path):
+    main([*TINY, '--output', str(tmp_path)])
+    best = (tmp_path / 'run' / 'best.safetensors').rename(tmp_path / 'start.safetensors')
+    main([*TINY, '--output', str(tmp_path / 'new'), '--initial-checkpoint', str(best)])
+    best.unlink()
+    assert main(['--resume', str(tmp_path / 'new' / 'run'), '--epochs', '2'])['epochs'] == 2
+
+
 @pytest.mark.parametrize('student', ['rn26_tm', 'rn26'])
 @pytest.mark.parametrize('weights, expected', [
     ([], (1, 1)), (['--task-loss-weight', '0.3'], (0.3, 0.7)), (['--distill-loss-weight', '2'], (1, 2)),
@@ -234,6 +312,9 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
     (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
     (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),
+    (['--mixup', '0.2', '--batch-size', '1'], 'use a --batch-size of 2 or more'),
+    (['--padding', '-1'], 'must not be negative'),
+    (['--dataset', 'wds/somewhere'], 'is a stream'),
 ])
 def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, flags, message):
     with pytest.raises(InputError, match=message) as error:

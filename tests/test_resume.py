@@ -144,6 +144,18 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
         main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
 
 
+def test_epochs_are_counted_whatever_the_size_of_an_update(tmp_path):
+    flags = [*FLAGS, '--opt', 'sgd', '--sched', 'poly', '--decay-rate', '1', '--lr', '1e-3', '--output', str(tmp_path)]
+    main([*flags, '--batch-size', '6'])  # 2 epochs of 6 updates
+    for batch_size, epochs in ((12, 4), (3, 5)):  # of 3, then of 12
+        result = main(['--resume', str(tmp_path / 'run'), '--epochs', str(epochs), '--batch-size', str(batch_size)])
+        updates = epochs * 36 // batch_size
+        assert [row['epoch'] for row in result['history']] == list(range(epochs)) and result['updates'] == updates
+        assert result['last']['lr'] == pytest.approx(1e-3 / updates, rel=1e-3)  # of the last update
+        newest = json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())
+        assert (newest['epoch'], newest['update']) == (epochs, updates)
+
+
 def test_resumed_run_keeps_the_trackers_run(tmp_path):
     flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2', '--output', str(tmp_path), '--report-to', 'tensorboard']
     main(flags)

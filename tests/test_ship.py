@@ -51,7 +51,12 @@ def test_tag_has_the_preprocessing_and_classes_of_the_training(name):
 @pytest.mark.parametrize('name', INDEX)
 def test_analyses_and_cards_are_of_the_shipped_weights(name):
     for path in (ROOT / INDEX[name]['source'] / 'analysis').glob('*.json'):
-        assert json.loads(path.read_text())['weights_sha256'] == INDEX[name]['sha256'], path
+        analysis = json.loads(path.read_text())
+        assert analysis['weights_sha256'] == INDEX[name]['sha256'], path
+        baseline = analysis['settings'].get('baseline')
+        if baseline:
+            tag = name.partition('.')[2]
+            assert analysis['baseline_sha256'] == INDEX[f'{baseline.partition(".")[0]}.{tag}']['sha256'], path
     model = timm.create_model(name, pretrained=True)
     for path in (ROOT / 'export' / 'results' / name).glob('*.json'):
         assert json.loads(path.read_text())['weights_sha256'] == hash_weights(model), path

@@ -109,3 +109,10 @@ def test_models_without_a_patch_loss_are_refused(model, message):
 def test_weights_out_of_range_are_refused(weight):
     with pytest.raises(ValueError, match='patch_loss_weight'):
         TemplateMatchingTask(timm.create_model('rn26_tm'), patch_loss_weight=weight, verbose=False)
+
+
+def test_loss_of_a_model_in_evaluation_mode_is_one_sentence():
+    task = TemplateMatchingTask(timm.create_model('rn20_tm'))
+    task.eval()
+    with pytest.raises(RuntimeError, match='needs patch logits, which the model gives in training alone'):
+        task(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))

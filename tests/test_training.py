@@ -230,6 +230,8 @@ def test_recipes_parse_and_name_what_there_is(recipe):
 def test_accelerate_configs_are_such_and_name_their_command(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 1 and config.num_machines in (1, 2)
+    if config.distributed_type.value in ('FSDP', 'DEEPSPEED'):  # which cast whole networks, batch norms too
+        assert config.mixed_precision == 'no'
     assert f'accelerate launch --config_file {path.relative_to(ROOT)}' in path.read_text()
 
 

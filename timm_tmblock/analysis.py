@@ -37,8 +37,9 @@ def match_threshold(norm: nn.BatchNorm2d) -> torch.Tensor:
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError('The norm keeps no running statistics, so it has no threshold.')
-    std = (norm.running_var.double() + norm.eps).sqrt()
-    return (norm.running_mean.double() - norm.bias.double() * std / norm.weight.double()).detach()
+    mean, var, weight, bias = (
+        t.detach().cpu().double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    return mean - bias * (var + norm.eps).sqrt() / weight
 
 
 @dataclass
@@ -71,7 +72,8 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
 
     def count(name: str):
         def hook(module: nn.Module, args: Tuple[torch.Tensor], output: torch.Tensor) -> None:
-            sums[name][0] += output.double().sum().item()
+            wide = torch.float32 if output.device.type == 'mps' else torch.float64  # which Apple's GPUs have not
+            sums[name][0] += output.sum(dtype=wide).item()
             sums[name][1] += output.numel() // output.shape[1]
         return hook
 

@@ -82,8 +82,14 @@ class TemplateMatchingTask(ClassificationTask):
                 - 'output': Logits
                 - 'class_loss': Term of the logits
                 - 'patch_loss': Term of the patch logits
+
+        Raises:
+            RuntimeError: If the model is in evaluation mode, where it gives logits alone.
         """
-        logits, patch_logits = self.trainable_module(input)
+        output = self.trainable_module(input)
+        if isinstance(output, torch.Tensor):
+            raise RuntimeError('The loss needs patch logits, which the model gives in training alone; call train().')
+        logits, patch_logits = output
         regions = patch_logits.shape[-2] * patch_logits.shape[-1]
         patch_logits = patch_logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, K)
         class_loss = self.criterion(logits, target)

@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -85,7 +85,14 @@ def _is_complete(path: Path) -> bool:
 
 def find_checkpoints(folder: Path) -> List[Path]:
     """Complete checkpoints of an experiment folder, oldest first."""
-    return sorted(path for path in folder.glob('checkpoints/update-*') if _is_complete(path))
+    complete = [path for path in folder.glob('checkpoints/update-*') if _is_complete(path)]
+    return sorted(complete, key=_place)
+
+
+def _place(path: Path) -> Tuple[int, int, str]:
+    """Where in training a checkpoint is; its number is no measure where the size of an update has changed."""
+    state = json.loads((path / 'state.json').read_text())
+    return state['epoch'], state['batch'], path.name
 
 
 def load_checkpoint(

@@ -62,7 +62,8 @@ def create_parser() -> Parser:
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
-    group.add_argument('--workers', type=int, default=4, help='processes that decode larger sets and apply --aa')
+    group.add_argument(
+        '--workers', type=not_negative, default=4, help='processes that decode larger sets and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('--val-batch-size', type=positive, default=256)
     group.add_argument('--interpolation', help="of images that are resized; the model's if not given")
@@ -128,7 +129,8 @@ def create_parser() -> Parser:
     group.add_argument('--lr-k-decay', type=float, default=1.)
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--padding', type=int, default=4, help='random crop after padding by this many pixels')
+    group.add_argument('--padding', type=not_negative, default=4, help=(
+        'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect')
     group.add_argument('--hflip', type=float, default=0.5)
     group.add_argument('--aa', metavar='POLICY', help=(
@@ -200,11 +202,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """
     parser = create_parser()
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    given = args = parser.parse_args(argv)
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
     flags = [flag for recipe in recipes for flag in _recipe_flags(parser, Path(recipe))]
-    return parser.parse_args(flags + argv)
+    args = parser.parse_args(flags + argv)
+    if given.lr_base is not None and given.lr is None:  # the command line overrides a recipe's --lr by it
+        args.lr = None
+    return args
 
 
 def dump_args(args: argparse.Namespace) -> str:

@@ -73,6 +73,9 @@ def open_dataset(
     """
     if name == 'sample':
         name, input_key, target_key = f'hfds/{SAMPLE}', 'img', 'label'
+    kind = name.partition('/')[0]
+    if kind in ('hfids', 'tfds', 'wds') and '/' in name:
+        raise InputError(f'Dataset {name!r} is a stream, whose images have no numbers; name it with hfds/ or torch/.')
     kwargs = dict(root=root, split=split, download=download, input_img_mode='L' if channels == 1 else 'RGB')
     if name.startswith('hfds/'):
         kwargs.update(input_key=input_key, target_key=target_key)

@@ -36,8 +36,10 @@ def create_accelerator(args: Namespace) -> Accelerator:
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             **plugins,
         )
-    if accelerator.state.deepspeed_plugin is not None:  # it would take this from a DataLoader, and there is none
-        accelerator.state.deepspeed_plugin.deepspeed_config['train_micro_batch_size_per_gpu'] = args.batch_size
+    if accelerator.mixed_precision in ('no', 'fp16', 'bf16'):
+        args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
+    if accelerator.state.deepspeed_plugin is not None:
+        _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -46,6 +48,21 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
     return accelerator
+
+
+def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
+    """
+    Raises:
+        InputError: For what DeepSpeed does otherwise than the flags say.
+    """
+    if args.mixed_precision != 'no':
+        raise InputError('DeepSpeed casts whole networks, batch norms too, and no images; use --mixed-precision no.')
+    if 'muon' in args.opt:
+        raise InputError(f'{args.opt} needs the shapes of the weights, which DeepSpeed flattens; choose another --opt.')
+    if args.clip_grad is not None and args.clip_mode != 'norm':
+        raise InputError(f'DeepSpeed clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
+    config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
+    config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
 
 
 def _resolve_trackers(names: List[str]) -> List[str]:

@@ -56,16 +56,21 @@ def naming_failures(memory_advice: str) -> Iterator[None]:
         raise
 
 
+def estimate_disk_space(model: torch.nn.Module, args: Namespace) -> int:
+    """Bytes that weights and checkpoints of a run take at most."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    ema = weights if args.model_ema else 0
+    checkpoint = 3 * weights + ema  # weights, and at most two moments in the optimizer
+    return (KEEP + 1) * checkpoint + (3 + args.checkpoint_hist) * weights  # one more of each while it is replaced
+
+
 def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
     """Refuse a run whose weights and checkpoints will not find room.
 
     Raises:
         InputError: If the disk of the folder has too little free space.
     """
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    ema = weights if args.model_ema else 0
-    checkpoint = 3 * weights + ema  # weights, and at most two moments in the optimizer
-    needed = (KEEP + 1) * checkpoint + (3 + args.checkpoint_hist) * weights  # one more of each while it is replaced
+    needed = estimate_disk_space(model, args)
     parent = folder
     while not parent.exists():
         parent = parent.parent

@@ -24,6 +24,7 @@ Batch = Tuple[torch.Tensor, torch.Tensor]
 class Loader(Protocol):
     """Batches of normalised images (B, C, H, W) and class indices (B,), already on the training device."""
     num_images: int  # of every process
+    augmentation: str  # how training crops
 
     def __len__(self) -> int:
         """Batches an epoch on this process."""
@@ -113,6 +114,7 @@ class InMemoryLoader:
         self.num_workers = num_workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.training = training
+        self.augmentation = f'random crops from {config.padding} pixels of padding'
         self.erase: Optional[RandomErasing] = None
         if training:
             self.batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
@@ -173,12 +175,15 @@ class StreamingLoader:
             training: bool = False,
             seed: int = 0,
             num_workers: int = 4,
+            rank: int = 0,
             distributed: bool = False,
             channels_last: bool = False,
     ) -> None:
         self.num_images = len(dataset)
         self.device = device
         self.seed = seed
+        self.rank = rank
+        self.augmentation = 'randomly resized crops'
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.loader = create_loader(
             ImageSet(dataset, config.input_size[0]),
@@ -213,13 +218,14 @@ class StreamingLoader:
         return len(self.loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        self.loader.generator = generator  # seeds the workers
+        # seeds the workers, which augment; the order is that of all processes
+        self.loader.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, self.rank))
         sampler: Any = self.loader.sampler
         if hasattr(sampler, 'set_epoch'):
+            sampler.seed = self.seed
             sampler.set_epoch(epoch)
         elif hasattr(sampler, 'generator'):
-            sampler.generator = generator
+            sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         for batch, (images, targets) in enumerate(self.loader):
             if batch >= start:
                 yield images.to(self.device, memory_format=self.memory_format), targets.to(self.device)

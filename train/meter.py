@@ -12,6 +12,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.dtype = torch.float32 if device.type == 'mps' else torch.float64  # Apple's GPUs have no float64
         self.sums: Dict[str, torch.Tensor] = {}
         self.bad_update = torch.full((), torch.inf, device=device)  # the first with a loss that is not finite
         self.bad_lr = torch.zeros((), device=device)
@@ -25,7 +26,7 @@ class Meter:
         values['top1'] = (result['output'].detach().argmax(1) == targets).float().mean() * 100
         values['batches'] = torch.ones((), device=self.device)
         for k, v in values.items():
-            self.sums[k] = self.sums[k] + v.double() if k in self.sums else v.double()
+            self.sums[k] = self.sums[k] + v.to(self.dtype) if k in self.sums else v.to(self.dtype)
 
     def means(self, accelerator: Optional[Accelerator] = None) -> Dict[str, float]:
         """Means over the batches so far, of all processes if an accelerator is given."""
@@ -57,4 +58,4 @@ class Meter:
     def load_state_dict(self, states: List[Dict[str, float]], process: int) -> None:
         """Take up this process's sums, or all on the first where the number of processes has changed."""
         state = states[process] if process < len(states) else {}
-        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.device) for k, v in state.items()}
+        self.sums = {k: torch.tensor(v, dtype=self.dtype, device=self.device) for k, v in state.items()}

@@ -29,23 +29,47 @@ def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
     return to_2tuple(args.model_kwargs.get('img_size') or args.img_size or cfg.input_size[1:])
 
 
+def take_up_checkpoint(args: Namespace) -> None:
+    """Let what `--initial-checkpoint` was trained with be the default of a run that begins with it.
+
+    Raises:
+        InputError: If it cannot be read, or is of another model.
+    """
+    if not args.initial_checkpoint or args.resume:  # a run that goes on has its settings written down
+        return
+    description = read_description(args.initial_checkpoint)
+    if description.get('model', args.model) != args.model:
+        raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
+    # templates are of the classes, which may be others now
+    kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
+    args.model_kwargs = {**kept, **args.model_kwargs}
+    for key in ('mean', 'std', 'interpolation', 'crop_pct'):
+        if getattr(args, key) is None:
+            setattr(args, key, description.get(key))
+    cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
+    _, height, width = description.get('input_size', cfg.input_size)
+    if args.img_size is None and height == width and height != cfg.input_size[-1]:
+        args.img_size = height
+
+
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
     overlay = None
-    if args.initial_checkpoint:
+    if args.initial_checkpoint and not args.resume:
         description = read_description(args.initial_checkpoint)
-        if description.get('model', args.model) != args.model:
-            raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
         # the classifier is kept where the number of classes is the same, as with any weights of timm
         overlay = dict(file=args.initial_checkpoint, num_classes=description.get('num_classes', len(class_names)))
     with refusing(f'These settings of {args.model}'):
         model = timm.create_model(
             args.model,
-            pretrained=args.pretrained or overlay is not None,
+            pretrained=overlay is not None or (args.pretrained and not args.resume),
             pretrained_cfg_overlay=overlay,
             num_classes=len(class_names),
             drop_rate=args.drop,
             **args.model_kwargs,
         )
+        if getattr(model, 'has_template_matching', False) and 'num_templates' not in args.model_kwargs:
+            if model.get_patch_classifier().num_templates != len(class_names):  # those of the classes before
+                model.reset_templates(len(class_names))
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return PatchSupervised(model) if args.aux_head else model

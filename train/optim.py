@@ -4,13 +4,13 @@ from typing import Any, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
-from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.agc import adaptive_clip_grad
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
+from train.model import network
 
 BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs', 'stable_timescale')
 
@@ -25,9 +25,10 @@ def resolve_lr(args: Namespace, images_per_update: int) -> float:
     return args.lr_base * (ratio if args.lr_base_scale == 'linear' else ratio ** 0.5)
 
 
-def create_optimizer(args: Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(args: Namespace, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     with refusing(f'These settings of the optimizer {args.opt!r}'):
-        return create_optimizer_v2(model, **optimizer_kwargs(args), filter_bias_and_bn=args.filter_bias_and_bn)
+        return create_optimizer_v2(
+            model, **{**optimizer_kwargs(args), 'lr': lr}, filter_bias_and_bn=args.filter_bias_and_bn)
 
 
 def create_schedule(
@@ -67,4 +68,6 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, args: Names
         accelerator.clip_grad_value_(model.parameters(), args.clip_grad)
     else:
         accelerator.unscale_gradients()
-        adaptive_clip_grad(model_parameters(model, exclude_head=True), args.clip_grad)
+        plain: Any = network(model)  # the last two parameters, which timm would leave out, may be of --aux-head
+        head = {id(p) for p in plain.get_classifier().parameters()}
+        adaptive_clip_grad([p for p in model.parameters() if id(p) not in head], args.clip_grad)

@@ -110,10 +110,12 @@ def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def render_analysis(tag: str, found: Dict[str, Any]) -> str:
+def render_analysis(tag: str, found: Dict[str, Any], shipped: bool = True) -> str:
     """The page on the regions of one network."""
     settings = list(dict.fromkeys(map(say_setting, found.values())))
     lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
+    if not shipped:
+        lines += ['Of weights that do not ship any more; the commands measure those that do.', '']
     if 'trust' in found:
         lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '',
                   '![Deletion and insertion curves](trust.png)', '', f'`{found["trust"]["command"]}`', '']
@@ -184,10 +186,12 @@ def render_pages(root: Path) -> Dict[Path, str]:
     """All pages by their path."""
     evidence = collect(root)
     pages = {root / 'RESULTS.md': render_results(root, evidence)}
+    index = read_json(root / 'timm_tmblock' / 'weights' / 'index.json') or {}
     for tag in evidence.evaluations:
         found = find_analyses(root, tag)
         if found:
-            pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(tag, found)
+            pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(
+                tag, found, tag in index)
     return pages
 
 

@@ -59,7 +59,14 @@ from train.files import write_json
 from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
-from train.model import check_model_name, create_model, network, network_weights, resolve_img_size
+from train.model import (
+    check_model_name,
+    create_model,
+    network,
+    network_weights,
+    resolve_img_size,
+    take_up_checkpoint,
+)
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from train.publish import leave_hanging, publish
 from train.splits import load_parts, open_splits
@@ -105,7 +112,8 @@ def create_loader(
             part, config, batch_size, accelerator.device, rank=accelerator.process_index,
             world_size=accelerator.num_processes, **common)
     return StreamingLoader(
-        part, config, batch_size, accelerator.device, distributed=accelerator.num_processes > 1, **common)
+        part, config, batch_size, accelerator.device, rank=accelerator.process_index,
+        distributed=accelerator.num_processes > 1, **common)
 
 
 class Trainer:
@@ -115,6 +123,7 @@ class Trainer:
         self.args = args
         check_model_name(args.model)
         self.accelerator = accelerator = create_accelerator(args)
+        take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
         self.folder = record.create_folder_name(args)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
@@ -142,6 +151,8 @@ class Trainer:
         self.mixup = None
         if args.mixup > 0 or args.cutmix > 0:
             low, high = args.cutmix_minmax or (0., 1.)
+            if args.batch_size < 2:
+                raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
             if not 0 <= int(low * config.input_size[1]) < int(high * config.input_size[1]) <= config.input_size[1]:
                 raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
             with refusing('These settings of mixup'):
@@ -153,8 +164,8 @@ class Trainer:
         if updates_per_epoch == 0:
             raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
         self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
-        args.lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
-        optimizer = create_optimizer(args, model)
+        lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
+        optimizer = create_optimizer(args, model, lr)
         self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
         self.epochs = -(-self.updates // updates_per_epoch)
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
@@ -168,7 +179,9 @@ class Trainer:
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
             self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
-            self.state.layout = self.layout
+            if self.state.layout != self.layout:  # between epochs, which have other numbers of updates now
+                self.state.update, accelerator.step = self.state.epoch * updates_per_epoch, 0
+                self.state.layout = self.layout
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
         self.clock = time.perf_counter()
 
@@ -201,7 +214,7 @@ class Trainer:
                 f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
                 f'{processes} processes, {self.updates} updates of '
                 f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
-                f'{args.opt}, learning rate {args.lr:g}, {args.sched} schedule; '
+                f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.lr:g}, {args.sched} schedule; '
                 f'{describe_hardware(self.accelerator.device, self.accelerator.num_processes)}, '
                 f'mixed precision {self.accelerator.mixed_precision}\n'
                 f'writing to {self.folder}', flush=True)

@@ -18,11 +18,11 @@ def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Modu
     if not isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) or norm.running_mean is None:
         return conv, norm
     fused = deepcopy(conv)
-    tensors: Any = [  # in float64, as it is done once
-        None if t is None else t.double()
+    tensors: Any = [  # in float64, as it is done once, and on the CPU, as Apple's GPUs have none
+        None if t is None else t.cpu().double()
         for t in (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)]
     weight, bias, mean, var, gamma, beta = tensors
     fused.weight, fused.bias = (
-        nn.Parameter(p.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
+        nn.Parameter(p.to(conv.weight), requires_grad=conv.weight.requires_grad)
         for p in fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, gamma, beta))
     return fused, norm.act

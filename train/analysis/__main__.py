@@ -168,6 +168,8 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
     values = dict(spaces=measures, chance=geometry.find_chance(sample), neighbours=10)
+    if args.baseline:
+        values['baseline_sha256'] = hash_file(baseline.pretrained_cfg.get('file'))
     return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
 
 
@@ -238,9 +240,9 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     summary = trust.summarize(curves)
     values = dict(
         images=len(images),
-        top1=100 * (predicted == targets).double().mean().item(),
-        patch_accuracy=100 * (matched == targets[:, None, None]).double().mean().item(),
-        patch_agreement=100 * (matched == predicted[:, None, None]).double().mean().item(),
+        top1=100 * (predicted == targets).cpu().double().mean().item(),
+        patch_accuracy=100 * (matched == targets[:, None, None]).cpu().double().mean().item(),
+        patch_agreement=100 * (matched == predicted[:, None, None]).cpu().double().mean().item(),
         steps=args.steps,
         maps=summary,
         curves={
