@@ -49,12 +49,6 @@ def test_accuracy_on_the_sample_is_that_of_the_result(tag):
     assert abs(accuracy - stated) < 3 * (stated * (1 - stated) / len(data)) ** 0.5
 
 
-@pytest.mark.parametrize('tag', TAGS)
-def test_readme_states_the_accuracy_of_the_result(tag):
-    row = next(line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith(f'| `{tag}` |'))
-    assert f'| {read_top1(tag):.2f} % |' in row
-
-
 def test_pretrained_model_explains_a_test_image_by_its_class():
     images = ROOT / 'train' / 'sample' / 'images'
     explanation = timm_tmblock.explain('rn26_tm', images / 'ship.png')

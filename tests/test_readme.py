@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from train.lineage import count_epochs, read_runs
+
 ROOT = Path(__file__).parent.parent
 TAG = 'rn26_tm.cifar10'
 TEXT = (ROOT / 'README.md').read_text()
@@ -53,9 +55,21 @@ def test_neighbours_of_regions():
         f'patches, {rates[3]} in `rn26`, and {chance} would be by chance') in PLAIN
 
 
-@pytest.mark.parametrize('key, form', [
-    ('flip_top1', '{:.2f} %'), ('patch_accuracy', '{:.1f} % of regions right'), ('ece', 'calibration error {:.1f} %')])
-def test_more_of_the_shipped_network(key, form):
-    value = read('train', 'results', TAG, 'evaluation.json')[key]
-    paragraph = PLAIN[PLAIN.index('In float32, by'):PLAIN.index('RESULTS.md](RESULTS.md)')]
-    assert form.format(100 * value if key == 'ece' else value) in paragraph
+@pytest.mark.parametrize('tag', sorted(read('timm_tmblock', 'weights', 'index.json')))
+def test_row_of_each_pretrained_network(tag):
+    found = read('train', 'results', tag, 'evaluation.json')
+    start = f'| [`{tag}`](train/results/{tag}) |'
+    cells, name, recipe = re.search(rf'{re.escape(start)}(.+)\| \[(.+)\]\((.+)\) \|\n', TEXT).groups()
+    regions = f'{found["patch_accuracy"]:.1f} %' if 'patch_accuracy' in found else '–'
+    assert [cell.strip() for cell in cells.split('|')[:5]] == [
+        str(count_epochs(tag, read_runs(ROOT / 'train' / 'results'))), f'{found["top1"]:.2f} %',
+        f'{found["flip_top1"]:.2f} %', regions, f'{100 * found["ece"]:.1f} %']
+    assert recipe.endswith(f'/{name}') and (ROOT / recipe).is_file()
+
+
+def test_int8_of_a_hundred_classes():
+    parity = read('export', 'results', 'rn26_tm.cifar100', 'rn26_tm.int8.onnx.json')['parity']
+    logits, top1 = parity['outputs']['logits'], parity['top1']
+    assert (
+        f'keeps {100 * logits["same_class"]:.2f} % of all classes, {100 * logits["same_class_decided"]:.2f} % of those '
+        f'that are no tie, and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %') in PLAIN
