@@ -881,8 +881,9 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
         except NotInstalledError as e:
             mismatch = f'by {built["backend"]}: {str(e).rstrip(".")}'
         if mismatch:
-            reasons.insert(0, f'{path.name} was built {mismatch}')
-            other = other or path
+            if other is None:  # the first of them is what is told
+                other = path
+                reasons.insert(0, f'{path.name} was built {mismatch}')
             continue
         gpu, trt = query_gpu() or {}, import_tensorrt(built['backend'])
         place = (
