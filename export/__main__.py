@@ -292,19 +292,22 @@ def _push(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
     from export.publish import create_files
-    from export.push import PushOptions, list_files, push, sign_in
+    from export.push import PushOptions, list_files, push, read_engines, sign_in
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
     options.validate()
+    published = {}
     if not args.dry_run:
         sign_in()
+        published = read_engines(options)
     model = load(args.model, args.checkpoint)
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights_file = args.checkpoint or (Path(args.model) if args.model.endswith('.safetensors') else None)
         files = create_files(
-            folder, model, args.repo, args.precisions, args.engines, images, args.card, weights_file)
+            folder, model, args.repo, args.precisions, args.engines, images, args.card, weights_file,
+            published)
         print('\n'.join(list_files(folder, files)))
         if args.dry_run:
             print((folder / 'README.md').read_text())

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import timm
 import torch
@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from export.images import Images
 from export.metadata import describe_model, hash_weights, load_metadata, sidecar, write_sidecar
 from export.onnx import OnnxOptions, export_onnx
-from export.runtime import ENGINE_SUFFIXES
+from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built
 from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
 from hub_cards.run import read_run
@@ -32,6 +32,7 @@ def create_files(
         images: Images,
         card: Optional[Path] = None,
         weights_file: Optional[Path] = None,
+        published: Optional[Mapping[str, Dict[str, Any]]] = None,
 ) -> List[Path]:
     """Write everything that is to be published.
 
@@ -47,6 +48,8 @@ def create_files(
         images: For calibration and comparison.
         card: README.md to take instead of the rendered one.
         weights_file: Where the weights are from; if a run of train.py wrote them, the card tells what it measured.
+        published: Sidecars of engines that are in the repository already, of other machines say, by the engine's path.
+            The card names those of the same weights, which stay there.
 
     Returns:
         The files, relative to the folder, sorted.
@@ -79,9 +82,11 @@ def create_files(
         readme.write_text(card.read_text())
     else:
         name = find_card(weights)
-        rows = [
-            describe_engine(path.relative_to(folder).as_posix(), load_metadata(path))
-            for path in sorted(folder.glob('engines/*/*')) if path.suffix in ENGINE_SUFFIXES]
+        theirs = {k: v for k, v in (published or {}).items() if _is_engine_of(weights, v)}
+        ours = {
+            path.relative_to(folder).as_posix(): load_metadata(path)
+            for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
+        rows = [describe_engine(path, metadata) for path, metadata in sorted({**theirs, **ours}.items())]
         readme.write_text(str(
             render(name, repo, exports, rows) if name else
             render_plain(model, repo, exports, read_run(weights_file), rows)))
@@ -135,6 +140,15 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
     built['onnx'] = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
     built['command'] = tell_command(built['onnx'], target, read_options(built))
     write_sidecar(target, metadata)
+
+
+def _is_engine_of(weights: str, metadata: Any) -> bool:
+    """Whether what was found in a repository is a whole sidecar of an engine of these weights."""
+    try:
+        check_built(metadata, Path())
+    except (RuntimeInputError, AttributeError):
+        return False
+    return bool(metadata.get('weights_sha256') == weights and {'precision', 'file_bytes'} <= metadata.keys())
 
 
 def _find_onnx(folder: Path, path: Path, built: Dict[str, Any], beside: Path) -> Path:

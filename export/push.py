@@ -3,6 +3,7 @@
 Why not `upload_folder`: it makes several commits, so that a reader may find half a model. Why operations are built anew
 for each try: a commit whose answer was lost has landed, and the same files then make no second one.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -11,8 +12,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -21,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from timm_tmblock.errors import InputError
 
+T = TypeVar('T')
 TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
@@ -87,7 +90,7 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
     return _within(options.deadline, _Push(folder, files, options, end, say).run)
 
 
-def _within(seconds: float, call: Callable[[], str]) -> str:
+def _within(seconds: float, call: Callable[[], T]) -> T:
     """The result of a call, in a thread, as the client's own tries know no deadline.
 
     Raises:
@@ -136,6 +139,16 @@ def sign_in() -> str:
     return _within(SIGN_IN, _Push(Path(), [], PushOptions(''), time.monotonic() + SIGN_IN, print).check_token)
 
 
+def read_engines(options: PushOptions) -> Dict[str, Dict[str, Any]]:
+    """Sidecars of the engines that the repository has, by the engine's path; none where there is no repository.
+
+    Raises:
+        InputError: If the token may not see it.
+        PushError: If the Hub or the network failed.
+    """
+    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_engines)
+
+
 class _Push:
     def __init__(
             self,
@@ -174,6 +187,23 @@ class _Push:
             raise InputError('There is no Hub token here; run "hf auth login" or set HF_TOKEN.')
         return self._retry(self.api.whoami, 'sign in')['name']
 
+    def read_engines(self) -> Dict[str, Dict[str, Any]]:
+        head, tree = None, {}
+        for revision in dict.fromkeys((self.options.revision, None)):  # a branch that is yet to be has main's files
+            with contextlib.suppress(_Missing):
+                head = self._retry(partial(self._find_head, revision), 'look for the repository')
+                tree = self._retry(partial(self._list_tree, head), 'list what is there')
+                break
+        found = {}
+        for path in tree:
+            engine = path.removesuffix('.json')
+            if engine != path and engine in tree and re.fullmatch(r'engines/[^/]+/[^/]+\.(engine|plan)', engine):
+                file = self._retry(
+                    partial(self.api.hf_hub_download, self.options.repo, path, revision=head), f'read {path}')
+                with contextlib.suppress(ValueError):  # not one of ours
+                    found[engine] = json.loads(Path(file).read_text())
+        return found
+
     def _prepare_repository(self) -> None:
         """Find the repository, or create it; never a public one for a private push."""
         options = self.options
@@ -203,13 +233,13 @@ class _Push:
         options = self.options
         tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(options.repo).tags}
         if options.tag in tags:
-            head = self._find_head()
+            head = self._find_head(options.revision)
             tree = self._list_tree(head)
             if tags[options.tag] != head or self._find_different(tree) or self._find_stale(tree):
                 raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.')
 
-    def _find_head(self) -> str:
-        return str(self.api.repo_info(self.options.repo, revision=self.options.revision).sha)
+    def _find_head(self, revision: Optional[str]) -> str:
+        return str(self.api.repo_info(self.options.repo, revision=revision).sha)
 
     def _list_tree(self, revision: str) -> Dict[str, str]:
         """Hash of each file: sha256 of LFS files, git's of others."""
@@ -235,7 +265,7 @@ class _Push:
 
     def _commit(self) -> CommitInfo:
         options = self.options
-        head = self._find_head()
+        head = self._find_head(options.revision)
         stale = self._find_stale(self._list_tree(head))
         for path in stale:
             self.say(f'removing {path}, which is of other weights')
@@ -258,7 +288,7 @@ class _Push:
             tree = self._list_tree(revision)
             return not self._find_different(tree) and not self._find_stale(tree)
 
-        if is_done(self._find_head()):
+        if is_done(self._find_head(self.options.revision)):
             self.say(f'{repo} has these files already, so there is nothing to open a pull request for')
             return f'{self.api.endpoint}/{repo}'
         for request in self.api.get_repo_discussions(

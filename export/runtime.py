@@ -520,7 +520,7 @@ def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
         EngineMismatchError: If the engine was built for another GPU or version, or is not the file that was built.
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
-    _check_built(metadata, path)
+    check_built(metadata, path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
             f'{_rebuild(metadata, path)}.')
@@ -616,7 +616,7 @@ def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
         raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; export it again.')
 
 
-def _check_built(metadata: Dict[str, Any], path: Path) -> None:
+def check_built(metadata: Dict[str, Any], path: Path) -> None:
     built = metadata.get('engine')
     if not isinstance(built, dict):
         raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
@@ -871,7 +871,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
         try:
             metadata = _read_sidecar(path)
             _check_metadata(metadata, path)
-            _check_built(metadata, path)
+            check_built(metadata, path)
         except RuntimeInputError as e:  # not one of ours
             reasons.append(str(e).rstrip('.'))
             continue
