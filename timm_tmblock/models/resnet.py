@@ -305,7 +305,7 @@ default_cfgs = generate_default_cfgs({
     'rn38_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'wrn16.untrained': create_cfg(),
     'wrn16.mini_imagenet': create_mini_imagenet_cfg(),
-    'wrn16_tm.untrained': create_cfg(),
+    'wrn16_tm.cifar10': create_cifar10_cfg('wrn16_tm.cifar10'),
     'wrn16_tm.mini_imagenet': create_mini_imagenet_cfg(),
 })
 
