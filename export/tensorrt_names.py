@@ -31,7 +31,7 @@ RESULT = ROOT / 'results' / 'tensorrt_names'
 VARIABLES = dict(
     builder='Builder', network='INetworkDefinition', parser='OnnxParser', error='ParserError', config='IBuilderConfig',
     profile='IOptimizationProfile', runtime='Runtime', engine='ICudaEngine', context='IExecutionContext',
-    tensor='ITensor', t='ITensor', settings='IRuntimeConfig')
+    tensor='ITensor', t='ITensor', timed='ITimingCache', settings='IRuntimeConfig')
 BINDINGS = {
     '10.0': ('tensorrt_cu12_bindings', '10.0.1'),
     '10.16': ('tensorrt_cu13_bindings', '10.16.1.11'),
