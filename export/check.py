@@ -58,7 +58,8 @@ def check_file(
         dynamic_size=isinstance(height, str),
     )
     engine = metadata.get('engine')
-    if not engine and (options.precision == 'bf16' or options.target == 'tensorrt'):  # not what a CPU is to run
+    not_for_cpus = options.precision == 'bf16' or options.target == 'tensorrt'
+    if not engine and device == 'cpu' and not_for_cpus:
         import onnx
         run = create_run(onnx.load(path), options)
     else:

@@ -199,8 +199,8 @@ class OnnxSession:
         options.intra_op_num_threads = threads or 0
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
-                f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], or allow the CPU with '
-                f'--allow-fallback.')
+                f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], use --device cpu, or (of run '
+                f'alone) --allow-fallback.')
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
@@ -825,6 +825,8 @@ def _find(
         rebuild: bool = False,
 ) -> Path:
     path = Path(source)
+    if revision and path.exists():
+        raise RuntimeInputError(f'{path} is here, where there are no revisions; those are of Hub repositories.')
     if path.is_file():
         if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
             raise RuntimeInputError(f'{path} is neither an .onnx file nor an .engine or .plan.')

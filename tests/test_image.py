@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from export import runtime
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import read_image
 
@@ -76,6 +77,15 @@ def test_what_is_no_image_is_named(tmp_path, kind, message):
     with pytest.raises(InputError, match=message) as error:
         read_image(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+def test_postscript_is_not_run(tmp_path, monkeypatch, read, error):
+    Image.new('RGB', (4, 4)).save(tmp_path / 'x.eps')
+    path = (tmp_path / 'x.eps').rename(tmp_path / 'x.png')
+    monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *args, **kwargs: pytest.fail('Ghostscript was run'))
+    with pytest.raises(error, match='x.png is PostScript, a program; give a PNG'):
+        read(path)
 
 
 def test_arrays_of_another_dtype_are_refused():

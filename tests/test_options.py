@@ -115,6 +115,8 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     trainer = create_trainer(tmp_path, '-c', str(recipe), '--lr-base', '0.256', '--lr-base-size', '12')
     assert trainer.lr == pytest.approx(0.256)
     assert trainer.args.lr is None and trainer.args.lr_base == 0.256  # what another number of GPUs scales anew
+    trainer = create_trainer(tmp_path, '--lr', '0.3', '--warmup-epochs', '1')
+    assert trainer.peak_lr == 0.3 > trainer.lr  # which warms up
 
 
 def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):

@@ -214,6 +214,12 @@ def test_bad_file_is_one_sentence(folder, tmp_path, make, message):
     assert '\n' not in str(error.value)
 
 
+def test_revision_of_what_is_here_is_refused(folder):
+    for source in (folder, folder / 'plain.onnx'):
+        with pytest.raises(runtime.RuntimeInputError, match='is here, where there are no revisions'):
+            runtime.load(source, 'cpu', revision='v1')
+
+
 def test_foreign_file_and_future_opset_are_one_sentence(folder, tmp_path):
     proto = onnx.load(folder / 'plain.onnx')
     proto.opset_import[0].version = 99

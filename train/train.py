@@ -164,8 +164,8 @@ class Trainer:
         if updates_per_epoch == 0:
             raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
         self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
-        lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
-        optimizer = create_optimizer(args, model, lr)
+        self.peak_lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
+        optimizer = create_optimizer(args, model, self.peak_lr)
         self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
         self.epochs = -(-self.updates // updates_per_epoch)
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
@@ -214,7 +214,7 @@ class Trainer:
                 f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
                 f'{processes} processes, {self.updates} updates of '
                 f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
-                f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.lr:g}, {args.sched} schedule; '
+                f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} schedule; '
                 f'{describe_hardware(self.accelerator.device, self.accelerator.num_processes)}, '
                 f'mixed precision {self.accelerator.mixed_precision}\n'
                 f'writing to {self.folder}', flush=True)
