@@ -41,13 +41,14 @@ trainer.accelerator.end_training()
 '''
 
 
-def launch(processes, script, *flags):
+def launch(processes, script, *flags, fails=False):
     # accelerate's --cpu --num_processes 2 starts one process where there is no MPI; its config file starts two
     command = ['-m', 'accelerate.commands.launch', '--config_file', str(CONFIG), '--main_process_port', '0']
     run = subprocess.run(
-        [sys.executable, *(command if processes > 1 else []), str(script), *flags, '--device', 'cpu'],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert run.returncode == 0, run.stderr[-3000:]
+        [sys.executable, *(command if processes > 1 else []), str(script), *flags],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
+        capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode != 0) is fails, run.stderr[-3000:]
     return run
 
 
@@ -110,3 +111,12 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
     expected = measure(tmp_path / 'run' / 'best.safetensors', dataset)
     for key, value in expected.items():
         assert result['best'][key] == pytest.approx(value, rel=1e-4)
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+    (tmp_path / 'alone.py').write_text(
+        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train.engine\nfrom train.train import main\n'
+        f'train.engine._has_collectives = lambda: True\nmain(sys.argv[1:])\n')  # as on Macs, whose GPU joins none
+    run = launch(2, tmp_path / 'alone.py', '--output', str(tmp_path / 'output'), fails=True)
+    assert '2 processes were launched, but Accelerate joins none' in run.stderr
+    assert not (tmp_path / 'output').exists()

@@ -1,4 +1,5 @@
 """Accelerate's part of a run: processes, precision, compilation and trackers."""
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List
@@ -6,7 +7,7 @@ from typing import Any, Dict, List
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedType, TorchDynamoPlugin, is_torch_xla_available
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
@@ -22,6 +23,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
+    launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     plugins = {}
     if args.torchcompile:
         with refusing(f'The compiler {args.torchcompile!r}'):
@@ -29,13 +31,16 @@ def create_accelerator(args: Namespace) -> Accelerator:
                 backend=args.torchcompile.upper(), mode=args.torchcompile_mode, dynamic=False)
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
-            cpu=args.device == 'cpu',
+            cpu=args.device == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum_steps,
             log_with=_resolve_trackers(args.report_to) or None,
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             **plugins,
         )
+    if accelerator.num_processes < launched:  # each would train alone and write to the same folder
+        raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device; '
+                         f'use --device cpu, or launch one.')
     if accelerator.mixed_precision in ('no', 'fp16', 'bf16'):
         args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
     if accelerator.state.deepspeed_plugin is not None:
@@ -48,6 +53,12 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
     return accelerator
+
+
+def _has_collectives() -> bool:
+    # without a GPU, Accelerate joins the processes of a launch only if it is told to use the CPU
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type != 'mps' or is_torch_xla_available()
 
 
 def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
