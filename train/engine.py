@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin, is_torch_xla_av
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
+from train.memory import keep_freed_memory
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -52,6 +53,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
+    if accelerator.device.type == 'cpu':
+        keep_freed_memory()
     return accelerator
 
 
