@@ -245,15 +245,21 @@ def test_pretrained_networks_are_tuned_to_other_classes(tmp_path, two_classes, w
 
 
 def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
-    theirs = ['--model-kwargs', 'patch_size=1', '--mean', '0.2', '0.3', '0.4', '--crop-pct', '0.9']
+    theirs = [
+        '--model-kwargs', 'patch_size=1', '--img-size', '24', '--mean', '0.2', '0.3', '0.4', '--crop-pct', '0.9']
     result = main([*TINY, '--output', str(tmp_path), '--model', 'rn20_tm', *theirs])
     best = str(tmp_path / 'run' / 'best.safetensors')
     flags = [*TINY, '--output', str(tmp_path / 'new'), '--model', 'rn20_tm', '--initial-checkpoint', best]
     measured = main([*flags, '--eval-only'])
     assert measured['validation']['loss'] == pytest.approx(result['best']['loss'], rel=1e-6)
-    trainer = create_trainer(tmp_path / 'new', *flags, '--mean', '0.5', '0.5', '0.5')  # unless told otherwise
+    trainer = create_trainer(tmp_path / 'new', *flags)
+    assert trainer.data_config.input_size == (3, 24, 24) and trainer.data_config.mean == (0.2, 0.3, 0.4)
+    others = ['--mean', '0.5', '0.5', '0.5', '--img-size', '64']
+    trainer = create_trainer(tmp_path / 'new', *flags, *others)  # unless told otherwise
     assert trainer.data_config.mean == (0.5, 0.5, 0.5) and trainer.data_config.crop_pct == 0.9
     assert trainer.plain_model.patch_size == 1
+    images = torch.zeros(1, *trainer.data_config.input_size)
+    assert trainer.plain_model.eval().forward_patch_logits(images)[1].shape[2:] == (16, 16)  # not 32
 
 
 def test_run_goes_on_without_the_weights_it_began_with(tmp_path):

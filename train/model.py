@@ -40,8 +40,9 @@ def take_up_checkpoint(args: Namespace) -> None:
     description = read_description(args.initial_checkpoint)
     if description.get('model', args.model) != args.model:
         raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
-    # templates are of the classes, which may be others now
-    kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
+    # templates are of the classes, which may be others now, as may the size of the images
+    dropped = {'num_templates', 'img_size' if args.img_size else None}
+    kept = {k: v for k, v in description.get('model_args', {}).items() if k not in dropped}
     args.model_kwargs = {**kept, **args.model_kwargs}
     for key in ('mean', 'std', 'interpolation', 'crop_pct'):
         if getattr(args, key) is None:
