@@ -301,6 +301,11 @@ def simulated(request, monkeypatch, tmp_path):
     return dict(log=log, module=module, version=request.param, backend=name)
 
 
+# for what is ours, not TensorRT's
+each_package = pytest.mark.parametrize('simulated', ['11.4', 'RTX 1.7'], indirect=True)
+one_version = pytest.mark.parametrize('simulated', ['11.4'], indirect=True)
+
+
 def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path):
     log = simulated['log']
     options = EngineOptions(batches=((1, 2, 4), (1, 8, 16)), workspace=64, optimization_level=5)
@@ -393,12 +398,11 @@ def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, file
         session.run(x[:2])
 
 
+@one_version
 @pytest.mark.parametrize('options, sizes', [
     (EngineOptions(batches=((8, 8, 8),)), [8]), (EngineOptions(batches=((2, 4, 16),), tf32=True), [2, 7, 16]),
     (EngineOptions(), [1, 2, 7, 64])])
 def test_simulated_engine_is_checked_at_the_sizes_it_takes(simulated, files, tmp_path, images, options, sizes):
-    if simulated['version'] != '11.4':
-        pytest.skip('the same for all versions')
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', options)
     model = timm.create_model('rn26_tm', pretrained=True).eval()
     report, failure = check_file(tmp_path / 'x.engine', model, images(model, 1, 80))
@@ -406,11 +410,10 @@ def test_simulated_engine_is_checked_at_the_sizes_it_takes(simulated, files, tmp
     assert report['outputs']['logits']['same_class'] == 1
 
 
+@one_version
 @pytest.mark.parametrize('tf32', [False, True])
 def test_simulated_engine_may_differ_by_10_bits_of_mantissa_with_tf32_alone(
         simulated, files, tmp_path, images, monkeypatch, tf32):
-    if simulated['version'] != '11.4':
-        pytest.skip('the same for all versions')
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(tf32=tf32))
     model = timm.create_model('rn26_tm', pretrained=True).eval()
     session = runtime.load(tmp_path / 'x.engine').session
@@ -434,6 +437,7 @@ def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path
         assert (tmp_path / 'z.engine').is_file() and cache.read_bytes() == b'+'
 
 
+@each_package
 @pytest.mark.parametrize('change, message', [
     (dict(version='1.0'), r'was built by tensorrt.* 1.0, here is'),
     (dict(gpu=dict(GPU, compute_capability='7.5', name='T4'), hardware_compatibility='same-cc'), 'for compute'),
@@ -487,6 +491,7 @@ T4, H100, RTX = (
     dict(GPU, compute_capability=cc, name=name) for cc, name in (('7.5', 'T4'), ('9.0', 'H100'), ('8.9', 'RTX 4090')))
 
 
+@each_package
 def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engines, tmp_path, monkeypatch):
     with pytest.raises(runtime.RuntimeInputError, match='holds no engine; build one'):
         runtime.load(tmp_path, engine=True)
@@ -515,6 +520,7 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
     assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'b'  # not those for Ampere and later
 
 
+@each_package
 def test_simulated_engine_of_the_same_capability_yields_to_one_of_the_gpu(simulated, engines, tmp_path):
     other = engines('a', gpu=RTX)
     assert runtime._find(tmp_path, 'auto', None, engine=True) == other
@@ -522,6 +528,7 @@ def test_simulated_engine_of_the_same_capability_yields_to_one_of_the_gpu(simula
     assert runtime._find(tmp_path, 'auto', None, engine=True) == own
 
 
+@each_package
 @pytest.mark.parametrize('text', [
     '{"engine": {"name": "resnet"}}', '{"engine": "yes"}', '[]', '{', '{"metadata_version": 1}'])
 def test_simulated_foreign_sidecar_hides_no_engine(simulated, engines, tmp_path, text):
@@ -533,6 +540,7 @@ def test_simulated_foreign_sidecar_hides_no_engine(simulated, engines, tmp_path,
     assert runtime._find(tmp_path, 'auto', None, engine=True) == own
 
 
+@each_package
 def test_simulated_advice_is_a_command_of_the_project_alone(simulated, engines, tmp_path):
     path = engines('a', version='1.0', command='python -c "import os" tensorrt a --output b')
     with pytest.raises(runtime.RuntimeInputError, match='build it again with python -m export tensorrt') as error:
@@ -540,12 +548,14 @@ def test_simulated_advice_is_a_command_of_the_project_alone(simulated, engines, 
     assert 'import os' not in str(error.value)
 
 
+@each_package
 def test_simulated_folder_is_built_again_where_nothing_fits(simulated, engines, tmp_path):
     engines('a', version='1.0')
     runner = runtime.load(tmp_path, engine=True, rebuild=True)
     assert runner.metadata['engine']['version'] == simulated['module'].__version__
 
 
+@each_package
 def test_simulated_repository_gives_one_file_of_one_commit(simulated, engines, tmp_path, monkeypatch):
     engines('a', gpu=T4, hardware_compatibility='none')
     own = engines('b')
@@ -599,6 +609,7 @@ def test_simulated_engine_stays_on_the_first_gpu_and_leaves_the_thread_its_own(s
     assert cuda.buffers == {}
 
 
+@each_package
 @pytest.mark.parametrize('batches', [((1, 8, 32),), ((8, 8, 8),), ((1, 1, 1), (4, 8, 8))])
 def test_simulated_engine_takes_any_number_of_images(simulated, files, tmp_path, batches):
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=batches))
@@ -609,6 +620,7 @@ def test_simulated_engine_takes_any_number_of_images(simulated, files, tmp_path,
             np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+@each_package
 def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulated, files, tmp_path):
     path = tmp_path / 'x.engine'
     build_engine(files / 'patches.onnx', path, EngineOptions())
@@ -623,6 +635,7 @@ def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulat
         runtime.load(path)
 
 
+@each_package
 def test_rebuilding_from_another_file_is_refused(simulated, files, tmp_path):
     shutil.copy(files / 'patches.onnx', tmp_path / 'a.onnx')
     build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())
