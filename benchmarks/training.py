@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Speed of training as ratios: the input path, a whole epoch, and timm's own script, each side by side in one run.
+"""Speed of training as ratios, side by side in one run: the input path, a whole epoch, timm's own script, memory
+that is kept or handed back.
 
     python benchmarks/training.py --dataset hfds/uoft-cs/cifar10 --input-key img --timm-train CLONE/train.py \
         --output benchmarks/results/training_cpu            # writes training_cpu.json and training_cpu.md
@@ -176,7 +177,46 @@ def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict
         f'rn26, momentum, bfloat16, channels last, {args.steps} batches of {args.batch_size}, two workers')
 
 
-GROUPS = {'input': input_path, 'epoch': epoch, 'timm': timm_script}
+def memory(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, Any]]:
+    """Steps on a CPU with the memory of freed tensors kept, as train.py does, and with glibc as it is."""
+    steps = 7
+
+    def run(model: str, keep: bool) -> float:
+        done = subprocess.run(
+            [sys.executable, '-c', STEPS.format(
+                root=str(ROOT), keep=keep, model=model, batch_size=args.batch_size, steps=steps)],
+            capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    for model in ('rn26_tm', 'dn100_tm'):
+        yield compare(
+            f"{model}, freed memory kept, over glibc's default", partial(run, model, True), partial(run, model, False),
+            args.rounds, 1., f'SGD, bfloat16, channels last, {steps} batches of {args.batch_size}, 2 of them not timed')
+
+
+STEPS = '''
+import sys, time
+sys.path.insert(0, {root!r})
+import timm, torch
+import timm_tmblock
+from train.memory import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+model = timm.create_model({model!r}).to(memory_format=torch.channels_last).train()
+optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+images = torch.randn({batch_size}, 3, 32, 32).to(memory_format=torch.channels_last)
+targets = torch.randint(0, 10, ({batch_size},))
+for i in range({steps}):
+    if i == 2:
+        start = time.perf_counter()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = torch.nn.functional.cross_entropy(model(images), targets)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(({steps} - 2) * {batch_size} / (time.perf_counter() - start))
+'''
+GROUPS = {'input': input_path, 'epoch': epoch, 'timm': timm_script, 'memory': memory}
 
 
 def render(result: Dict[str, Any]) -> str:
@@ -207,7 +247,7 @@ def main() -> None:
     parser.add_argument('--output', help='write NAME.json and NAME.md')
     args = parser.parse_args()
     device = torch.device(args.device)
-    groups = args.only or [g for g in GROUPS if g != 'timm' or args.timm_train]
+    groups = args.only or [g for g in GROUPS if dict(timm=args.timm_train, memory=device.type == 'cpu').get(g, True)]
     rows = [row for group in groups for row in GROUPS[group](args, device)]
     result = dict(
         command=' '.join(['python benchmarks/training.py', *sys.argv[1:]]), hardware=describe_hardware(device),
