@@ -176,11 +176,41 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
     ('torch/nothing', 'train', {}, 'Cannot open'),
     ('missing_folder', 'train', {}, 'Cannot open .* there is no such folder; sets of the Hub are named hfds/USER/NAME'),
     ('sample', 'holdout', {}, 'holdout'),
+    ('sample', 'test', dict(root='elsewhere'), '--dataset names a folder of images, not --data-dir'),
+    ('torch/cifar10', 'train[:100]', {}, "Only hfds/ sets have parts of splits as 'train.:100.'"),
+    ('torch/CIFAR10', 'holdout', {}, "has the splits train and test, not 'holdout'"),
 ])
 def test_sets_that_cannot_be_opened_are_named(name, split, kwargs, message):
     with pytest.raises(InputError, match=message) as error:
         open_dataset(name, split, **kwargs)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kind, split, kwargs, message', [
+    ('', 'test', {}, "has no split 'test', it has train, validation"),  # timm opens all images of both
+    ('torch/image_folder', 'test', {}, "has no split 'test', it has train, validation"),
+    ('', 'train[:50%]', {}, 'use --val-fraction, or name a split'),  # of which timm reads 'train'
+    ('', 'train', dict(root='elsewhere'), 'is a folder; leave out --data-dir'),
+])
+def test_split_that_a_folder_does_not_have_is_not_another(folder, kind, split, kwargs, message):
+    kwargs = dict(root=str(folder)) if kind else kwargs
+    with pytest.raises(InputError, match=message):
+        open_dataset(kind or str(folder), split, **kwargs)
+
+
+def test_folder_of_classes_alone_is_one_split(folder):
+    assert len(open_dataset(str(folder / 'train'), 'test')) == 8
+
+
+@pytest.mark.parametrize('size', [(8, 8), (16, 16)])
+def test_images_are_cropped_whatever_their_size(tmp_path, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    (tmp_path / 'ant').mkdir()
+    Image.fromarray(pixels).save(tmp_path / 'ant' / '0.png')
+    config = replace(CONFIG, crop_pct=0.5, interpolation='bilinear')
+    decoded = decode(open_dataset(str(tmp_path), 'train'), config, progress=False).images[0]
+    whole = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decoded.permute(1, 2, 0).numpy(), np.asarray(whole.crop((4, 4, 12, 12))))
 
 
 @pytest.mark.parametrize('kwargs', [dict(input_key='picture'), dict(input_key='img', target_key='fine_label')])

@@ -111,6 +111,10 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
     expected = measure(tmp_path / 'run' / 'best.safetensors', dataset)
     for key, value in expected.items():
         assert result['best'][key] == pytest.approx(value, rel=1e-4)
+    if memory == 'in memory':  # one process goes on where two stopped
+        run = launch(1, ROOT / 'train' / 'train.py', '--resume', str(tmp_path / 'run'), '--epochs', '3')
+        resumed = json.loads(run.stdout.splitlines()[-1])
+        assert resumed['processes'] == 1 and resumed['history'][:2] == result['history']
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):

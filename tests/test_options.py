@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.models import group_parameters
 
@@ -19,7 +20,7 @@ from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
-from train.engine import _configure_deepspeed
+from train.engine import _configure_deepspeed, create_accelerator
 from train.optim import create_schedule, resolve_lr
 from train.train import Trainer, main
 
@@ -84,6 +85,7 @@ def test_layer_decay_scales_the_learning_rate_from_the_last_layer_down(tmp_path,
     scales = {id(p): g['lr_scale'] for g in trainer.optimizer.param_groups for p in g['params']}
     by_name = {n: scales[id(p)] for n, p in trainer.plain_model.named_parameters()}
     prefix = 'model.' if aux else ''
+    assert trainer.lr == trainer.peak_lr == 1
     assert by_name[f'{prefix}fc.weight'] == 1 and by_name[f'{prefix}conv1.weight'] == min(by_name.values()) < 0.01
     if aux:
         assert {v for n, v in by_name.items() if n.startswith('aux.')} == {1}
@@ -134,11 +136,27 @@ def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
 def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
     config = dict(gradient_clipping='auto')
     _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--batch-size', '7']))
-    assert config == dict(gradient_clipping=0., train_micro_batch_size_per_gpu=7)  # 'auto' would be 1
+    assert config == dict(  # 'auto' would clip by 1
+        gradient_clipping=0., train_micro_batch_size_per_gpu=7, gradient_accumulation_steps=1)
     _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--clip-grad', '3']))
     assert config['gradient_clipping'] == 3
     with pytest.raises(InputError, match=message):
         _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', *flags]))
+
+
+@pytest.mark.parametrize('theirs', ['auto', '1'])
+def test_gradients_accumulate_as_the_flag_says_whatever_the_launcher(tmp_path, monkeypatch, theirs):
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', theirs)  # of a DeepSpeed configuration
+    result = main([*TINY, '--output', str(tmp_path), '--grad-accum-steps', '3'])
+    assert result['updates'] == 1 and len(result['history']) == 1
+
+
+def test_fsdp_in_16_bits_is_refused(monkeypatch):
+    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
+    create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(InputError, match='FSDP casts batch norms .* use --mixed-precision no'):
+        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
 
 
 @pytest.mark.parametrize('flags, updates, shape', [
@@ -337,6 +355,9 @@ def test_compiled_run_keeps_the_names_of_its_weights(tmp_path):
     expected = timm.create_model('rn26_tm').state_dict().keys()
     for name in ('last', 'best'):
         assert load_file(tmp_path / 'run' / f'{name}.safetensors').keys() == expected
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = main(['--resume', str(tmp_path / 'run'), '--torchcompile', 'no', '--max-steps', '3'])
+    assert resumed['history'][0] == result['history'][0] and resumed['updates'] == 3
 
 
 def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
@@ -345,6 +366,9 @@ def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
     (tmp_path / 'sub' / 'recipe.yaml').write_text('base: ../base.yaml\nepochs: 9\n')
     args = parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml'), '--opt', 'sgd'])
     assert (args.lr, args.epochs, args.opt) == (0.1, 9, 'sgd')
+    (tmp_path / 'sub' / 'recipe.yaml').write_text('base: ../base.yaml\nlr_base: 0.2\n')
+    args = parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml')])
+    assert (args.lr, args.lr_base) == (None, 0.2)  # lr is the base's
     (tmp_path / 'base.yaml').write_text('base: sub/recipe.yaml\n')
     with pytest.raises(InputError, match='is its own base'):
         parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml')])

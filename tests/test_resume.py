@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
-from train.train import main
+from train.config import parse_args
+from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures('fresh_accelerate')
@@ -163,3 +164,20 @@ def test_resumed_run_keeps_the_trackers_run(tmp_path):
     main(['--resume', str(tmp_path / 'run'), '--max-steps', '4'])
     ids += [json.loads((p / 'state.json').read_text())['run_id'] for p in find_checkpoints(tmp_path / 'run')]
     assert len(set(ids)) == 1 and len(ids[0]) == 32
+
+
+def test_run_that_goes_on_is_not_finished(tmp_path):
+    flags = [*FLAGS, '--batch-size', '12', '--img-size', '24', '--output', str(tmp_path)]
+    main([*flags, '--epochs', '1'])
+    folder = tmp_path / 'run'
+    assert main(['--resume', str(folder)])['epochs'] == 1 and (folder / 'result.json').is_file()  # nothing to do
+    state = find_checkpoints(folder)[-1] / 'state.json'
+    state.write_text(json.dumps(dict(json.loads(state.read_text()), running_seconds=500.)))
+    trainer = Trainer(parse_args(['--resume', str(folder), '--epochs', '2', '--img-size', '16']))
+    assert trainer.data_config.input_size == (3, 16, 16) and trainer.args.model_kwargs['img_size'] == 16
+    trainer.start_record()
+    assert not (folder / 'result.json').exists()  # it was of one epoch
+    trainer.train_epoch()
+    assert trainer.state.epoch_seconds[1] > 500 > trainer.state.epoch_seconds[0]
+    with pytest.raises(InputError, match='has 5 updates behind it, more than the 2 of these settings'):
+        main(['--resume', str(folder), '--max-steps', '2'])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from export.metadata import hash_weights
@@ -133,6 +134,16 @@ def test_set_that_will_not_do_is_refused_and_leaves_nothing(finished_run, elsewh
     with pytest.raises(InputError, match=message):
         ship.main([str(finished_run), '--tag', 'sample', *flags])
     assert not (elsewhere / 'weights').exists() and not (elsewhere / 'results').exists()
+
+
+@pytest.mark.parametrize('settings', [dict(pool=[65, 15, 20]), dict(train_split='test'), dict(val_split='test')])
+def test_run_that_has_seen_the_images_is_refused(finished_run, elsewhere, tmp_path, settings):
+    shutil.copytree(finished_run, tmp_path / 'run')
+    path = tmp_path / 'run' / 'args.yaml'
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **settings}))
+    with pytest.raises(InputError, match="trained or chosen on images of the split 'test'; name another"):
+        ship.main([str(tmp_path / 'run'), '--tag', 'sample', *SET])
+    assert not (elsewhere / 'weights').exists()
 
 
 def test_network_with_arguments_of_its_own_is_refused(finished_run, elsewhere, tmp_path):

@@ -1,4 +1,6 @@
 """Splits: what is held out, by class, on every machine alike, and never the test part."""
+import shutil
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -6,7 +8,7 @@ from accelerate import Accelerator
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.config import parse_args
-from train.data import InMemorySet
+from train.data import SAMPLE, InMemorySet
 from train.splits import load_parts, open_splits, stratified_split
 
 CONFIG = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
@@ -87,6 +89,7 @@ def test_pool_of_all_splits_is_divided_as_in_the_paper():
     (['--val-split', 'test', '--test-split', 'test'], 'named for validation and for test'),
     (['--train-split', 'test', '--test-split', 'test'], 'named for train and for test'),
     (['--val-split', 'test', '--val-fraction', '0.2'], 'leave out --val-fraction'),
+    (['--pool', '65', '15', '20', '--val-fraction', '0'], '--pool says which .* leave out --val-fraction'),
     (['--val-fraction', '1'], 'at least 0 and less than 1'),
     (['--train-split', 'train[:20]', '--val-fraction', '0.01'], 'holds none out'),
     (['--memory-limit', '0'], 'do not fit in memory'),
@@ -96,3 +99,17 @@ def test_divisions_that_cannot_be_are_refused(flags, message):
     with pytest.raises(InputError, match=message) as error:
         load(*flags)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('flags', [['--val-split', 'val'], ['--test-split', 'val', '--val-split', 'validation']])
+def test_images_that_have_two_names_serve_one_end(tmp_path, flags):
+    shutil.copytree(SAMPLE / 'images', tmp_path / 'flat' / 'a')
+    for split in ('train', 'val', 'validation')[:1 + len(flags) // 2]:
+        shutil.copytree(SAMPLE / 'images', tmp_path / 'split' / split / 'a')
+    if len(flags) == 2:  # no splits: timm takes all images for each
+        with pytest.raises(InputError, match="'train' and 'val' of dataset .* are the same images"):
+            load('--dataset', str(tmp_path / 'flat'), *flags)
+    else:
+        (tmp_path / 'split' / 'val').rename(tmp_path / 'split' / 'eval')
+        with pytest.raises(InputError, match="'validation' and 'val' of dataset .* are the same images"):
+            load('--dataset', str(tmp_path / 'split'), *flags)

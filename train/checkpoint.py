@@ -33,8 +33,30 @@ class TrainState:
     kept: List[Dict[str, Any]] = field(default_factory=list)  # epoch and accuracy of history/, the best first
     history: List[Dict[str, Any]] = field(default_factory=list)  # metrics of each epoch
     running: List[Dict[str, float]] = field(default_factory=list)  # sums over the epoch in progress, by process
+    running_seconds: float = 0.  # of training in it
     layout: Dict[str, int] = field(default_factory=dict)  # what a batch number means
     run_id: str = ''  # the run's name among trackers
+
+
+def store_plain_names(accelerator: Accelerator) -> None:
+    """Let checkpoints hold the weights' own names, whatever distributes or compiles the model.
+
+    FSDP and DeepSpeed, which show hooks no weights, keep their own format.
+    """
+    def on_save(models: List[torch.nn.Module], weights: List[Dict[str, torch.Tensor]], folder: str) -> None:
+        weights[:] = [{k: v.contiguous() for k, v in _strip(w).items()} for w in weights]
+
+    def on_load(models: List[torch.nn.Module], folder: str) -> None:
+        if models:
+            model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
+            model.load_state_dict(_strip(load_file(Path(folder) / 'model.safetensors')))
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)
+
+
+def _strip(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    return {k.removeprefix('module.').replace('_orig_mod.', '').removeprefix('module.'): v for k, v in weights.items()}
 
 
 def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, ema: Optional[torch.nn.Module]) -> None:

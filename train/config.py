@@ -57,7 +57,7 @@ def create_parser() -> Parser:
         'part of the train split held out for that choice, 0.1 if not given; 0: train on all, keep the last weights'))
     group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
     group.add_argument('--pool', type=float, nargs=3, metavar='SIZE', help=(
-        'pool the splits and divide them anew for training, validation and test; 65 15 20 in the paper'))
+        'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
     group.add_argument('--split-seed', type=int, default=0, help='of the parts that are held out or divided')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
@@ -205,8 +205,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     given = args = parser.parse_args(argv)
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
-    flags = [flag for recipe in recipes for flag in _recipe_flags(parser, Path(recipe))]
-    args = parser.parse_args(flags + argv)
+    settings: Dict[str, Any] = {}
+    for recipe in recipes:
+        settings = _override(settings, _read_known(parser, Path(recipe)))
+    args = parser.parse_args(_make_flags(parser, settings) + argv)
     if given.lr_base is not None and given.lr is None:  # the command line overrides a recipe's --lr by it
         args.lr = None
     return args
@@ -229,17 +231,29 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
     base = recipe.pop('base', None)
     if base is None:
         return recipe
-    return {**_read_recipe(path.parent / str(base), (*seen, path.resolve())), **recipe}
+    return _override(_read_recipe(path.parent / str(base), (*seen, path.resolve())), recipe)
 
 
-def _recipe_flags(parser: Parser, path: Path) -> List[str]:
-    """A YAML recipe as the flags it stands for, so that both pass the same checks."""
+def _override(below: Dict[str, Any], above: Dict[str, Any]) -> Dict[str, Any]:
+    # lr would win over lr_base, wherever it comes from
+    if above.get('lr_base') is not None and above.get('lr') is None:
+        below = {k: v for k, v in below.items() if k != 'lr'}
+    return {**below, **above}
+
+
+def _read_known(parser: Parser, path: Path) -> Dict[str, Any]:
     recipe = _read_recipe(path)
-    known = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
+    known = {a.dest for a in parser._actions if a.dest not in ('help', 'config')}
     unknown = sorted(str(k) for k in recipe if k not in known)
     if unknown:
         raise InputError(f'The recipe {path} has unknown keys: {", ".join(unknown)}; see train.py --help.')
-    return [flag for key, value in recipe.items() for flag in _flag(known[key], value)]
+    return recipe
+
+
+def _make_flags(parser: Parser, settings: Dict[str, Any]) -> List[str]:
+    """Settings as the flags they stand for, so that both pass the same checks."""
+    actions = {a.dest: a for a in parser._actions}
+    return [flag for key, value in settings.items() for flag in _flag(actions[key], value)]
 
 
 def _flag(action: argparse.Action, value: Any) -> List[str]:

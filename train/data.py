@@ -9,14 +9,19 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import read_image
 from train.augment import DataConfig
 
+# what timm's create_dataset does with the names of splits
+HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
+SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
 
@@ -72,6 +77,8 @@ def open_dataset(
         InputError: If there is no such set, split or column.
     """
     if name == 'sample':
+        if root:
+            raise InputError('The sample comes with the project; --dataset names a folder of images, not --data-dir.')
         name, input_key, target_key = f'hfds/{SAMPLE}', 'img', 'label'
     kind = name.partition('/')[0]
     if kind in ('hfids', 'tfds', 'wds') and '/' in name:
@@ -79,8 +86,15 @@ def open_dataset(
     kwargs = dict(root=root, split=split, download=download, input_img_mode='L' if channels == 1 else 'RGB')
     if name.startswith('hfds/'):
         kwargs.update(input_key=input_key, target_key=target_key)
-    elif not name.startswith('torch/') and '/' not in (root or ''):
-        kwargs['root'] = root or name
+    else:
+        if root and Path(name).is_dir():
+            raise InputError(f'The dataset {name!r} is a folder; leave out --data-dir.')
+        if '[' in split:
+            raise InputError(f'Only hfds/ sets have parts of splits as {split!r}; use --val-fraction, or name a split.')
+        if kind != 'torch':
+            kwargs['root'] = root or name
+        elif name[6:].lower() in HALVED and split not in SPLIT_NAMES:
+            raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
     try:
         dataset = create_dataset(name, **kwargs)
         size = len(dataset)
@@ -89,6 +103,8 @@ def open_dataset(
         if reason == 'AssertionError':  # what timm says of it
             reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
+    if not name.startswith('hfds/'):
+        _check_folder(dataset, name, split, Path(root or name))
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
     if name.startswith('hfds/'):
@@ -100,6 +116,21 @@ def open_dataset(
                 raise InputError(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
     return dataset
+
+
+def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
+    # where timm finds no folder of the split, it takes all images under the root
+    source = getattr(dataset, 'reader', dataset)
+    if isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root:
+        splits = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name in SPLIT_NAMES)
+        if splits:
+            raise InputError(f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}.')
+
+
+def identify_images(dataset: Any) -> Tuple[str, ...]:
+    """What two opened splits of a set have in common if they are the same images by two names."""
+    source = getattr(dataset, 'reader', dataset)
+    return tuple(str(getattr(source, name, None)) for name in ('root', 'train', 'split', 'version'))
 
 
 def add_data_options(parser: ArgumentParser) -> None:
@@ -156,7 +187,7 @@ def decode(dataset: Any, config: DataConfig, progress: bool = True) -> InMemoryS
 
 def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:
     channels, height, width = config.input_size
-    if image.size == (width, height):
+    if image.size == (width, height) and config.crop_pct == 1.:
         pixels = torch.from_numpy(np.array(image))
         return pixels.view(height, width, channels).permute(2, 0, 1)
     return resize(image)

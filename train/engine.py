@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, TorchDynamoPlugin, is_torch_xla_available
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
@@ -34,7 +34,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         accelerator = Accelerator(
             cpu=args.device == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.grad_accum_steps,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accum_steps),  # the launcher's aside
             log_with=_resolve_trackers(args.report_to) or None,
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             **plugins,
@@ -48,6 +48,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
+    if accelerator.distributed_type == DistributedType.FSDP and args.mixed_precision != 'no':
+        raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
@@ -75,6 +77,7 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
         raise InputError(f'{args.opt} needs the shapes of the weights, which DeepSpeed flattens; choose another --opt.')
     if args.clip_grad is not None and args.clip_mode != 'norm':
         raise InputError(f'DeepSpeed clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
+    config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
 

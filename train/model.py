@@ -24,8 +24,10 @@ def check_model_name(name: str) -> None:
 def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
     """Image size. `--img-size` becomes an argument of models whose layout depends on it."""
     has_layout = cfg.fixed_input_size or timm.model_entrypoint(args.model).__module__.startswith('timm_tmblock.')
-    if args.img_size and has_layout:
-        args.model_kwargs.setdefault('img_size', args.img_size)
+    if args.img_size and has_layout:  # over the one of a recipe, of a run that goes on, or of a checkpoint
+        args.model_kwargs.pop('img_size', None)
+        if to_2tuple(args.img_size) != tuple(cfg.input_size[1:]):
+            args.model_kwargs['img_size'] = args.img_size
     return to_2tuple(args.model_kwargs.get('img_size') or args.img_size or cfg.input_size[1:])
 
 
@@ -40,9 +42,8 @@ def take_up_checkpoint(args: Namespace) -> None:
     description = read_description(args.initial_checkpoint)
     if description.get('model', args.model) != args.model:
         raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
-    # templates are of the classes, which may be others now, as may the size of the images
-    dropped = {'num_templates', 'img_size' if args.img_size else None}
-    kept = {k: v for k, v in description.get('model_args', {}).items() if k not in dropped}
+    # templates are of the classes, which may be others now
+    kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
     args.model_kwargs = {**kept, **args.model_kwargs}
     for key in ('mean', 'std', 'interpolation', 'crop_pct'):
         if getattr(args, key) is None:

@@ -26,6 +26,7 @@ from typing import Any, Dict, List, Optional
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import yaml
 from safetensors.torch import load_file
 
 from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
@@ -84,6 +85,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     if missing:
         raise InputError(f'{args.run} has no {missing[0]}; give the folder of a run that has finished.')
     result = json.loads((args.run / 'result.json').read_text())
+    settings = yaml.safe_load((args.run / SETTINGS).read_text())
+    if settings.get('pool') or args.split in (settings['train_split'], settings.get('val_split')):
+        raise InputError(f'{args.run} was trained or chosen on images of the split {args.split!r}; name another.')
     weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
     model = read_description(weights)['model']
     name = f'{model.partition(".")[0]}.{args.tag}'

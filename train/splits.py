@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset
+from train.data import InMemorySet, decode, fits_in_memory, get_class_names, identify_images, open_dataset
 
 
 @dataclass
@@ -64,8 +64,9 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
             raise InputError(
                 f'Split {names["test"]!r} is named for {part} and for test; what measures the network must not take '
                 f'part in its training or choice.')
-    if args.val_split and args.val_fraction is not None:
-        raise InputError('--val-split names the validation images; leave out --val-fraction.')
+    if args.val_fraction is not None and (args.val_split or args.pool):
+        raise InputError(
+            f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')
     splits = {}
     for part, name in names.items():
         with accelerator.main_process_first():  # one process fills the cache
@@ -78,6 +79,13 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                 download=args.dataset_download,
                 channels=channels,
             )
+    opened: Dict[Any, str] = {}
+    for part, split in splits.items():  # sets that timm opens may have one part by several names
+        other = opened.setdefault(identify_images(split), part)
+        if other != part:
+            raise InputError(
+                f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} are the same images; '
+                f'name others for {other} and {part}.')
     classes = {part: get_class_names(split) for part, split in splits.items()}
     for part in classes:
         if classes[part] != classes['train']:

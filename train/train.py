@@ -45,7 +45,7 @@ from timm.models import PretrainedCfg
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import load_model, save_weights, writing
+from timm_tmblock.checkpoint import load_model, remove, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
@@ -170,6 +170,7 @@ class Trainer:
         self.epochs = -(-self.updates // updates_per_epoch)
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        checkpoint.store_plain_names(accelerator)
         self.task = create_task(args, self.model, accelerator, config, teacher)
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
 
@@ -182,6 +183,10 @@ class Trainer:
             if self.state.layout != self.layout:  # between epochs, which have other numbers of updates now
                 self.state.update, accelerator.step = self.state.epoch * updates_per_epoch, 0
                 self.state.layout = self.layout
+            if self.state.update > self.updates:
+                raise InputError(
+                    f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
+                    f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
         self.clock = time.perf_counter()
 
@@ -204,6 +209,8 @@ class Trainer:
         args = self.args
         if self.main_process:
             check_disk_space(self.folder, network(self.model), args)
+            if self.state.update < self.updates:
+                remove(self.folder / 'result.json')  # of a run that was shorter
             with writing(self.folder / SETTINGS) as tmp:
                 tmp.write_text(dump_args(args))
                 tmp.replace(self.folder / SETTINGS)
@@ -253,7 +260,7 @@ class Trainer:
         bar = tqdm(
             desc=f'Epoch {state.epoch + 1}/{self.epochs}', total=self.batches_per_epoch, initial=state.batch,
             unit='batch', disable=not self.main_process, mininterval=1., dynamic_ncols=True)
-        start, images_seen, shown = time.perf_counter(), 0, 0.
+        start, images_seen, shown, before = time.perf_counter(), 0, 0., state.running_seconds
         with bar:
             for images, targets in self.train_loader.epoch(state.epoch, start=state.batch):
                 self.step(images, targets)
@@ -272,8 +279,10 @@ class Trainer:
                     if args.log_interval and state.update % args.log_interval == 0:
                         self.log({f'train/{k}': v for k, v in self.meter.means().items()})
                     if args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
+                        state.running_seconds = before + now - start
                         self.save()
-        state.epoch_seconds.append(round(time.perf_counter() - start, 2))
+        state.epoch_seconds.append(round(before + time.perf_counter() - start, 2))
+        state.running_seconds = 0.
         self.images_per_second = images_seen / (time.perf_counter() - start)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
@@ -308,7 +317,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]['lr']
+        return max(group['lr'] for group in self.optimizer.param_groups)  # they differ with --layer-decay
 
     def finish_epoch(self) -> None:
         """Validate, keep the weights that deserve it, and write everything down."""
