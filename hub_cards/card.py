@@ -311,6 +311,7 @@ def render(
         parameters=sum(p.numel() for p in model.parameters()),
         megabytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
         commit=training.get('commit'),
+        processes=training.get('processes', 1),
         epochs=training['epochs'],
         all_epochs=count_epochs(run, runs),
         seed=training['seed'],
