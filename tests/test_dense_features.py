@@ -154,6 +154,8 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].norm1.eval(),
     lambda stage: stage.blocks[1].conv1.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks[2].register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks.register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].norm1.register_parameter('weight', None),
     lambda stage: nn.utils.parametrizations.weight_norm(stage.blocks[0].conv1),
     lambda stage: stage.blocks[0].norm1.__setattr__('act', nn.SiLU()),
     lambda stage: stage.blocks[0].norm1.__setattr__('momentum', None),
@@ -170,6 +172,14 @@ def test_layers_that_are_not_plain_are_run_as_they_are(change):
     stage = result if isinstance(result, DenseStage) else stage
     x = torch.randn(2, 10, 6, 5, dtype=stage.blocks[0].conv2.weight.dtype, device=stage.blocks[0].conv2.weight.device)
     assert not can_share_features(stage.blocks, x)
+
+
+def test_empty_batches_and_mixed_types_are_run_as_they_are():
+    stage, _ = make_stages(torch.float32)
+    assert stage(torch.zeros(0, 10, 6, 5)).shape == (0, 34, 6, 5)
+    with torch.autocast('cpu', torch.bfloat16):  # features of float32, as of a stem kept out of autocast
+        stage(torch.randn(2, 10, 6, 5)).float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in stage.parameters())
 
 
 def test_second_derivatives_need_the_plain_layers():

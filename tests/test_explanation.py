@@ -51,6 +51,30 @@ def test_model_is_evaluated_and_left_as_it_was(trained_like, training):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_frozen_norms_stay_frozen(trained_like):
+    model = trained_like('rn26_tm').train()
+    model.norm.eval()
+    explain(model, np.zeros((32, 32, 3), dtype=np.uint8))
+    assert model.training and not model.norm.training
+    with pytest.raises(RuntimeError):
+        Explainer(model).run(np.zeros((1, 5, 32, 32), dtype=np.float32))
+    assert model.training and model.conv1.training
+
+
+@pytest.mark.parametrize('mode', ['center', 'squash'])
+@pytest.mark.parametrize('size', [(100, 100), (100, 20), (40, 90)])
+def test_image_of_an_explanation_is_what_the_network_saw(size, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    pixels[:size[1] // 4] = pixels[:, :size[0] // 4] = 0  # black where a crop may or may not reach
+    model = timm.create_model('rn26_tm', img_size=(32, 64), pretrained_cfg_overlay=dict(crop_mode=mode)).eval()
+    seen = []
+    model.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    shown = explain(model, pixels).image.resize((64, 32), Image.Resampling.BILINEAR)
+    mean, std = (np.array(model.pretrained_cfg[k]) for k in ('mean', 'std'))
+    expected = (seen[0][0].permute(1, 2, 0).numpy() * std + mean) * 255
+    assert np.abs(np.asarray(shown) - expected).mean() < 20  # bicubic or bilinear, and a pixel of rounding
+
+
 def test_heat_map_peaks_where_the_class_matched(regions):
     heat = make_explanation(regions, size=(64, 64)).heat_map('bee')
     assert heat.shape == (64, 64)

@@ -8,9 +8,9 @@ import argparse
 import json
 import runpy
 import sys
-from collections import Counter
+from itertools import chain, count
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Set
 
 from .checkpoint import writing
 from .errors import InputError, exiting_on_input_error
@@ -55,7 +55,7 @@ def run_script(args: argparse.Namespace) -> None:
 def explain(args: argparse.Namespace) -> None:
     explainer = Explainer(args.model)
     failed = []
-    seen: Counter = Counter()
+    written: Set[str] = set()
     for path in map(Path, args.images):
         try:
             explanation = explainer(path)
@@ -63,10 +63,12 @@ def explain(args: argparse.Namespace) -> None:
             print(f'error: {e}', file=sys.stderr)
             failed.append(path)
             continue
+        explanation.template_index(args.class_name)  # is there such a class?
         result = dict(image=str(path), top=explanation.top())
         if args.output:
-            seen[path.stem] += 1
-            name = path.stem if seen[path.stem] == 1 else f'{path.stem}-{seen[path.stem]}'  # of another folder
+            numbered = (f'{path.stem}-{i}' for i in count(2))  # of another folder
+            name = next(name for name in chain([path.stem], numbered) if name not in written)
+            written.add(name)
             picture = args.output / f'{name}.explained.png'
             with writing(picture) as tmp:
                 explanation.picture(args.class_name).save(tmp, format='PNG')

@@ -9,6 +9,7 @@ from typing import Dict, Iterable, List, Tuple
 import torch
 import torch.nn as nn
 
+from .mode import evaluating
 from .models._base import TemplateMatchingNet
 from .models.resnet import PreActBasic, PreActBottleneck
 
@@ -78,14 +79,11 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
         return hook
 
     hooks = [norm.register_forward_hook(count(name)) for name, norm in norms.items()]
-    training = model.training
     try:
-        model.eval()
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             for images in batches:
                 model(images)
     finally:
-        model.train(training)
         for handle in hooks:
             handle.remove()
     if not all(pixels for _, pixels in sums.values()):

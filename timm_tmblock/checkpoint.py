@@ -122,7 +122,7 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
         raise InputError(f'timm has no model {name!r}; timm.list_models("*_tm*") lists those with template matching.')
     overlay = {k: description[k] for k in _PRETRAINED_CFG_KEYS if k in description}
     if not description:
-        overlay['num_classes'] = _count_classes(path, name)
+        overlay.update(num_classes=_count_classes(path, name), label_names=None)  # of which classes, nobody knows
     try:
         model = timm.create_model(
             name,

@@ -20,6 +20,7 @@ from timm.data.model_config import resolve_input_data_config
 from .checkpoint import load_model
 from .errors import InputError
 from .image import read_image
+from .mode import evaluating
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
 
@@ -112,25 +113,29 @@ class Explainer:
         else:
             try:
                 model = timm.create_model(str(source), pretrained=True)
-            except RuntimeError as e:
+            except (RuntimeError, ValueError, OSError) as e:  # timm's, and those of folders and the Hub
                 raise InputError(f'{source!r} is no model with pretrained weights, nor a .onnx or .safetensors file '
                                  f'({e}).') from e
             self._use_torch(model.eval())
+        channels = self.data_config['input_size'][0]
+        if channels not in (1, 3):
+            raise InputError(f'The model takes images of {channels} channels; only grey and RGB ones can be explained.')
+        if self.data_config.get('crop_mode') == 'border':
+            raise InputError("The crop mode 'border' adds to images what none of their regions is; use another.")
 
     def _use_torch(self, model: Any) -> None:
         if not getattr(model, 'has_template_matching', False):
             raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
+        if model.num_classes < 1:
+            raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
         names = model.pretrained_cfg.get('label_names') or ()
         self._name(names, model.num_classes, model.tm.num_templates)
 
         def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
             parameter = next(model.parameters())
-            training = model.training
-            model.eval()
-            with torch.inference_mode():
+            with evaluating(model), torch.inference_mode():
                 outputs = model.forward_patch_logits(torch.from_numpy(x).to(parameter.device, parameter.dtype))
-            model.train(training)
             logits, patch_logits = (y.float().cpu().numpy() for y in outputs)
             return logits, patch_logits
 
@@ -178,6 +183,7 @@ class Explainer:
             InputError: If the image cannot be read.
         """
         channels, height, width = self.data_config['input_size']
+        crop_mode = self.data_config.get('crop_mode')
         picture = read_image(image)
         transform = create_transform(
             (channels, height, width),
@@ -185,11 +191,12 @@ class Explainer:
             mean=tuple(self.data_config['mean']),
             std=tuple(self.data_config['std']),
             crop_pct=self.data_config['crop_pct'],
+            crop_mode=crop_mode,
         )
         x = transform(picture.convert('L') if channels == 1 else picture)[None].numpy()
         logits, patch_logits = self.run(x)
         return Explanation(
-            image=_visible(picture, width / height, self.data_config['crop_pct']),
+            image=_visible(picture, width, height, self.data_config['crop_pct'], crop_mode),
             probabilities=_softmax(logits[0]),
             patch_probabilities=_softmax(patch_logits[0]),
             class_names=self.class_names,
@@ -216,11 +223,13 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=0)
 
 
-def _visible(image: Image.Image, aspect: float, crop_pct: float) -> Image.Image:
-    """The part of an image that resizing its shorter side and cropping the centre leaves."""
+def _visible(image: Image.Image, width: int, height: int, crop_pct: float, crop_mode: Optional[str]) -> Image.Image:
+    """The part of an image that is left where timm resizes it and crops the centre to `width` and `height`."""
     w, h = image.size
-    crop_w, crop_h = (round(min(w, h) * crop_pct * s) for s in (max(aspect, 1), max(1 / aspect, 1)))
-    crop_w, crop_h = min(crop_w, w), min(crop_h, h)
+    scales = w / width, h / height
+    if crop_mode != 'squash':  # which does not keep the ratio of the sides
+        scales = (min(scales),) * 2
+    crop_w, crop_h = (min(round(n * s * crop_pct), m) for n, s, m in zip((width, height), scales, (w, h)))
     left, top = (w - crop_w) // 2, (h - crop_h) // 2
     return image.crop((left, top, left + crop_w, top + crop_h))
 

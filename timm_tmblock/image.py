@@ -30,6 +30,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
                 raise InputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
             image.load()
             image = ImageOps.exif_transpose(image)
+        if 0 in image.size:
+            raise InputError(f'{name} has no pixels.')
     except FileNotFoundError as e:
         raise InputError(f'There is no image {name}.') from e
     except IsADirectoryError as e:

@@ -17,19 +17,30 @@ from torch.autograd.function import once_differentiable
 def can_share_features(layers: Iterable[Any], x: torch.Tensor) -> bool:
     """Whether `forward_shared` may stand in for the layers: plain ones in training, called as they are."""
     if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling() \
-            or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() == x.shape[1]:
+            or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() <= x.shape[1] \
+            or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        return False  # what is kept for the backward would have two types
+    if isinstance(layers, nn.Module) and _has_hooks(layers):
         return False
     for layer in layers:
         norm, conv = layer.norm1, layer.conv1
         if type(norm) is not BatchNormAct2d or type(conv) is not nn.Conv2d or not norm.training:
             return False  # synchronized, frozen, parametrized, ...
         if norm.momentum is None or not norm.track_running_stats or not isinstance(norm.act, nn.ReLU) \
-                or norm.weight.dtype not in (torch.float32, torch.float64):
+                or norm.weight is None or norm.weight.dtype not in (torch.float32, torch.float64):
             return False
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-               for m in (layer, norm, norm.act, conv)):
-            return False  # these would not be called
+        if any(map(_has_hooks, (layer, norm, norm.act, conv))):
+            return False
     return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # these would not be called
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
 
 
 def forward_shared(layers: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
