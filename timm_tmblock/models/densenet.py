@@ -14,7 +14,14 @@ from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from ..layers import can_share_features, forward_shared, fuse_conv_norm
-from ._base import TemplateMatchingNet, count_extra_halvings, create_cfg, create_mini_imagenet_cfg, create_network
+from ._base import (
+    TemplateMatchingNet,
+    count_extra_halvings,
+    create_cfg,
+    create_cifar10_cfg,
+    create_mini_imagenet_cfg,
+    create_network,
+)
 
 __all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to this
 
@@ -242,7 +249,7 @@ def _create_densenet(variant: str, pretrained: bool = False, **kwargs) -> Templa
 default_cfgs = generate_default_cfgs({
     'dn100.untrained': create_cfg(),
     'dn100.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
-    'dn100_tm.untrained': create_cfg(),
+    'dn100_tm.cifar10': create_cifar10_cfg('dn100_tm.cifar10'),
     'dn100_tm.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm_cat.untrained': create_cfg(),
     'dn100_tm_cat.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
