@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 from conftest import make_trained_like
+from timm.models import model_parameters
 
 from timm_tmblock import PatchSupervised, TemplateMatchingTask
 
@@ -65,3 +66,8 @@ def test_models_it_does_not_fit_are_refused(name, message):
 def test_model_without_classes_is_refused():
     with pytest.raises(ValueError, match='num_templates'):
         PatchSupervised(timm.create_model('rn26', num_classes=0))
+
+
+def test_timm_finds_the_head_where_it_leaves_it_out_of_clipping(supervised):
+    left_out = set(supervised.parameters()) - set(model_parameters(supervised, exclude_head=True))
+    assert left_out == set(supervised.model.fc.parameters())

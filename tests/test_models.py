@@ -255,3 +255,26 @@ def test_kept_templates_round_trip_through_a_local_dir(checkpoint, tmp_path):
     assert torch.equal(loaded(x), model(x))
     untrained = timm.create_model(f'local-dir:{tmp_path / "hub"}')  # as transformers builds it before loading weights
     assert untrained.tm.num_templates == 6
+
+
+@pytest.mark.parametrize('num_classes', [0, 5])
+def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_classes, tmp_path):
+    model = timm.create_model('rn26_tm.cifar100').eval()
+    model.reset_classifier(num_classes)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    rebuilt = timm.create_model(f'local-dir:{tmp_path}').eval()  # as transformers builds it before loading weights
+    rebuilt.load_state_dict(model.state_dict())
+    assert rebuilt.tm.num_templates == 100
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(rebuilt(x), model(x))
+
+
+@pytest.mark.parametrize('name, kwargs, named', [
+    ('rn26_tm', dict(num_classes=10), False),
+    ('rn26', dict(num_classes=10), False),
+    ('rn26_tm', dict(num_classes=10, pretrained=True), True),
+    ('rn26_tm.cifar10', dict(num_classes=10), True),
+    ('rn26_tm', dict(num_classes=10, pretrained_cfg_overlay=dict(label_names=['a'] * 10)), True),
+])
+def test_new_classifiers_have_no_names_of_the_pretrained_classes(name, kwargs, named):
+    assert (timm.create_model(name, **kwargs).pretrained_cfg.get('label_names') is not None) == named

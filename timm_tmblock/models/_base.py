@@ -376,6 +376,8 @@ def create_network(
     """
     keep_templates = 'num_templates' not in kwargs
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    if kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
+        overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and keep_templates:
         kwargs['num_templates'] = cfg.num_classes  # without a classifier, as many as the untouched model has
@@ -392,6 +394,9 @@ def create_network(
         img_size=img_size,
         **kwargs,
     )
+    if isinstance(model, TemplateMatchingNet) and model.has_template_matching:
+        # a saved model is rebuilt from these, then perhaps with another number of classes
+        update_model_args(model, num_templates=model.tm.num_templates)
     if img_size != (32, 32) and isinstance(model, TemplateMatchingNet):
         _logger.info(
             '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
