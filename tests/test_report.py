@@ -96,7 +96,7 @@ def test_soft_maximizers_do_as_well_within_a_margin(top1, verdict):
     assert verdicts(scores=dict(maximizers=few))[claim][0] == UNDECIDED
 
 
-def test_networks_of_one_recipe_are_compared_where_the_protocol_was_not_run():
+def test_networks_of_one_recipe_are_compared_and_decide_where_the_protocol_was_not_run():
     def run(model, **settings):
         return dict(model=model, epochs=13, settings=dict(opt='muon', lr=0.1, val_fraction=0, **settings))
 
@@ -107,6 +107,9 @@ def test_networks_of_one_recipe_are_compared_where_the_protocol_was_not_run():
     claim = 'Template matching improves the baselines (here: those named)'
     verdict, evidence = verdicts(evaluations=evaluations, runs=runs)[claim]
     assert verdict == HOLDS and 'rn26_tm.cifar10 against rn26.cifar10: +2.00' in evidence and 'wrn16' not in evidence
+    protocol = dict(table1={('rn26', 'cifar10'): [90.], ('rn26_tm', 'cifar10'): [88.]})
+    decided, both = verdicts(scores=protocol, evaluations=evaluations, runs=runs)[claim]
+    assert decided == FAILS and 'RN26-Ours against RN26, CIFAR-10: -2.00' in both and evidence.partition('; ')[2] in both
     held_out_elsewhere = dict(run('rn26'), settings=dict(opt='muon', lr=0.1, val_split='validation'))
     assert verdicts(evaluations=evaluations, runs={**runs, 'rn26.cifar10': held_out_elsewhere})[claim][0] == HOLDS
     different = [dict(run('rn26'), settings=dict(opt='sgd', lr=0.1, val_fraction=0))]

@@ -171,10 +171,10 @@ def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     verdict, lines = compare_rows(
         evidence, 'table1', [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')])
+    other_verdict, others = compare_others(evidence)
     if not lines:
-        verdict, lines = compare_others(evidence)
-        lines = ["not run with the paper's protocol", *lines] if lines else []
-    return verdict, lines
+        return other_verdict, ["not run with the paper's protocol", *others] if others else []
+    return verdict, [*lines, *(["with other recipes, which do not decide here", *others] if others else [])]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
