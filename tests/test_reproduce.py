@@ -123,13 +123,12 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     command = ['table1', '--rows', 'rn26', '--output', str(tmp_path), *TINY[:2], *TINY[4:]]
     long = [*command[:-4], '--max-steps', '25', '--checkpoint-interval', '1', '--device', 'cpu', '--batch-size', '5']
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'train' / 'reproduce.py'), *long], stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where a shell began all this with &
+        [sys.executable, str(ROOT / 'train' / 'reproduce.py'), *long], stderr=subprocess.PIPE, text=True)
     folder = tmp_path / 'table1' / 'rn26.cifar10.seed0'
     deadline = time.monotonic() + 120
     while not find_checkpoints(folder) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and error.splitlines()[-1] == 'error: Interrupted; the same command continues.'
     assert not (folder / 'result.json').exists()
@@ -142,15 +141,37 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     stamp = (folder / 'log.txt').stat().st_mtime_ns
     main(long)
     assert (folder / 'log.txt').stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match='was begun as .*choose another --output'):
-        main([*long, '--lr', '0.1'])
+    for row in ('rn26', 'rn38'):  # itself, and one to compare it with
+        with pytest.raises(InputError, match='rn26.cifar10.seed0 was begun with the flags .*choose another --output'):
+            main([*command[:2], row, *long[3:], '--lr', '0.1'])
 
 
-def test_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
-    broken = [*TINY[:-4], '--max-steps', '1', '--device', 'cpu', '--batch-size', '500']
-    with pytest.raises(InputError, match=r'rn26.cifar10.seed0 failed, see .*log.txt: error: .*smaller --batch-size'):
-        main(['table1', '--rows', 'rn26', '--output', str(tmp_path), *broken])
+@pytest.mark.parametrize('flags, message', [
+    (['--batch-size', '500'], '.*smaller --batch-size'),
+    (['--lr', '1e20', '--max-steps', '3'], 'The loss was not finite')])
+def test_run_that_fails_is_named(tmp_path, flags, message):
+    with pytest.raises(InputError, match=rf'rn26.cifar10.seed0 failed, see .*log.txt: error: {message}'):
+        main(['table1', '--rows', 'rn26', '--output', str(tmp_path), *TINY, *flags])
     assert 'No run is finished yet.' in (tmp_path / 'table1' / 'README.md').read_text()
+
+
+def test_corrected_command_runs_where_nothing_was_trained(tmp_path):
+    command = ['table1', '--rows', 'rn26', '--output', str(tmp_path), *TINY]
+    with pytest.raises(InputError, match='rn26.cifar10.seed0 failed'):
+        main([*command[:6], 'cifar10=no/such/folder', *command[7:]])
+    assert '(1 run)' in main(command).read_text()
+
+
+@pytest.mark.parametrize('given, expected', [(None, {'OMP_NUM_THREADS'}), ('3', set())])
+def test_threads_one_asks_for_are_the_threads(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    if given:
+        monkeypatch.setenv('OMP_NUM_THREADS', given)
+    used = []
+    monkeypatch.setattr(reproduce, 'run_cell', lambda *args: used.append(set(args[3])))
+    assert reproduce.run_cells(cells('depth')[:1], tmp_path, [], 1) == []
+    assert used == [expected]
 
 
 def test_scores_are_mean_and_sample_deviation():

@@ -37,6 +37,7 @@ from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
 from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
+from train.signals import stopping_at_signals
 from train.tables import render
 
 ROOT = Path(__file__).resolve().parent
@@ -86,6 +87,26 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
     ]
 
 
+def is_begun(path: Path) -> bool:
+    """Whether something of a cell was trained, which a run with other settings would spoil."""
+    return (path / 'cell.json').is_file() and (
+        (path / 'result.json').is_file() or bool(find_checkpoints(path)))
+
+
+def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
+    """Refuse to set runs beside others of the set that had other flags, as if they were of one protocol.
+
+    Raises:
+        InputError: If there are such runs.
+    """
+    for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
+        cell = json.loads((path / 'cell.json').read_text())
+        if cell['data'] == dataset and cell['flags'] != ' '.join(flags):
+            raise InputError(
+                f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
+                f'share to be compared; choose another --output.')
+
+
 def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:
     """Run a cell to its end, from where it stands.
 
@@ -96,24 +117,24 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
                *flags]
     wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
-    if (path / 'cell.json').is_file():
+    if is_begun(path):
         begun = json.loads((path / 'cell.json').read_text())['command']
         if begun != wanted:
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
         return  # not one that train.py wrote and nobody has labelled yet
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / 'cell.json', dict(command=wanted))
+    write_json(path / 'cell.json', dict(command=wanted, data=cell.dataset, flags=' '.join(flags)))
     where = ['--resume', str(path)] if find_checkpoints(path) else [
         '--output', str(folder), '--experiment', cell.name, '--report-to', 'none']
     with (path / 'log.txt').open('a') as log:
         process = running.start(
             [sys.executable, str(ROOT / 'train.py'), *command, *where], stderr=log, env={**os.environ, **env})
         output = process.communicate()[0]
+        errors = (path / 'log.txt').read_text().strip().splitlines() or ['no output']
         log.write(output)
     if process.returncode:
-        last = (path / 'log.txt').read_text().strip().splitlines() or ['no output']
-        raise InputError(f'{cell.name} failed, see {path}/log.txt: {last[-1]}')
+        raise InputError(f'{cell.name} failed, see {path}/log.txt: {errors[-1]}')
     result = json.loads(output.splitlines()[-1])
     write_json(path / 'result.json', dict(
         command=wanted, setting=cell.setting, data=cell.dataset, **{k: v for k, v in result.items() if k != 'weights'}))
@@ -146,9 +167,10 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
     """Run cells, `jobs` at once, and return what failed."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
     gpus = [visible[i] if i < len(visible) and visible[i] else str(i) for i in range(torch.cuda.device_count())]
-    share = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
+    share: Dict[str, str] = {} if 'OMP_NUM_THREADS' in os.environ else {
+        'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
     running, failures = Processes(), []
-    with ThreadPoolExecutor(jobs) as pool:
+    with stopping_at_signals(), ThreadPoolExecutor(jobs) as pool:
         futures = []
         for i, cell in enumerate(cells):
             env = {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else share
@@ -206,6 +228,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
     for dataset in args.datasets:  # sets differ in where they are
         cells = [cell for cell in create_cells(args.experiment, args) if cell.dataset == dataset]
         where = ['--dataset', sources[dataset]] if dataset in sources else []
+        check_flags(folder, dataset, [*where, *flags])
         failures += run_cells(cells, folder, [*where, *flags], args.jobs)
     path = render(args.experiment, folder)
     if failures:

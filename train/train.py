@@ -23,14 +23,13 @@ Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the p
 The last line of output is the result as JSON.
 """
 import json
-import signal
 import sys
 import time
 import uuid
 from argparse import Namespace
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -69,6 +68,7 @@ from train.model import (
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from train.publish import leave_hanging, publish
+from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teacher
 
@@ -463,23 +463,6 @@ class Trainer:
             epoch_seconds=state.epoch_seconds,
             weights={name: str(self.folder / f'{name}.safetensors') for name in names},
         )
-
-
-@contextmanager
-def stopping_at_signals() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send, stop the run as Ctrl-C does."""
-    def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread, as in a notebook
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
