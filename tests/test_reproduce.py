@@ -38,11 +38,15 @@ def test_table_1_has_ten_rows_three_sets_and_every_seed():
         assert args.model.partition('.')[0] == cell.setting.removesuffix('_aux')
 
 
-def test_recipes_of_the_paper_print_its_numbers():
+def test_recipes_of_the_paper_print_its_numbers_and_ours():
     for row, (name, *numbers) in TABLE_1.items():
         for dataset, number in zip(DATASETS, numbers):
             text = (ROOT / 'train' / 'recipes' / 'paper' / f'{row}.{dataset}.yaml').read_text()
             assert text.startswith(f'# {name} of') and f'The paper: {number:.2f} %' in text
+            results = [json.loads(path.read_text()) for path in (
+                ROOT / 'train' / 'results' / 'paper' / 'table1').glob(f'{row}.{dataset}.seed*/result.json')]
+            assert ('not run yet' in text) == (not results)
+            assert all(f'{result["test"]["top1"]:.2f} %' in text for result in results)
 
 
 def test_grid_of_maximizers_is_that_of_figure_3():

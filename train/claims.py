@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from train.config import create_parser
-from train.lineage import count_epochs
-from train.paper import DATASET_NAMES, DATASETS, TABLE_1
-from train.tables import Scores
+from train.lineage import find_legs
+from train.paper import DATASET_NAMES, DATASETS
+from train.tables import Scores, label
 
 # settings that two runs of one recipe may differ in: the network, and where and how it ran
 NO_RECIPE = (
@@ -47,6 +47,7 @@ class Difference:
     """Of two accuracies, in points."""
     points: float
     error: float  # standard
+    decides: bool = True  # one run of a network does not say how much another would differ
 
     @classmethod
     def of(cls, a: List[float], b: List[float], images: int) -> 'Difference':
@@ -59,19 +60,20 @@ class Difference:
             spread = statistics.variance(runs) / len(runs) if len(runs) > 1 else 0.
             return max(spread, mean * (100 - mean) / images)
 
-        return cls(statistics.mean(a) - statistics.mean(b), math.sqrt(variance(a) + variance(b)))
+        return cls(
+            statistics.mean(a) - statistics.mean(b), math.sqrt(variance(a) + variance(b)), min(len(a), len(b)) > 1)
 
     @property
     def verdict(self) -> str:
         """Of the claim that it is positive: decided by two standard errors."""
-        if abs(self.points) <= 2 * self.error:
+        if abs(self.points) <= 2 * self.error or not self.decides:
             return UNDECIDED
         return HOLDS if self.points > 0 else FAILS
 
     @property
     def verdict_within_margin(self) -> str:
         """Of the claim that it is no worse than MARGIN below zero."""
-        if abs(self.points + MARGIN) <= 2 * self.error:
+        if abs(self.points + MARGIN) <= 2 * self.error or not self.decides:
             return UNDECIDED
         return HOLDS if self.points > -MARGIN else FAILS
 
@@ -79,16 +81,8 @@ class Difference:
         return f'{self.points:+.2f} ± {self.error:.2f}'
 
 
-def combine(verdicts: List[str]) -> str:
-    """Of a claim that says the same of several networks or sets: it holds if all do, or some and none does not."""
-    decided = [v for v in verdicts if v != UNDECIDED]
-    if not verdicts:
-        return UNTESTED
-    return UNDECIDED if not decided else HOLDS if set(decided) == {HOLDS} else FAILS
-
-
 def combine_all(verdicts: List[str]) -> str:
-    """Of a claim that is one only if each part of it holds."""
+    """Of a claim that says the same of several networks, sets or settings, and is one only if it holds of each."""
     if not verdicts:
         return UNTESTED
     return FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else UNDECIDED
@@ -108,7 +102,7 @@ def compare_rows(
         evidence: Evidence,
         experiment: str,
         pairs: List[Tuple[str, str]],
-        combined: Callable[[List[str]], str] = combine,
+        combined: Callable[[List[str]], str] = combine_all,
         judged: Callable[[Difference], str] = lambda difference: difference.verdict,
 ) -> Tuple[str, List[str]]:
     """Whether the first setting of each pair beats the second, on each set where both were run."""
@@ -119,7 +113,7 @@ def compare_rows(
             if a and b:
                 difference = Difference.of(a, b, evidence.test_images[dataset])
                 verdicts.append(judged(difference))
-                names = (TABLE_1[row][0] if row in TABLE_1 else row for row in (better, worse))
+                names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
     return combined(verdicts), lines
@@ -129,39 +123,47 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     """What two runs of different networks must share to be compared."""
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
     recipe = {key: value for key, value in settings.items() if key not in NO_RECIPE}
+    images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
     if settings['sched'] != 'step':
         del recipe['decay_epochs']  # which no other schedule heeds
     fraction = 0.1 if settings['val_fraction'] is None else settings['val_fraction']
     held_out = 0. if settings['val_split'] else fraction  # of the images to train on
-    return dict(recipe, held_out=held_out, continued=settings['initial_checkpoint'] is not None)
+    return dict(recipe, images_an_update=images, held_out=held_out)
 
 
-def compare_others(evidence: Evidence) -> Tuple[str, List[str]]:
+def is_chosen_by(run: Dict[str, Any], split: str) -> bool:
+    """Whether the images of a split chose the weights of a run."""
+    best = run.get('best')
+    return split == run['settings'].get('val_split') and best is not None and best['epoch'] + 1 != run['epochs']
+
+
+def compare_others(evidence: Evidence) -> List[str]:
     """The same of networks that another recipe trained, the same for baseline and template matching.
 
-    Of the recipes of a pair, the longest decides.
+    One run each, which decides nothing; pairs of longer training come later.
     """
-    found: Dict[Tuple[str, str, str], List[Tuple[bool, int, str, str]]] = {}
+    found = []
     for tag, ours in evidence.evaluations.items():
         for other, theirs in evidence.evaluations.items():
-            run, other_run = evidence.runs[tag], evidence.runs[other]
-            model, baseline = (r['model'].partition('.')[0] for r in (run, other_run))
+            legs, other_legs = (find_legs(t, evidence.runs) for t in (tag, other))
+            if legs is None or other_legs is None:
+                continue
+            model, baseline = (legs_of_one[-1]['model'].partition('.')[0] for legs_of_one in (legs, other_legs))
             if '_tm' not in model or baseline != model.partition('_tm')[0]:
                 continue
             dataset, other_dataset = (Path(e['dataset']).name for e in (ours, theirs))
             if dataset != other_dataset or any(ours[key] != theirs[key] for key in ('split', 'images')):
                 continue
-            total = count_epochs(tag, evidence.runs)
-            if find_recipe(run) != find_recipe(other_run) or total != count_epochs(other, evidence.runs):
+            if any(is_chosen_by(run, ours['split']) for run in (*legs, *other_legs)):
+                continue
+            if [(run['epochs'], find_recipe(run)) for run in legs] != [
+                    (run['epochs'], find_recipe(run)) for run in other_legs]:
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
-            epochs = run['epochs'] if total is None else total
-            length = f'{epochs} more epochs' if total is None else f'{epochs} epochs'
-            found.setdefault((model, baseline, dataset), []).append((
-                total is None, epochs, difference.verdict,
-                f'{tag} against {other}: {difference} points (one run each, {length})'))
-    recipes = [sorted(pairs) for pairs in found.values()]
-    return combine([pairs[-1][2] for pairs in recipes]), [pair[3] for pairs in recipes for pair in pairs]
+            epochs = sum(run['epochs'] for run in legs)
+            found.append((model, dataset, epochs, (
+                f'{tag} against {other}: {difference} points (one run each, {epochs} epochs)')))
+    return [line for *_, line in sorted(found)]
 
 
 Judgement = Tuple[str, List[str]]
@@ -171,15 +173,16 @@ def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     verdict, lines = compare_rows(
         evidence, 'table1', [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')])
-    other_verdict, others = compare_others(evidence)
+    others = compare_others(evidence)
     if not lines:
-        return other_verdict, ["not run with the paper's protocol", *others] if others else []
-    return verdict, [*lines, *(["with other recipes, which do not decide here", *others] if others else [])]
+        return (UNDECIDED, ["not run with the paper's protocol", *others]) if others else (UNTESTED, [])
+    return verdict, [*lines, *(['with other recipes', *others] if others else [])]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
-    experiment = 'depth' if evidence.scores.get('depth') else 'table1'
-    return compare_rows(evidence, experiment, [('rn38_tm', 'rn26_tm')])
+    pair = ('rn38_tm', 'rn26_tm')
+    found = compare_rows(evidence, 'depth', [pair])
+    return found if found[1] else compare_rows(evidence, 'table1', [pair])
 
 
 def judge_weight(evidence: Evidence) -> Judgement:
@@ -256,7 +259,7 @@ def judge_words(evidence: Evidence) -> Judgement:
 
 def judge(evidence: Evidence) -> List[Claim]:
     """Every claim of the paper with its verdict."""
-    def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine) -> Judgement:
+    def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine_all) -> Judgement:
         return compare_rows(evidence, 'table1', [(better, worse)], combined)
 
     found = [
@@ -267,7 +270,8 @@ def judge(evidence: Evidence) -> List[Claim]:
         ('In DenseNet, concatenation is marginally above addition', '4.2, Table 1', rows('dn100_tm_cat', 'dn100_tm')),
         ('It gains from depth', '4.1', judge_depth(evidence)),
         ('λ = 0.5 is best', '4.1, Figure 4', judge_weight(evidence)),
-        ('Soft maximizers do as well as BN-ReLU', '4.1, Figure 3', judge_soft_maximizers(evidence)),
+        (f'Soft maximizers do as well as BN-ReLU (no more than {MARGIN:g} point below it)', '4.1, Figure 3',
+         judge_soft_maximizers(evidence)),
         ('A trained RN20 has μ = 2.5 and η = 17', '4.1', judge_constants(evidence)),
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline",
          '4.3, Figure 5', judge_block_output(evidence)),

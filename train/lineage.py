@@ -1,7 +1,7 @@
 """Runs in train/results, and how long their weights were trained in all, where one began with those of another."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 
@@ -25,18 +25,24 @@ def read_runs(results: Path) -> Dict[str, Dict[str, Any]]:
     return runs
 
 
-def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
-    """Epochs of a run and of those it continues; None if it began with weights of which there is no record.
+def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[str, Any]]]:
+    """A run and those it continues, the first one first; None if it began with weights of which there is no record.
 
     The run before is the one of that network whose experiment folder the first weights lay in.
     """
     run = runs[tag]
     start = run['settings'].get('initial_checkpoint')
     if start is None:
-        return int(run['epochs'])
+        return [run]
     others = {k: v for k, v in runs.items() if k != tag}
     for other, earlier in others.items():
         if (earlier['model'], earlier['settings'].get('experiment')) == (run['model'], Path(start).parent.name):
-            before = count_epochs(other, others)
-            return None if before is None else before + int(run['epochs'])
+            before = find_legs(other, others)
+            return None if before is None else [*before, run]
     return None
+
+
+def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
+    """Epochs of a run and of those it continues; None if it began with weights of which there is no record."""
+    legs = find_legs(tag, runs)
+    return None if legs is None else sum(int(run['epochs']) for run in legs)
