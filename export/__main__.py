@@ -255,6 +255,7 @@ def add_push(commands: argparse._SubParsersAction) -> None:
         choices=['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt'], help='of the ONNX files; fp32 is always there')
     command.add_argument('--engines', type=Path, nargs='+', default=[], metavar='FILE', help='engines to go with them')
     command.add_argument('--card', type=Path, metavar='README.md', help='card to take instead of the rendered one')
+    command.add_argument('--license', metavar='ID', help='of weights of your own, as the Hub calls it: apache-2.0, mit')
     command.add_argument('--private', action='store_true')
     command.add_argument('--revision', help='branch, created if need be')
     command.add_argument('--tag', help='of the commit')
@@ -293,6 +294,7 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.publish import create_files
     from export.push import PushOptions, list_files, push, read_engines, sign_in
+    from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
     options.validate()
@@ -301,6 +303,12 @@ def _push(args: argparse.Namespace) -> None:
         sign_in()
         published = read_engines(options)
     model = load(args.model, args.checkpoint)
+    if args.license:
+        config: Any = model.pretrained_cfg
+        if config.get('license') not in (None, args.license):
+            raise InputError(
+                f'{args.model} has weights under {config["license"]}; --license is for weights of your own.')
+        config['license'] = args.license
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -137,7 +137,8 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
         raise InputError(f'Two engines for one machine are called {path.name}; rename one, and build it again.')
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
-    built['onnx'] = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
+    onnx = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
+    built['onnx'] = Path(onnx).as_posix()  # for readers of other systems than the one that pushes
     built['command'] = tell_command(built['onnx'], target, read_options(built))
     write_sidecar(target, metadata)
 
@@ -145,7 +146,7 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
 def _is_engine_of(weights: str, metadata: Any) -> bool:
     """Whether what was found in a repository is a whole sidecar of an engine of these weights."""
     try:
-        check_built(metadata, Path())
+        check_built(metadata, Path('engine'))
     except (RuntimeInputError, AttributeError):
         return False
     return bool(metadata.get('weights_sha256') == weights and {'precision', 'file_bytes'} <= metadata.keys())

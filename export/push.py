@@ -61,6 +61,8 @@ class PushOptions:
             validate_repo_id(self.repo)
         except ValueError as e:
             raise InputError(f'{self.repo!r} is no name of a repository: {str(e).splitlines()[0]}') from e
+        if '/' not in self.repo:
+            raise InputError(f'{self.repo!r} is no name of a repository: its owner comes first, USER/{self.repo}.')
         if self.tag and self.create_pr:
             raise InputError(
                 '--tag names a commit of the repository, which a pull request is not yet; leave one out.')

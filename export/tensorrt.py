@@ -114,7 +114,7 @@ def build_engine(
         tmp.touch()  # before the work, should the folder not be writable
     start = time.perf_counter()
     plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
-    relative = os.path.relpath(onnx_path, path.parent)
+    relative = Path(os.path.relpath(onnx_path, path.parent)).as_posix()  # an engine may move to another system
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,

@@ -137,7 +137,8 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
                     f'with profiles that meet.')
             reach = max(reach, high)
         max_batch = reach
-        preferred = ', '.join(map(str, sorted(set(best))))
+        # a preferred batch of one would be sent off at once, and requests would never wait for others
+        preferred = ', '.join(map(str, sorted(size for size in set(best) if size > 1)))
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif metadata['input']['shape'][0] != 'batch':

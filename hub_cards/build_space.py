@@ -13,9 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
-from export.images import add_image_options, load_images
-from export.load import load
-from export.onnx import OnnxOptions, export_onnx
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 
@@ -40,6 +37,8 @@ def build(output: Path, models: Sequence[Tuple[str, Any]], args: argparse.Namesp
         InputError: If there is something in the folder, or it cannot be written.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
+    from export.images import load_images
+    from export.onnx import OnnxOptions, export_onnx
     names = [name for name, _ in models]
     if len(set(names)) < len(names):
         raise InputError(f'Two models are called alike among {", ".join(names)}; rename a file.')
@@ -62,6 +61,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     Raises:
         InputError: See `build`.
     """
+    from export.images import add_image_options
+    from export.load import load
     parser = argparse.ArgumentParser(
         prog='python -m hub_cards.build_space', description='Put together the folder of a Space that shows models.')
     parser.add_argument(

@@ -155,6 +155,19 @@ def tell_command(analysis: Dict[str, Any], dataset_id: str) -> str:
     return analysis['command'].replace(analysis['settings']['dataset'], f'hfds/{dataset_id}')
 
 
+def read_commands(recipe: str) -> str:
+    """The commands at the top of a recipe, one after the other, which lead to its result.
+
+    Raises:
+        InputError: If there are none.
+    """
+    lines = _read(recipe).split('\n#\n')
+    commands = [line.removeprefix('#   ') for line in lines[1].splitlines()] if len(lines) > 2 else []
+    if not commands or not all(line.startswith('#   ') for line in lines[1].splitlines()):
+        raise InputError(f'{recipe} must have its commands in the second paragraph of the comment at the top.')
+    return '\n'.join(commands)
+
+
 def _read(path: str) -> str:
     """
     Raises:
@@ -204,8 +217,6 @@ def check(text: str) -> None:
     for field in ('license', 'library_name', 'pipeline_tag'):
         if not isinstance(data.get(field, ''), str):
             raise InputError(f'{field} in the front matter of the card must be text, not {data[field]!r}.')
-    if 'license' not in data:
-        raise InputError('The front matter of the card names no license.')
     for field in ('tags', 'datasets', 'metrics'):
         value = data.get(field, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -300,7 +311,7 @@ def render(
         description=data['description'],
         notes=data['notes'],
         dataset=dataset,
-        recipe=data['recipe'],
+        commands=read_commands(data['recipe']),
         class_names=first['class_names'],
         preprocessing=first['preprocessing'],
         has_patches=has_patches,
@@ -323,6 +334,6 @@ def render(
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         engines=engines,
-        rates=dict(torch=f'{rates["eager, prepared"]:.0f} (eager)' if 'eager, prepared' in rates else ''),
+        rates=dict(torch=f'{rates["eager"]:.0f} (eager)' if 'eager' in rates else ''),
         latency=latency,
     )

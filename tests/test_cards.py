@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from export.onnx import OnnxOptions
 from hub_cards.__main__ import main
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
+from train.config import parse_args
+from train.lineage import count_epochs, read_runs
 
 ROOT = Path(__file__).parent.parent
 NAMES = cards.list_cards()
@@ -31,7 +34,7 @@ def copied(tmp_path, monkeypatch):
     data = cards.load_data(FULL)
     settings = str(Path(data['training']).with_name('args.yaml'))
     results = (data['training'], settings, data['evaluation'], data['latency'], data['exports'], data['analysis'])
-    for path in (*results, 'hub_cards'):
+    for path in (*results, data['recipe'], 'hub_cards'):
         source, target = ROOT / path, tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -75,7 +78,7 @@ def test_numbers_are_those_of_the_results(name):
 def test_tensorrt_is_told_to_build_a_file_that_is_pushed(keys, file):
     folder = ROOT / cards.load_data(FULL)['exports']
     exports = {key: json.loads((folder / f'rn26_tm.{key}.onnx.json').read_text()) for key in keys}
-    assert f'python -m export tensorrt {file} --output model.engine' in str(cards.render(FULL, exports=exports))
+    assert f'python -m export tensorrt net/{file} --output model.engine' in str(cards.render(FULL, exports=exports))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -92,6 +95,17 @@ def test_front_matter_is_plain_and_complete(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_commands_of_the_training_lead_from_one_to_the_next(name):
+    text = (cards.RENDERED / f'{name}.md').read_text().partition('## Training')[2]
+    commands = [shlex.split(line) for line in text.split('```')[1].replace('\\\n', ' ').strip().splitlines()]
+    runs = [parse_args(command[command.index('train/train.py') + 1:]) for command in commands]
+    assert commands[-1][commands[-1].index('-c') + 1] == cards.load_data(name)['recipe']
+    assert [run.initial_checkpoint for run in runs] == [
+        None, *(f'output/{run.experiment}/last.safetensors' for run in runs[:-1])]
+    assert sum(run.epochs for run in runs) == count_epochs(name, read_runs(ROOT / 'train' / 'results'))
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_snippets_run(name, tmp_path, write_unchecked):
     text = str(cards.render(name, 'user/net'))
     blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
@@ -104,8 +118,9 @@ def test_snippets_run(name, tmp_path, write_unchecked):
     (tmp_path / 'onnx').mkdir()
     write_unchecked(model, tmp_path / 'onnx' / 'model.onnx', OnnxOptions(patch_logits=patches))
     image = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
-    code = f'from PIL import Image\nimage = Image.open({str(image)!r})\n' + ''.join(blocks)
-    code = code.replace('hf-hub:user/net', f'local-dir:{tmp_path / "net"}')
+    shutil.copy(image, tmp_path / 'photo.jpg')
+    with_timm, with_onnx = ''.join(blocks[:-1]).replace('hf-hub:user/net', f'local-dir:{tmp_path / "net"}'), blocks[-1]
+    code = f'{with_timm}del image\n{with_onnx}'
     run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
@@ -120,7 +135,6 @@ def test_snippets_run(name, tmp_path, write_unchecked):
             assert picture.width > 500
     shutil.copy(ROOT / 'export' / 'runtime.py', tmp_path)
     command = next(line for line in text.splitlines() if line.startswith('python runtime.py run onnx/'))
-    shutil.copy(image, tmp_path / 'photo.jpg')
     run = subprocess.run(
         [sys.executable, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and f'photo.jpg: {label}' in run.stdout, run.stderr
@@ -209,7 +223,6 @@ RESULT = '  - task: {type: image-classification}\n    dataset: {type: a/b, name:
     (None, r'must begin with front matter: settings in YAML between two lines of ---'),
     ('just text', r'must begin with front matter'),
     ('license: [mit', r'The front matter of the card is no YAML: '),
-    ('tags: [a]', r'The front matter of the card names no license'),
     ('license: [mit, apache-2.0]', r"license in the front matter of the card must be text, not \['mit', "),
     ('license: mit\ntags: a', r'tags in the front matter of the card must be a list of text'),
     ('license: mit\ndatasets: [1]', r'datasets in the front matter of the card must be a list of text'),

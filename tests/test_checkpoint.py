@@ -2,11 +2,13 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_tmblock.checkpoint import read_description, save_weights
+from timm_tmblock.checkpoint import load_model, read_description, save_weights
+from timm_tmblock.errors import InputError
 
 
 @pytest.fixture
@@ -37,3 +39,29 @@ def test_same_weights_are_the_same_file(weights, tmp_path):
         files.append((tmp_path / f'{i}.safetensors').read_bytes())
     assert len(set(files)) == 1
     assert int.from_bytes(files[0][:8], 'little') % 8 == 0
+
+
+@pytest.mark.parametrize('described, asked', [
+    ('rn26_tm', None), ('rn26_tm', 'rn26_tm'), ('rn26_tm', 'rn26_tm.cifar10'), ('rn26_tm.cifar100', 'rn26_tm')])
+def test_weights_load_under_each_name_of_their_network(tmp_path, described, asked):
+    model = timm.create_model('rn26_tm', num_classes=3)
+    path = tmp_path / 'weights.safetensors'
+    save_weights(path, model.state_dict(), dict(model=described, num_classes=3, label_names=['a', 'b', 'c']))
+    loaded = load_model(path, asked)
+    assert torch.equal(loaded.fc.weight, model.fc.weight)
+    assert loaded.pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    assert loaded.pretrained_cfg.get('license') is None  # whoever trained them chooses it
+    assert timm.create_model('rn26_tm').pretrained_cfg['license'] == 'apache-2.0'
+
+
+@pytest.mark.parametrize('description, asked, message', [
+    (dict(model='rn26_tm'), 'rn26', 'holds weights of rn26_tm, not of rn26'),
+    (dict(model='rn26_tm.cifar10'), 'rn38_tm', 'holds weights of rn26_tm.cifar10, not of rn38_tm'),
+    (dict(model='rn26_tm', model_args=dict(img_size=2)), None, 'img_size must be at least 4'),
+    ({}, None, 'does not say which model')])
+def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, description, asked, message):
+    path = tmp_path / 'weights.safetensors'
+    save_weights(path, timm.create_model('rn26_tm').state_dict(), description)
+    with pytest.raises(InputError, match=message) as error:
+        load_model(path, asked)
+    assert '\n' not in str(error.value)

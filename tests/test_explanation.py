@@ -124,10 +124,14 @@ def test_unknown_class_is_refused(regions):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('missing.onnx', 'There is no file'), ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
+    ('local-dir:BROKEN', 'is no model with pretrained weights'), ('missing.onnx', 'There is no file'),
+    ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
 ])
-def test_sources_without_patch_logits_are_refused(source, message):
+def test_sources_without_patch_logits_are_refused(source, message, tmp_path):
+    if source == 'local-dir:BROKEN':
+        source = f'local-dir:{tmp_path}'
+        (tmp_path / 'config.json').write_text('{}')
     with pytest.raises(InputError, match=message):
         Explainer(source() if callable(source) else source)
 

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
 
+import export.__main__ as export
 from export.onnx import OnnxOptions, export_onnx
-from export.publish import add_engine, create_files
+from export.publish import _is_engine_of, add_engine, create_files
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
+from train import train
 from train.config import parse_args
 from train.publish import publish
 
@@ -74,6 +78,33 @@ def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tm
             (tmp_path / 'a.onnx', weights, r'a\.onnx must end in \.engine or \.plan')):
         with pytest.raises(InputError, match=message):
             add_engine(tmp_path / 'out', path, sha256)
+
+
+@pytest.mark.parametrize('found', [
+    [], {}, {'foo': 1}, {'engine': None}, {'engine': {'backend': 'tensorrt'}}])
+def test_what_lies_on_the_hub_and_is_no_sidecar_of_an_engine_is_passed_over(found):
+    assert not _is_engine_of(64 * '0', found)
+
+
+def test_repository_is_looked_at_before_the_training():
+    with pytest.raises(InputError, match="'run' is no name of a repository: its owner comes first, USER/run"):
+        train.main(['--push-to-hub', 'run'])
+
+
+@pytest.mark.parametrize('flags, expected', [([], None), (['--license', 'mit'], 'mit')])
+def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, flags, expected):
+    network = timm.create_model('rn26_tm', num_classes=2)
+    path = tmp_path / 'weights.safetensors'
+    save_weights(path, network.state_dict(), dict(model='rn26_tm', num_classes=2, label_names=['ant', 'bee']))
+    export.main([
+        'push', str(path), '--repo', 'me/net', '--precisions', 'fp32', '--check-images', '8', '--dry-run', *flags])
+    card = capsys.readouterr().out.partition('---\n')[2].partition('---\n')[0]
+    assert yaml.safe_load(card).get('license') == expected
+
+
+def test_license_of_the_shipped_weights_is_what_it_is():
+    with pytest.raises(InputError, match='rn26_tm has weights under apache-2.0; --license is for weights of your own'):
+        export.main(['push', 'rn26_tm', '--repo', 'me/net', '--dry-run', '--license', 'mit'])
 
 
 def test_training_publishes_with_images_of_its_own_set(monkeypatch, capsys, tmp_path):

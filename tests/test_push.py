@@ -191,7 +191,7 @@ def test_a_pull_request_is_opened_once(hub, folder):
     (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
     ('hf_wrong', {}, 'The Hub does not accept the token'),
     (READ, {}, 'The token may not create the repository in me/net; use one with write access'),
-    (WRITE, dict(repo='no'), 'The Hub refuses it|is not there'),
+    (WRITE, dict(repo='no'), "'no' is no name of a repository: its owner comes first, USER/no"),
     (WRITE, dict(repo='a b/c'), "'a b/c' is no name of a repository"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
     (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),

@@ -36,7 +36,8 @@ def test_index_says_what_the_file_is(name):
     assert dtypes == {entry['dtype']} == {ship.choose_precision(entry['top1_by_dtype'])}
     evaluation = json.loads((ROOT / entry['source'] / 'evaluation.json').read_text())
     assert evaluation['weights_sha256'] == entry['sha256'] and evaluation['images'] == entry['images']
-    assert evaluation['top1'] == entry['top1'] == entry['top1_by_dtype'][entry['dtype']]
+    assert round(evaluation['top1'], 4) == entry['top1'] == entry['top1_by_dtype'][entry['dtype']]
+    assert entry['dataset'] == Path(evaluation['dataset']).name  # without the place on a machine
     run = json.loads((ROOT / entry['source'] / 'result.json').read_text())
     assert run['model'] == name.partition('.')[0]
 

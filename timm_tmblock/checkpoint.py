@@ -116,11 +116,11 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
     name = model_name or description.get('model')
     if name is None:
         raise InputError(f'{path} does not say which model it is of; name the model.')
-    if description.get('model', name) != name:
-        raise InputError(f'{path} holds weights of {description["model"]}, not of {name}.')
+    check_model(path, description, name)
     if not timm.is_model(name):
         raise InputError(f'timm has no model {name!r}; timm.list_models("*_tm*") lists those with template matching.')
     overlay = {k: description[k] for k in _PRETRAINED_CFG_KEYS if k in description}
+    overlay['license'] = None  # which is for those who trained the weights to say
     if not description:
         overlay.update(num_classes=_count_classes(path, name), label_names=None)  # of which classes, nobody knows
     try:
@@ -130,10 +130,21 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
             pretrained_cfg_overlay=dict(overlay, file=str(path)),
             **description.get('model_args', {}),
         )
-    except (RuntimeError, TypeError, KeyError) as e:
+    except (RuntimeError, ValueError, TypeError, KeyError) as e:
         reason = str(e).strip().split('\n')
         raise InputError(f'{path} does not hold weights of {name}: {reason[-1].strip() or reason[0]}') from e
     return model.eval()
+
+
+def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:
+    """Refuse weights of another network than `name`; a pretrained tag makes no other one.
+
+    Raises:
+        InputError: For those.
+    """
+    described = description.get('model', name)
+    if described.partition('.')[0] != name.partition('.')[0]:
+        raise InputError(f'{path} holds weights of {described}, not of {name}.')
 
 
 def _count_classes(path: Union[str, Path], name: str) -> int:

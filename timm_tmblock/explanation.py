@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 
@@ -113,7 +114,7 @@ class Explainer:
         else:
             try:
                 model = timm.create_model(str(source), pretrained=True)
-            except (RuntimeError, ValueError, OSError) as e:  # timm's, and those of folders and the Hub
+            except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as e:  # of timm and the Hub's client
                 raise InputError(f'{source!r} is no model with pretrained weights, nor a .onnx or .safetensors file '
                                  f'({e}).') from e
             self._use_torch(model.eval())

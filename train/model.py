@@ -10,7 +10,7 @@ from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
-from timm_tmblock.checkpoint import read_description
+from timm_tmblock.checkpoint import check_model, read_description
 from timm_tmblock.errors import InputError
 from train.config import refusing
 
@@ -40,8 +40,7 @@ def take_up_checkpoint(args: Namespace) -> None:
     if not args.initial_checkpoint or args.resume:  # a run that goes on has its settings written down
         return
     description = read_description(args.initial_checkpoint)
-    if description.get('model', args.model) != args.model:
-        raise InputError(f'{args.initial_checkpoint} holds weights of {description["model"]}, not of {args.model}.')
+    check_model(args.initial_checkpoint, description, args.model)
     # templates are of the classes, which may be others now
     kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
     args.model_kwargs = {**kept, **args.model_kwargs}

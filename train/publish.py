@@ -11,6 +11,15 @@ from timm_tmblock.errors import InputError
 PRECISIONS = ('fp32', 'fp16')
 
 
+def check_repository(name: str) -> None:
+    """
+    Raises:
+        InputError: For what can be no repository on the Hub, before a run that would end with it.
+    """
+    from export.push import PushOptions
+    PushOptions(name).validate()
+
+
 def publish(weights: Path, args: Namespace) -> Optional[str]:
     """Push weights with ONNX files and a card.
 

@@ -29,6 +29,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import yaml
 from safetensors.torch import load_file
 
+from export.images import name_set
 from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
@@ -126,7 +127,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     write_json(results / 'result.json', {k: v for k, v in result.items() if k != 'weights'})
     entry = dict(
         sha256=hash_file(str(target)), bytes=target.stat().st_size, dtype=dtype,
-        top1=evaluation['top1'], top1_by_dtype=top1, images=evaluation['images'], dataset=args.dataset,
+        top1=round(evaluation['top1'], 4), top1_by_dtype={k: round(v, 4) for k, v in top1.items()},
+        images=evaluation['images'], dataset=name_set(args.dataset),
         source=str(results.relative_to(ROOT)))
     index = WEIGHTS / 'index.json'
     entries = json.loads(index.read_text()) if index.is_file() else {}
