@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 from conftest import make_trained_like
-from timm.models import model_parameters
+from timm.models import load_checkpoint, model_parameters
 
 from timm_tmblock import PatchSupervised, TemplateMatchingTask
 
@@ -71,3 +71,28 @@ def test_model_without_classes_is_refused():
 def test_timm_finds_the_head_where_it_leaves_it_out_of_clipping(supervised):
     left_out = set(supervised.parameters()) - set(model_parameters(supervised, exclude_head=True))
     assert left_out == set(supervised.model.fc.parameters())
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_checkpoints_of_the_task_are_those_of_the_baseline(supervised, tmp_path, ema):
+    task = TemplateMatchingTask(supervised)
+    if ema:
+        task.setup_ema()
+    state = task.get_checkpoint_state(ema=ema)
+    suffix = '_ema' if ema else ''
+    torch.save({k: v for k, v in state.items() if 'task' not in k}, tmp_path / 'checkpoint.pth')
+    plain = timm.create_model('rn26', num_classes=10)
+    load_checkpoint(plain, tmp_path / 'checkpoint.pth', use_ema=ema)
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in supervised.model.state_dict().items())
+
+    other = TemplateMatchingTask(PatchSupervised(timm.create_model('rn26', num_classes=10)))
+    other.load_checkpoint_state(state[f'state_dict{suffix}'], state[f'task_state{suffix}'])
+    theirs = other.trainable_module.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in supervised.state_dict().items())
+
+
+def test_gradients_of_all_but_the_head_are_clipped(supervised):
+    task = TemplateMatchingTask(supervised)
+    assert set(task.get_clip_parameters()) == set(supervised.parameters())
+    clipped = set(task.get_clip_parameters(exclude_head=True))
+    assert set(supervised.parameters()) - clipped == set(supervised.model.fc.parameters())

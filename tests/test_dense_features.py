@@ -7,10 +7,11 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import make_trained_like
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_tmblock.layers import can_share_features, dense_features
-from timm_tmblock.models.densenet import DenseStage
+from timm_tmblock.models.densenet import DenseLayer, DenseStage
 
 
 def make_stages(dtype=torch.float64, depth=4):
@@ -38,7 +39,7 @@ def test_shared_features_equal_the_plain_layers(memory_format, depth, batch_size
     for _ in range(2):
         x = torch.randn(batch_size, 10, 6, 5, generator=generator).double() * 2 + 1
         x = x.contiguous(memory_format=memory_format)
-        assert can_share_features(stage.blocks, x)
+        assert can_share_features(stage.blocks, x, DenseLayer)
         got, expected = run(stage, x), run(blocks, x)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
         assert got[0].is_contiguous(memory_format=memory_format)
@@ -53,7 +54,7 @@ def test_whole_networks_train_the_same(monkeypatch):
         for shared in (True, False):
             copied = copy.deepcopy(model)
             if not shared:
-                monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda layers, x: False)
+                monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda *args: False)
             results.append(run(copied, x))
         monkeypatch.undo()
         torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
@@ -155,6 +156,9 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].conv1.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks[2].register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks.register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks.__setitem__(1, checkpoint_wrapper(stage.blocks[1])),
+    lambda stage: stage.blocks[1].__setattr__('__class__', type('Other', (DenseLayer,), {})),
+    lambda stage: stage.blocks[1].conv1.__setattr__('forward', stage.blocks[1].conv1.forward),  # as Accelerate does
     lambda stage: stage.blocks[1].norm1.register_parameter('weight', None),
     lambda stage: nn.utils.parametrizations.weight_norm(stage.blocks[0].conv1),
     lambda stage: stage.blocks[0].norm1.__setattr__('act', nn.SiLU()),
@@ -167,11 +171,11 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
 ])
 def test_layers_that_are_not_plain_are_run_as_they_are(change):
     stage, _ = make_stages(torch.float32)
-    assert can_share_features(stage.blocks, torch.randn(2, 10, 6, 5))
+    assert can_share_features(stage.blocks, torch.randn(2, 10, 6, 5), DenseLayer)
     result = change(stage)
     stage = result if isinstance(result, DenseStage) else stage
     x = torch.randn(2, 10, 6, 5, dtype=stage.blocks[0].conv2.weight.dtype, device=stage.blocks[0].conv2.weight.device)
-    assert not can_share_features(stage.blocks, x)
+    assert not can_share_features(stage.blocks, x, DenseLayer)
 
 
 def test_empty_batches_and_mixed_types_are_run_as_they_are():

@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
+from timm_tmblock.models import PreActResNet
 
 NAMES = ['ant', 'bee', 'cat']
 
@@ -127,6 +128,7 @@ def test_unknown_class_is_refused(regions):
     ('local-dir:BROKEN', 'is no model with pretrained weights'), ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
+    (lambda: PreActResNet(template_matching=True), 'make it with timm.create_model'),
 ])
 def test_sources_without_patch_logits_are_refused(source, message, tmp_path):
     if source == 'local-dir:BROKEN':

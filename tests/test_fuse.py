@@ -113,6 +113,11 @@ def test_fused_network_works_wherever_others_do(trained_like):
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_frozen_networks_stay_frozen(trained_like):
+    model = trained_like('rn26_tm').requires_grad_(False).fuse()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_templates_of_a_fused_network_stay():
     with pytest.raises(ValueError, match='before fuse'):
         timm.create_model('rn26_tm').fuse().reset_templates(3)

@@ -2,9 +2,11 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 
+import timm_tmblock
 from timm_tmblock.checkpoint import save_weights
 
 PARAMETERS = {  # constant + slope * classes, Table 1 of the paper
@@ -21,6 +23,7 @@ PARAMETERS = {  # constant + slope * classes, Table 1 of the paper
     'dn100_tm_cat': (1_350_180, 1264),
 }
 MODELS = sorted(PARAMETERS)
+SHIPPED = timm.get_pretrained_cfg('rn26_tm').file
 
 
 @pytest.mark.parametrize('num_classes', [1, 10, 37, 100])
@@ -275,6 +278,60 @@ def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_
     ('rn26_tm', dict(num_classes=10, pretrained=True), True),
     ('rn26_tm.cifar10', dict(num_classes=10), True),
     ('rn26_tm', dict(num_classes=10, pretrained_cfg_overlay=dict(label_names=['a'] * 10)), True),
+    ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED)), False),  # any file of 10 classes
+    ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED, label_names=['a'] * 10)), True),
 ])
 def test_new_classifiers_have_no_names_of_the_pretrained_classes(name, kwargs, named):
     assert (timm.create_model(name, **kwargs).pretrained_cfg.get('label_names') is not None) == named
+
+
+@pytest.mark.parametrize('source', [dict(hf_hub_id='nobody/nothing'), dict(url='https://localhost:1/weights.safetensors')])
+def test_weights_of_the_package_do_not_stand_in_for_others(source, monkeypatch):
+    wanted = []
+
+    def load(**kwargs):
+        wanted.append(kwargs)
+        raise RuntimeError('offline')
+
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', lambda *args, **kwargs: load(args=args))
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', lambda *args, **kwargs: load(args=args))
+    with pytest.raises(RuntimeError, match='offline'):
+        timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=source)
+    assert wanted[0]['args'][0] in source.values()
+
+
+def test_weights_of_other_templates_are_refused_with_the_remedy(tmp_path):
+    model = timm.create_model('rn26_tm', pretrained=True, num_classes=5)  # keeps its 10 templates
+    torch.save(model.state_dict(), tmp_path / 'tuned.pth')
+    with pytest.raises(RuntimeError, match='have 10 templates and the model has 5; create it with num_templates=10'):
+        timm.create_model('rn26_tm', num_classes=5, checkpoint_path=tmp_path / 'tuned.pth')
+    loaded = timm.create_model('rn26_tm', num_classes=5, num_templates=10, checkpoint_path=tmp_path / 'tuned.pth')
+    assert torch.equal(loaded.tm.match.weight, model.tm.match.weight)
+
+
+def test_saved_number_of_templates_is_no_request(tmp_path):
+    save_for_hf(timm.create_model('rn26_tm', pretrained=True), tmp_path, safe_serialization=True)
+    folder, file = f'local-dir:{tmp_path}', timm.get_pretrained_cfg('rn26_tm.cifar100').file
+    overlay = dict(source=None, file=file, num_classes=100)
+    model = timm.create_model(folder, pretrained=True, num_classes=100, pretrained_cfg_overlay=overlay)
+    assert model.tm.num_templates == 100
+    assert torch.equal(model.tm.match.weight, load_file(file)['tm.match.weight'])
+    model = timm.create_model(
+        folder, pretrained=True, num_classes=100, num_templates=7, pretrained_cfg_overlay=overlay)
+    assert model.tm.num_templates == 7
+
+
+def test_classes_of_a_file_may_be_unknown():
+    overlay = dict(file=SHIPPED, num_classes=-1)  # as timm's scripts have it for --pretrained-path
+    model = timm.create_model('rn26_tm', pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    assert model.tm.num_templates == 10
+
+
+def test_new_templates_are_initialized_as_the_first_ones():
+    for model in (timm.create_model('rn26_tm', num_classes=200), timm.create_model('rn26_tm')):
+        model.reset_templates(200)
+        assert model.tm.value.weight.std().item() == pytest.approx((2 / model.tm.value.out_channels) ** 0.5, rel=0.05)
+
+
+def test_entry_points_are_where_timm_has_its_own():
+    assert all(callable(getattr(timm_tmblock.models, name)) for name in ('rn26_tm', 'wrn16', 'dn100_tm_cat'))

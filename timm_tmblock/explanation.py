@@ -127,6 +127,8 @@ class Explainer:
     def _use_torch(self, model: Any) -> None:
         if not getattr(model, 'has_template_matching', False):
             raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
+        if not hasattr(model, 'pretrained_cfg'):
+            raise InputError('The model does not say how images are prepared for it; make it with timm.create_model().')
         if model.num_classes < 1:
             raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)

@@ -9,6 +9,8 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
+from .auxiliary import PatchSupervised
+
 
 class TemplateMatchingTask(ClassificationTask):
     """Classification with supervision of each region by the label of its image.
@@ -68,6 +70,41 @@ class TemplateMatchingTask(ClassificationTask):
                 f'The patch loss needs one template per class, but the model has {num_templates} templates'
                 f' and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
         self.patch_loss_weight = patch_loss_weight
+
+    def _find_auxiliary(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[PatchSupervised]:
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        found = None if module is None else unwrap_model(module)
+        return found if isinstance(found, PatchSupervised) else None
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """Return the model for validation and checkpoints: of `PatchSupervised(model)`, the model."""
+        supervised = self._find_auxiliary(module, ema)
+        return super().get_eval_model(module, ema) if supervised is None else supervised.model
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """Return the state of the auxiliary classifier, which no evaluation needs."""
+        supervised = self._find_auxiliary(module, ema)
+        return {} if supervised is None else {'aux': supervised.aux.state_dict()}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        """Load the state of the auxiliary classifier, if there is one."""
+        supervised = self._find_auxiliary(module, ema)
+        if supervised is not None and state:
+            supervised.aux.load_state_dict(state['aux'], strict=strict)
+
+    def get_clip_parameters(self, exclude_head: bool = False):
+        """Return parameters to clip the gradients of, those of the auxiliary classifier among them."""
+        supervised = self._find_auxiliary()
+        if supervised is None:
+            return super().get_clip_parameters(exclude_head)
+        parameters = list(supervised.model.parameters())
+        return [*(parameters[:-2] if exclude_head else parameters), *supervised.aux.parameters()]
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Forward pass through model and compute the loss of equation 3.1.

@@ -101,7 +101,7 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     """
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
         cell = json.loads((path / 'cell.json').read_text())
-        if cell['data'] == dataset and cell['flags'] != ' '.join(flags):
+        if cell.get('data') == dataset and cell['flags'] != ' '.join(flags):
             raise InputError(
                 f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
                 f'share to be compared; choose another --output.')

@@ -5,7 +5,7 @@ memory and traffic grow with the square of the depth. Here the features of a sta
 so that those before a layer are a slice of it; a layer keeps its normalised slice alone; and the batch statistics of a
 channel are taken once. Results are those of the plain layers up to rounding.
 """
-from typing import Any, Iterable, Optional, Tuple
+from typing import Any, Iterable, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -14,8 +14,8 @@ from timm.layers import BatchNormAct2d
 from torch.autograd.function import once_differentiable
 
 
-def can_share_features(layers: Iterable[Any], x: torch.Tensor) -> bool:
-    """Whether `forward_shared` may stand in for the layers: plain ones in training, called as they are."""
+def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
+    """Whether `forward_shared` may stand in for the layers: those of `layer_type` in training, called as they are."""
     if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling() \
             or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() <= x.shape[1] \
             or torch.autograd.forward_ad._current_level >= 0:
@@ -23,8 +23,10 @@ def can_share_features(layers: Iterable[Any], x: torch.Tensor) -> bool:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return False  # what is kept for the backward would have two types
-    if isinstance(layers, nn.Module) and _has_hooks(layers):
+    if isinstance(layers, nn.Module) and _is_intercepted(layers):
         return False
+    if any(type(layer) is not layer_type for layer in layers):
+        return False  # wrapped, to be sharded or checkpointed
     for layer in layers:
         norm, conv = layer.norm1, layer.conv1
         if type(norm) is not BatchNormAct2d or type(conv) is not nn.Conv2d or not norm.training:
@@ -32,15 +34,15 @@ def can_share_features(layers: Iterable[Any], x: torch.Tensor) -> bool:
         if norm.momentum is None or not norm.track_running_stats or not isinstance(norm.act, nn.ReLU) \
                 or norm.weight is None or norm.weight.dtype not in (torch.float32, torch.float64):
             return False
-        if any(map(_has_hooks, (layer, norm, norm.act, conv))):
+        if any(map(_is_intercepted, (layer, norm, norm.act, conv))):
             return False
     return True
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    # these would not be called
+def _is_intercepted(module: nn.Module) -> bool:
+    # by hooks, or a `forward` of the instance as Accelerate gives it; neither would be called
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+                or module._backward_pre_hooks or 'forward' in vars(module))
 
 
 def forward_shared(layers: Iterable[Any], x: torch.Tensor) -> torch.Tensor:

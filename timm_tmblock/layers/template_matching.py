@@ -154,7 +154,8 @@ class FusedTemplateMatching(nn.Module):
             assert match.bias is not None
             weight, bias = torch.cat([match.weight, block.shortcut.weight]), F.pad(match.bias, [0, block.dim])
             self.conv = nn.Conv2d(block.dim, len(weight), 1, device='meta')
-            self.conv.weight, self.conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+            for name, value in (('weight', weight), ('bias', bias)):
+                setattr(self.conv, name, nn.Parameter(value.detach(), requires_grad=match.weight.requires_grad))
         self.patch_mean = block.patch_mean
         self.act = act
         self.value = block.value

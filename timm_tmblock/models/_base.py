@@ -9,8 +9,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models._manipulate import MATCH_PREV_GROUP
@@ -197,7 +196,7 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:
-        """Replace the templates by `num_templates` newly initialized ones.
+        """Replace the templates by `num_templates` newly initialized ones, before norms are synchronized.
 
         Raises:
             ValueError: If the model has no template matching block, or is fused.
@@ -206,7 +205,17 @@ class TemplateMatchingNet(nn.Module):
         if not isinstance(self.tm, TemplateMatching):
             raise ValueError('A fused model keeps its templates; reset them before fuse().')
         self.tm.reset_templates(num_templates)
+        nn.init.kaiming_normal_(self.tm.value.weight, mode='fan_out', nonlinearity='relu')  # as in init_weights
         update_model_args(self, num_templates=num_templates)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args) -> None:
+        weight = state_dict.get(f'{prefix}tm.match.weight')
+        if weight is not None and self.has_template_matching and len(weight) != self.tm.num_templates:
+            error_msgs = args[-1]
+            error_msgs.append(
+                f'the weights have {len(weight)} templates and the model has {self.tm.num_templates}; create it with '
+                f'num_templates={len(weight)}.')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def fuse(self) -> 'TemplateMatchingNet':
@@ -360,6 +369,9 @@ def checkpoint_filter_fn(
     if keep_templates:
         model.reset_templates(len(weight))
         return state_dict
+    _logger.info(
+        'The %d templates of the checkpoint are left out; the model keeps its %d new ones.',
+        len(weight), model.tm.num_templates)
     new = {k: v for k, v in model.state_dict().items() if k.startswith(('tm.match.', 'tm.norm.', 'tm.value.'))}
     return {**state_dict, **new}
 
@@ -374,13 +386,19 @@ def create_network(
 
     `img_size` lays it out for another size and becomes the input size. Templates are as in `checkpoint_filter_fn`.
     """
-    keep_templates = 'num_templates' not in kwargs
+    saved = (kwargs.get('pretrained_model_args') or {}).get('num_templates')  # of the model of a folder or repository
+    keep_templates = kwargs.get('num_templates') in (None, saved)
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    if kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
+    if any(overlay.get(key) for key in ('url', 'hf_hub_id')):
+        overlay.setdefault('file', None)  # the weights of the package, which timm would prefer
+    others = any(overlay.get(key) is not None for key in ('url', 'hf_hub_id', 'file', 'state_dict'))
+    if others or kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and keep_templates:
-        kwargs['num_templates'] = cfg.num_classes  # without a classifier, as many as the untouched model has
+    if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and kwargs.get('num_templates') is None:
+        # without a classifier, as many as the untouched model has
+        known = cfg.num_classes if cfg.num_classes > 0 else get_pretrained_cfg(variant).num_classes
+        kwargs['num_templates'] = known
     img_size = to_2tuple(kwargs.pop('img_size', cfg.input_size[1:]))
     if img_size != tuple(cfg.input_size[1:]):
         overlay.update(input_size=(cfg.input_size[0], *img_size), pool_size=None)

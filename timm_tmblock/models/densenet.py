@@ -105,7 +105,7 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            if self.memory_efficient and can_share_features(self.blocks, x):
+            if self.memory_efficient and can_share_features(self.blocks, x, DenseLayer):
                 return forward_shared(self.blocks, x)
         return self.blocks(x)
 
