@@ -1,5 +1,6 @@
 """Splits: what is held out, by class, on every machine alike, and never the test part."""
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.config import parse_args
 from train.data import SAMPLE, InMemorySet
-from train.splits import load_parts, open_splits, stratified_split
+from train.splits import hash_pixels, load_parts, open_splits, stratified_split
 
 CONFIG = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
 FROZEN = [21, 17, 24, 7, 13, 9, 22, 32, 20, 30]
@@ -22,20 +23,24 @@ def make_set(sizes=(60, 20, 33), seed=0) -> InMemorySet:
     return InMemorySet(images, targets, [str(i) for i in range(len(sizes))])
 
 
+def divide(dataset, fractions, seed=0):
+    return stratified_split(dataset, fractions, [hash_pixels(image, seed) for image in dataset.images.numpy()])
+
+
 def fingerprints(dataset: InMemorySet):
     return [(int(t), i.numpy().tobytes()) for i, t in zip(dataset.images, dataset.targets)]
 
 
-def load(*flags):
+def load(*flags, config=CONFIG):
     args = parse_args([*flags, '--device', 'cpu'])
     splits = open_splits(args, 3, Accelerator(cpu=True))
-    return load_parts(splits, args, CONFIG, progress=False)
+    return load_parts(splits, args, config, progress=False)
 
 
 @pytest.mark.parametrize('fractions', [(65, 15, 20), (0.9, 0.1), (1,), (1, 0, 1)])
 def test_every_class_is_divided_in_the_same_proportions(fractions):
     dataset = make_set()
-    parts = stratified_split(dataset, fractions)
+    parts = divide(dataset, fractions)
     for label, size in enumerate((60, 20, 33)):
         for part, fraction in zip(parts, fractions):
             assert abs((part.targets == label).sum().item() - size * fraction / sum(fractions)) < 1
@@ -43,23 +48,23 @@ def test_every_class_is_divided_in_the_same_proportions(fractions):
 
 
 def test_cifar_sized_pool_is_divided_exactly():
-    parts = stratified_split(make_set((6000, 6000)), (65, 15, 20))
+    parts = divide(make_set((6000, 6000)), (65, 15, 20))
     assert [torch.bincount(p.targets).tolist() for p in parts] == [[3900, 3900], [900, 900], [1200, 1200]]
 
 
 def test_split_does_not_depend_on_the_order_in_which_a_copy_stores_its_images():
     dataset = make_set()
     shuffled = dataset.subset(torch.randperm(len(dataset)))
-    for a, b in zip(stratified_split(dataset, (65, 15, 20)), stratified_split(shuffled, (65, 15, 20))):
+    for a, b in zip(divide(dataset, (65, 15, 20)), divide(shuffled, (65, 15, 20))):
         assert fingerprints(a) == fingerprints(b)  # in the same order, too
 
 
 def test_split_is_what_it_was():
     """The first images of a split made once, so that no change of this code or a library moves an image."""
     dataset = InMemorySet(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 2, ['a', 'b'])
-    train, rest = stratified_split(dataset, (3, 1), seed=5)
+    train, rest = divide(dataset, (3, 1), seed=5)
     assert rest.images.flatten().tolist() == FROZEN
-    assert stratified_split(dataset, (3, 1), seed=6)[1].images.flatten().tolist() != FROZEN
+    assert divide(dataset, (3, 1), seed=6)[1].images.flatten().tolist() != FROZEN
 
 
 def test_held_out_part_is_of_the_training_split_alone():
@@ -70,6 +75,18 @@ def test_held_out_part_is_of_the_training_split_alone():
     everything = load('--train-split', 'train[:200]', '--val-fraction', '0')
     assert everything.validation is None and everything.test is None
     assert set(fingerprints(everything.train)) == seen | held_out
+
+
+@pytest.mark.parametrize('flags, config', [
+    ([], dict(input_size=(3, 24, 24))), ([], dict(crop_pct=0.8)), ([], dict(interpolation='bilinear')),
+    (['--pool', '65', '15', '20'], dict(input_size=(3, 24, 24)))])
+def test_parts_are_the_same_images_whatever_the_network_takes(flags, config):
+    """Told by their classes, which are in the order of the images."""
+    flags = ['--train-split', 'train[:200]', '--test-split', 'test[:50]', *flags]
+    native, other = load(*flags), load(*flags, config=replace(CONFIG, **config))
+    for part in ('train', 'validation', 'test'):
+        assert torch.equal(getattr(native, part).targets, getattr(other, part).targets)
+    assert not torch.equal(native.train.images, other.train.images) or 'interpolation' in config
 
 
 def test_named_validation_split_leaves_training_whole():

@@ -3,7 +3,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -167,8 +167,19 @@ def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:
     return size * math.prod(config.input_size) <= limit_gb * 1e9
 
 
-def decode(dataset: Any, config: DataConfig, progress: bool = True) -> InMemorySet:
+def decode(
+        dataset: Any,
+        config: DataConfig,
+        progress: bool = True,
+        observe: Optional[Callable[[np.ndarray], None]] = None,
+) -> InMemorySet:
     """Decode every image once, resized as for evaluation where its size differs from the network's input.
+
+    Args:
+        dataset: Split as opened by timm.
+        config: What the network takes.
+        progress: Show a bar.
+        observe: Told the pixels (C, H, W) of each image in turn, in the size it is stored in.
 
     Raises:
         InputError: If an image cannot be read.
@@ -181,13 +192,19 @@ def decode(dataset: Any, config: DataConfig, progress: bool = True) -> InMemoryS
     targets = torch.empty(len(source), dtype=torch.int64)
     for i in tqdm(range(len(source)), desc='Decoding', unit='img', disable=not progress, leave=False):
         image, targets[i] = source[i]
+        if observe is not None:
+            observe(_to_pixels(image))
         images[i] = _to_uint8(image, config, resize)
     return InMemorySet(images, targets, class_names)
 
 
 def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:
-    channels, height, width = config.input_size
+    _, height, width = config.input_size
     if image.size == (width, height) and config.crop_pct == 1.:
-        pixels = torch.from_numpy(np.array(image))
-        return pixels.view(height, width, channels).permute(2, 0, 1)
+        return torch.from_numpy(_to_pixels(image))
     return resize(image)
+
+
+def _to_pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Dict, List, Optional, Sequence, Union
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -25,19 +26,23 @@ class Parts:
     test: Optional[Union[InMemorySet, Any]]  # measured once, at the end
 
 
-def stratified_split(dataset: InMemorySet, fractions: Sequence[float], seed: int = 0) -> List[InMemorySet]:
+def hash_pixels(pixels: np.ndarray, seed: int) -> bytes:
+    """Digest of the pixels (C, H, W) of an image; another seed gives another one."""
+    key = seed.to_bytes(8, 'little', signed=True)
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=key).digest()
+
+
+def stratified_split(dataset: InMemorySet, fractions: Sequence[float], digests: Sequence[bytes]) -> List[InMemorySet]:
     """Split a set so that every class is divided in the same proportions.
 
-    Images are ordered by a hash of seed and pixels: the parts depend on nothing else, neither on the order in which a
-    copy of the set stores its images nor on a random number generator, and copies of an image lie side by side.
+    Images are ordered by their digests: the parts depend on nothing else, neither on the order in which a copy of the
+    set stores its images nor on a random number generator, and copies of an image lie side by side.
 
     Args:
         dataset: Set to split.
         fractions: Size of each part relative to their sum.
-        seed: Another seed gives another split.
+        digests: `hash_pixels` of each image as it is stored, so that networks of all input sizes have the same parts.
     """
-    key = seed.to_bytes(8, 'little', signed=True)
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in dataset.images.numpy()]
     order = sorted(range(len(digests)), key=digests.__getitem__)
     ends = [total / sum(fractions) for total in accumulate(fractions)]
     parts: List[List[int]] = [[] for _ in fractions]
@@ -112,16 +117,23 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         raise InputError(
             'The training images do not fit in memory, so no part can be held out; name a --val-split, '
             'set --val-fraction 0, or raise --memory-limit.')
-    loaded = {part: decode(split, config, progress) if fits[part] else split for part, split in splits.items()}
+    digests: Dict[str, List[bytes]] = {part: [] for part in splits}
+
+    def load(part: str) -> InMemorySet:
+        return decode(
+            splits[part], config, progress,
+            lambda pixels: digests[part].append(hash_pixels(pixels, args.split_seed)))
+
+    loaded = {part: load(part) if fits[part] else split for part, split in splits.items()}
     if args.pool:
         if len(args.pool) != 3 or min(args.pool) < 0 or args.pool[0] <= 0:
             raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
         whole = InMemorySet(images, targets, loaded['train'].class_names)
-        train, validation, test = stratified_split(whole, args.pool, args.split_seed)
+        train, validation, test = stratified_split(whole, args.pool, [d for part in loaded for d in digests[part]])
         return Parts(train, validation if len(validation) else None, test if len(test) else None)
     if fraction:
-        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction], args.split_seed)
+        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction], digests['train'])
         if len(validation) == 0:
             raise InputError(
                 f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
