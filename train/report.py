@@ -58,8 +58,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
     """The page of all results."""
     lines = [
         '# Results', '',
-        'Written by `python train/report.py` from the files in [train/results](train/results), which have command,',
-        'data, seed, hardware and versions of each number.', '',
+        'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
+        'hardware and versions of each number, and the settings and seed of each run (`args.yaml`, or the command).', '',
         '## What the paper claims', '',
         'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
         'claim of several networks or sets holds if it holds of each. A difference of accuracies decides where it',
@@ -98,9 +98,11 @@ def render_results(root: Path, evidence: Evidence) -> str:
         run = evidence.runs[tag]
         regions = f'{e["patch_accuracy"]:.1f} %' if e.get('patch_accuracy') is not None else '–'
         epochs = count_epochs(tag, evidence.runs) or f'{run["epochs"]} more'
+        size = run['settings'].get('img_size')
+        size = f' at {size}×{size}' if size not in (None, 32) else ''
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
         lines.append(
-            f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images '
+            f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images{size} '
             f'| {epochs} | {run["parameters"]:,} | {e["top1"]:.2f} % | {e["flip_top1"]:.2f} % | {regions} '
             f'| {100 * e["ece"]:.1f} % | {say_setting(e)} |')
     precisions = sorted({e['precision'] for e in evidence.evaluations.values()})

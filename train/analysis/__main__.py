@@ -7,8 +7,8 @@
     python -m train.analysis maximizer WEIGHTS                     # mu and eta of sections 3.2 and 4.1
 
 A network is a name with pretrained weights or a weight file of training; the images are those of the sample unless
---dataset names others. Each writes NAME.json, NAME.png and NAME.svg; the same seed gives the same. They need the extra
-'analysis'.
+--dataset names others. Each writes NAME.json and, but for maximizer, NAME.png and NAME.svg; the same seed gives the
+same. They need the extra 'analysis'.
 """
 import argparse
 import shlex
