@@ -59,7 +59,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
     lines = [
         '# Results', '',
         'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
-        'hardware and versions of each number, and the settings and seed of each run (`args.yaml`, or the command).', '',
+        'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).', '',
         '## What the paper claims', '',
         'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
         'claim of several networks or sets holds if it holds of each. A difference of accuracies decides where it',
