@@ -33,11 +33,11 @@ $(VENV)/.installed: pyproject.toml
 
 # the real Triton server, which judges model repositories in the tests; its Python packages are not wanted
 $(VENV)/triton: $(VENV)/.installed
-	-$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ nvidia-pytriton==0.7.0
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ nvidia-pytriton==0.7.0 && touch $@ \
+		|| { rm -rf $@; echo "no Triton server to test with"; }
 
 # what the Hub installs for the Space, and nothing else
 $(VENV)/space: hub_cards/space/README.md hub_cards/space/requirements.txt
 	$(PYTHON) -m venv $@
-	-$@/bin/pip install --quiet --no-compile gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt
-	touch $@
+	$@/bin/pip install --quiet --no-compile gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt \
+		&& touch $@ || { rm -rf $@; echo "no gradio to test the Space with"; }

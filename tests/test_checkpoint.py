@@ -65,3 +65,12 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, description, a
     with pytest.raises(InputError, match=message) as error:
         load_model(path, asked)
     assert '\n' not in str(error.value)
+
+
+def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):
+    for num_classes in (3, 10):
+        model = timm.create_model('rn26_tm', num_classes=num_classes)
+        save_weights(tmp_path / 'w.safetensors', model.state_dict(), {})
+        loaded = load_model(tmp_path / 'w.safetensors', 'rn26_tm')
+        assert torch.equal(loaded.fc.weight, model.fc.weight)
+        assert loaded.pretrained_cfg.get('label_names') is None  # of which classes, nobody knows

@@ -155,6 +155,9 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].norm1.eval(),
     lambda stage: stage.blocks[1].conv1.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks[2].register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].conv1.register_forward_pre_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].conv1.register_full_backward_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].conv1.register_full_backward_pre_hook(lambda *args: None),
     lambda stage: stage.blocks.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks.__setitem__(1, checkpoint_wrapper(stage.blocks[1])),
     lambda stage: stage.blocks[1].__setattr__('__class__', type('Other', (DenseLayer,), {})),
@@ -220,3 +223,14 @@ def test_transforms_of_functions_see_the_plain_layers():
     loss(parameters, buffers, x).backward()
     for name, p in stage.named_parameters():
         torch.testing.assert_close(got[name], p.grad)
+
+
+def test_forward_mode_sees_the_plain_layers():
+    stage, blocks = make_stages()
+    x, v = torch.randn(2, 2, 10, 6, 5).double()
+    found = []
+    for module in (stage, blocks):
+        with torch.autograd.forward_ad.dual_level():
+            out = module(torch.autograd.forward_ad.make_dual(x, v))
+            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent.clone())
+    torch.testing.assert_close(*found)

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
 from timm_tmblock.models import PreActResNet
 
+ROOT = Path(__file__).parent.parent
 NAMES = ['ant', 'bee', 'cat']
 
 
@@ -98,6 +100,40 @@ def test_picture_colours_each_region_by_its_class(regions):
     legend = picture[36 + size:, 2 * 16 + size:2 * 16 + 2 * size].reshape(-1, 3)
     assert {(31, 119, 180), (255, 127, 14)} <= set(map(tuple, legend))  # both classes
     assert (44, 160, 44) not in set(map(tuple, legend))  # no region matched it
+
+
+def test_third_panel_is_the_heat_map_of_the_class_one_names():
+    probabilities = np.full((3, 4, 4), 0.05)
+    probabilities[0] = 0.9
+    probabilities[:, 0, 3] = 0.05, 0.9, 0.05
+    explanation, size = make_explanation(probabilities, size=(64, 64)), 64
+    default, ant, bee = (
+        np.asarray(explanation.picture(name, size=size)).astype(int)[36:36 + size, 3 * 16 + 2 * size:3 * 16 + 3 * size]
+        for name in (None, 'ant', 'bee'))
+    assert np.array_equal(default, ant)
+    assert ant[40, 20].sum() > bee[40, 20].sum() and bee[4, 60].sum() > ant[4, 60].sum()
+
+
+@pytest.mark.parametrize('size', [(32, 32), (100, 60)])
+def test_cropped_images_show_what_is_left(trained_like, size):
+    model = trained_like('rn26_tm', pretrained_cfg_overlay=dict(crop_pct=0.5))
+    width, height = size
+    pixels, quarter = np.zeros((height, width, 3), np.uint8), min(size) // 4
+    middle = np.s_[height // 2 - quarter:height // 2 + quarter, width // 2 - quarter:width // 2 + quarter]
+    pixels[middle] = 255  # which is what is left
+    seen = explain(model, pixels)
+    assert seen.image.size == (min(size) // 2,) * 2 and np.asarray(seen.image).min() == 255
+    x = create_transform(**resolve_data_config(model=model))(Image.fromarray(pixels))[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(seen.probabilities, model(x).softmax(1)[0], atol=1e-6)
+
+
+def test_command_draws_the_class_one_names(tmp_path):
+    image = 'train/sample/images/bird.png'
+    main(['explain', 'rn26_tm', str(ROOT / image), '--class-name', 'ship', '--output', str(tmp_path)])
+    with Image.open(next(tmp_path.glob('*.png'))) as picture:
+        expected = explain('rn26_tm', ROOT / image).picture('ship')
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
 @pytest.mark.parametrize('size', [(32, 32), (100, 60), (5, 9)])

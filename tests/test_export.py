@@ -436,3 +436,12 @@ def test_explanations_from_onnx_and_from_pytorch_agree(exported):
 def test_onnx_file_without_patch_logits_cannot_explain(exported):
     with pytest.raises(InputError, match='--patch-logits'):
         Explainer(exported[2])
+
+
+def test_flags_of_the_command_are_options_of_the_file(tmp_path):
+    flags = ['--patch-logits', '--softmax', '--preprocessing', 'NHWC', '--dynamic-size', '--opset', '19']
+    main(['onnx', 'rn26_tm', '--output', str(tmp_path / 'x.onnx'), *flags, *FEW])
+    about = json.loads((tmp_path / 'x.onnx.json').read_text())
+    assert [o['name'] for o in about['outputs']] == ['probabilities', 'patch_probabilities'] and about['opset'] == 19
+    assert (about['input']['layout'], about['input']['range']) == ('NHWC', 'pixels')
+    assert [type(n) for n in about['input']['shape']] == [str, str, str, int]

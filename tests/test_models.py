@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
@@ -144,16 +145,22 @@ def test_baseline_says_it_has_no_patch_logits():
     model.set_patch_supervision(False)  # switching off what is not there is fine
 
 
-def test_checkpointed_gradients_are_the_same(trained_like):
-    model = trained_like('rn26_tm').train()
+@pytest.mark.parametrize('name', ['rn20', 'rn26_tm', 'wrn16', 'dn100_tm'])
+def test_checkpointed_gradients_are_the_same(trained_like, name):
+    model = trained_like(name).train()
     x = torch.randn(3, 3, 32, 32)
-    gradients = []
+    stages = [m for m in model.modules() if hasattr(m, 'grad_checkpointing')]
+    gradients, calls = [], []
+    for stage in stages:
+        stage.blocks[0].register_forward_pre_hook(lambda *args: calls.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
+        calls.clear()
         model(x).square().sum().backward()
+        assert len(calls) == len(stages) * (1 + enable)  # once more in the backward
         gradients.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -335,3 +342,16 @@ def test_new_templates_are_initialized_as_the_first_ones():
 
 def test_entry_points_are_where_timm_has_its_own():
     assert all(callable(getattr(timm_tmblock.models, name)) for name in ('rn26_tm', 'wrn16', 'dn100_tm_cat'))
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'dn100_tm_cat'])
+def test_options_reach_the_layers(name):
+    model = timm.create_model(name, act_layer='silu', norm_layer='groupnorm1', drop_rate=0.3, global_pool='max')
+    kinds = {type(m) for m in model.modules()}
+    assert nn.SiLU in kinds and not kinds & {nn.ReLU, timm.layers.BatchNormAct2d}
+    f = torch.randn(3, model.num_features, 4, 4)
+    for _ in range(2):
+        torch.testing.assert_close(model.eval().forward_head(f, pre_logits=True), f.amax((2, 3)))
+        dropped = model.train().forward_head(torch.ones_like(f), pre_logits=True)
+        assert 0.2 < (dropped == 0).double().mean() < 0.4
+        model.reset_classifier(4)  # keeps the pooling

