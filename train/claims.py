@@ -176,7 +176,7 @@ def judge_baselines(evidence: Evidence) -> Judgement:
     others = compare_others(evidence)
     if not lines:
         return (UNDECIDED, ["not run with the paper's protocol", *others]) if others else (UNTESTED, [])
-    return verdict, [*lines, *(['with other recipes', *others] if others else [])]
+    return verdict, [*lines, *([f'with other recipes: {others[0]}', *others[1:]] if others else [])]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
