@@ -31,6 +31,14 @@ def test_table_of_exports():
     assert f'top-1 (PyTorch {parity["top1"]["pytorch"]:.2f} %)' in TEXT
 
 
+def test_protocol_of_the_paper():
+    top1, epochs = ({row: read('train', 'results', 'paper', 'table1', f'{row}.cifar10.seed0', 'result.json')[key]
+                     for row in ('rn26', 'rn26_tm')} for key in ('test', 'epochs'))
+    assert (
+        f'`rn26` has {top1["rn26"]["top1"]:.2f} % here and `rn26_tm` {top1["rn26_tm"]["top1"]:.2f} % after '
+        f'{epochs["rn26"]} epochs') in PLAIN and epochs['rn26'] == epochs['rn26_tm']
+
+
 def test_halves_of_images_that_are_masked():
     trust = read('train', 'results', TAG, 'analysis', 'trust.json')
     halves = {name: [f'{row[key]:.0f}' for key in ('without_most', 'without_least')]
