@@ -61,16 +61,30 @@ def test_grid_of_maximizers_is_that_of_figure_3():
         assert parse_args(['-c', recipe, *cell.flags]).model == 'rn20.mini_imagenet'
 
 
+@pytest.fixture
+def environments(tmp_path, monkeypatch):
+    """A function that gives what three runs are told through the environment."""
+    def find(gpus, variable, value):
+        monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+        monkeypatch.delenv(variable, raising=False)
+        if value:
+            monkeypatch.setenv(variable, value)
+        told = []
+        monkeypatch.setattr(reproduce, 'run_cell', lambda *args: told.append(args[3]))
+        assert reproduce.run_cells(cells('depth')[:1] * 3, tmp_path, [], 1) == []
+        return told
+
+    return find
+
+
 @pytest.mark.parametrize('visible, expected', [(None, ['0', '1', '0']), ('4,GPU-ab', ['4', 'GPU-ab', '4'])])
-def test_runs_are_spread_over_the_gpus_one_may_use(tmp_path, monkeypatch, visible, expected):
-    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    if visible:
-        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-    used = []
-    monkeypatch.setattr(reproduce, 'run_cell', lambda *args: used.append(args[3]['CUDA_VISIBLE_DEVICES']))
-    assert reproduce.run_cells(cells('depth')[:1] * 3, tmp_path, [], 1) == []
-    assert used == expected
+def test_runs_are_spread_over_the_gpus_one_may_use(environments, visible, expected):
+    assert [env['CUDA_VISIBLE_DEVICES'] for env in environments(2, 'CUDA_VISIBLE_DEVICES', visible)] == expected
+
+
+@pytest.mark.parametrize('given, expected', [(None, ['OMP_NUM_THREADS']), ('3', [])])
+def test_threads_one_asks_for_are_the_threads(environments, given, expected):
+    assert [list(env) for env in environments(0, 'OMP_NUM_THREADS', given)] == [expected] * 3
 
 
 def test_figure_has_each_setting_at_its_own_place(tmp_path, monkeypatch):
@@ -164,18 +178,6 @@ def test_corrected_command_runs_where_nothing_was_trained(tmp_path):
     with pytest.raises(InputError, match='rn26.cifar10.seed0 failed'):
         main([*command[:6], 'cifar10=no/such/folder', *command[7:]])
     assert '(1 run)' in main(command).read_text()
-
-
-@pytest.mark.parametrize('given, expected', [(None, {'OMP_NUM_THREADS'}), ('3', set())])
-def test_threads_one_asks_for_are_the_threads(tmp_path, monkeypatch, given, expected):
-    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    if given:
-        monkeypatch.setenv('OMP_NUM_THREADS', given)
-    used = []
-    monkeypatch.setattr(reproduce, 'run_cell', lambda *args: used.append(set(args[3])))
-    assert reproduce.run_cells(cells('depth')[:1], tmp_path, [], 1) == []
-    assert used == [expected]
 
 
 def test_scores_are_mean_and_sample_deviation():

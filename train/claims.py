@@ -143,12 +143,11 @@ def compare_others(evidence: Evidence) -> List[str]:
     One run each, which decides nothing; pairs of longer training come later.
     """
     found = []
-    for tag, ours in evidence.evaluations.items():
-        for other, theirs in evidence.evaluations.items():
-            legs, other_legs = (find_legs(t, evidence.runs) for t in (tag, other))
-            if legs is None or other_legs is None:
-                continue
-            model, baseline = (legs_of_one[-1]['model'].partition('.')[0] for legs_of_one in (legs, other_legs))
+    known = {tag: legs for tag in evidence.evaluations if (legs := find_legs(tag, evidence.runs))}
+    for tag, legs in known.items():
+        for other, other_legs in known.items():
+            ours, theirs = evidence.evaluations[tag], evidence.evaluations[other]
+            model, baseline = (runs[-1]['model'].partition('.')[0] for runs in (legs, other_legs))
             if '_tm' not in model or baseline != model.partition('_tm')[0]:
                 continue
             dataset, other_dataset = (Path(e['dataset']).name for e in (ours, theirs))
