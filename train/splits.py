@@ -117,9 +117,12 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         raise InputError(
             'The training images do not fit in memory, so no part can be held out; name a --val-split, '
             'set --val-fraction 0, or raise --memory-limit.')
-    digests: Dict[str, List[bytes]] = {part: [] for part in splits}
+    divided = list(splits) if args.pool else ['train'] if fraction else []
+    digests: Dict[str, List[bytes]] = {part: [] for part in divided}
 
     def load(part: str) -> InMemorySet:
+        if part not in divided:
+            return decode(splits[part], config, progress)
         return decode(
             splits[part], config, progress,
             lambda pixels: digests[part].append(hash_pixels(pixels, args.split_seed)))
@@ -130,7 +133,7 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
         whole = InMemorySet(images, targets, loaded['train'].class_names)
-        train, validation, test = stratified_split(whole, args.pool, [d for part in loaded for d in digests[part]])
+        train, validation, test = stratified_split(whole, args.pool, sum((digests[part] for part in loaded), []))
         return Parts(train, validation if len(validation) else None, test if len(test) else None)
     if fraction:
         train, validation = stratified_split(loaded['train'], [1 - fraction, fraction], digests['train'])
