@@ -106,11 +106,13 @@ def _crop_by_copy(padded: torch.Tensor, index: torch.Tensor, crops: Crops, size:
 def _crop_by_gather(padded: torch.Tensor, index: torch.Tensor, crops: Crops, size: Tuple[int, int]) -> torch.Tensor:
     h, w = size
     device = padded.device
-    rows = torch.arange(h, device=device) + crops.top.to(device)[:, None]  # (B, H)
-    cols = torch.arange(w, device=device) + crops.left.to(device)[:, None]  # (B, W)
-    cols = torch.where(crops.flip.to(device)[:, None], cols.flip(1), cols)
+    # a copy that is waited for would wait for all that was queued before, the last step of training
+    index, top, left, flip = (t.to(device, non_blocking=True) for t in (index, crops.top, crops.left, crops.flip))
+    rows = torch.arange(h, device=device) + top[:, None]  # (B, H)
+    cols = torch.arange(w, device=device) + left[:, None]  # (B, W)
+    cols = torch.where(flip[:, None], cols.flip(1), cols)
     channels = torch.arange(padded.shape[1], device=device)[None, :, None, None]
-    return padded[index.to(device)[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None, :]]
+    return padded[index[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None, :]]
 
 
 def create_policy(config: DataConfig) -> Optional[Policy]:

@@ -57,6 +57,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
     if accelerator.device.type == 'cpu':
         keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # all batches have one shape, as in timm's train.py
     return accelerator
 
 
