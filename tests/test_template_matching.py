@@ -54,6 +54,17 @@ def test_patch_mean_equals_loop(patch_size, size):
         torch.testing.assert_close(PatchMean(patch_size)(x.float()).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('patch_size', [3, 4])
+def test_gradient_of_patch_mean_is_pooled_channels_first_off_the_cpu(patch_size):
+    x = torch.empty(2, 6, 8, 8, device='meta', requires_grad=True).to(memory_format=torch.channels_last)
+    node = PatchMean(patch_size)(x).grad_fn
+    while type(node).__name__ != 'AvgPool2DBackward0':
+        node = node.next_functions[0][0]
+    assert node._saved_self.is_contiguous()
+    pooled = PatchMean(3)(x.detach())  # where no gradient is asked for, as it comes
+    assert pooled.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_even_patch_reaches_right_and_down():
     x = torch.zeros(1, 1, 5, 5)
     x[0, 0, 3, 3] = 12.

@@ -8,6 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def _contiguous_for_gradient(x: torch.Tensor) -> torch.Tensor:
+    # avg_pool2d with padding has wrong gradients where x is channels_last: on CUDA in releases before the fix of
+    # https://github.com/pytorch/pytorch/issues/188344, and on MPS
+    return x.contiguous() if x.requires_grad and x.device.type != 'cpu' else x
+
+
+torch.fx.wrap('_contiguous_for_gradient')  # it asks of tensors what a trace does not know
+
+
 class PatchMean(nn.Module):
     """Mean over the P x P window around each pixel, stride 1, same size out.
 
@@ -32,6 +41,7 @@ class PatchMean(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self.patch_size
+        x = _contiguous_for_gradient(x)
         x = F.avg_pool2d(x, p, stride=1, padding=p // 2, count_include_pad=False)
         if p % 2 == 0:
             x = x[:, :, 1:, 1:]  # symmetric padding starts an even window one pixel too early

@@ -1,0 +1,53 @@
+"""What is computed on a GPU is what is computed on the CPU."""
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import make_trained_like
+from test_models import MODELS
+from test_template_matching import patch_mean_loop
+
+from timm_tmblock.auxiliary import PatchSupervised
+from timm_tmblock.layers import PatchMean
+from timm_tmblock.task import TemplateMatchingTask
+
+DEVICE = torch.device('cuda')
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('patch_size', range(1, 9))
+def test_gradient_of_patch_mean_is_that_of_the_loop(patch_size, memory_format):
+    x, weight = torch.randn(2, 3, 6, 8, 8, dtype=torch.float64).unbind()
+    expected = x.clone().requires_grad_()
+    (patch_mean_loop(expected, patch_size) * weight).sum().backward()
+    y = x.to(DEVICE).contiguous(memory_format=memory_format).requires_grad_()
+    (PatchMean(patch_size)(y) * weight.to(DEVICE)).sum().backward()
+    torch.testing.assert_close(y.grad.cpu(), expected.grad, rtol=0, atol=1e-12)
+
+
+def gradients(model, device, memory_format, x, y):
+    model = copy.deepcopy(model).to(device).to(memory_format=memory_format).train()
+    if not getattr(model, 'has_template_matching', False):
+        torch.manual_seed(1)  # of the auxiliary classifier
+        model = PatchSupervised(model).double().to(device)
+    task = TemplateMatchingTask(model, device=device, verbose=False)
+    x = x.to(device).contiguous(memory_format=memory_format)
+    task(x, y.to(device))['loss'].backward()
+    return {k: p.grad.cpu() for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('name', MODELS)
+def test_gradients_of_a_network_are_those_on_the_cpu(name, memory_format):
+    torch.manual_seed(0)
+    model = make_trained_like(timm.create_model(name, num_classes=10)).double()
+    x, y = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (3,))
+    expected = gradients(model, torch.device('cpu'), torch.contiguous_format, x, y)
+    actual = gradients(model, DEVICE, memory_format, x, y)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            actual[key], value, rtol=1e-6, atol=1e-9 * value.abs().max().item(), msg=lambda m: f'{key}: {m}')
