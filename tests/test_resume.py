@@ -181,3 +181,12 @@ def test_run_that_goes_on_is_not_finished(tmp_path):
     assert trainer.state.epoch_seconds[1] > 500 > trainer.state.epoch_seconds[0]
     with pytest.raises(InputError, match='has 5 updates behind it, more than the 2 of these settings'):
         main(['--resume', str(folder), '--max-steps', '2'])
+
+
+def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
+    flags = [*FLAGS, '--batch-size', '12', '--output', str(tmp_path)]
+    for machine, epochs in (('one machine', '1'), ('another', '2'), ('one machine', '3')):
+        monkeypatch.setattr('train.train.describe_hardware', lambda *args, name=machine: name)
+        result = main([*flags, '--epochs', epochs])
+        flags = ['--resume', str(tmp_path / 'run')]
+    assert result['hardware'] == 'one machine, then another'

@@ -36,6 +36,7 @@ class TrainState:
     running_seconds: float = 0.  # of training in it
     layout: Dict[str, int] = field(default_factory=dict)  # what a batch number means
     run_id: str = ''  # the run's name among trackers
+    hardware: List[str] = field(default_factory=list)  # that it was on so far, each named once
 
 
 def store_plain_names(accelerator: Accelerator) -> None:

@@ -188,6 +188,9 @@ class Trainer:
                     f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
                     f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
+        hardware = describe_hardware(accelerator.device, accelerator.num_processes)
+        if hardware not in self.state.hardware:
+            self.state.hardware.append(hardware)
         self.clock = time.perf_counter()
 
     def describe(self) -> Dict[str, Any]:
@@ -435,7 +438,7 @@ class Trainer:
             dataset=args.dataset,
             num_classes=len(self.class_names),
             seed=args.seed,
-            hardware=describe_hardware(self.accelerator.device, self.accelerator.num_processes),
+            hardware=', then '.join(self.state.hardware),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
             versions=describe_versions(),
