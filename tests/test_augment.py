@@ -1,11 +1,14 @@
 """Augmentation: the right crops, policies that depend on the seed alone, with any number of workers."""
+import os
 import random
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import train.loader
 from timm_tmblock.errors import InputError
 from train.augment import (
     Crops,
@@ -104,10 +107,26 @@ def test_batches_do_not_depend_on_the_number_of_workers(num_workers):
     config = DataConfig((3, 8, 8), (0.5,) * 3, (0.2,) * 3, policy='trivial')
     make = partial(InMemoryLoader, dataset, config, 5, torch.device('cpu'), training=True)
     expected = list(make().epoch(2))
-    batches = list(make(num_workers=num_workers).epoch(2, start=1))
-    assert len(batches) == 3
-    for (a, b), (c, d) in zip(expected[1:], batches):
-        assert torch.equal(a, c) and torch.equal(b, d)
+    loader = make(num_workers=num_workers)
+    next(loader.epoch(1))  # and broken off
+    for start in (1, 0):
+        batches = list(loader.epoch(2, start=start))
+        assert len(batches) == 4 - start
+        for (a, b), (c, d) in zip(expected[start:], batches):
+            assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_workers_outlive_an_epoch(monkeypatch):
+    # each image is the number of the process that augmented it
+    monkeypatch.setattr(train.loader, 'create_policy', lambda config: lambda image: Image.fromarray(
+        np.array([[[os.getpid() >> 16, os.getpid() >> 8 & 255, os.getpid() & 255]]], dtype=np.uint8)))
+    dataset = InMemorySet(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ['a'])
+    config = DataConfig((3, 1, 1), (0.,) * 3, (1 / 255,) * 3, padding=0)
+    loader = InMemoryLoader(dataset, config, 2, torch.device('cpu'), training=True, num_workers=1)
+    batches = [images for epoch in (0, 1) for images, _ in loader.epoch(epoch)]
+    processes = {tuple(image.flatten().tolist()) for image in torch.cat(batches)}
+    high, middle, low = processes.pop()
+    assert not processes and (int(high) << 16) + (int(middle) << 8) + int(low) != os.getpid()
 
 
 def test_random_erasing_is_timms_on_normalised_batches():

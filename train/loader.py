@@ -11,7 +11,7 @@ import torch
 from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
@@ -91,6 +91,19 @@ class TrainingBatches(Dataset):
         return images, self.targets[index]
 
 
+class Keys(Sampler):
+    """The batches of the epoch in progress, by the keys of TrainingBatches."""
+
+    def __init__(self) -> None:
+        self.keys: List[Tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        return iter(self.keys)
+
+
 class InMemoryLoader:
     """Batches of an InMemorySet. In evaluation each image is seen once, by one process."""
 
@@ -111,7 +124,8 @@ class InMemoryLoader:
         self.config = config
         self.batch_size = batch_size
         self.device = device
-        self.num_workers = num_workers
+        self.keys = Keys()
+        self.workers: Optional[DataLoader] = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.training = training
         self.augmentation = f'random crops from {config.padding} pixels of padding'
@@ -122,6 +136,12 @@ class InMemoryLoader:
                 raise InputError(
                     f'{len(dataset)} training images do not fill one batch of {batch_size} on {world_size} processes; '
                     f'use a smaller --batch-size.')
+            if self.batches.policy is not None and num_workers > 0:
+                self.workers = DataLoader(
+                    self.batches, batch_size=None, sampler=self.keys,
+                    num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=device.type == 'cuda',
+                    persistent_workers=True,  # each takes a copy of the images where processes are not forked
+                    generator=torch.Generator())  # or it would draw from the process's, once more after a restart
             if config.re_prob > 0:
                 with refusing('These settings of random erasing'):
                     self.erase = RandomErasing(
@@ -148,14 +168,11 @@ class InMemoryLoader:
             yield self.images[batch], self.targets[batch]
 
     def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
-        keys = [(epoch, batch) for batch in range(start, len(self.batches))]
-        if self.batches.policy is None or self.num_workers == 0:
-            yield from (self.batches[key] for key in keys)
+        self.keys.keys = [(epoch, batch) for batch in range(start, len(self.batches))]
+        if self.workers is not None:
+            yield from self.workers
         else:
-            yield from DataLoader(
-                self.batches, batch_size=None, sampler=keys, num_workers=min(self.num_workers, os.cpu_count() or 1),
-                pin_memory=self.device.type == 'cuda',
-                generator=torch.Generator())  # or it would draw from the process's, once more after a restart
+            yield from (self.batches[key] for key in self.keys)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) to float32 with mean 0 and standard deviation 1."""
