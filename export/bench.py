@@ -77,6 +77,7 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
     if prepared:
         model = model.fuse() if hasattr(model, 'fuse') else timm.utils.reparameterize_model(model)
     model = model.to(device, dtype, memory_format=memory_format)
+    torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime and TensorRT are told
     if compiled:
         model = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
 

@@ -12,19 +12,34 @@ from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching,
 
 
 class OnnxPatchMean(nn.Module):
-    """PatchMean as one ONNX AveragePool, whose padding may differ from side to side as PyTorch's may not."""
+    """PatchMean as ONNX AveragePool with the same padding on all sides, and for even patches one Slice, as in PyTorch.
+
+    AveragePool may have more padding on one side, but ONNX Runtime's CUDA provider leaves that out without a word, in
+    releases before https://github.com/microsoft/onnxruntime/pull/29631.
+    """
+    starts: torch.Tensor
+    ends: torch.Tensor
+    axes: torch.Tensor
 
     def __init__(self, patch_size: int, opset: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.opset = opset
+        for name, value in (('starts', 1), ('ends', torch.iinfo(torch.int64).max)):
+            self.register_buffer(name, torch.tensor([value, value]))
+        self.register_buffer('axes', torch.tensor([2, 3]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self.patch_size
-        before, after = (p - 1) // 2, p // 2
+        b, c, h, w = x.shape
+        grown = 1 - p % 2  # in rows and columns, of windows that start too early
+        y = torch.onnx.ops.symbolic(
+            'AveragePool', (x,), dict(kernel_shape=[p, p], strides=[1, 1], pads=[p // 2] * 4),
+            dtype=x.dtype, shape=(b, c, h + grown, w + grown), version=self.opset)
+        if not grown:
+            return y
         return torch.onnx.ops.symbolic(
-            'AveragePool', (x,), dict(kernel_shape=[p, p], strides=[1, 1], pads=[before, before, after, after]),
-            dtype=x.dtype, shape=x.shape, version=self.opset)
+            'Slice', (y, self.starts, self.ends, self.axes), dtype=x.dtype, shape=x.shape, version=self.opset)
 
 
 class OnnxGlobalPool(nn.Module):

@@ -173,11 +173,20 @@ def test_file_is_deterministic_and_tells_nothing_of_this_machine(exported, pretr
 def test_graph_holds_folded_norms_and_no_training_operator(exported):
     operators = [n.op_type for n in onnx.load(exported[3]).graph.node]
     assert set(operators) == {
-        'Conv', 'Relu', 'Add', 'BatchNormalization', 'AveragePool', 'GlobalAveragePool', 'Gemm', 'Reshape'}
+        'Conv', 'Relu', 'Add', 'BatchNormalization', 'AveragePool', 'Slice', 'GlobalAveragePool', 'Gemm', 'Reshape'}
+    assert operators.count('AveragePool') == operators.count('Slice') == 1
     # 8 residual blocks of 3 convolutions, 4 projections, stem, and matching, values and shortcut of the block
     assert operators.count('Conv') == 8 * 3 + 4 + 1 + 3
     # what follows an addition: the last norm, the first norms of all blocks but the very first, and the block's
     assert operators.count('BatchNormalization') == 7 + 1 + 1
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'rn26_tm.mini_imagenet'], ids=['P=4', 'P=5'])
+def test_padding_of_patches_is_the_same_on_all_sides(tmp_path, write_unchecked, name):
+    # onnxruntime's CUDA provider leaves out what one side has more than the other
+    write_unchecked(timm.create_model(name).eval(), tmp_path / 'x.onnx', OnnxOptions())
+    pool, = (n for n in onnx.load(tmp_path / 'x.onnx').graph.node if n.op_type == 'AveragePool')
+    assert {a.name: list(a.ints) for a in pool.attribute}['pads'] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])

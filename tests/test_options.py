@@ -155,7 +155,10 @@ def test_gradients_accumulate_as_the_flag_says_whatever_the_launcher(tmp_path, m
 
 def test_fsdp_in_16_bits_is_refused(monkeypatch):
     monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
+    args = parse_args(['--device', 'cpu', '--report-to', 'none'])
+    assert args.channels_last
+    create_accelerator(args)
+    assert not args.channels_last  # which FSDP2 has no parameters in
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(InputError, match='FSDP casts batch norms .* use --mixed-precision no'):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
@@ -335,6 +338,7 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
     (['--report-to', 'clearml'], "'clearml' is not installed; pip install clearml"),
     (['--torchcompile', 'slowly'], "compiler 'slowly' cannot be used"),
     (['--sync-bn'], 'needs GPUs'),
+    (['--torchcompile-mode', 'reduce-overhead', '--grad-accum-steps', '2'], 'leave out one of the two'),
     (['--aa', 'zzz'], "augmentation 'zzz'"),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),

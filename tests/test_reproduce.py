@@ -3,6 +3,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -63,23 +64,32 @@ def test_grid_of_maximizers_is_that_of_figure_3():
 
 @pytest.fixture
 def environments(tmp_path, monkeypatch):
-    """A function that gives what three runs are told through the environment."""
+    """A function that gives what three runs, two at once, the first the longest, are told through the environment."""
     def find(gpus, variable, value):
         monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
         monkeypatch.delenv(variable, raising=False)
         if value:
             monkeypatch.setenv(variable, value)
-        told = []
-        monkeypatch.setattr(reproduce, 'run_cell', lambda *args: told.append(args[3]))
-        assert reproduce.run_cells(cells('depth')[:1] * 3, tmp_path, [], 1) == []
+        told, others_ended = [], threading.Semaphore(0)
+
+        def run_cell(cell, folder, flags, env, running):
+            told.append(env)
+            if cell is first:
+                assert all(others_ended.acquire(timeout=60) for _ in others)
+            else:
+                others_ended.release()
+
+        first, *others = cells('depth')[:3]
+        monkeypatch.setattr(reproduce, 'run_cell', run_cell)
+        assert reproduce.run_cells([first, *others], tmp_path, [], 2) == []
         return told
 
     return find
 
 
-@pytest.mark.parametrize('visible, expected', [(None, ['0', '1', '0']), ('4,GPU-ab', ['4', 'GPU-ab', '4'])])
-def test_runs_are_spread_over_the_gpus_one_may_use(environments, visible, expected):
-    assert [env['CUDA_VISIBLE_DEVICES'] for env in environments(2, 'CUDA_VISIBLE_DEVICES', visible)] == expected
+@pytest.mark.parametrize('visible, expected', [(None, ['0', '1', '1']), ('4,GPU-ab', ['4', 'GPU-ab', 'GPU-ab'])])
+def test_runs_take_the_gpus_that_are_free(environments, visible, expected):
+    assert sorted(env['CUDA_VISIBLE_DEVICES'] for env in environments(2, 'CUDA_VISIBLE_DEVICES', visible)) == expected
 
 
 @pytest.mark.parametrize('given, expected', [(None, ['OMP_NUM_THREADS']), ('3', [])])

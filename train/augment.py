@@ -106,8 +106,10 @@ def _crop_by_copy(padded: torch.Tensor, index: torch.Tensor, crops: Crops, size:
 def _crop_by_gather(padded: torch.Tensor, index: torch.Tensor, crops: Crops, size: Tuple[int, int]) -> torch.Tensor:
     h, w = size
     device = padded.device
-    # a copy that is waited for would wait for all that was queued before, the last step of training
-    index, top, left, flip = (t.to(device, non_blocking=True) for t in (index, crops.top, crops.left, crops.flip))
+    # a copy that is waited for would wait for all that was queued before, the last step of training; MPS may read the
+    # source when it is gone (pytorch/pytorch#189690)
+    index, top, left, flip = (
+        t.to(device, non_blocking=device.type == 'cuda') for t in (index, crops.top, crops.left, crops.flip))
     rows = torch.arange(h, device=device) + top[:, None]  # (B, H)
     cols = torch.arange(w, device=device) + left[:, None]  # (B, W)
     cols = torch.where(flip[:, None], cols.flip(1), cols)

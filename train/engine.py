@@ -26,6 +26,9 @@ def create_accelerator(args: Namespace) -> Accelerator:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     plugins = {}
+    if args.torchcompile_mode == 'reduce-overhead' and args.grad_accum_steps > 1:
+        raise InputError(
+            'CUDA graphs overwrite the gradients that --grad-accum-steps adds up; leave out one of the two.')
     if args.torchcompile:
         with refusing(f'The compiler {args.torchcompile!r}'):
             plugins['dynamo_plugin'] = TorchDynamoPlugin(
@@ -55,6 +58,10 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
+    if accelerator.distributed_type == DistributedType.FSDP or accelerator.device.type == 'mps':
+        # FSDP2 refuses such parameters; batch norm and pooling have wrong gradients there on Apple's GPUs
+        # (pytorch/pytorch#175189, #175190)
+        args.channels_last = False
     if accelerator.device.type == 'cpu':
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape, as in timm's train.py

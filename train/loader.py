@@ -124,6 +124,7 @@ class InMemoryLoader:
         self.config = config
         self.batch_size = batch_size
         self.device = device
+        self.pinned = device.type == 'cuda'
         self.keys = Keys()
         self.workers: Optional[DataLoader] = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -139,7 +140,7 @@ class InMemoryLoader:
             if self.batches.policy is not None and num_workers > 0:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
-                    num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=device.type == 'cuda',
+                    num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
                     persistent_workers=True,  # each takes a copy of the images where processes are not forked
                     generator=torch.Generator())  # or it would draw from the process's, once more after a restart
             if config.re_prob > 0:
@@ -158,9 +159,10 @@ class InMemoryLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for images, targets in self._augmented(epoch, start) if self.training else self._plain(start):
-            images = self.normalize(images.to(self.device, non_blocking=True))
+            images, targets = (t.to(self.device, non_blocking=self.pinned) for t in (images, targets))
+            images = self.normalize(images)
             # its random numbers are the process's, which checkpoints hold
-            yield images if self.erase is None else self.erase(images), targets.to(self.device, non_blocking=True)
+            yield images if self.erase is None else self.erase(images), targets
 
     def _plain(self, start: int) -> Iterator[Batch]:
         for first in range(start * self.batch_size, len(self.targets), self.batch_size):
@@ -202,6 +204,7 @@ class StreamingLoader:
         self.rank = rank
         self.augmentation = 'randomly resized crops'
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.pinned = device.type == 'cuda'
         self.loader = create_loader(
             ImageSet(dataset, config.input_size[0]),
             input_size=config.input_size,
@@ -219,6 +222,7 @@ class StreamingLoader:
             num_workers=max(num_workers, training),  # in training not this process: its random numbers go on
             distributed=distributed,
             device=device,
+            pin_memory=self.pinned,
             use_prefetcher=False,  # its uint8 collation and side stream need CUDA
             persistent_workers=False,  # workers that begin anew each epoch draw the same after a restart
         )
@@ -245,5 +249,6 @@ class StreamingLoader:
             sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         for batch, (images, targets) in enumerate(self.loader):
             if batch >= start:
-                yield images.to(self.device, memory_format=self.memory_format), targets.to(self.device)
+                yield (images.to(self.device, non_blocking=self.pinned, memory_format=self.memory_format),
+                       targets.to(self.device, non_blocking=self.pinned))
 

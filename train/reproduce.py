@@ -24,6 +24,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any, Dict, List, Optional, Tuple
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
@@ -171,10 +172,18 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
         'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
     running, failures = Processes(), []
     with stopping_at_signals(), ThreadPoolExecutor(jobs) as pool:
-        futures = []
-        for i, cell in enumerate(cells):
-            env = {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else share
-            futures.append(pool.submit(run_cell, cell, folder, flags, env, running))
+        slots: Queue[Dict[str, str]] = Queue()
+        for i in range(jobs):
+            slots.put({**share, 'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else share)
+
+        def run(cell: Cell) -> None:
+            env = slots.get()
+            try:
+                run_cell(cell, folder, flags, env, running)
+            finally:
+                slots.put(env)
+
+        futures = [pool.submit(run, cell) for cell in cells]
         try:
             with tqdm(total=len(cells), desc=folder.name, unit='run') as bar:
                 for future in futures:

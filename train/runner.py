@@ -75,6 +75,7 @@ class TorchRunner:
         self.device = device
         self.hardware = describe_hardware(device)
         self.dtype = dtype
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
         self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list(self.model.pretrained_cfg.get('label_names') or ())

@@ -98,6 +98,8 @@ def create_teacher(args: Namespace, num_classes: int, device: torch.device) -> D
         raise InputError(
             f'The teacher tells {model.num_classes} classes apart and the data has {num_classes}; '
             f'train it on this data first and name its weights with --kd-checkpoint.')
+    if args.channels_last:  # as the images
+        model = model.to(memory_format=torch.channels_last)
     return DistillationTeacher(model.to(device), device=device)
 
 
