@@ -331,7 +331,7 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
-    (['--kd-model-name', 'rn38_tm'], 'teacher rn38_tm cannot be loaded'),
+    (['--kd-model-name', 'dn100_tm_cat'], 'teacher dn100_tm_cat cannot be loaded'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
