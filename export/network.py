@@ -25,8 +25,8 @@ class OnnxPatchMean(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.opset = opset
-        for name, value in (('starts', 1), ('ends', torch.iinfo(torch.int64).max)):
-            self.register_buffer(name, torch.tensor([value, value]))
+        self.register_buffer('starts', torch.tensor([1, 1]))
+        self.register_buffer('ends', torch.tensor([torch.iinfo(torch.int64).max] * 2))
         self.register_buffer('axes', torch.tensor([2, 3]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
@@ -91,19 +91,6 @@ class TrainingBatches(Dataset):
         return images, self.targets[index]
 
 
-class Keys(Sampler):
-    """The batches of the epoch in progress, by the keys of TrainingBatches."""
-
-    def __init__(self) -> None:
-        self.keys: List[Tuple[int, int]] = []
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __iter__(self) -> Iterator[Tuple[int, int]]:
-        return iter(self.keys)
-
-
 class InMemoryLoader:
     """Batches of an InMemorySet. In evaluation each image is seen once, by one process."""
 
@@ -125,7 +112,7 @@ class InMemoryLoader:
         self.batch_size = batch_size
         self.device = device
         self.pinned = device.type == 'cuda'
-        self.keys = Keys()
+        self.keys: List[Tuple[int, int]] = []  # of TrainingBatches, in the epoch in progress
         self.workers: Optional[DataLoader] = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.training = training
@@ -170,7 +157,7 @@ class InMemoryLoader:
             yield self.images[batch], self.targets[batch]
 
     def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.keys.keys = [(epoch, batch) for batch in range(start, len(self.batches))]
+        self.keys[:] = [(epoch, batch) for batch in range(start, len(self.batches))]
         if self.workers is not None:
             yield from self.workers
         else:
