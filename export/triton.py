@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from export.metadata import load_metadata, sidecar
-from export.runtime import ENGINE_SUFFIXES
+from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES
 from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError
 
@@ -19,6 +19,9 @@ DTYPES = {'float32': 'TYPE_FP32', 'uint8': 'TYPE_UINT8'}
 BACKENDS = {suffix: ('tensorrt', 'model.plan') for suffix in ENGINE_SUFFIXES}
 BACKENDS['.onnx'] = 'onnxruntime', 'model.onnx'
 KINDS = ('auto', 'gpu', 'cpu')
+# By cuDNN's heuristic: dynamic batches come in every size, and the backend's default searches at length for each. The
+# backend heeds this among the parameters alone, and other options of CUDA in its accelerator alone (Triton 24.07 on).
+HEURISTIC = 'parameters { key: "cudnn_conv_algo_search" value: { string_value: "1" } }'
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,12 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     ]
     if engine:
         lines.append('optimization { cuda { graphs: true } }')
+    elif kind != 'cpu':
+        cuda = ' '.join(f'parameters {{ key: "{key}" value: "{value}" }}' for key, value in CUDA_OPTIONS.items())
+        lines += [
+            f'optimization {{ execution_accelerators {{ gpu_execution_accelerator: [ {{ name: "cuda" {cuda} }} ] }} }}',
+            HEURISTIC,
+        ]
     warmups = [_warmup(size, metadata, engine) for size in sorted({1, max_batch})]
     lines += ['model_warmup [', ',\n'.join(warmups), ']']
     return '\n'.join(lines) + '\n'

@@ -420,11 +420,12 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
         '12', '--epochs', '1', '--device', 'cpu', '--report-to', 'none', '--output', str(tmp_path), '--experiment', 'a',
         '--push-to-hub', 'me/run']
     env = environment(hub, HF_HOME=str(tmp_path / 'hf'))
-    hub.faults.append(Fault('GET', '/api/whoami-v2', status=401, times=9))
+    hub.faults += [Fault('GET', '/api/whoami-v2', status=422), Fault('POST', CREATE, status=403)]
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     result = json.loads(failed.stdout.splitlines()[-1])
     assert failed.returncode == 0 and result['pushed'] is None and load_model(result['weights']['best'])
-    assert 'was not pushed: The Hub does not accept the token' in failed.stderr
+    assert 'The Hub could not be asked about the token (Could not sign in: HTTP 422' in failed.stderr
+    assert 'was not pushed: The token may not create the repository in me/run' in failed.stderr
     assert f'python -m export push {result["weights"]["best"]} --repo me/run ' in failed.stderr
     hub.faults.clear()
     code = (
@@ -441,6 +442,18 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
     assert measured in files['README.md']['content'].decode()
     expected = load_file(result['weights']['best'])
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
+
+
+def test_token_is_asked_about_before_the_training(lfs, tmp_path):
+    out = tmp_path / 'out'
+    command = [sys.executable, 'train/train.py', '--device', 'cpu', '--output', str(out), '--push-to-hub', 'me/run']
+    env = environment(lfs, HF_HOME=str(tmp_path / 'hf'))
+    lfs.faults.append(Fault('GET', '/api/whoami-v2', status=401))
+    for token, message in (('', 'no Hub token here; run "hf auth login"'), (None, 'does not accept the token')):
+        ended = subprocess.run(
+            command, cwd=ROOT, env=env if token is None else dict(env, HF_TOKEN=token), capture_output=True, text=True)
+        assert ended.returncode == 2 and message in ended.stderr and ended.stdout == ''
+        assert len(ended.stderr.splitlines()) == 1 and not out.exists()
 
 
 DOWNLOAD = '''

@@ -121,6 +121,7 @@ def test_server_accepts_every_kind_of_model(files, tmp_path):
     assert (repository / 'fast' / '1' / 'model.plan').read_bytes() == b'plan'
     config = (repository / 'fast' / 'config.pbtxt').read_text()
     assert 'max_batch_size: 32' in config and 'preferred_batch_size: [ 16 ]' in config and 'KIND_GPU' in config
+    assert 'gpu_execution_accelerator' not in config
     assert 'dims: [ 3, -1, -1 ]' in (repository / 'dynamic' / 'config.pbtxt').read_text()
 
 
@@ -201,6 +202,15 @@ def test_server_runs_the_latest_version_and_checks_requests(served):
     assert statistics['version'] == '2'
 
 
+@needs_server
+@needs_stub
+def test_server_tells_cuda_what_the_runtime_tells_it(served):
+    config = served('GET', '/v2/models/scores/config')[1]
+    accelerators = config['optimization']['execution_accelerators']['gpu_execution_accelerator']
+    assert [(a['name'], a['parameters']) for a in accelerators] == [('cuda', {'use_tf32': '0'})]
+    assert config['parameters']['cudnn_conv_algo_search'] == {'string_value': '1'}  # the backend's heuristic
+
+
 def test_versions_and_settings(files, tmp_path, capsys):
     flags = ['--output', str(tmp_path), '--name', 'net']
     main(['triton', str(files / 'scores.onnx'), str(files / 'scores.onnx'), *flags])
@@ -208,6 +218,8 @@ def test_versions_and_settings(files, tmp_path, capsys):
     assert (tmp_path / 'net' / 'labels.txt').read_text().splitlines()[8] == 'ship'
     assert json.loads((tmp_path / 'net' / '2' / 'model.onnx.json').read_text())['model'] == 'rn26_tm'
     assert 'wrote' in capsys.readouterr().out
+    main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path), '--kind', 'cpu'])
+    assert 'cuda' not in (tmp_path / 'scores' / 'config.pbtxt').read_text()
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):

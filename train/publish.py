@@ -1,4 +1,5 @@
 """Publishing the weights a run chose on the Hugging Face Hub; a push that fails never loses the run."""
+import os
 import shlex
 import sys
 import tempfile
@@ -9,15 +10,27 @@ from typing import List, Optional
 from timm_tmblock.errors import InputError
 
 PRECISIONS = ('fp32', 'fp16')
+INSTALL = 'pip install "timm-tmblock[export,ort,hub]"'
 
 
-def check_repository(name: str) -> None:
-    """
+def check_push(name: str) -> None:
+    """Ask before a run for what its push at the end needs: packages, a name and, in the first process, a token.
+
     Raises:
-        InputError: For what can be no repository on the Hub, before a run that would end with it.
+        InputError: For what would fail for certain. A Hub that cannot be asked now may be there at the end.
     """
-    from export.push import PushOptions
+    try:
+        from export.publish import create_files  # noqa: F401
+        from export.push import PushError, PushOptions, sign_in
+    except ImportError as e:
+        raise InputError(f'--push-to-hub needs more than is installed ({e}); {INSTALL}.') from e
     PushOptions(name).validate()
+    if os.environ.get('RANK', '0') != '0':
+        return
+    try:
+        sign_in()
+    except PushError as e:
+        print(f'The Hub could not be asked about the token ({e}); the push at the end will be tried.', file=sys.stderr)
 
 
 def publish(weights: Path, args: Namespace) -> Optional[str]:
@@ -41,7 +54,7 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         from export.publish import create_files
         from export.push import PushError, PushOptions, push, sign_in
     except (ImportError, InputError) as e:
-        _say(f'pushing needs more than is installed ({e}); pip install "timm-tmblock[export,ort,hub]".', flags)
+        _say(f'pushing needs more than is installed ({e}); {INSTALL}.', flags)
         return None
     parser = ArgumentParser()
     add_image_options(parser)

@@ -67,7 +67,7 @@ from train.model import (
     take_up_checkpoint,
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from train.publish import check_repository, leave_hanging, publish
+from train.publish import check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teacher
@@ -476,7 +476,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     args = parse_args(argv)
     if args.push_to_hub:
-        check_repository(args.push_to_hub)
+        check_push(args.push_to_hub)
     with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)
     if args.eval_only:
