@@ -1,4 +1,4 @@
-"""Numbers in README are those of the committed results."""
+"""Numbers in README and in the READMEs of the folders are those of the committed results, and their links lead on."""
 import json
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from train.lineage import count_epochs, read_runs
 
 ROOT = Path(__file__).parent.parent
 TAG = 'rn26_tm.cifar10'
-TEXT = (ROOT / 'README.md').read_text()
+PAGES = ['README.md', 'train/README.md', 'export/README.md', 'benchmarks/README.md']
+TEXT, TRAIN, EXPORT, _ = ((ROOT / page).read_text() for page in PAGES)
 PLAIN = ' '.join(TEXT.split())
 
 
@@ -18,7 +19,7 @@ def read(*parts):
 
 
 def test_table_of_exports():
-    rows = re.findall(rf'\| \[([\w-]+)\]\(export/results/{TAG}/(\S+)\) \|(.+)\|\n', TEXT)
+    rows = re.findall(rf'\| \[([\w-]+)\]\(results/{TAG}/(\S+)\) \|(.+)\|\n', EXPORT)
     assert [row[0] for row in rows] == ['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt']
     for _, file, cells in rows:
         sidecar = read('export', 'results', TAG, file)
@@ -28,7 +29,11 @@ def test_table_of_exports():
             f'{sidecar["file_bytes"] / 1e6:.2f}', f'{100 * logits["same_class"]:.2f} %',
             f'{parity["top1"]["exported"]:.2f} %', f'{logits["max_relative_difference"]:.1e}',
             f'{100 * patches["same_class"]:.2f} %']
-    assert f'top-1 (PyTorch {parity["top1"]["pytorch"]:.2f} %)' in TEXT
+    assert f'top-1 (PyTorch {parity["top1"]["pytorch"]:.2f} %)' in EXPORT
+    cells = {row[0]: [cell.strip() for cell in row[2].split('|')] for row in rows}
+    assert (
+        f'{cells["fp16"][1]} in fp16 and {cells["int8"][1]} in int8 ({cells["int8"][0]} MB, {cells["int8"][2]} top-1)'
+    ) in PLAIN
 
 
 def test_protocol_of_the_paper():
@@ -82,4 +87,33 @@ def test_int8_of_a_hundred_classes():
     logits, top1 = parity['outputs']['logits'], parity['top1']
     assert (
         f'keeps {100 * logits["same_class"]:.2f} % of all classes, {100 * logits["same_class_decided"]:.2f} % of those '
-        f'that are no tie, and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %') in PLAIN
+        f'that are no tie, and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %'
+    ) in ' '.join(EXPORT.split())
+
+
+def test_gain_over_the_baseline_as_it_was_trained_on():
+    gains = []
+    for epochs in ('_13_epochs', '_37_epochs', ''):
+        ours, baseline = (
+            read('train', 'results', f'{name}{epochs}.cifar10', 'evaluation.json')['top1']
+            for name in ('rn26_tm', 'rn26'))
+        gains.append(f'{abs(ours - baseline):.2f}')
+    assert (
+        f'{gains[0]} points above `rn26` after 13 epochs, {gains[1]} above after 37 and is {gains[2]} below after 60'
+    ) in PLAIN
+    assert f'{gains[0]} points above `rn26`, after 37 {gains[1]} above, after 60 it is {gains[2]} below' in (
+        ' '.join(TRAIN.split()))
+
+
+def find_anchors(text):
+    return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in re.findall(r'(?m)^#+ (.+)', text)}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    links = [link for link in re.findall(r'\]\s*\(([^)\s]+)\)', (ROOT / page).read_text()) if '://' not in link]
+    for link in links:
+        path, _, anchor = link.partition('#')
+        target = (ROOT / page).parent / path
+        assert target.exists() and (not anchor or anchor in find_anchors(target.read_text())), link
+    assert links
