@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := output/demo
 
 .PHONY: demo test lint
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	rm -rf $(DEMO)
 	$(BIN)/python train/train.py -c train/recipes/sample/rn26_tm.yaml --output output --experiment demo
 	$(BIN)/python -m export onnx rn26_tm --checkpoint $(DEMO)/best.safetensors --patch-logits --output $(DEMO)/rn26_tm.onnx
@@ -25,9 +25,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "timm-tmblock needs Python 3.10 or newer")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[train,export,ort]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable ".[train,analysis,export,ort,dev]"
 	touch $@
 

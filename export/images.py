@@ -63,6 +63,10 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
     labels = list(model.pretrained_cfg.get('label_names') or ())
+    if calibrate and args.dataset == 'sample' and (names != labels if labels else len(names) != model.num_classes):
+        raise InputError(
+            'int8 is calibrated on images of the dataset the network is for, and the sample is of CIFAR-10; name yours '
+            'with --dataset, or leave int8 out.')
     same = names == labels if labels or args.dataset == 'sample' else len(names) == model.num_classes
     return Images(
         calibration=held_out[:0] if calibration is None else calibration,

@@ -11,7 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
-from train.lineage import count_epochs, read_runs
+from train.lineage import find_legs, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -253,6 +253,7 @@ def render(
         _check_numbers(result, f'{data.get(where, where)}: {where}')
     runs = read_runs(ROOT / 'train' / 'results')
     run = Path(data['training']).parent.name
+    legs = [int(leg['epochs']) for leg in find_legs(run, runs) or []]
     continued = runs[run]['settings'].get('initial_checkpoint') is not None
     model = timm.create_model(name)
     has_patches: bool = model.has_template_matching
@@ -324,7 +325,8 @@ def render(
         commit=training.get('commit'),
         processes=training.get('processes', 1),
         epochs=training['epochs'],
-        all_epochs=count_epochs(run, runs),
+        legs=legs,
+        all_epochs=sum(legs) if legs else None,
         seed=training['seed'],
         versions=evaluation['versions'],
         evaluation=evaluation,

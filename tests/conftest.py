@@ -65,7 +65,7 @@ def images():
         parser = ArgumentParser()
         add_image_options(parser)
         counts = ['--calibration-images', str(calibration), '--check-images', str(check)]
-        return load_images(parser.parse_args([*counts, *flags]), model, calibrate=True)
+        return load_images(parser.parse_args([*counts, *flags]), model, calibrate=model.num_classes == 10)
 
     return create
 

@@ -61,7 +61,7 @@ def test_numbers_are_those_of_the_results(name):
     assert (results['accuracy'].dataset_type, results['accuracy'].dataset_split) == (data['dataset']['id'], 'test')
     assert f'Top-1 {evaluation["top1"]:.2f} %' in text
     if evaluation.get('patch_accuracy') is not None:
-        assert f'{evaluation["patch_accuracy"]:.1f} % of the regions' in text
+        assert f'Patch accuracy {evaluation["patch_accuracy"]:.1f} %' in text
     for key in data['precisions']:
         path = cards.FILES[key]
         sidecar = json.loads((ROOT / data['exports'] / f'{data["model"]}.{key}.onnx.json').read_text())

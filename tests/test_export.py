@@ -419,6 +419,16 @@ def test_images_of_another_set_are_named_without_their_place(pretrained, images,
     assert given.name(3) == 'image 3 of those of birds test'
 
 
+def test_int8_of_other_classes_is_not_calibrated_on_the_sample(tmp_path):
+    weights = tmp_path / 'best.safetensors'
+    model = timm.create_model('rn26_tm', num_classes=2)
+    save_weights(weights, model.state_dict(), dict(model='rn26_tm', num_classes=2, label_names=['ant', 'bee']))
+    for network in ('rn26_tm.cifar100', str(weights)):
+        with pytest.raises(InputError, match='the sample is of CIFAR-10; name yours with --dataset, or leave int8 out'):
+            main(['onnx', network, '--output', str(tmp_path / 'x.onnx'), '--precision', 'int8'])
+    assert not list(tmp_path.glob('x.*'))
+
+
 def test_int8_without_calibration_images_is_refused(pretrained, images):
     none = images(pretrained)
     none.calibration = none.calibration[:0]

@@ -186,9 +186,9 @@ def test_trust_is_decided_by_two_standard_errors():
     lines = report.say_trust(dict(images=10, top1=90., patch_accuracy=80., patch_agreement=81., maps=maps))
     grad_cam, random = (line for line in lines if line.startswith('- Against'))
     assert grad_cam == (
-        '- Against Grad-CAM, the class map is not told apart by deletion (-0.010 ± 0.010), insertion (+0.010 ± 0.010), '
-        'what is right without the more evident half (-0.0 ± 0.0), what is right without the less evident half '
-        '(+0.0 ± 0.0).')
+        '- Against Grad-CAM, the class map is not significantly different by deletion (-0.010 ± 0.010), insertion '
+        '(+0.010 ± 0.010), what is right without the more evident half (-0.0 ± 0.0), what is right without the less '
+        'evident half (+0.0 ± 0.0).')
     assert random == (
         '- Against random, the class map is better by insertion (+0.200 ± 0.010), what is right without the less '
         'evident half (+0.2 ± 0.0); worse by deletion (-0.200 ± 0.010), what is right without the more evident half '

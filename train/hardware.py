@@ -19,7 +19,8 @@ def describe_hardware(device: torch.device, processes: int = 1) -> str:
     if Path('/proc/cpuinfo').is_file():
         names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
         name = names[0] if names else name
-    return f'{name}, ' + ('its GPU by Metal' if device.type == 'mps' else f'{torch.get_num_threads()} threads')
+    threads = torch.get_num_threads()
+    return f'{name}, ' + ('its GPU by Metal' if device.type == 'mps' else f'{threads} thread{"s" * (threads != 1)}')
 
 
 def describe_versions() -> Dict[str, str]:

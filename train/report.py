@@ -8,6 +8,7 @@ The results are those of reproduce.py (train/results/paper/EXPERIMENT, as its --
 them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results/MODEL.TAG/analysis).
 """
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -89,8 +90,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
         lines += ['Not run yet:', '', *empty, '']
     lines += [
         '## Pretrained weights', '',
-        '| weights | data | epochs | parameters | top-1 | with the mirrored image | regions right | calibration error '
-        '| measured on |',
+        '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | measured on |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     index = read_json(root / 'timm_tmblock' / 'weights' / 'index.json') or {}
@@ -106,7 +106,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
             f'| {epochs} | {run["parameters"]:,} | {e["top1"]:.2f} % | {e["flip_top1"]:.2f} % | {regions} '
             f'| {100 * e["ece"]:.1f} % | {say_setting(e)} |')
     precisions = sorted({e['precision'] for e in evidence.evaluations.values()})
-    lines += ['', f'In {" and ".join(precisions)}, by `python train/evaluate.py`. One run each.', '']
+    lines += [
+        '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
+        'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.', '']
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
     analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
@@ -177,10 +179,10 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
     titles = ('deletion', 'insertion', 'what is right without the more evident half',
               'what is right without the less evident half')
     for name, row in list(trust['maps'].items())[1:]:
-        words: Dict[str, List[str]] = {'better': [], 'worse': [], 'not told apart': []}
+        words: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
         for (key, sign), title in zip(signs.items(), titles):
             lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
-            verdict = 'not told apart' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
+            verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
             digits = 3 if key in ('deletion', 'insertion') else 1
             words[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in words.items() if parts]
@@ -203,7 +205,8 @@ def render_pages(root: Path) -> Dict[Path, str]:
         if found:
             pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(
                 tag, found, tag in index)
-    return pages
+    # the runs had copies of the Hub's sets, which a reader does not have
+    return {path: re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text) for path, text in pages.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> None:
