@@ -12,6 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
 from train.lineage import find_legs, read_runs
+from train.report import compare_maps
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -331,6 +332,9 @@ def render(
         versions=evaluation['versions'],
         evaluation=evaluation,
         trust=trust,
+        leads={name: {verdict: len(found) for verdict, found in compare_maps(row).items()}
+               for name, row in list(trust['maps'].items())[1:]} if trust else {},
+        has_words='words' in data['pictures'],
         trust_command=tell_command(trust, dataset['id']) if trust else '',
         continued=continued,
         training_hardware=training.get('hardware', 'hardware in the recipe'),

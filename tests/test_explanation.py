@@ -13,6 +13,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
+from timm_tmblock.explanation import forward_class_activation
 from timm_tmblock.models import PreActResNet
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,58 @@ def test_probabilities_are_the_networks(trained_like):
     np.testing.assert_allclose(explanation.patch_probabilities, patch_logits.softmax(1)[0], atol=1e-6)
     assert explanation.patch_classes.tolist() == patch_logits[0].argmax(0).tolist()
     assert explanation.top(1)[0][1] == pytest.approx(logits.softmax(1).max().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+@pytest.mark.parametrize('name', ['rn20', 'rn26_tm', 'wrn16', 'dn100_tm', 'dn100_tm_cat'])
+def test_logits_are_the_mean_of_class_activation_maps(trained_like, name, batch_size):
+    model = trained_like(name).double()
+    x = torch.randn(batch_size, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        logits, maps = forward_class_activation(model, x)
+        expected, features = model(x), model.forward_features(x)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(maps.mean((2, 3)), expected, rtol=0, atol=1e-10)
+    for i, j in ((0, 0), (3, 5)):  # the classifier of that position alone
+        torch.testing.assert_close(maps[:, :, i, j], model.fc(features[:, :, i, j]), rtol=0, atol=1e-10)
+
+
+def test_grad_cam_of_captum_is_the_class_activation_map(trained_like):
+    captum = pytest.importorskip('captum.attr')
+    model = trained_like('rn26_tm').double()
+    x, target = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([4, 0, 9])
+    grad_cam = captum.LayerGradCam(model, model.norm).attribute(x, target)[:, 0].detach()
+    maps = forward_class_activation(model, x)[1].detach()[torch.arange(3), target]
+    torch.testing.assert_close(grad_cam * grad_cam[0].numel(), maps - model.fc.bias[target, None, None].detach())
+
+
+@pytest.mark.parametrize('name', ['rn26', 'rn26_tm'])
+def test_class_activation_maps_explain_networks_with_and_without_templates(trained_like, name):
+    model = trained_like(name, **(dict(num_templates=4) if name == 'rn26_tm' else {}))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    explanation = explain(model, image, method='cam')
+    x = create_transform(**resolve_data_config(model=model))(Image.fromarray(image))[None]
+    with torch.no_grad():
+        logits, maps = forward_class_activation(model, x)
+    np.testing.assert_allclose(explanation.probabilities, logits.softmax(1)[0], atol=1e-6)
+    np.testing.assert_allclose(explanation.patch_probabilities, maps.softmax(1)[0], atol=1e-6)
+    assert explanation.method == 'cam' and len(explanation.template_names) == 10
+    assert explanation.picture().width > 500
+
+
+@pytest.mark.parametrize('create, message', [
+    (lambda: timm.create_model('rn26', global_pool='max'), 'average pooling and a linear classifier'),
+    (lambda: timm.create_model('resnet18', num_classes=10), 'ResNet is none of this package'),
+    (lambda: timm.create_model('rn26', num_classes=0), 'average pooling and a linear classifier'),
+    (lambda: 'x.onnx', "the method 'cam' needs the network itself")])
+def test_network_without_class_activation_maps_is_refused(create, message):
+    with pytest.raises(InputError, match=message):
+        Explainer(create(), method='cam')
+
+
+def test_method_there_is_not_is_refused(trained_like):
+    with pytest.raises(InputError, match="no method 'lime'; the methods are match, cam"):
+        Explainer(trained_like('rn26_tm'), method='lime')
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -14,7 +14,7 @@ from typing import List, Optional, Set
 
 from .checkpoint import writing
 from .errors import InputError, exiting_on_input_error
-from .explanation import Explainer
+from .explanation import METHODS, Explainer
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -30,6 +30,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('model', help='pretrained model, or .onnx or .safetensors file')
     command.add_argument('images', nargs='+', metavar='IMAGE')
+    command.add_argument('--method', choices=METHODS, default='match', help=(
+        "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package"))
     command.add_argument('--class-name', help='class of the heat map, the predicted one if not given')
     command.add_argument('--output', type=Path, help='folder for a picture of each image')
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
@@ -53,7 +55,7 @@ def run_script(args: argparse.Namespace) -> None:
 
 
 def explain(args: argparse.Namespace) -> None:
-    explainer = Explainer(args.model)
+    explainer = Explainer(args.model, args.method)
     failed = []
     written: Set[str] = set()
     for path in map(Path, args.images):

@@ -2,6 +2,9 @@
 
 The patch logits of a template matching block, read as probabilities over classes for each region, from
 `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
+
+Or, of a network with the block or without it, the class scores of each position of its last feature map, from
+`Learning Deep Features for Discriminative Localization` - https://arxiv.org/abs/1512.04150
 """
 import colorsys
 import json
@@ -13,6 +16,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from timm.data import create_transform
@@ -22,8 +26,10 @@ from .checkpoint import load_model
 from .errors import InputError
 from .image import read_image
 from .mode import evaluating
+from .models._base import TemplateMatchingNet
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
+METHODS = ('match', 'cam')
 
 # Matplotlib's tab10, then hues a golden angle apart
 _COLORS = ['#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf']
@@ -36,16 +42,21 @@ _HEAT = np.array([
 
 @dataclass
 class Explanation:
-    """What a network made of an image, region by region."""
+    """What a network made of an image, region by region.
+
+    By the method 'match' a region is a patch around a position of the map that templates are matched on; by 'cam' it is
+    a position of the last feature map, and there are as many templates as classes.
+    """
     image: Image.Image  # what the network saw, in the resolution of the file
     probabilities: np.ndarray  # (num_classes,)
     patch_probabilities: np.ndarray  # (num_templates, H/r, W/r), sums to 1 over templates
     class_names: Sequence[str]
     template_names: Sequence[str]
+    method: str = 'match'  # of METHODS
 
     @property
     def patch_classes(self) -> np.ndarray:
-        """Index of the best matching template of each region, (H/r, W/r)."""
+        """Index of the best template, or class, of each region, (H/r, W/r)."""
         return self.patch_probabilities.argmax(axis=0)
 
     def top(self, k: int = 3) -> List[Tuple[str, float]]:
@@ -96,15 +107,20 @@ class Explanation:
 class Explainer:
     """Explains images by one model; call it with an image, or use `explain` for a single one."""
 
-    def __init__(self, source: Union[nn.Module, str, Path]) -> None:
+    def __init__(self, source: Union[nn.Module, str, Path], method: str = 'match') -> None:
         """
         Args:
-            source: A model with patch logits, an ONNX file exported with them, a weight file of training, or the name
-                of a pretrained model.
+            source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the
+                name of a pretrained model.
+            method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps, which
+                an ONNX file has none of.
 
         Raises:
-            InputError: If the source cannot be read, or has no patch logits.
+            InputError: If the source cannot be read, or has no map of this kind.
         """
+        if method not in METHODS:
+            raise InputError(f'There is no method {method!r}; the methods are {", ".join(METHODS)}.')
+        self.method = method
         if isinstance(source, nn.Module):
             self._use_torch(source)
         elif str(source).endswith('.onnx'):
@@ -125,26 +141,37 @@ class Explainer:
             raise InputError("The crop mode 'border' adds to images what none of their regions is; use another.")
 
     def _use_torch(self, model: Any) -> None:
-        if not getattr(model, 'has_template_matching', False):
-            raise InputError(f'{type(model).__name__} has no template matching block; use a *_tm model.')
+        if self.method == 'match' and not getattr(model, 'has_template_matching', False):
+            raise InputError(
+                f"{type(model).__name__} has no template matching block; use a *_tm model, or the method 'cam'.")
+        if self.method == 'cam' and not has_class_activation(model):
+            raise InputError(
+                f'{type(model).__name__} is none of this package that ends in average pooling and a linear classifier, '
+                f"which the method 'cam' needs.")
         if not hasattr(model, 'pretrained_cfg'):
             raise InputError('The model does not say how images are prepared for it; make it with timm.create_model().')
         if model.num_classes < 1:
             raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
         names = model.pretrained_cfg.get('label_names') or ()
-        self._name(names, model.num_classes, model.tm.num_templates)
+        self._name(names, model.num_classes, model.tm.num_templates if self.method == 'match' else model.num_classes)
 
         def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
             parameter = next(model.parameters())
             with evaluating(model), torch.inference_mode():
-                outputs = model.forward_patch_logits(torch.from_numpy(x).to(parameter.device, parameter.dtype))
+                inputs = torch.from_numpy(x).to(parameter.device, parameter.dtype)
+                if self.method == 'match':
+                    outputs = model.forward_patch_logits(inputs)
+                else:
+                    outputs = forward_class_activation(model, inputs)
             logits, patch_logits = (y.float().cpu().numpy() for y in outputs)
             return logits, patch_logits
 
         self.run: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray]] = run
 
     def _use_onnx(self, path: Path) -> None:
+        if self.method != 'match':
+            raise InputError(f'{path} has patch logits at most; the method {self.method!r} needs the network itself.')
         try:
             import onnxruntime
         except ImportError as e:
@@ -204,21 +231,47 @@ class Explainer:
             patch_probabilities=_softmax(patch_logits[0]),
             class_names=self.class_names,
             template_names=self.template_names,
+            method=self.method,
         )
 
 
-def explain(source: Union[nn.Module, str, Path], image: ImageSource) -> Explanation:
+def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: str = 'match') -> Explanation:
     """Classify an image and tell which class each of its regions matched.
 
     Args:
-        source: A model with patch logits, an ONNX file exported with them, a weight file of training, or the name of a
-            pretrained model.
+        source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the name
+            of a pretrained model.
         image: File, PIL image or uint8 array, of any size.
+        method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps.
 
     Raises:
         InputError: If either cannot be used.
     """
-    return Explainer(source)(image)
+    return Explainer(source, method)(image)
+
+
+def has_class_activation(model: nn.Module) -> bool:
+    """Whether the logits are the mean of class scores of each position of the last feature map."""
+    pool = getattr(model, 'global_pool', None)
+    return (
+        isinstance(model, TemplateMatchingNet) and getattr(pool, 'pool_type', '') in ('avg', 'fast', 'fastavg')
+        and isinstance(model.fc, nn.Linear))
+
+
+def forward_class_activation(model: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Forward pass with the class activation maps of all classes.
+
+    Args:
+        model: Network that `has_class_activation`.
+        x: Images (B, C, H, W).
+
+    Returns:
+        Logits (B, num_classes), and the class scores (B, num_classes, H/r, W/r) of each position of the last feature
+        map, of which they are the mean in evaluation.
+    """
+    features = model.forward_features(x)
+    maps = F.conv2d(features, model.fc.weight[:, :, None, None], model.fc.bias)
+    return model.forward_head(features), maps
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -269,7 +322,11 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     grey = base.convert('L').convert('RGB')
     panels = (base, Image.blend(grey, regions, 0.55), Image.blend(grey, heat_image, 0.6))
     top3 = [f'{name} {100 * p:.1f} %' for name, p in explanation.top(3)]
-    titles = (f'Image: {top3[0]}', 'Class each region matched', f'Match with "{explanation.template_names[index]}"')
+    name = explanation.template_names[index]
+    if explanation.method == 'match':
+        titles = (f'Image: {top3[0]}', 'Class each region matched', f'Match with "{name}"')
+    else:
+        titles = (f'Image: {top3[0]}', 'Class of each region', f'Class activation of "{name}"')
 
     rows = max(len(top3), (len(present) + 1) // 2, 2)
     canvas = Image.new('RGB', (3 * size + 4 * gap, size + 3 * gap + line * (rows + 1)), 'white')

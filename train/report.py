@@ -174,20 +174,27 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
             f'| {name} | {cell(row, "deletion", 3)} | {cell(row, "insertion", 3)} '
             f'| {cell(row, "without_most", 1)} % | {cell(row, "without_least", 1)} % |')
     lines += ['', "Means with standard errors over images. Another image's class map is as smooth and as central as",
-              'the own one, but of what is not there.', '']
-    signs = {'deletion': -1, 'insertion': 1, 'without_most': -1, 'without_least': 1}
-    titles = ('deletion', 'insertion', 'what is right without the more evident half',
-              'what is right without the less evident half')
+              'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
+              'a linear layer, and needs no backward pass; CAM probabilities are what `timm_tmblock.explain` shows by',
+              "`method='cam'`.", '']
     for name, row in list(trust['maps'].items())[1:]:
-        words: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
-        for (key, sign), title in zip(signs.items(), titles):
-            lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
-            verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
-            digits = 3 if key in ('deletion', 'insertion') else 1
-            words[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
-        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in words.items() if parts]
+        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
     return lines + ['', 'A lead above zero is in favour of the class map.']
+
+
+def compare_maps(row: Dict[str, float]) -> Dict[str, List[str]]:
+    """By which measures the class map is better or worse than another by two standard errors, each with its lead."""
+    verdicts: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
+    for key, sign, digits, title in (
+            ('deletion', -1, 3, 'deletion'),
+            ('insertion', 1, 3, 'insertion'),
+            ('without_most', -1, 1, 'what is right without the more evident half'),
+            ('without_least', 1, 1, 'what is right without the less evident half')):
+        lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
+        verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
+        verdicts[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
+    return verdicts
 
 
 def say_chance(chance: Dict[str, Optional[float]]) -> str:

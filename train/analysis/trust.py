@@ -2,7 +2,8 @@
 
 Deletion and insertion curves are those of RISE (Petsiuk et al., https://arxiv.org/abs/1806.07421): the most evident
 cells are replaced by the mean colour one after the other, or uncovered in a blurred image, and the probability of the
-class is followed. Grad-CAM and occlusion are captum's.
+class is followed. Grad-CAM and occlusion are captum's. Of networks that end in average pooling and a linear layer, as
+these do, Grad-CAM is CAM (Zhou et al., https://arxiv.org/abs/1512.04150), which needs no backward pass.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Tuple
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam, Occlusion
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
+
+from timm_tmblock.explanation import forward_class_activation
 
 # (images, classes) -> evidence (B, h, w) of each cell for the class
 Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +41,11 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
         # without its ReLU, which leaves cells of no order
         return F.adaptive_avg_pool2d(grad_cam.attribute(images, classes).detach(), grid)[:, 0]
 
+    def by_class_activation(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            probabilities = forward_class_activation(model, images)[1].softmax(1)
+        return F.adaptive_avg_pool2d(probabilities[torch.arange(len(classes)), classes].clone()[:, None], grid)[:, 0]
+
     def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         sides = [2 * size // cells for size, cells in zip(images.shape[2:], grid)]  # two cells, stepped by one
         with torch.inference_mode():
@@ -53,8 +61,8 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
     return {
-        'class map': class_map, 'Grad-CAM': by_gradient, 'occlusion': by_occlusion,
-        "another image's class map": of_another_image, 'random': at_random}
+        'class map': class_map, 'Grad-CAM': by_gradient, 'CAM probabilities': by_class_activation,
+        'occlusion': by_occlusion, "another image's class map": of_another_image, 'random': at_random}
 
 
 def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
