@@ -26,7 +26,11 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_content_options(command: Any) -> None:
+    from timm_tmblock.explanation import METHODS
     command.add_argument('--patch-logits', action='store_true', help='add the class scores of each region as an output')
+    command.add_argument('--method', choices=METHODS, default='match', help=(
+        "of the patch logits: 'match' for those of template matching, 'cam' for class activation maps, which baselines "
+        'have too'))
     command.add_argument('--softmax', action='store_true', help='probabilities instead of scores')
     command.add_argument(
         '--preprocessing', choices=('NCHW', 'NHWC'),
@@ -56,7 +60,8 @@ def run_onnx(args: argparse.Namespace) -> None:
     from export.onnx import OnnxOptions, export_onnx
     model = load(args.model, args.checkpoint)
     options = OnnxOptions(
-        args.precision, args.target, args.patch_logits, args.softmax, args.preprocessing, args.dynamic_size, args.opset)
+        args.precision, args.target, args.patch_logits, args.method, args.softmax, args.preprocessing,
+        args.dynamic_size, args.opset)
     options.validate(model)
     images = load_images(args, model, calibrate=args.precision == 'int8')
     print_parity(export_onnx(model, args.output, options, images)['parity'])

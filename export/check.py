@@ -53,6 +53,7 @@ def check_file(
         precision=metadata['precision'],
         target=(metadata['quantization'] or {}).get('target', 'cpu'),
         patch_logits=len(metadata['outputs']) > 1,
+        method=metadata['outputs'][-1].get('method', 'match'),
         softmax='probabilities' in metadata['outputs'][0]['meaning'],
         preprocessing=metadata['input']['layout'] if metadata['input']['range'] == 'pixels' else None,
         dynamic_size=isinstance(height, str),

@@ -15,7 +15,8 @@ input: name, dtype, layout ('NCHW' or 'NHWC'), shape (axes that may vary by name
 preprocessing: what comes before: input_size (C, H, W), color ('RGB' or 'L'), interpolation and crop_pct (resize the
     shorter side to floor(size / crop_pct), crop the centre), mean and std of pixels in [0, 1].
 outputs: for each its name, dtype, shape and meaning ('class scores', 'class probabilities', 'patch scores', 'patch
-    probabilities'); of patches also stride, in pixels of the input between neighbouring regions.
+    probabilities'); of patches also stride, in pixels of the input between neighbouring regions, and method 'cam' where
+    they are class activation maps, and not of template matching.
 opset: of the ONNX operators.
 precision: 'fp32', 'fp16', 'bf16' or 'int8'.
 quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,

@@ -121,7 +121,7 @@ class ExportedNetwork(nn.Module):
             self,
             model: nn.Module,
             data_config: Dict[str, Any],
-            patch_logits: bool = False,
+            patch_method: Optional[str] = None,
             softmax: bool = False,
             preprocessing: Optional[str] = None,
             dtype: torch.dtype = torch.float32,
@@ -130,15 +130,21 @@ class ExportedNetwork(nn.Module):
         Args:
             model: Network of `fold`.
             data_config: Its mean and std, of pixels in [0, 1].
-            patch_logits: Also return the class scores of each region.
+            patch_method: Also return the class scores of each region: 'match', those of template matching, or 'cam', of
+                the classifier at each position of the last feature map.
             softmax: Return probabilities.
             preprocessing: 'NHWC' or 'NCHW' takes uint8 pixels so laid out and normalises them; None takes (B, C, H, W)
                 normalised.
             dtype: Precision inside.
         """
         super().__init__()
+        self.patch_method = patch_method
+        self.classify = None
         self.model: Any = model.to(dtype)
-        self.patch_logits = patch_logits
+        if patch_method == 'cam':  # as a module, which quantization finds
+            fc: Any = self.model.fc
+            self.classify = nn.Conv2d(fc.in_features, fc.out_features, 1, dtype=dtype)
+            self.classify.load_state_dict(dict(weight=fc.weight[:, :, None, None], bias=fc.bias))
         self.softmax = softmax
         self.preprocessing = preprocessing
         self.dtype = dtype
@@ -155,6 +161,11 @@ class ExportedNetwork(nn.Module):
         if self.preprocessing:
             x = x * self.scale + self.shift
         x = x.to(self.dtype)
-        outputs = self.model.forward_patch_logits(x) if self.patch_logits else (self.model(x),)
+        outputs: Tuple[torch.Tensor, ...]
+        if self.classify is not None:
+            features = self.model.forward_features(x)
+            outputs = (self.model.forward_head(features), self.classify(features))
+        else:
+            outputs = self.model.forward_patch_logits(x) if self.patch_method else (self.model(x),)
         outputs = tuple(y.float() for y in outputs)
         return tuple(y.softmax(1) for y in outputs) if self.softmax else outputs

@@ -17,6 +17,7 @@ from export.network import ExportedNetwork, fold
 from export.runtime import RuntimeInputError, import_onnxruntime
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.explanation import forward_class_activation, has_class_activation
 
 try:
     import onnx
@@ -43,6 +44,7 @@ class OnnxOptions:
     precision: str = 'fp32'  # of PRECISIONS; inputs and outputs are float32 all the same
     target: str = 'cpu'  # of int8: 'cpu' or 'tensorrt', which need different files
     patch_logits: bool = False  # add the class scores of each region
+    method: str = 'match'  # of timm_tmblock.explanation.METHODS: what those are
     softmax: bool = False  # probabilities instead of scores
     preprocessing: Optional[str] = None  # 'NHWC' or 'NCHW': take uint8 pixels so laid out, normalise inside
     dynamic_size: bool = False  # height and width may vary too
@@ -54,6 +56,10 @@ class OnnxOptions:
         return default if self.opset is None else self.opset
 
     @property
+    def patch_method(self) -> Optional[str]:
+        return self.method if self.patch_logits else None
+
+    @property
     def output_names(self) -> List[str]:
         kind = 'probabilities' if self.softmax else 'logits'
         return [kind, f'patch_{kind}'] if self.patch_logits else [kind]
@@ -63,8 +69,13 @@ class OnnxOptions:
         Raises:
             InputError: If they contradict each other or the model.
         """
-        if self.patch_logits and not getattr(model, 'has_template_matching', False):
-            raise InputError(f'{type(model).__name__} has no template matching block; leave out --patch-logits.')
+        name = type(model).__name__
+        if self.patch_method == 'match' and not getattr(model, 'has_template_matching', False):
+            raise InputError(f'{name} has no template matching block; leave out --patch-logits, or add --method cam.')
+        if self.patch_method == 'cam' and not has_class_activation(model):
+            raise InputError(f'{name} does not end in average pooling and a linear classifier; leave out --method cam.')
+        if self.method != 'match' and not self.patch_logits:
+            raise InputError('--method is of the patch logits; add --patch-logits.')
         if not OPSETS[0] <= self.resolved_opset <= OPSETS[1]:
             raise InputError(
                 f'--opset must be {OPSETS[0]} to {OPSETS[1]}: torch.onnx writes no older, TensorRT reads no newer.')
@@ -78,8 +89,9 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     """Write a network as one ONNX file with a dynamic batch, and its metadata beside it as FILE.json.
 
     Input: `image` (batch, C, H, W), float32, normalised; or uint8 pixels. Outputs: `logits` (batch, num_classes) and,
-    if asked for, `patch_logits` (batch, num_templates, H/r, W/r); called `probabilities` and `patch_probabilities`
-    after a soft-max. A file that does not give what PyTorch gives is kept as NAME.failed.onnx.
+    if asked for, `patch_logits` (batch, num_templates, H/r, W/r), or as many as classes by the method 'cam'; called
+    `probabilities` and `patch_probabilities` after a soft-max. A file that does not give what PyTorch gives is kept as
+    NAME.failed.onnx.
 
     Args:
         model: Network in evaluation mode, with timm's pretrained_cfg.
@@ -131,10 +143,10 @@ def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     network = ExportedNetwork(
         fold(
-            model, options.resolved_opset, options.patch_logits,
+            model, options.resolved_opset, options.patch_method == 'match',
             norms_as_convolutions=options.precision == 'int8' and options.target == 'cpu'),
         config,
-        patch_logits=options.patch_logits,
+        patch_method=options.patch_method,
         softmax=options.softmax,
         preprocessing=options.preprocessing,
         dtype=_TORCH_DTYPES.get(options.precision, torch.float32),
@@ -199,7 +211,11 @@ def create_reference(
             x = x.permute(0, 3, 1, 2) if options.preprocessing == 'NHWC' else x
             x = ((x / 255. - mean) / std).float()
         x = x.to(parameter.device)
-        outputs = model.forward_patch_logits(x) if options.patch_logits else (model(x),)
+        outputs: Tuple[torch.Tensor, ...]
+        if options.patch_method == 'cam':
+            outputs = forward_class_activation(model, x)
+        else:
+            outputs = model.forward_patch_logits(x) if options.patch_logits else (model(x),)
         return [y.float().cpu().numpy() for y in outputs]
 
     return run
@@ -278,8 +294,12 @@ def _describe(
     metadata['outputs'] = [
         dict(_describe_tensor(tensor), meaning=meaning) for tensor, meaning in zip(proto.graph.output, meanings)]
     if options.patch_logits:
-        metadata['outputs'][1]['stride'] = model.patch_reduction
-        names, count = metadata['class_names'], model.tm.num_templates
+        by_class = options.method == 'cam'
+        metadata['outputs'][1]['stride'] = model.feature_info[-1]['reduction'] if by_class else model.patch_reduction
+        if by_class:
+            metadata['outputs'][1]['method'] = options.method
+        names = metadata['class_names']
+        count = len(names) if by_class else model.tm.num_templates
         # templates may have been kept from another set of classes
         metadata['template_names'] = names if count == len(names) else [f'template {i}' for i in range(count)]
     metadata.update(

@@ -162,7 +162,7 @@ class Prediction:
         canvas = Image.new('RGB', (3 * size + 40, size + 70), 'white')
         draw = ImageDraw.Draw(canvas)
         best = '   '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
-        titles = (best, 'matched by region', f'match: {templates[shown]}')
+        titles = (best, 'class of each region', f'where it is {templates[shown]}')
         for i, (panel, title) in enumerate(zip((base, Image.blend(grey, regions, 0.5), gold), titles)):
             canvas.paste(panel, (10 + i * (size + 10), 30))
             draw.text((10 + i * (size + 10), 10), title, fill='black')

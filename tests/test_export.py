@@ -1,4 +1,5 @@
 """ONNX files give what PyTorch gives, say how to use themselves, and keep their name only if they do."""
+import copy
 import errno
 import hashlib
 import json
@@ -24,6 +25,8 @@ from export.onnx import OnnxOptions, create_onnx, export_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
 from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError
+from timm_tmblock.explanation import forward_class_activation
+from train.analysis.regions import normalize
 
 ROOT = Path(__file__).parent.parent
 LABELS = ['ant', 'bee', 'cat', 'dog', 'eel', 'fox']
@@ -374,6 +377,7 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'does not hold weights of rn26_tm'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'TRUNCATED'], 'not a whole safetensors file'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'BASELINE', '--patch-logits'], 'no template matching block'),
+    (['rn26_tm', '--output', 'x.onnx', '--method', 'cam'], 'is of the patch logits; add --patch-logits'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'must be 18 to 25'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '18', '--precision', 'bf16'], 'from opset 22'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '0'], 'must be 18 to 25'),
@@ -417,6 +421,37 @@ def test_images_of_another_set_are_named_without_their_place(pretrained, images,
     assert given.calibration.shape == (9, 3, 32, 32) and given.held_out.shape == (5, 3, 32, 32)
     assert (given.calibration[:, 0] == 255).all() and (given.held_out[:, 2] == 255).all()
     assert given.name(3) == 'image 3 of those of birds test'
+
+
+@pytest.mark.parametrize('name, precision, softmax', [
+    ('rn26', 'fp32', True), ('rn26_tm', 'fp16', False), ('rn26', 'int8', False), ('dn100_tm', 'fp32', False)])
+def test_class_activation_maps_take_the_place_of_patch_logits(
+        trained_like, images, tmp_path, name, precision, softmax):
+    pretrained = name.startswith('rn26')
+    model = timm.create_model(name, pretrained=True).eval() if pretrained else trained_like(name, num_templates=3)
+    path = tmp_path / 'x.onnx'
+    options = OnnxOptions(precision, patch_logits=True, method='cam', softmax=softmax)
+    metadata = export_onnx(model, path, options, images(model, 64, 80))
+    described = metadata['outputs'][1]
+    assert (described['method'], described['stride'], described['shape'][1:]) == ('cam', 4, [10, 8, 8])
+    assert metadata['template_names'] == metadata['class_names']
+    session = open_session(path)
+    tolerance = {'fp32': 1e-4, 'fp16': 1e-2, 'int8': 0.35}[precision]
+    for n in (1, 2, 7):
+        x = normalize(model, torch.from_numpy(images(model, 64, 80).held_out[:n]))
+        with torch.no_grad():
+            expected = forward_class_activation(copy.deepcopy(model).double(), x.double())
+        for got, y in zip(session.run(None, {'image': x.numpy()}), expected):
+            y = y.softmax(1).numpy() if softmax else y.numpy()
+            np.testing.assert_allclose(got, y, rtol=0, atol=tolerance * np.abs(y).max())
+    assert check_file(path, model, images(model, 64, 80))[1] is None
+    if not softmax:
+        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        by_file, by_network = explain(path, image), explain(model, image, 'cam')
+        assert by_file.method == 'cam' and list(by_file.template_names) == list(by_network.template_names)
+        np.testing.assert_allclose(by_file.patch_probabilities, by_network.patch_probabilities, atol=2 * tolerance)
+        with pytest.raises(InputError, match="with the map of the method 'cam'; export it again with --method match"):
+            explain(path, image, 'match')
 
 
 def test_int8_of_other_classes_is_not_calibrated_on_the_sample(tmp_path):

@@ -30,8 +30,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('model', help='pretrained model, or .onnx or .safetensors file')
     command.add_argument('images', nargs='+', metavar='IMAGE')
-    command.add_argument('--method', choices=METHODS, default='match', help=(
-        "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package"))
+    command.add_argument('--method', choices=METHODS, help=(
+        "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package; if "
+        "not given, what a file was exported with, and of a model 'match'"))
     command.add_argument('--class-name', help='class of the heat map, the predicted one if not given')
     command.add_argument('--output', type=Path, help='folder for a picture of each image')
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')

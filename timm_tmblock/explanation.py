@@ -107,24 +107,24 @@ class Explanation:
 class Explainer:
     """Explains images by one model; call it with an image, or use `explain` for a single one."""
 
-    def __init__(self, source: Union[nn.Module, str, Path], method: str = 'match') -> None:
+    def __init__(self, source: Union[nn.Module, str, Path], method: Optional[str] = None) -> None:
         """
         Args:
             source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the
                 name of a pretrained model.
-            method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps, which
-                an ONNX file has none of.
+            method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
+                what a file was exported with, and of a model 'match'.
 
         Raises:
             InputError: If the source cannot be read, or has no map of this kind.
         """
-        if method not in METHODS:
+        if method not in (None, *METHODS):
             raise InputError(f'There is no method {method!r}; the methods are {", ".join(METHODS)}.')
-        self.method = method
+        self.method = method or 'match'
         if isinstance(source, nn.Module):
             self._use_torch(source)
         elif str(source).endswith('.onnx'):
-            self._use_onnx(Path(source))
+            self._use_onnx(Path(source), method)
         elif str(source).endswith('.safetensors'):
             self._use_torch(load_model(source))
         else:
@@ -169,9 +169,7 @@ class Explainer:
 
         self.run: Callable[[np.ndarray], Tuple[np.ndarray, np.ndarray]] = run
 
-    def _use_onnx(self, path: Path) -> None:
-        if self.method != 'match':
-            raise InputError(f'{path} has patch logits at most; the method {self.method!r} needs the network itself.')
+    def _use_onnx(self, path: Path, method: Optional[str]) -> None:
         try:
             import onnxruntime
         except ImportError as e:
@@ -191,8 +189,14 @@ class Explainer:
         try:
             self.data_config = json.loads(metadata['preprocessing'])
             class_names = json.loads(metadata['class_names'])
+            described = {output['name']: output for output in json.loads(metadata['outputs'])}
         except (KeyError, ValueError) as e:
             raise InputError(f'{path} lacks the metadata that python -m export onnx writes ({e}).') from e
+        self.method = described['patch_logits'].get('method', 'match')
+        if method not in (None, self.method):
+            raise InputError(
+                f'{path} was exported with the map of the method {self.method!r}; export it again with --method '
+                f'{method}.')
         outputs = {output.name: output for output in session.get_outputs()}
         self._name(class_names, len(class_names), outputs['patch_logits'].shape[1])
         input_name = session.get_inputs()[0].name
@@ -235,14 +239,15 @@ class Explainer:
         )
 
 
-def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: str = 'match') -> Explanation:
+def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: Optional[str] = None) -> Explanation:
     """Classify an image and tell which class each of its regions matched.
 
     Args:
         source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the name
             of a pretrained model.
         image: File, PIL image or uint8 array, of any size.
-        method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps.
+        method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
+            what a file was exported with, and of a model 'match'.
 
     Raises:
         InputError: If either cannot be used.
