@@ -65,7 +65,8 @@ def images():
         parser = ArgumentParser()
         add_image_options(parser)
         counts = ['--calibration-images', str(calibration), '--check-images', str(check)]
-        return load_images(parser.parse_args([*counts, *flags]), model, calibrate=model.num_classes == 10)
+        of_sample = model.num_classes == 10 and 'ship' in (model.pretrained_cfg.get('label_names') or ['ship'])
+        return load_images(parser.parse_args([*counts, *flags]), model, calibrate=of_sample)
 
     return create
 
