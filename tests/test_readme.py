@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import timm_tmblock  # noqa: F401  registers the models
 from train.lineage import count_epochs, read_runs
+from train.report import compare_maps
 
 ROOT = Path(__file__).parent.parent
 TAG = 'rn26_tm.cifar10'
@@ -56,6 +60,31 @@ def test_halves_of_images_that_are_masked():
     named = [f'{name.replace("class map", "map").replace("random", "random halves")} {most} and {least} %'
              for name, (most, least) in halves.items()]
     assert f'({", ".join(named)})' in PLAIN
+
+
+def test_pixels_a_region_depends_on():
+    """The extent of the gradient of one region's scores."""
+    seen = []
+    for name in ('rn20_tm', 'rn26_tm', 'rn38_tm', 'wrn16_tm'):
+        torch.manual_seed(0)
+        x = torch.randn(1, 3, 80, 80, dtype=torch.float64, requires_grad=True)
+        scores = timm.create_model(name).eval().double().forward_patch_logits(x)[1]
+        middle = scores.shape[2] // 2
+        scores[:, :, middle, middle].abs().sum().backward()
+        rows = x.grad.abs().sum((0, 1, 3)).nonzero()
+        seen.append('{0}×{0}'.format(int(rows.max() - rows.min()) + 1))
+    assert (
+        f'depends on {seen[0]} pixels of the image in `rn20_tm`, {seen[1]} in `rn26_tm`, {seen[2]} in `rn38_tm`, '
+        f'{seen[3]} in `wrn16_tm`') in PLAIN
+
+
+@pytest.mark.parametrize('name', ['rn38_tm', 'wrn16_tm'])
+def test_measures_by_which_a_map_is_better_than_another_images(name):
+    maps = read('train', 'results', f'{name}.cifar10', 'analysis', 'trust.json')['maps']
+    better = len(compare_maps(maps["another image's class map"])['better'])
+    tell = {'rn38_tm': "is better than another image's by {} of the four measures", 'wrn16_tm': 'README.md) by {};'}
+    assert tell[name].format(better) in PLAIN
+    assert len(compare_maps(maps['Grad-CAM'])['worse']) == 4
 
 
 def test_neighbours_of_regions():
