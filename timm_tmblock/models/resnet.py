@@ -295,6 +295,7 @@ default_cfgs = generate_default_cfgs({
     'rn20_tm.untrained': create_cfg(),
     'rn20_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26.cifar10': create_cifar10_cfg('rn26.cifar10'),
+    'rn26.cifar100': create_cifar100_cfg('rn26.cifar100'),
     'rn26.mini_imagenet': create_mini_imagenet_cfg(),
     'rn26_tm.cifar10': create_cifar10_cfg('rn26_tm.cifar10'),
     'rn26_tm.cifar100': create_cifar100_cfg('rn26_tm.cifar100'),
