@@ -189,10 +189,9 @@ class Explainer:
         try:
             self.data_config = json.loads(metadata['preprocessing'])
             class_names = json.loads(metadata['class_names'])
-            described = {output['name']: output for output in json.loads(metadata['outputs'])}
-        except (KeyError, ValueError) as e:
+            self.method = json.loads(metadata['outputs'])[1].get('method', 'match')
+        except (KeyError, IndexError, ValueError) as e:
             raise InputError(f'{path} lacks the metadata that python -m export onnx writes ({e}).') from e
-        self.method = described['patch_logits'].get('method', 'match')
         if method not in (None, self.method):
             raise InputError(
                 f'{path} was exported with the map of the method {self.method!r}; export it again with --method '
