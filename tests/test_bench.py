@@ -56,7 +56,7 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
     for row in result['rows']:
         latency = row['latency_ms']
         assert 0 < latency['p10'] <= latency['p50'] <= latency['p90'] <= latency['p99']
-    assert {'python', 'torch', 'onnxruntime'} <= set(result['versions']) and 'threads' in result['hardware']
+    assert {'python', 'torch', 'onnxruntime'} <= set(result['versions']) and ' thread' in result['hardware']
     table = (tmp_path / 'out.md').read_text()
     assert table.count('\n|') == 8 and table.count('**') == 4 and table.split('\n\n')[-1] in capsys.readouterr().out
     with Image.open(tmp_path / 'out.png') as picture:

@@ -303,6 +303,7 @@ default_cfgs = generate_default_cfgs({
     'rn38.untrained': create_cfg(),
     'rn38.mini_imagenet': create_mini_imagenet_cfg(),
     'rn38_tm.cifar10': create_cifar10_cfg('rn38_tm.cifar10'),
+    'rn38_tm.cifar100': create_cifar100_cfg('rn38_tm.cifar100'),
     'rn38_tm.mini_imagenet': create_mini_imagenet_cfg(),
     'wrn16.untrained': create_cfg(),
     'wrn16.mini_imagenet': create_mini_imagenet_cfg(),
