@@ -240,7 +240,10 @@ def test_maps_are_those_of_their_definitions(model):
             torch.testing.assert_close(maps['class map'][i], patches[i].softmax(0)[k])
             torch.testing.assert_close(maps["another image's class map"][(i + 1) % 3], patches[i].softmax(0)[k])
             # with average pooling and a linear classifier, Grad-CAM is CAM
-            cam = (model.fc.weight[k][:, None, None] * model.forward_features(x[i:i + 1])[0]).sum(0)
+            features = model.forward_features(x[i:i + 1])[0]
+            scores = model.fc(features.permute(1, 2, 0))  # of each position by itself
+            torch.testing.assert_close(maps['CAM probabilities'][i], scores.softmax(2)[..., k], rtol=1e-4, atol=1e-6)
+            cam = (model.fc.weight[k][:, None, None] * features).sum(0)
             assert torch.corrcoef(torch.stack([maps['Grad-CAM'][i].flatten(), cam.flatten()]))[0, 1] > 0.9999
         effect, counts = torch.zeros(32, 32), torch.zeros(32, 32)
         for top in range(0, 25, 4):
