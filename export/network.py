@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 
 from timm_tmblock.errors import InputError
+from timm_tmblock.explanation import forward_class_activation
 from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching, fuse_conv_norm
 
 
@@ -114,6 +115,13 @@ def _to_convolution(norm: Any) -> nn.Conv2d:
     return conv
 
 
+def forward_scores(model: Any, x: torch.Tensor, patch_method: Optional[str]) -> Tuple[torch.Tensor, ...]:
+    """Class scores and, by one of timm_tmblock.explanation.METHODS, those of each region; without them if None."""
+    if patch_method == 'cam':
+        return forward_class_activation(model, x)
+    return model.forward_patch_logits(x) if patch_method else (model(x),)
+
+
 class ExportedNetwork(nn.Module):
     """What is traced: image in, class scores and, if asked for, those of each region out, both float32."""
 
@@ -139,12 +147,7 @@ class ExportedNetwork(nn.Module):
         """
         super().__init__()
         self.patch_method = patch_method
-        self.classify = None
         self.model: Any = model.to(dtype)
-        if patch_method == 'cam':  # as a module, which quantization finds
-            fc: Any = self.model.fc
-            self.classify = nn.Conv2d(fc.in_features, fc.out_features, 1, dtype=dtype)
-            self.classify.load_state_dict(dict(weight=fc.weight[:, :, None, None], bias=fc.bias))
         self.softmax = softmax
         self.preprocessing = preprocessing
         self.dtype = dtype
@@ -161,11 +164,5 @@ class ExportedNetwork(nn.Module):
         if self.preprocessing:
             x = x * self.scale + self.shift
         x = x.to(self.dtype)
-        outputs: Tuple[torch.Tensor, ...]
-        if self.classify is not None:
-            features = self.model.forward_features(x)
-            outputs = (self.model.forward_head(features), self.classify(features))
-        else:
-            outputs = self.model.forward_patch_logits(x) if self.patch_method else (self.model(x),)
-        outputs = tuple(y.float() for y in outputs)
+        outputs = tuple(y.float() for y in forward_scores(self.model, x, self.patch_method))
         return tuple(y.softmax(1) for y in outputs) if self.softmax else outputs

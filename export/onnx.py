@@ -13,11 +13,11 @@ from timm.data.model_config import resolve_input_data_config
 
 from export.images import Images
 from export.metadata import describe_model, replace_with_sidecar, to_properties
-from export.network import ExportedNetwork, fold
+from export.network import ExportedNetwork, fold, forward_scores
 from export.runtime import RuntimeInputError, import_onnxruntime
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
-from timm_tmblock.explanation import forward_class_activation, has_class_activation
+from timm_tmblock.explanation import has_class_activation
 
 try:
     import onnx
@@ -211,12 +211,7 @@ def create_reference(
             x = x.permute(0, 3, 1, 2) if options.preprocessing == 'NHWC' else x
             x = ((x / 255. - mean) / std).float()
         x = x.to(parameter.device)
-        outputs: Tuple[torch.Tensor, ...]
-        if options.patch_method == 'cam':
-            outputs = forward_class_activation(model, x)
-        else:
-            outputs = model.forward_patch_logits(x) if options.patch_logits else (model(x),)
-        return [y.float().cpu().numpy() for y in outputs]
+        return [y.float().cpu().numpy() for y in forward_scores(model, x, options.patch_method)]
 
     return run
 

@@ -15,7 +15,7 @@ from captum.attr import LayerGradCam, Occlusion
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from timm_tmblock.explanation import forward_class_activation
+from timm_tmblock.explanation import forward_class_activation, has_class_activation
 
 # (images, classes) -> evidence (B, h, w) of each cell for the class
 Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,10 +32,13 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
     generator = torch.Generator().manual_seed(seed)
     grad_cam, occlusion = LayerGradCam(model, model.norm), Occlusion(model)
 
+    def pick(probabilities: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return probabilities[torch.arange(len(classes)), classes].clone()
+
     def class_map(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             probabilities = model.forward_patch_logits(images)[1].softmax(1)
-        return probabilities[torch.arange(len(classes)), classes].clone()
+        return pick(probabilities, classes)
 
     def by_gradient(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         # without its ReLU, which leaves cells of no order
@@ -44,7 +47,7 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
     def by_class_activation(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             probabilities = forward_class_activation(model, images)[1].softmax(1)
-        return F.adaptive_avg_pool2d(probabilities[torch.arange(len(classes)), classes].clone()[:, None], grid)[:, 0]
+        return F.adaptive_avg_pool2d(pick(probabilities, classes)[:, None], grid)[:, 0]
 
     def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         sides = [2 * size // cells for size, cells in zip(images.shape[2:], grid)]  # two cells, stepped by one
@@ -60,9 +63,10 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
     def at_random(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
 
+    by_position = {'CAM probabilities': by_class_activation} if has_class_activation(model) else {}
     return {
-        'class map': class_map, 'Grad-CAM': by_gradient, 'CAM probabilities': by_class_activation,
-        'occlusion': by_occlusion, "another image's class map": of_another_image, 'random': at_random}
+        'class map': class_map, 'Grad-CAM': by_gradient, **by_position, 'occlusion': by_occlusion,
+        "another image's class map": of_another_image, 'random': at_random}
 
 
 def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
