@@ -1,7 +1,7 @@
 """Put together the folder of a Hugging Face Space that shows models.
 
     python -m hub_cards.build_space --output space                          # the shipped models
-    python -m hub_cards.build_space --output space best.safetensors rn26    # those with patch scores come first
+    python -m hub_cards.build_space --output space best.safetensors rn26    # those with template matching come first
     python space/app.py                                                     # try it: pip install gradio onnxruntime
     hf upload user/name space . --repo-type space                           # publish it
 
@@ -15,6 +15,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.explanation import METHODS, has_class_activation
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
@@ -22,19 +23,25 @@ EXAMPLES = ROOT / 'train' / 'sample' / 'images'
 MODELS = ('rn26_tm', 'rn26_tm.cifar100', 'rn26')
 
 
-def build(output: Path, models: Sequence[Tuple[str, Any]], args: argparse.Namespace) -> List[Path]:
+def build(
+        output: Path,
+        models: Sequence[Tuple[str, Any]],
+        args: argparse.Namespace,
+        method: str = 'match',
+) -> List[Path]:
     """Write the folder.
 
     Args:
         output: Folder, which must be empty if it is there.
         models: Networks by name, in evaluation mode.
         args: Options of `export.images.add_image_options`, of the images the ONNX files are checked on.
+        method: What networks with template matching show, 'match' or 'cam'; the others show class activation maps.
 
     Returns:
         Its files.
 
     Raises:
-        InputError: If there is something in the folder, or it cannot be written.
+        InputError: If there is something in the folder, it cannot be written, or a network has no such map.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
     from export.images import load_images
@@ -49,7 +56,12 @@ def build(output: Path, models: Sequence[Tuple[str, Any]], args: argparse.Namesp
         shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
         shutil.copytree(EXAMPLES, tmp / 'examples')
         for name, model in models:
-            options = OnnxOptions(patch_logits=getattr(model, 'has_template_matching', False))
+            if getattr(model, 'has_template_matching', False):
+                options = OnnxOptions(patch_logits=True, method=method)
+            elif has_class_activation(model):
+                options = OnnxOptions(patch_logits=True, method='cam')
+            else:
+                options = OnnxOptions()
             export_onnx(model, tmp / 'models' / f'{name}.onnx', options, load_images(args, model, calibrate=False))
         os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
@@ -69,10 +81,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         'models', nargs='*', metavar='MODEL', default=MODELS,
         help=f'name with pretrained weights, hf-hub:USER/NAME, or weight file; {", ".join(MODELS)} if not given')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER')
+    parser.add_argument('--method', choices=METHODS, default='match', help=(
+        "'cam' shows class activation maps of networks with template matching too, as of those without it"))
     add_image_options(parser)
     args = parser.parse_args(argv)
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
-    for path in build(args.output, models, args):
+    for path in build(args.output, models, args, args.method):
         print(f'{path.stat().st_size:>10,} {path}')
     print(f'Publish it: hf upload USER/NAME {args.output} . --repo-type space')
 

@@ -36,18 +36,18 @@ in_browser = [needs_gradio, pytest.mark.skipif(CHROMIUM is None, reason='there i
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """The folder of a Space with the shipped network, one without template matching and one with its own templates."""
+    """The folder of a Space with the shipped network, two without template matching and one with its own templates."""
     from conftest import make_trained_like
     parser = ArgumentParser()
     add_image_options(parser)
     args = parser.parse_args(['--check-images', '10'])
     labels = timm.get_pretrained_cfg('rn26_tm').label_names
     others = []
-    for name, kwargs in (('rn26', {}), ('rn26_tm', dict(num_templates=7))):
+    for name, kwargs in (('rn26', {}), ('rn26_tm', dict(num_templates=7)), ('rn26', dict(global_pool='max'))):
         others.append(make_trained_like(timm.create_model(name, **kwargs)).eval())
         others[-1].pretrained_cfg = dict(others[-1].pretrained_cfg, label_names=labels)
     shipped = timm.create_model('rn26_tm', pretrained=True).eval()
-    models = [('rn26', others[0]), ('rn26_tm', shipped), ('rn26_tm.few', others[1])]
+    models = [('rn26', others[0]), ('rn26_tm', shipped), ('rn26_tm.few', others[1]), ('rn26.max', others[2])]
     output = tmp_path_factory.mktemp('space') / 'space'
     build(output, models, args)
     return output
@@ -175,7 +175,7 @@ class TestInBrowser:
         page.keyboard.press('ArrowUp')  # without a mouse
         assert shown_maps(page) != ['Where truck was matched'] and len(shown_maps(page)) == 1
 
-    def test_networks_are_compared(self, open_page):
+    def test_networks_are_compared(self, open_page, folder):
         page = open_page()
         assert page.get_by_label('Model', exact=True).input_value() == 'rn26_tm'
         assert page.get_by_label('Compare with', exact=True).input_value() == 'rn26'
@@ -185,7 +185,15 @@ class TestInBrowser:
         page.wait_for_selector('.tm-result h3:text-is("rn26")')
         assert page.locator('.tm-result h3').all_inner_texts() == ['rn26_tm', 'rn26']
         baseline = page.locator('.tm-result').nth(1)
-        assert 'has no template matching block' in baseline.inner_text()
+        assert 'Class activation map, no template matching' in baseline.inner_text()
+        prediction = load(folder / 'models' / 'rn26.onnx', 'cpu')(SHIP)
+        for i, name in enumerate(prediction.class_names):
+            url = baseline.get_by_alt_text(f'Class activation of {name}', exact=True).get_attribute('src')
+            heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(',')[1]))))
+            np.testing.assert_allclose(heat[..., 3] / 255, prediction.patch_probabilities[i], atol=0.5 / 255 + 1e-6)
+        choose(page, 'Compare with', 'rn26.max')  # which has no class activation maps either
+        page.wait_for_selector('.tm-result h3:text-is("rn26.max")')
+        assert 'This file has no patch scores' in baseline.inner_text()
         assert baseline.locator('.tm-heat').count() == 0 and baseline.locator('.tm-row').count() == 11
         choose(page, 'Compare with', 'nothing')
         page.wait_for_function("document.querySelectorAll('.tm-result').length == 1")
@@ -260,7 +268,7 @@ def test_space_without_models_says_so(folder, tmp_path):
 
 def test_folder_is_complete(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
-    onnx = {f'models/{name}.onnx{end}' for name in ('rn26', 'rn26_tm', 'rn26_tm.few') for end in ('', '.json')}
+    onnx = {f'models/{name}.onnx{end}' for name in ('rn26', 'rn26.max', 'rn26_tm', 'rn26_tm.few') for end in ('', '.json')}
     examples = {f'examples/{path.name}' for path in (ROOT / 'train' / 'sample' / 'images').glob('*.png')}
     assert files == {'README.md', 'app.py', 'requirements.txt', 'runtime.py'} | onnx | examples and len(examples) == 10
     card = SpaceCard.load(folder / 'README.md').data

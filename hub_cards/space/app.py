@@ -1,4 +1,4 @@
-"""Drop an image: its class, and which regions matched which class. ONNX Runtime on a CPU, without PyTorch.
+"""Drop an image: its class, and which regions matched which class, or a class activation map. ONNX Runtime on a CPU, without PyTorch.
 
     python app.py                                 # the ONNX files in models/
     MODELS="user/rn26_tm, user/rn26" python app.py    # repositories on the Hugging Face Hub
@@ -58,7 +58,7 @@ class ImageFile(gr.Image):
 
 
 def load_models() -> Dict[str, runtime.Runner]:
-    """Those of the variable MODELS, else of models/, by name; those with patch scores first.
+    """Those of the variable MODELS, else of models/, by name; those with template matching first.
 
     Raises:
         runtime.RuntimeInputError: If one cannot be loaded, or there is none.
@@ -72,7 +72,13 @@ def load_models() -> Dict[str, runtime.Runner]:
     runners = {name: runtime.load(source, 'cpu') for name, source in zip(names, sources)}
     if repositories:
         return runners
-    return dict(sorted(runners.items(), key=lambda item: len(item[1].metadata['outputs']) < 2))
+    return dict(sorted(runners.items(), key=lambda item: find_method(item[1]) != 'match'))
+
+
+def find_method(runner: runtime.Runner) -> Optional[str]:
+    """What the patch scores of a model are: 'match', 'cam' for class activation maps, or None if it has none."""
+    outputs = runner.metadata['outputs']
+    return outputs[1].get('method', 'match') if len(outputs) > 1 else None
 
 
 def classify(image: Optional[str], model: str) -> Dict[str, float]:
@@ -97,7 +103,7 @@ def show(image: Optional[str], model: str, baseline: str) -> str:
         return '<p class="tm-note">Drop an image, or choose one of the examples.</p>'
     names = [model] if baseline in (NOTHING, model) else [model, baseline]
     try:
-        return ''.join(to_html(name, MODELS[name](image)) for name in names)
+        return ''.join(to_html(name, MODELS[name](image), find_method(MODELS[name])) for name in names)
     except runtime.RuntimeInputError as e:
         return f'<p class="tm-problem" role="alert">{escape(_tell(e, image))}</p>'
 
@@ -107,30 +113,35 @@ def _tell(error: Exception, image: str) -> str:
     return str(error).replace(image, Path(image).name)
 
 
-def to_html(title: str, prediction: runtime.Prediction) -> str:
-    """The image as the network saw it, its classes, and for each a map of the regions that matched it."""
+def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -> str:
+    """The image as the network saw it, its classes, and for each a map of the regions, by what `find_method` says."""
     patches = prediction.patch_probabilities  # (templates, H, W) or None
     group = uuid4().hex
     classes, templates = list(prediction.class_names), list(prediction.template_names)
     seen = f'<img alt="The image as the network saw it" src="{_to_url(prediction.image)}">'
     if patches is None:
         rows = _rows(group, classes, prediction.probabilities)
-        note = 'This network has no template matching block: it cannot say which region matched what.'
+        note = 'This file has no patch scores: it cannot say which region matched what.'
         return _SECTION.format(kind='', title=escape(title), seen=seen, grid='', rows=rows, note=note)
     best = patches.argmax(axis=0)
     count = f'{best.size} regions of {prediction.image.width // best.shape[1]} pixels a side'
     if templates == classes:
-        rows = _rows(group, classes, prediction.probabilities, patches)
+        rows = _rows(group, classes, prediction.probabilities, patches, told=_TOLD[method == 'cam'])
     else:  # templates of their own, which have no class probability
         rows = _rows(group, classes, prediction.probabilities)
         rows += _rows(group, templates, patches.mean(axis=(1, 2)), patches, heads=('template', 'match'))
     cells = ''.join(
         f'<i title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>' for (y, x), k in np.ndenumerate(best))
     grid = f'<div class="tm-grid" style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>'
-    note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
+    if method == 'cam':
+        note = (f'Class activation map, no template matching. Gold: what the classifier makes of each position of the '
+                f'last feature map, {count}. Point at the image for the class of each region.')
+    else:
+        note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
     return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
 
 
+_TOLD = ('Where {} was matched', 'Class activation of {}')
 _SECTION = (
     '<section class="tm-result{kind}"><h3>{title}</h3>'
     '<div class="tm-view"><div class="tm-seen">{seen}</div>{grid}{rows}</div>'
@@ -143,6 +154,7 @@ def _rows(
         values: np.ndarray,
         patches: Optional[np.ndarray] = None,
         heads: Tuple[str, str] = ('class', 'probability'),
+        told: str = _TOLD[0],
 ) -> str:
     """Names with their values, the largest first, and what shows where each was matched."""
     rows = [
@@ -153,7 +165,8 @@ def _rows(
         if patches is not None:
             switch = f'<input type="radio" name="{group}" value="{escape(names[i])}"{" checked" if not place else ""}>'
             regions = str(int((patches.argmax(axis=0) == i).sum()))
-            heat = f'<img class="tm-heat" alt="Where {escape(names[i])} was matched" src="{_heat(patches[i])}">'
+            alt = told.format(escape(names[i]))
+            heat = f'<img class="tm-heat" alt="{alt}" src="{_heat(patches[i])}">'
         rows.append(
             f'<label class="tm-row">{switch}<span class="tm-name">{escape(names[i])}</span>'
             f'<div class="tm-bar"><b style="width: {100 * values[i]:.1f}%"></b></div>'
@@ -184,7 +197,7 @@ except runtime.RuntimeInputError as error:
 def build() -> gr.Blocks:
     """The page."""
     names = list(MODELS)
-    baselines = [name for name in names[1:] if len(MODELS[name].metadata['outputs']) < 2] or [*names[1:], NOTHING]
+    baselines = [name for name in names[1:] if find_method(MODELS[name]) != 'match'] or [*names[1:], NOTHING]
     with gr.Blocks(title='Which class did each region match?') as page:
         gr.Markdown(
             '# Which class did each region match?\n'
