@@ -268,7 +268,8 @@ def test_space_without_models_says_so(folder, tmp_path):
 
 def test_folder_is_complete(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
-    onnx = {f'models/{name}.onnx{end}' for name in ('rn26', 'rn26.max', 'rn26_tm', 'rn26_tm.few') for end in ('', '.json')}
+    names = ('rn26', 'rn26.max', 'rn26_tm', 'rn26_tm.few')
+    onnx = {f'models/{name}.onnx{end}' for name in names for end in ('', '.json')}
     examples = {f'examples/{path.name}' for path in (ROOT / 'train' / 'sample' / 'images').glob('*.png')}
     assert files == {'README.md', 'app.py', 'requirements.txt', 'runtime.py'} | onnx | examples and len(examples) == 10
     card = SpaceCard.load(folder / 'README.md').data

@@ -1,4 +1,4 @@
-"""Drop an image: its class, and which regions matched which class, or a class activation map. ONNX Runtime on a CPU, without PyTorch.
+"""Drop an image: its class, and which regions matched which class. ONNX Runtime on a CPU, without PyTorch.
 
     python app.py                                 # the ONNX files in models/
     MODELS="user/rn26_tm, user/rn26" python app.py    # repositories on the Hugging Face Hub
