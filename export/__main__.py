@@ -122,14 +122,18 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--layers', type=Path, help='write what TensorRT says of the layers, as JSON')
     group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx (rn26_tm.engine.onnx, say) first')
     group.add_argument('--checkpoint', type=Path)
-    group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), default='fp16')
+    group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), help='fp16 if not given')
     add_content_options(group)
     add_image_options(command)
     command.set_defaults(run=run_tensorrt)
 
 
+OF_A_MODEL = ('checkpoint', 'precision', 'patch_logits', 'method', 'softmax', 'preprocessing', 'dynamic_size')
+
+
 def run_tensorrt(args: argparse.Namespace) -> None:
     from export.tensorrt import EngineOptions, build_engine, check_before_export, parse_ranges
+    from timm_tmblock.errors import InputError
     options = EngineOptions(
         backend=args.backend,
         batches=parse_ranges(args.batch) if args.batch else EngineOptions.batches,
@@ -142,8 +146,15 @@ def run_tensorrt(args: argparse.Namespace) -> None:
         hardware_compatibility=args.hardware_compatibility,
     )
     source = Path(args.model)
-    if source.suffix != '.onnx':
+    if source.suffix == '.onnx':
+        given = [flag for flag in OF_A_MODEL if getattr(args, flag) not in (None, False, 'match')]
+        if given:
+            raise InputError(
+                f'--{given[0].replace("_", "-")} is for a MODEL: what {source} computes was settled when it was '
+                f'exported; leave it out.')
+    else:
         check_before_export(args.output, options)
+        args.precision = args.precision or 'fp16'
         source = args.output.with_name(f'{args.output.name}.onnx')
         run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': 'tensorrt', 'opset': None}))
     engine = build_engine(source, args.output, options, args.layers)['engine']

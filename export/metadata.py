@@ -36,7 +36,7 @@ import safetensors.torch
 import timm
 import torch.nn as nn
 
-from export.runtime import METADATA_VERSION, parse_properties
+from export.runtime import ENGINE_SUFFIXES, METADATA_VERSION, parse_properties
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
 from timm_tmblock.checkpoint import remove, writing
@@ -128,7 +128,8 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     """The metadata of an ONNX file or an engine.
 
     Raises:
-        InputError: If there is no such file, it is cut short, or says nothing of itself.
+        InputError: If there is no such file, it is cut short, says nothing of itself, or is an engine that its sidecar
+            is not of.
     """
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
@@ -140,4 +141,7 @@ def load_metadata(path: Path) -> Dict[str, Any]:
             properties = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
         except DecodeError as e:
             raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
-    return read_metadata(path, properties)
+    metadata = read_metadata(path, properties)
+    if path.suffix in ENGINE_SUFFIXES and hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
+        raise InputError(f'{path} is not the engine its sidecar is of, or is cut short; build it again.')
+    return metadata

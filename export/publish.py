@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from export.images import Images
 from export.metadata import describe_model, hash_weights, load_metadata, sidecar, write_sidecar
 from export.onnx import OnnxOptions, export_onnx
-from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built
+from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
 from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
 from hub_cards.run import read_run
@@ -55,8 +55,9 @@ def create_files(
         The files, relative to the folder, sorted.
 
     Raises:
-        InputError: If an engine is of other weights or its ONNX file is gone, something does not load back, or the
-            Hub would refuse the card.
+        InputError: If an engine is of other weights, is not the file that was built or its ONNX file is gone, something
+            does not load back, or the Hub would refuse the card.
+        RuntimeInputError: If an ONNX file does not load back.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
     if card is not None:
@@ -72,6 +73,8 @@ def create_files(
         precision, _, target = key.partition('-')
         options = OnnxOptions(precision, target or 'cpu', patch_logits=patches)
         export_onnx(model, folder / FILES[key], options, images)
+        if precision != 'bf16':  # which ONNX Runtime has no kernels for
+            load(folder / FILES[key], 'cpu')
         exports[key] = json.loads(sidecar(folder / FILES[key]).read_text())
     weights = hash_weights(model)
     for path in engines:

@@ -24,10 +24,12 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import sys
 import threading
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +45,8 @@ METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
-BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command')
+BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command', 'options',
+         'onnx', 'onnx_sha256')
 # float32 of ONNX Runtime on a GPU would be rounded to 10 bits of mantissa before each convolution
 CUDA_OPTIONS = {'use_tf32': '0'}
 
@@ -83,10 +86,14 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             if source.dtype != np.uint8:
                 raise RuntimeInputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
             source = Image.fromarray(source)
+        if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
+            raise RuntimeInputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
         image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.format == 'EPS':
             raise RuntimeInputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
         image = ImageOps.exif_transpose(image)
+        if 0 in image.size:
+            raise RuntimeInputError(f'{name} has no pixels.')
         if image.mode[0] == 'I':  # 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode == 'F':
@@ -215,7 +222,8 @@ class OnnxSession:
             if 'NOT_IMPLEMENTED' in reason:
                 advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
             raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; {advice}.') from e
-        self.provider = self.session.get_providers()[0]
+        if not allow_fallback:
+            self.session.disable_fallback()  # or a failure of the GPU in `run` goes on with the CPU from then on
         if self.provider != wanted and not allow_fallback:  # onnxruntime itself only prints a warning
             raise RuntimeInputError(
                 f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA and '
@@ -224,6 +232,11 @@ class OnnxSession:
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         _check_metadata(self.metadata, path)
+
+    @property
+    def provider(self) -> str:
+        """What runs the file."""
+        return self.session.get_providers()[0]
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
@@ -246,7 +259,8 @@ class TensorRTSession:
         self.path = path
         self.metadata = _read_sidecar(path)
         _check_metadata(self.metadata, path)
-        check_engine(path, self.metadata)
+        plan = _read_engine(path)
+        check_engine(path, self.metadata, plan)
         trt = import_tensorrt(self.metadata['engine']['backend'])
         self.cudart = _import_library('cuda.bindings.runtime')
         if self.cudart is None:
@@ -258,7 +272,11 @@ class TensorRTSession:
         if self.metadata['engine']['version_compatible']:
             self.runtime.engine_host_code_allowed = True
         with _on_first_gpu(self.cudart):
-            self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
+            self.engine = self.runtime.deserialize_cuda_engine(plan)
+            if self.engine is None and trt.__name__ == 'tensorrt_rtx':  # another build would be the same
+                raise RuntimeInputError(
+                    f'TensorRT-RTX cannot load {path} on this GPU, see its message above; build an engine with '
+                    f'--backend tensorrt.')
             if self.engine is None:
                 raise EngineMismatchError(
                     f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata, path)}.')
@@ -268,12 +286,17 @@ class TensorRTSession:
         self.max_shapes = max_shapes
         self.bindings: OrderedDict[Tuple[int, ...], _Binding] = OrderedDict()
         self.lock = threading.Lock()
-        self.close = weakref.finalize(self, _close, self.cudart, self.stream, self.bindings)
+        self._finalizer = weakref.finalize(self, _close, self.cudart, self.stream, self.bindings)
+
+    def close(self) -> None:
+        """Free everything, once the batch that runs is through."""
+        with self.lock:
+            self._finalizer()
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
         with self.lock, _on_first_gpu(self.cudart):
-            if not self.close.alive:
+            if not self._finalizer.alive:
                 raise RuntimeInputError(f'{self.path} was closed; load it again.')
             binding = self.bindings.pop(batch.shape, None) or _Binding(self, batch.shape)
             self.bindings[batch.shape] = binding  # the last is the newest
@@ -336,14 +359,15 @@ class _Binding:
     def __init__(self, session: TensorRTSession, shape: Tuple[int, ...]) -> None:
         engine = session.engine
         name = session.metadata['input']['name']
-        profile = next((i for i in range(engine.num_optimization_profiles) if _fits(
-            shape, engine.get_tensor_profile_shape(name, i))), None)
-        if profile is None:
-            ranges = [engine.get_tensor_profile_shape(name, i) for i in range(engine.num_optimization_profiles)]
+        ranges = [engine.get_tensor_profile_shape(name, i) for i in range(engine.num_optimization_profiles)]
+        fitting = [i for i, profile in enumerate(ranges) if _fits(shape, profile)]
+        if not fitting:
             known = ' or '.join(f'{tuple(low)} to {tuple(high)}' for low, _, high in ranges)
             raise RuntimeInputError(
                 f'The engine takes inputs of {known}, not {shape}; use another --batch-size, or '
                 f'{_rebuild(session.metadata, session.path)}.')
+        # the one whose preferred shape is nearest, as Triton does
+        profile = min(fitting, key=lambda i: sum(abs(a - b) for a, b in zip(ranges[i][1], shape)))
         self.captures = session.cuda_graphs
         if session.trt.__name__ == 'tensorrt_rtx':  # its kernels change as it runs, so it captures by itself
             settings = engine.create_runtime_config()
@@ -368,7 +392,7 @@ class _Binding:
         accepted = [
             self.context.set_optimization_profile_async(profile, int(session.stream)),
             self.context.set_input_shape(session.metadata['input']['name'], shape)]
-        for described in (session.metadata['input'], *session.metadata['outputs']):
+        for described in (session.metadata['input'], *session.metadata['outputs']) if all(accepted) else ():
             tensor, dtype = described['name'], np.dtype(described['dtype'])
             tensor_shape = tuple(self.context.get_tensor_shape(tensor))
             size = math.prod(tensor_shape) * dtype.itemsize
@@ -403,11 +427,12 @@ class _Binding:
         except RuntimeInputError:  # not every engine can be captured
             self.captures = False
         error, captured = cudart.cudaStreamEndCapture(session.stream)  # in any case, or the stream is of no more use
-        if not self.captures or int(error) != 0:
-            self.captures = False
-            return
-        self.memory.graph = _check_cuda(cudart.cudaGraphInstantiate(captured, 0))
-        _check_cuda(cudart.cudaGraphDestroy(captured))
+        if self.captures and int(error) == 0:
+            error, self.memory.graph = cudart.cudaGraphInstantiate(captured, 0)
+        if int(error) != 0:
+            self.captures, self.memory.graph = False, None
+        if captured:
+            cudart.cudaGraphDestroy(captured)
 
     def _enqueue(self, session: TensorRTSession) -> None:
         memory, copy, kinds = self.memory, session.cudart.cudaMemcpyAsync, session.cudart.cudaMemcpyKind
@@ -513,20 +538,33 @@ def _import_library(name: str) -> Any:
         raise RuntimeInputError(f'{name} is installed but cannot be imported ({e}); install it again.') from e
 
 
-def check_engine(path: Path, metadata: Dict[str, Any]) -> None:
-    """Compare an engine's sidecar with the file and this machine, before TensorRT sees it.
+def _read_engine(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
+
+
+def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
+    """Compare an engine's sidecar with the file's content and this machine, before TensorRT sees it.
 
     Raises:
         EngineMismatchError: If the engine was built for another GPU or version, or is not the file that was built.
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
     check_built(metadata, path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
+    if hashlib.sha256(plan).hexdigest() != metadata.get('file_sha256'):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
             f'{_rebuild(metadata, path)}.')
     mismatch = _find_mismatch(metadata)
     if mismatch:
         raise EngineMismatchError(f'{path} was built {mismatch}; {_rebuild(metadata, path)}.')
+    on, gpu = metadata['engine']['gpu'], query_gpu()
+    if on and gpu and metadata['engine']['hardware_compatibility'] == 'none' and on['name'] != gpu['name']:
+        warnings.warn(
+            f'{path} was built on {on["name"]} and may be slow or fail on {gpu["name"]}, though both have compute '
+            f'capability {gpu["compute_capability"]}; {_rebuild(metadata, path)}, or with --hardware-compatibility '
+            f'same-cc.', stacklevel=2)
 
 
 def _find_mismatch(metadata: Dict[str, Any]) -> str:
@@ -544,12 +582,20 @@ def _find_mismatch(metadata: Dict[str, Any]) -> str:
     later = _parse_version(trt.__version__) >= _parse_version(built['version'])  # what a compatible engine asks for
     if not same and not (built['version_compatible'] and later):
         return f'by {built["backend"]} {built["version"]}, here is {trt.__version__}'
+    if built.get('platform') not in (None, tell_platform()):
+        return f'on {built["platform"]}, here is {tell_platform()}'
     on, kind, own = built['gpu'], built['hardware_compatibility'], gpu['compute_capability']
     if on and kind in ('none', 'same-cc') and on['compute_capability'] != own:
         return f'for compute capability {on["compute_capability"]} ({on["name"]}), this GPU, {gpu["name"]}, has {own}'
-    if on and kind == 'ampere+' and int(own.split('.')[0]) < 8:
+    on_ampere = kind == 'ampere+' if on else built['backend'] == 'tensorrt_rtx'
+    if on_ampere and int(own.split('.')[0]) < 8:
         return f'for Ampere and later, this GPU, {gpu["name"]}, has compute capability {own}'
     return ''
+
+
+def tell_platform() -> str:
+    """Operating system and processor, which an engine runs on alone."""
+    return f'{platform.system()} {platform.machine()}'.lower()
 
 
 def _parse_version(version: str) -> List[int]:
@@ -807,11 +853,21 @@ def load(
         if not rebuild:
             raise
     try:
+        from filelock import FileLock
+
         from export.tensorrt import rebuild_engine
     except ImportError as e:
         raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
     try:
-        rebuild_engine(path)
+        with FileLock(path.with_name(f'.{path.name}.lock')):  # the workers of a server begin at once
+            try:
+                return Runner(TensorRTSession(path, cuda_graphs))  # another has built it meanwhile
+            except EngineMismatchError:
+                rebuild_engine(path)
+    except OSError as e:
+        raise RuntimeInputError(f'{path} cannot be built again: {e.strerror or e}.') from e
+    except RuntimeInputError:
+        raise
     except ValueError as e:
         raise RuntimeInputError(str(e)) from e
     return Runner(TensorRTSession(path, cuda_graphs))

@@ -5,6 +5,7 @@ what it expects and tells apart lies beside it as FILE.json: the metadata of the
 
 engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
 engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null for all that TensorRT-RTX knows.
+engine.platform: operating system and processor it was built for, null for all.
 engine.onnx, engine.onnx_sha256: path from here and hash of the ONNX file.
 engine.profiles: for each, the input's smallest, preferred and largest shape.
 engine.options: those of EngineOptions, for building it again; engine.command does that from a shell.
@@ -16,15 +17,17 @@ import hashlib
 import os
 import re
 import shlex
+import signal
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
 from export.metadata import read_metadata, replace_with_sidecar
-from export.runtime import ENGINE_SUFFIXES, import_tensorrt, query_gpu
+from export.runtime import ENGINE_SUFFIXES, import_tensorrt, query_gpu, tell_platform
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -119,6 +122,7 @@ def build_engine(
         backend=trt.__name__,
         version=trt.__version__,
         gpu=gpu if trt.__name__ == 'tensorrt' else None,
+        platform=tell_platform() if trt.__name__ == 'tensorrt' else None,
         onnx=relative,
         onnx_sha256=hashlib.sha256(model).hexdigest(),
         profiles=profiles,
@@ -226,7 +230,12 @@ def _check_backend(trt: Any, gpu: Optional[Dict[str, Any]], options: EngineOptio
             raise InputError(
                 f'TensorRT {trt.__version__} has no --hardware-compatibility {options.hardware_compatibility}; use '
                 f'ampere+.')
-    elif options.version_compatible or options.hardware_compatibility != 'none':
+        return
+    if gpu and int(gpu['compute_capability'].split('.')[0]) < 8:
+        raise InputError(
+            f'TensorRT-RTX engines run on Ampere and later, and {gpu["name"]} has compute capability '
+            f'{gpu["compute_capability"]}; use --backend tensorrt.')
+    if options.version_compatible or options.hardware_compatibility != 'none':
         raise InputError(
             'TensorRT-RTX engines run on all GPUs it supports and on their own version alone; leave out '
             '--version-compatible and --hardware-compatibility.')
@@ -286,8 +295,9 @@ def _build(
             config.set_timing_cache(config.create_timing_cache(b''), ignore_mismatch=False)
     monitor = _create_monitor(trt)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    monitor.close()
+    with _noting_interrupts(monitor):
+        plan = builder.build_serialized_network(network, config)
+        monitor.close()
     if plan is None:
         raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
     timed = config.get_timing_cache() if cache_path else None
@@ -373,11 +383,12 @@ def _create_logger(trt: Any) -> Any:
 
 def _create_monitor(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """A progress bar of the outermost phase, on a terminal."""
+        """A progress bar of the outermost phase, on a terminal; ends the build after an interrupt."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.bars: Dict[str, tqdm] = {}
+            self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
             if parent_phase is None:
@@ -386,7 +397,7 @@ def _create_monitor(trt: Any) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.bars:
                 self.bars[phase_name].update()
-            return True  # go on
+            return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.bars:
@@ -397,6 +408,21 @@ def _create_monitor(trt: Any) -> Any:
                 bar.close()
 
     return Monitor()
+
+
+@contextlib.contextmanager
+def _noting_interrupts(monitor: Any) -> Iterator[None]:
+    """Tell the monitor of Ctrl-C: an exception raised in it would be printed by TensorRT, which goes on."""
+    if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: setattr(monitor, 'interrupted', True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
 
 
 def _shorten(message: str) -> str:

@@ -11,8 +11,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
-from train.lineage import find_legs, read_runs
-from train.report import compare_maps
+from train.lineage import find_legs, read_runs, uses_erasing
+from train.report import compare_maps, say_erasing
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -151,6 +151,12 @@ def _read_template(name: str) -> str:
     return text.replace('{{ engine_table }}\n', (TEMPLATE.parent / 'engines.md.jinja').read_text())
 
 
+def _count_leads(trust: Optional[Dict[str, Any]]) -> Dict[str, Dict[str, int]]:
+    """For each other map, on how many measures the class map is better, worse, and neither."""
+    return {name: {verdict: len(found) for verdict, found in compare_maps(row).items()}
+            for name, row in list(trust['maps'].items())[1:]} if trust else {}
+
+
 def tell_command(analysis: Dict[str, Any], dataset_id: str) -> str:
     """The command of an analysis, with the set as the Hub calls it."""
     return analysis['command'].replace(analysis['settings']['dataset'], f'hfds/{dataset_id}')
@@ -262,7 +268,10 @@ def render(
         if evaluation.get(field) is None:
             raise InputError(f'{data["evaluation"]} has no {field}; run train/evaluate.py --tta flip again.')
     trust = _load_json(f'{data["analysis"]}/trust.json') if data.get('analysis') else None
-    _check_numbers(trust, f'{data.get("analysis")}: trust')
+    blurred_path = f'{data.get("analysis")}/trust_blur.json'
+    blurred = _load_json(blurred_path) if (ROOT / blurred_path).is_file() else None
+    for where, result in (('trust', trust), ('trust_blur', blurred)):
+        _check_numbers(result, f'{data.get("analysis")}: {where}')
     sidecars = exports
     if sidecars is None:
         sidecars = {
@@ -332,8 +341,9 @@ def render(
         versions=evaluation['versions'],
         evaluation=evaluation,
         trust=trust,
-        leads={name: {verdict: len(found) for verdict, found in compare_maps(row).items()}
-               for name, row in list(trust['maps'].items())[1:]} if trust else {},
+        leads=_count_leads(trust),
+        blurred_leads=_count_leads(blurred),
+        erasing=say_erasing(uses_erasing(run, runs)),
         has_words='words' in data['pictures'],
         trust_command=tell_command(trust, dataset['id']) if trust else '',
         continued=continued,

@@ -133,8 +133,10 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
         def build_serialized_network(self, network, config):
             monitor = object.__getattribute__(config, '_guard')[0].progress_monitor
             monitor.phase_start('building', None, 2)
-            assert monitor.step_complete('building', 0)
+            going_on = monitor.step_complete('building', 0)
             monitor.phase_finish('building')
+            if not going_on:
+                return None
             model = object.__getattribute__(network, '_guard')[0].model
             return json.dumps(log['profiles']).encode() + b'\n' + model
 
@@ -149,7 +151,7 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
         def set_input_shape(self, name, shape):
             self.shape = shape
-            return True
+            return not log.get('refuses_shape')
 
         def set_tensor_address(self, name, address):
             self.addresses[name] = address

@@ -189,18 +189,37 @@ def test_empty_batches_and_mixed_types_are_run_as_they_are():
     assert all(p.grad.isfinite().all() for p in stage.parameters())
 
 
+def test_hooks_of_all_modules_see_every_layer():
+    stage, _ = make_stages(torch.float32)
+    seen = set()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.add(module))
+    try:
+        stage(torch.randn(2, 10, 6, 5))
+    finally:
+        hook.remove()
+    assert {layer.conv1 for layer in stage.blocks} <= seen
+
+
 def test_second_derivatives_need_the_plain_layers():
     stage, _ = make_stages()
     for memory_efficient in (True, False):
         stage.memory_efficient = memory_efficient
         x = torch.randn(2, 10, 6, 5).double().requires_grad_()
-        grad, = torch.autograd.grad(stage(x).square().sum(), x, create_graph=True)
+
+        def loss(x):
+            return stage(x).square().sum()
+
         if memory_efficient:
-            with pytest.raises(RuntimeError, match='once_differentiable'):
-                grad.sum().backward()
+            with pytest.raises(RuntimeError, match='create the model with memory_efficient=False'):
+                torch.autograd.grad(loss(x), x, create_graph=True)
+            with pytest.raises(RuntimeError, match='create the model with memory_efficient=False'):
+                torch.autograd.functional.hvp(loss, x.detach(), torch.ones_like(x))
         else:
-            grad.sum().backward()
-            assert x.grad.abs().sum() > 0
+            v, step = torch.randn_like(x), 1e-6
+            grads = [torch.autograd.functional.jacobian(loss, x.detach() + sign * step * v) for sign in (1, -1)]
+            torch.testing.assert_close(
+                torch.autograd.functional.hvp(loss, x.detach(), v)[1], (grads[0] - grads[1]) / (2 * step),
+                rtol=1e-4, atol=1e-4)
     assert not timm.create_model('dn100', memory_efficient=False, device='meta').layer4.memory_efficient
 
 

@@ -117,6 +117,17 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
         assert resumed['processes'] == 1 and resumed['history'][:2] == result['history']
 
 
+def test_statistics_that_are_reduced_are_those_of_both_processes_in_the_ema_too(tmp_path):
+    weights = []
+    for mode in ('broadcast', 'reduce'):
+        flags = [*FLAGS, '--batch-size', '6', '--model-ema', '--dist-bn', mode, '--output', str(tmp_path / mode)]
+        launch(2, ROOT / 'train' / 'train.py', *flags)
+        weights.append(load_file(tmp_path / mode / 'run' / 'last.safetensors'))  # of the EMA
+    for name, values in weights[0].items():
+        same = torch.equal(values, weights[1][name])
+        assert same != name.endswith(('running_mean', 'running_var')), name
+
+
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
     (tmp_path / 'alone.py').write_text(
         f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train.engine\nfrom train.train import main\n'

@@ -2,12 +2,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -207,13 +209,28 @@ def test_grey_models_take_colour_images(trained_like):
     explain(trained_like('rn26_tm', in_chans=1), np.zeros((32, 32, 3), np.uint8))
 
 
+@pytest.mark.parametrize('method', ['match', 'cam'])
+@pytest.mark.parametrize('wrap', [nn.DataParallel, partial(torch.compile, backend='eager')])
+def test_wrapped_models_are_explained_as_they_are(trained_like, wrap, method):
+    model, image = trained_like('rn26_tm'), np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)
+    a, b = (explain(m, image, method) for m in (model, wrap(model)))
+    np.testing.assert_array_equal(a.patch_probabilities, b.patch_probabilities)
+
+
+@pytest.mark.parametrize('image', [torch.zeros(3, 32, 32), None, b'abc'])
+def test_what_is_no_image_is_one_sentence(trained_like, image):
+    with pytest.raises(InputError, match='^(Tensor|NoneType|bytes) is no image; give a path, PIL image or uint8 array'):
+        explain(trained_like('rn26_tm'), image)
+
+
 def test_unknown_class_is_refused(regions):
     with pytest.raises(InputError, match="'cow'.*ant, bee, cat"):
         make_explanation(regions).picture('cow')
 
 
 @pytest.mark.parametrize('source, message', [
-    ('local-dir:BROKEN', 'is no model with pretrained weights'), ('missing.onnx', 'There is no file'),
+    ('local-dir:BROKEN', 'is no model with pretrained weights'),
+    ('local-dir:FOREIGN', "is no model with pretrained weights.*argument 'foo'"), ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
     (lambda: PreActResNet(template_matching=True), 'make it with timm.create_model'),
@@ -222,6 +239,11 @@ def test_sources_without_patch_logits_are_refused(source, message, tmp_path):
     if source == 'local-dir:BROKEN':
         source = f'local-dir:{tmp_path}'
         (tmp_path / 'config.json').write_text('{}')
+    elif source == 'local-dir:FOREIGN':
+        source = f'local-dir:{tmp_path}'
+        timm.models.save_for_hf(timm.create_model('rn26_tm'), tmp_path, safe_serialization=True)
+        config = json.loads((tmp_path / 'config.json').read_text())
+        (tmp_path / 'config.json').write_text(json.dumps(dict(config, model_args=dict(foo=1))))
     with pytest.raises(InputError, match=message):
         Explainer(source() if callable(source) else source)
 

@@ -224,6 +224,12 @@ def test_impossible_maximizers_are_refused(kwargs, message):
         PerturbedMaximizer(**kwargs)
 
 
+def test_perturbed_maximizer_refuses_second_derivatives():
+    layer, x = PerturbedMaximizer(num_samples=3), torch.randn(1, 4, 2, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match='has no second derivatives; use maximizer="softmax"'):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize('name, layer', [('softmax', SoftMaximizer), ('perturbed', PerturbedMaximizer)])
 @pytest.mark.parametrize('model_name, blocks, norm', [('rn20', 6, 'norm3'), ('rn26_tm', 8, 'norm3'),
                                                       ('wrn16', 8, 'norm2')])

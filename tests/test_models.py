@@ -221,6 +221,11 @@ def test_model_without_classifier_keeps_the_default_templates():
     ('rn26', dict(num_templates=10), 'no templates'),
     ('rn26_tm', dict(num_templates=0), 'num_templates'),
     ('rn26_tm', dict(img_size=3), 'at least 4 pixels'),
+    ('rn26', dict(layers=(1, 1)), 'must be of 3 or of 4 stages, got 2, 4 and 4'),
+    ('rn26_tm', dict(layers=(2,) * 5, mid_channels=(16,) * 5, channels=(64,) * 5), 'must be of 3 or of 4 stages'),
+    ('rn26', dict(channels=(16, 16, 16)), 'must be of 3 or of 4 stages, got 4, 4 and 3'),
+    ('dn100', dict(layers=(2, 2, 2)), 'must be of 4 stages, got 3'),
+    ('dn100', dict(concat=True), 'concat is of template matching'),
 ])
 def test_impossible_arguments_are_refused(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -290,6 +295,16 @@ def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_
 ])
 def test_new_classifiers_have_no_names_of_the_pretrained_classes(name, kwargs, named):
     assert (timm.create_model(name, **kwargs).pretrained_cfg.get('label_names') is not None) == named
+
+
+@pytest.mark.parametrize('num_classes', [5, 10])
+def test_classifier_that_was_reset_has_no_names_of_the_pretrained_classes_here_or_saved(num_classes, tmp_path):
+    model = timm.create_model('rn26_tm', pretrained=True)
+    model.reset_classifier(num_classes)
+    assert not model.pretrained_cfg['label_names'] and not model.default_cfg['label_names']
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert not timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg.get('label_names')
+    assert timm.create_model('rn26_tm').pretrained_cfg['label_names']  # the registry keeps its own
 
 
 @pytest.mark.parametrize('source', [dict(hf_hub_id='nobody/nothing'), dict(url='https://localhost:1/weights.safetensors')])

@@ -220,10 +220,11 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
     assert not (tmp_path / 'run' / 'best.safetensors').exists()
 
 
-def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path):
+def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path, monkeypatch):
     result = main([*TINY, '--output', str(tmp_path), '--test-split', 'test[15:40]'])
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
-    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only'])
+    monkeypatch.setattr('train.train.check_push', lambda repo: pytest.fail('nothing is pushed'))
+    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only', '--push-to-hub', 'me/run'])
     assert measured['validation']['top1'] == result['best']['top1']
     assert measured['test']['loss'] == pytest.approx(result['test']['loss'], rel=1e-6)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == files

@@ -72,8 +72,11 @@ def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tm
     for name in ('pixels.engine', 'pixels.engine.json'):
         shutil.copy(engines[1].with_name(name), tmp_path)
     weights = json.loads(Path(f'{engines[1]}.json').read_text())['weights_sha256']
+    (tmp_path / 'cut.engine').write_bytes(engines[1].read_bytes()[:-1])
+    shutil.copy(f'{engines[1]}.json', tmp_path / 'cut.engine.json')
     for path, sha256, message in (
             (tmp_path / 'pixels.engine', weights, r'pixels\.engine was built from .*pixels\.onnx, which is gone'),
+            (tmp_path / 'cut.engine', weights, r'cut\.engine is not the engine its sidecar is of, or is cut short'),
             (engines[0], 64 * '0', r'same\.engine was built from other weights; build it again'),
             (tmp_path / 'a.onnx', weights, r'a\.onnx must end in \.engine or \.plan')):
         with pytest.raises(InputError, match=message):

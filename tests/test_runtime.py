@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -243,6 +244,29 @@ def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder):
     assert runtime.load(folder / 'plain.onnx', 'cuda', allow_fallback=True).session.provider == 'CPUExecutionProvider'
 
 
+@pytest.mark.parametrize('allowed', [False, True])
+def test_failure_of_the_gpu_at_run_time_goes_on_with_the_cpu_if_allowed_alone(folder, allowed):
+    session = runtime.load(folder / 'plain.onnx', 'cpu', allow_fallback=allowed).session
+    inner, calls = session.session._sess, []
+
+    class Failing:
+        def run(self, *args):
+            calls.append(args)
+            raise onnxruntime.capi.onnxruntime_pybind11_state.EPFail('cuDNN failed')
+
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+    session.session._sess = Failing()
+    x = np.zeros((1, 3, 32, 32), dtype=np.float32)
+    if allowed:
+        assert session.run(x)[0].shape == (1, 10)
+    else:
+        with pytest.raises(runtime.RuntimeInputError, match='ONNX Runtime failed: cuDNN failed'):
+            session.run(x)
+    assert len(calls) == 1
+
+
 def test_both_packages_of_onnxruntime_are_refused(folder, monkeypatch):
     monkeypatch.setattr(runtime.importlib.metadata, 'distribution', lambda name: object())
     with pytest.raises(runtime.RuntimeInputError, match='pip uninstall -y onnxruntime onnxruntime-gpu'):
@@ -261,6 +285,8 @@ def test_wrong_input_to_a_session_is_one_sentence(folder):
         session.run(np.zeros((1, 3, 31, 32), dtype=np.float32))
     with pytest.raises(runtime.RuntimeInputError, match='dtype float32; give uint8'):
         runtime.read_image(np.zeros((4, 4, 3), dtype=np.float32))
+    with pytest.raises(runtime.RuntimeInputError, match='The image has no pixels'):
+        runtime.read_image(np.zeros((0, 4, 3), dtype=np.uint8))
 
 
 def test_unwritable_picture_is_one_sentence(folder):

@@ -5,9 +5,11 @@ import hashlib
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +140,27 @@ def test_model_is_exported_and_built_at_once(tmp_path):
     metadata = json.loads((tmp_path / 'x.plan.json').read_text())
     assert metadata['precision'] == 'fp16' and metadata['engine']['onnx'] == 'x.plan.onnx'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.plan', 'x.plan.json', 'x.plan.onnx', 'x.plan.onnx.json']
+
+
+def test_what_a_file_settles_is_refused_beside_it(files, tmp_path):
+    for flags in (['--precision', 'fp16'], ['--patch-logits'], ['--checkpoint', 'x.safetensors'], ['--softmax']):
+        with pytest.raises(InputError, match=f'^{flags[0]} is for a MODEL: what .*patches.onnx computes was settled'):
+            main(['tensorrt', str(files / 'patches.onnx'), '--output', str(tmp_path / 'x.engine'), *flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+@real
+def test_interrupt_ends_the_build_and_leaves_nothing(files, tmp_path, monkeypatch):
+    class Bar(export.tensorrt.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C while TensorRT calls back
+
+    monkeypatch.setattr(export.tensorrt, 'tqdm', Bar)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_real(files / 'patches.onnx', tmp_path / 'x.engine')
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) is before
 
 
 def write_onnx(path, nodes, opset=18, domain='', properties=None):
@@ -381,9 +404,15 @@ def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulate
     assert not buffers
 
 
-def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, files, tmp_path):
+@pytest.mark.parametrize('fails', ['enqueue', 'instantiate'])
+def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, files, tmp_path, monkeypatch, fails):
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
-    simulated['log']['refuses_capture'] = True
+    graphs = []
+    monkeypatch.setattr(simulated_tensorrt.Cuda, 'cudaGraphDestroy', lambda graph: graphs.append(graph) or (0,))
+    if fails == 'enqueue':
+        simulated['log']['refuses_capture'] = True
+    else:
+        monkeypatch.setattr(simulated_tensorrt.Cuda, 'cudaGraphInstantiate', lambda graph, flags: (2, None))
     session = runtime.TensorRTSession(tmp_path / 'x.engine')
     expected = runtime.load(files / 'patches.onnx', 'cpu').session
     x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
@@ -391,8 +420,12 @@ def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, file
         for a, b in zip(session.run(x), expected.run(x)):
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert simulated_tensorrt.Cuda.captured is None and simulated_tensorrt.Cuda.launches == 0
+    assert len(graphs) == (simulated['backend'] == 'tensorrt')  # what was captured, once
     with pytest.raises(runtime.RuntimeInputError, match='The engine takes float32, not float64'):
         session.run(x.astype(np.float64))
+    simulated['log']['refuses_shape'] = True
+    with pytest.raises(runtime.RuntimeInputError, match=r'TensorRT does not take inputs of \(4, 3, 32, 32\)'):
+        session.run(np.zeros((4, 3, 32, 32), dtype=np.float32))
     simulated['log']['no_memory'] = True
     with pytest.raises(runtime.RuntimeInputError, match='no memory left on the GPU'):
         session.run(x[:2])
@@ -435,6 +468,94 @@ def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path
         simulated['log']['foreign_caches'].append(b'of another driver')
         build_engine(files / 'patches.onnx', tmp_path / 'z.engine', EngineOptions())
         assert (tmp_path / 'z.engine').is_file() and cache.read_bytes() == b'+'
+
+
+@one_version
+def test_simulated_close_waits_for_the_batch_that_runs(simulated, files, tmp_path, monkeypatch):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    session = runtime.load(tmp_path / 'x.engine').session
+    cuda = simulated_tensorrt.Cuda
+    running, go_on, alive = threading.Event(), threading.Event(), []
+
+    def synchronize(stream):
+        running.set()
+        go_on.wait(30)
+        alive.append(len(cuda.buffers))
+        return (0,)
+
+    monkeypatch.setattr(cuda, 'cudaStreamSynchronize', synchronize)
+    threads = [threading.Thread(target=session.run, args=(np.zeros((1, 3, 32, 32), dtype=np.float32),))]
+    threads[0].start()
+    assert running.wait(30)
+    threads.append(threading.Thread(target=session.close))
+    threads[1].start()
+    threads[1].join(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert alive == [2 * 3] and not cuda.buffers
+
+
+@each_package
+def test_simulated_batch_runs_in_the_profile_made_for_it(simulated, files, tmp_path):
+    options = EngineOptions(batches=((1, 8, 16), (1, 1, 2), (1, 4, 6)))
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', options)
+    session = runtime.load(tmp_path / 'x.engine').session
+    chosen = {}
+    for n in (1, 2, 3, 4, 5, 7, 16):
+        session.run(np.zeros((n, 3, 32, 32), dtype=np.float32))
+        context = session.bindings[n, 3, 32, 32].context
+        chosen[n] = object.__getattribute__(context, '_guard')[0].profile
+    assert chosen == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 7: 0, 16: 0}
+
+
+@one_version
+def test_simulated_workers_that_begin_at_once_build_an_engine_again_once(simulated, files, tmp_path, monkeypatch):
+    path, sidecar = tmp_path / 'x.engine', tmp_path / 'x.engine.json'
+    build_engine(files / 'patches.onnx', path, EngineOptions())
+    metadata = json.loads(sidecar.read_text())
+    metadata['engine']['version'] = '1.0'
+    sidecar.write_text(json.dumps(metadata))
+    built, labels = [], []
+    build = export.tensorrt.build_engine
+    monkeypatch.setattr(export.tensorrt, 'build_engine', lambda *args: built.append(args) or build(*args))
+
+    def work():
+        labels.append(runtime.load(path, rebuild=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png').label)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and labels == ['ship'] * 4
+
+
+@one_version
+def test_simulated_engine_of_another_gpu_of_the_same_capability_warns_and_of_another_system_is_refused(
+        simulated, files, tmp_path):
+    path, sidecar = tmp_path / 'x.engine', tmp_path / 'x.engine.json'
+    build_engine(files / 'patches.onnx', path, EngineOptions())
+    metadata = json.loads(sidecar.read_text())
+    for change, warns in (
+            (dict(gpu=RTX), True), (dict(gpu=RTX, hardware_compatibility='same-cc'), False), (dict(gpu=GPU), False)):
+        sidecar.write_text(json.dumps(dict(metadata, engine=dict(metadata['engine'], **change))))
+        with pytest.warns(match='built on .* and may be slow or fail on NVIDIA L4') if warns else nullcontext():
+            runtime.load(path)
+    sidecar.write_text(json.dumps(dict(metadata, engine=dict(metadata['engine'], platform='windows amd64'))))
+    with pytest.raises(runtime.RuntimeInputError, match='was built on windows amd64, here is '):
+        runtime.load(path)
+
+
+@pytest.mark.parametrize('simulated', ['RTX 1.7'], indirect=True)
+def test_simulated_tensorrt_rtx_is_refused_on_a_gpu_before_ampere(simulated, files, tmp_path, monkeypatch):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    for place in (runtime, export.tensorrt):
+        monkeypatch.setattr(place, 'query_gpu', lambda: dict(T4))
+    with pytest.raises(runtime.RuntimeInputError, match='was built for Ampere and later, this GPU, .*T4, has'):
+        runtime.load(tmp_path / 'x.engine')
+    with pytest.raises(InputError, match='TensorRT-RTX engines run on Ampere and later, .*use --backend tensorrt'):
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
 
 
 @each_package

@@ -21,7 +21,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Run a command.
 
     Raises:
-        InputError: If no image could be explained, or a model or script cannot be read.
+        InputError: If an image could not be explained, or a model or script cannot be read.
     """
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
+from timm.utils import unwrap_model
 
 from .checkpoint import load_model
 from .errors import InputError
@@ -65,7 +66,10 @@ class Explanation:
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
 
     def template_index(self, name: Optional[str] = None) -> int:
-        """Index of a template by its class name; of the one most probable over all regions if None.
+        """Index of a template by its class name.
+
+        Args:
+            name: The predicted class if None; if that has no template, the one most probable over all regions.
 
         Raises:
             InputError: If there is no such class.
@@ -122,7 +126,7 @@ class Explainer:
             raise InputError(f'There is no method {method!r}; the methods are {", ".join(METHODS)}.')
         self.method = method or 'match'
         if isinstance(source, nn.Module):
-            self._use_torch(source)
+            self._use_torch(unwrap_model(source))  # compiled, or of DataParallel
         elif str(source).endswith('.onnx'):
             self._use_onnx(Path(source), method)
         elif str(source).endswith('.safetensors'):
@@ -130,7 +134,7 @@ class Explainer:
         else:
             try:
                 model = timm.create_model(str(source), pretrained=True)
-            except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as e:  # of timm and the Hub's client
+            except (RuntimeError, ValueError, TypeError, OSError, KeyError, SafetensorError) as e:  # of timm or the Hub
                 raise InputError(f'{source!r} is no model with pretrained weights, nor a .onnx or .safetensors file '
                                  f'({e}).') from e
             self._use_torch(model.eval())

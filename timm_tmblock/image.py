@@ -24,6 +24,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
             if source.dtype != np.uint8:
                 raise InputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
             image = Image.fromarray(source)
+        elif not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
+            raise InputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             if image.format == 'EPS':  # Pillow has Ghostscript run it

@@ -42,6 +42,11 @@ def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[s
     return None
 
 
+def uses_erasing(tag: str, runs: Dict[str, Dict[str, Any]]) -> bool:
+    """Whether a run, or one it continues, was trained with random erasing."""
+    return any((leg['settings'].get('reprob') or 0) > 0 for leg in find_legs(tag, runs) or [runs[tag]])
+
+
 def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
     """Epochs of a run and of those it continues; None if it began with weights of which there is no record."""
     legs = find_legs(tag, runs)

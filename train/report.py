@@ -20,11 +20,11 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.claims import Evidence, judge
 from train.config import Parser
 from train.files import write_text
-from train.lineage import count_epochs, read_runs
+from train.lineage import count_epochs, read_runs, uses_erasing
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-ANALYSES = ('geometry', 'mosaic', 'words', 'trust')
+ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur')
 TEST_IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)  # 20 % of 60,000
 
 
@@ -123,15 +123,18 @@ def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def render_analysis(tag: str, found: Dict[str, Any], shipped: bool = True) -> str:
-    """The page on the regions of one network."""
+def render_analysis(tag: str, found: Dict[str, Any], shipped: bool = True, erased: bool = False) -> str:
+    """The page on the regions of one network, trained with random erasing if `erased`."""
     settings = list(dict.fromkeys(map(say_setting, found.values())))
     lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
     if not shipped:
         lines += ['Of weights that do not ship any more; the commands measure those that do.', '']
     if 'trust' in found:
-        lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '',
-                  '![Deletion and insertion curves](trust.png)', '', f'`{found["trust"]["command"]}`', '']
+        lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '', say_erasing(erased),
+                  '', '![Deletion and insertion curves](trust.png)', '', f'`{found["trust"]["command"]}`', '']
+    if 'trust_blur' in found:
+        lines += ['## The same, masked by a blurred image', '', *say_trust(found['trust_blur']), '',
+                  '![Deletion and insertion curves](trust_blur.png)', '', f'`{found["trust_blur"]["command"]}`', '']
     if 'geometry' in found:
         lines += [
             '## Features by class', '',
@@ -164,9 +167,11 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
     def cell(row: Dict[str, float], key: str, digits: int) -> str:
         return f'{row[key]:.{digits}f} ± {row[f"{key}_error"]:.{digits}f}'
 
+    fill = dict(mean='the mean colour', blur='the same image, blurred')[trust.get('fill', 'mean')]
     lines = [
-        f'{trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. {trust["patch_accuracy"]:.1f} % of the regions '
-        f'match the class of their image, {trust["patch_agreement"]:.1f} % the class that is predicted.', '',
+        f'Parts are masked by {fill}. {trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. '
+        f'{trust["patch_accuracy"]:.1f} % of the regions match the class of their image, '
+        f'{trust["patch_agreement"]:.1f} % the class that is predicted.', '',
         '| map | area under deletion (less is better) | area under insertion (more is better) '
         '| accuracy without the more evident half | without the less evident half |', '|---|---|---|---|---|']
     for name, row in trust['maps'].items():
@@ -181,6 +186,14 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
     return lines + ['', 'A lead above zero is in favour of the class map.']
+
+
+def say_erasing(erased: bool) -> str:
+    """What training has to do with what a network makes of masked images."""
+    if erased:
+        return ('The network was trained with random erasing, which puts the same mean colour in the place of '
+                'rectangles: it has learnt to do without parts that are masked.')
+    return ('The network was trained without random erasing: parts of the mean colour are unlike all that it has seen.')
 
 
 def compare_maps(row: Dict[str, float]) -> Dict[str, List[str]]:
@@ -211,7 +224,7 @@ def render_pages(root: Path) -> Dict[Path, str]:
         found = find_analyses(root, tag)
         if found:
             pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(
-                tag, found, tag in index)
+                tag, found, tag in index, uses_erasing(tag, evidence.runs))
     # the runs had copies of the Hub's sets, which a reader does not have
     return {path: re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text) for path, text in pages.items()}
 

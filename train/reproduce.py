@@ -108,6 +108,15 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
                 f'share to be compared; choose another --output.')
 
 
+def check_test_part(flags: List[str]) -> None:
+    """
+    Raises:
+        InputError: If the flags leave no images to test on, of which the table is.
+    """
+    if '--pool' in flags and flags[flags.index('--pool') + 3:][:1] == ['0']:
+        raise InputError('The table is of the test part, which --pool leaves empty; give it a third size above 0.')
+
+
 def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:
     """Run a cell to its end, from where it stands.
 
@@ -232,6 +241,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
     if unknown or not all(sources.values()):
         raise InputError(f'--data takes SET=NAME with a set of {", ".join(DATASETS)}.')
     folder = Path(args.output) / args.experiment
+    check_test_part(extra)
     flags = [*(['--epochs', str(args.epochs)] if args.epochs else []), *extra]
     failures: List[str] = []
     for dataset in args.datasets:  # sets differ in where they are

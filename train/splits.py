@@ -74,7 +74,7 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
             f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')
     splits = {}
     for part, name in names.items():
-        with accelerator.main_process_first():  # one process fills the cache
+        with accelerator.local_main_process_first():  # one process of each machine fills its cache
             splits[part] = open_dataset(
                 args.dataset,
                 name,

@@ -33,7 +33,7 @@ def render(experiment: str, folder: Path) -> Path:
 def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
     """The finished runs in a folder, and their scores."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob('*/result.json'))]
-    results = [result for result in results if 'setting' in result]
+    results = [result for result in results if 'setting' in result and result['test']]
     scores: Scores = defaultdict(list)
     for result in results:
         scores[result['setting'], result['data']].append(result['test']['top1'])

@@ -5,10 +5,14 @@ On the embedded sample of 2,000 CIFAR-10 images, one process:
 
     python train/train.py --epochs 5
 
-With a recipe, in bfloat16, on all GPUs of this machine:
+With a recipe, which is for one process, on the first GPU:
 
-    accelerate launch --mixed_precision bf16 train/train.py -c train/recipes/cifar10/rn26_tm.yaml \
-        --dataset hfds/uoft-cs/cifar10
+    python train/train.py -c train/recipes/cifar10/rn26_tm.yaml
+
+On all GPUs of this machine, with the rate scaled to the images of an update:
+
+    accelerate launch --mixed_precision bf16 train/train.py --dataset hfds/uoft-cs/cifar10 --input-key img \
+        --lr-base 0.001
 
 In a notebook, where there is no command line:
 
@@ -330,8 +334,8 @@ class Trainer:
         if self.ema is not None:
             candidates['ema_'] = self.ema.module
         if self.accelerator.num_processes > 1:  # each process has statistics of its own images
-            for prefix, model in candidates.items():
-                distribute_bn(model, self.accelerator.num_processes, args.dist_bn == 'reduce' and not prefix)
+            for model in candidates.values():
+                distribute_bn(model, self.accelerator.num_processes, args.dist_bn == 'reduce')
         metrics = self.meter.means(self.accelerator)
         evaluation: Dict[str, float] = {}
         last = state.update == self.updates
@@ -475,7 +479,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
-    if args.push_to_hub:
+    if args.push_to_hub and not args.eval_only:
         check_push(args.push_to_hub)
     with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)

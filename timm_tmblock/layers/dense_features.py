@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from torch.autograd.function import once_differentiable
 
 
 def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
@@ -23,7 +22,7 @@ def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return False  # what is kept for the backward would have two types
-    if isinstance(layers, nn.Module) and _is_intercepted(layers):
+    if torch.nn.modules.module._has_any_global_hook() or isinstance(layers, nn.Module) and _is_intercepted(layers):
         return False
     if any(type(layer) is not layer_type for layer in layers):
         return False  # wrapped, to be sharded or checkpointed
@@ -96,6 +95,13 @@ class _Features:
         norm.running_var.lerp_(self.sample_var[:self.end], norm.momentum)
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # in a backward, with create_graph; once_differentiable drops gradients without a word
+        raise RuntimeError(
+            'There are no second derivatives over a shared buffer of features; create the model with '
+            'memory_efficient=False.')
+
+
 class _Append(torch.autograd.Function):
     """`_Features.append` with its gradient: (C, N), (B, G, H, W) -> (C + G, N)."""
 
@@ -105,8 +111,8 @@ class _Append(torch.autograd.Function):
         return features.append(new)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        _refuse_second_derivatives()
         batch_size, channels, height, width = ctx.shape
         # the layer before adds to the rest of the same buffer and gives it on
         return None, grad[ctx.start:].view(channels, batch_size, height, width).transpose(0, 1), None
@@ -133,8 +139,8 @@ class _NormActConv(torch.autograd.Function):
         return matrix @ y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        _refuse_second_derivatives()
         x, y, gamma, matrix = ctx.saved_tensors
         features, c = ctx.features, len(x)
         grad_weight = (grad @ y.T).to(gamma.dtype)[:, :, None, None] if ctx.needs_input_grad[3] else None

@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
-from torch.autograd.function import once_differentiable
 
 CHUNK = 2 ** 22  # noise values drawn at a time, 16 MB in float32
 
@@ -134,8 +133,9 @@ class _PerturbedArgmax(torch.autograd.Function):
         return (p / num_samples).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        if torch.is_grad_enabled():  # create_graph; once_differentiable would drop gradients without a word
+            raise RuntimeError('A perturbed maximizer has no second derivatives; use maximizer="softmax".')
         x, = ctx.saved_tensors
         mu, epsilon, num_samples, seed = ctx.constants
         a, grad = _at_least_float32(x), _at_least_float32(grad)

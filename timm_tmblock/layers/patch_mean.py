@@ -20,7 +20,7 @@ torch.fx.wrap('_contiguous_for_gradient')  # it asks of tensors what a trace doe
 class PatchMean(nn.Module):
     """Mean over the P x P window around each pixel, stride 1, same size out.
 
-    The window covers offsets `-(P - 1) // 2 ... +P // 2`, so for even P it reaches one pixel further right and down.
+    The window covers offsets `-((P - 1) // 2) ... P // 2`, so for even P it reaches one pixel further right and down.
     At the border only the pixels inside the map count: the divisor is the number of features in the patch, |x_box|.
 
     Shape: (B, C, H, W) -> (B, C, H, W), for any H and W >= 1.

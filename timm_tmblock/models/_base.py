@@ -193,6 +193,9 @@ class TemplateMatchingNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
+        cfg: Optional[Dict[str, Any]] = getattr(self, 'pretrained_cfg', None)
+        if cfg and num_classes:  # as many classes as before, perhaps, but not the same ones
+            self.pretrained_cfg = self.default_cfg = dict(cfg, label_names=None, label_descriptions=None)
 
     @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:

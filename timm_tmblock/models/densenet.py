@@ -190,10 +190,15 @@ class DenseNetSmall(TemplateMatchingNet):
             drop_rate: Dropout rate before the classifier.
 
         Raises:
-            ValueError: If templates are asked for without template matching, or their number cannot be told.
+            ValueError: If templates or `concat` are asked for without template matching, or the number of templates
+                cannot be told; if there are not four stages.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
+        if len(layers) != 4:
+            raise ValueError(f'layers must be of 4 stages, got {len(layers)}.')
+        if concat and not template_matching:
+            raise ValueError('concat is of template matching; set template_matching=True.')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
         reduction = 2 if self.extra_halvings > 1 else 1

@@ -174,6 +174,9 @@ class PreActStage(nn.Module):
         return self.blocks(x)
 
 
+STRIDES = (1, 2, 2, 1)  # of the first block of each stage, which the taps of features follow
+
+
 class PreActResNet(TemplateMatchingNet):
     """Pre-activation ResNet of three or four stages, for images of about 32x32."""
     if TYPE_CHECKING:  # set by name, which type checkers cannot follow
@@ -188,7 +191,6 @@ class PreActResNet(TemplateMatchingNet):
             layers: Tuple[int, ...] = (2, 2, 2, 2),
             mid_channels: Tuple[int, ...] = (32, 64, 128, 128),
             channels: Tuple[int, ...] = (64, 128, 128, 256),
-            strides: Tuple[int, ...] = (1, 2, 2, 1),
             num_classes: int = 10,
             in_chans: int = 3,
             img_size: Union[int, Tuple[int, int]] = 32,
@@ -211,7 +213,6 @@ class PreActResNet(TemplateMatchingNet):
             layers: Blocks in each stage.
             mid_channels: Channels inside the blocks of each stage.
             channels: Output channels of each stage.
-            strides: Stride of the first block of each stage.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
             img_size: Image size the network is laid out for. From 64 on the first stage is strided too, from 128 on
@@ -231,10 +232,14 @@ class PreActResNet(TemplateMatchingNet):
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be told; for an
-                unknown maximizer.
+                unknown maximizer; if there are not three or four stages, each with its channels.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
+        if len(layers) not in (3, 4) or not len(layers) == len(mid_channels) == len(channels):
+            raise ValueError(
+                f'layers, mid_channels and channels must be of 3 or of 4 stages, got {len(layers)}, '
+                f'{len(mid_channels)} and {len(channels)}.')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
         maximizer_layer = get_maximizer_layer(maximizer, **maximizer_kwargs or {})
 
@@ -242,7 +247,7 @@ class PreActResNet(TemplateMatchingNet):
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=reduction, padding=1, bias=False, **dd)
         self.feature_info = []
         in_chs = stem_width
-        for i, (depth, mid_chs, out_chs, stride) in enumerate(zip(layers, mid_channels, channels, strides)):
+        for i, (depth, mid_chs, out_chs, stride) in enumerate(zip(layers, mid_channels, channels, STRIDES)):
             if i == 0 and self.extra_halvings > 0:
                 stride *= 2
             name = f'layer{i + 1}'
@@ -317,7 +322,7 @@ default_cfgs = generate_default_cfgs({
 def rn20(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
     """ RN20: pre-activation bottleneck ResNet of three stages, two blocks each. 585,690 parameters with 10 classes.
     """
-    model_args = dict(layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2))
+    model_args = dict(layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256))
     return _create_resnet('rn20', pretrained, **dict(model_args, **kwargs))
 
 
@@ -326,8 +331,7 @@ def rn20_tm(pretrained: bool = False, **kwargs) -> TemplateMatchingNet:
     """ RN20 with the template matching block, on a map of half the image's size. 604,664 parameters with 10 classes.
     """
     model_args = dict(
-        layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), strides=(1, 2, 2),
-        template_matching=True)
+        layers=(2, 2, 2), mid_channels=(32, 64, 128), channels=(64, 128, 256), template_matching=True)
     return _create_resnet('rn20_tm', pretrained, **dict(model_args, **kwargs))
 
 

@@ -77,6 +77,9 @@ def create_parser() -> Parser:
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
     sub.add_argument('--images', type=positive, default=1000, help='the first of the split, two at least')
     sub.add_argument('--steps', type=positive, default=16)
+    sub.add_argument('--fill', choices=['mean', 'blur'], default='mean', help=(
+        'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
+        'blurred image'))
     sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')
     sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
     return parser
@@ -236,7 +239,8 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     predicted = torch.cat([logits.argmax(1) for logits, _ in outputs])
     matched = torch.cat([patches.argmax(1) for _, patches in outputs])
     curves = trust.follow(
-        model, images, targets, trust.create_explainers(model, map_size(model), args.seed), args.steps)
+        model, images, targets, trust.create_explainers(model, map_size(model), args.seed), args.steps,
+        args.fill)
     summary = trust.summarize(curves)
     values = dict(
         images=len(images),
@@ -244,13 +248,14 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
         patch_accuracy=100 * (matched == targets[:, None, None]).cpu().double().mean().item(),
         patch_agreement=100 * (matched == predicted[:, None, None]).cpu().double().mean().item(),
         steps=args.steps,
+        fill=args.fill,
         maps=summary,
         curves={
             name: {key: getattr(c, key).mean(axis=0).round(5).tolist() for key in ('deletion', 'insertion')}
             for name, c in curves.items()},
     )
     title = f'{label(args.model)}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
-    return values, trust.draw_trust(curves, summary, title)
+    return values, trust.draw_trust(curves, summary, title, args.fill)
 
 
 def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:

@@ -1,7 +1,8 @@
 """Whether the class map shows the evidence: parts of images are masked by it, and by other maps of the same network.
 
 Deletion and insertion curves are those of RISE (Petsiuk et al., https://arxiv.org/abs/1806.07421): the most evident
-cells are replaced by the mean colour one after the other, or uncovered in a blurred image, and the probability of the
+cells are replaced by the mean colour (or a blurred image, as networks trained with random erasing know the mean
+colour for what is not there) one after the other, or uncovered in a blurred image, and the probability of the
 class is followed. Grad-CAM and occlusion are captum's. Of networks that end in average pooling and a linear layer, as
 these do, Grad-CAM is CAM (Zhou et al., https://arxiv.org/abs/1512.04150), which needs no backward pass.
 """
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from timm_tmblock.explanation import forward_class_activation, has_class_activation
 
+FILLS = ('mean', 'blur')
 # (images, classes) -> evidence (B, h, w) of each cell for the class
 Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -102,6 +104,7 @@ def follow(
         targets: torch.Tensor,
         explainers: Dict[str, Explainer],
         steps: int = 16,
+        fill: str = 'mean',
         batch_size: int = 100,
         progress: bool = True,
 ) -> Dict[str, Curves]:
@@ -113,6 +116,7 @@ def follow(
         targets: (I,).
         explainers: Maps by name.
         steps: Between the whole image and none of it.
+        fill: What is put in place of masked cells, of FILLS.
         batch_size: Images at once.
         progress: Whether to show a bar.
     """
@@ -120,7 +124,8 @@ def follow(
     bar = tqdm(total=len(images) * len(explainers), desc='Masking', unit='map', disable=not progress, leave=False)
     batches = -(-len(images) // batch_size)  # of like size, so that none is of one image
     for x, y in zip(images.tensor_split(batches), targets.tensor_split(batches)):
-        mean, blurred = torch.zeros_like(x), gaussian_blur(x, [11, 11], [5., 5.])
+        blurred = gaussian_blur(x, [11, 11], [5., 5.])
+        masked = torch.zeros_like(x) if fill == 'mean' else blurred
         classes = model(x).argmax(1)
         for name, explainer in explainers.items():
             with torch.enable_grad():
@@ -129,11 +134,11 @@ def follow(
             probabilities: List[List[torch.Tensor]] = [[], []]
             for step in range(steps + 1):
                 first = ranks < round(cells * step / steps)
-                for curve, seen in zip(probabilities, (cover(x, mean, first), cover(x, blurred, ~first))):
+                for curve, seen in zip(probabilities, (cover(x, masked, first), cover(x, blurred, ~first))):
                     p = model(seen).float().softmax(1)
                     curve.append(p.gather(1, classes[:, None])[:, 0])
             halves = [
-                (model(cover(x, mean, half)).argmax(1) == y).cpu().numpy()
+                (model(cover(x, masked, half)).argmax(1) == y).cpu().numpy()
                 for half in (ranks < cells // 2, ranks >= cells // 2)]
             parts[name].append([torch.stack(curve, 1).cpu().numpy() for curve in probabilities] + halves)
             bar.update(len(x))
@@ -163,13 +168,19 @@ def summarize(curves: Dict[str, Curves]) -> Dict[str, Dict[str, float]]:
     return summary
 
 
-def draw_trust(curves: Dict[str, Curves], summary: Dict[str, Dict[str, float]], title: str) -> Any:
+def draw_trust(
+        curves: Dict[str, Curves],
+        summary: Dict[str, Dict[str, float]],
+        title: str,
+        fill: str = 'mean',
+) -> Any:
     """Deletion and insertion curves of all maps, as a Matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout='constrained')
     panels: List[Any] = list(figure.subplots(1, 2, sharey=True))
-    for axes, key, what in zip(panels, ('deletion', 'insertion'), ('replaced by the mean colour', 'uncovered')):
+    for axes, key, what in zip(panels, ('deletion', 'insertion'), (
+            f'replaced by {dict(mean="the mean colour", blur="a blurred image")[fill]}', 'uncovered')):
         for name, c in curves.items():
             curve = getattr(c, key).mean(axis=0)
             axes.plot(
