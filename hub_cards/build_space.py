@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import METHODS, has_class_activation
 
@@ -52,6 +52,7 @@ def build(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f'{output} is not an empty folder; name another, or empty it.')
     with writing(output) as tmp:
+        remove(tmp)  # of a run that was killed
         shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
         shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
         shutil.copytree(EXAMPLES, tmp / 'examples')

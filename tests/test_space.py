@@ -276,6 +276,15 @@ def test_folder_is_complete(folder):
     assert card.sdk == 'gradio' and (folder / card.app_file).is_file() and len(card.short_description) <= 60
 
 
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / '.space.tmp').mkdir()
+    (tmp_path / '.space.tmp' / 'app.py').write_text('half')
+    parser = ArgumentParser()
+    add_image_options(parser)
+    build(tmp_path / 'space', [], parser.parse_args([]))
+    assert [p.name for p in tmp_path.iterdir()] == ['space']
+
+
 def test_folder_is_never_overwritten(tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'a.txt').write_text('mine')

@@ -63,11 +63,14 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).', '',
         '## What the paper claims', '',
         'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
-        'claim of several networks or sets holds if it holds of each. A difference of accuracies decides where it',
-        'exceeds two standard errors (one is given as ±): over seeds, but at least those over test images, unpaired.',
+        'claim about several networks or datasets holds if it holds for each. A difference of accuracies decides where',
+        'it exceeds two standard errors (one is given as ±): over seeds, but at least those over test images,',
+        'unpaired.',
         'Runs of one seed each decide nothing, for they do not say how much two runs of one network differ. What is',
         'measured on the features of a trained network is decided over images. "Undecided" is what was tested and is',
-        'not that clear.', '',
+        'not that clear. -Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`);',
+        '-aux: without it, patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a',
+        'maximizer.', '',
         '| claim | section | verdict | evidence |', '|---|---|---|---|',
     ]
     lines += [f'| {c.text} | {c.section} | **{c.verdict}** | {c.evidence} |' for c in judge(evidence)]
@@ -89,7 +92,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
     if empty:
         lines += ['Not run yet:', '', *empty, '']
     lines += [
-        '## Pretrained weights', '',
+        '## Trained weights, shipped and intermediate', '',
         '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | measured on |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
@@ -108,7 +111,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
     precisions = sorted({e['precision'] for e in evidence.evaluations.values()})
     lines += [
         '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
-        'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.', '']
+        'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.',
+        'Test images [influenced some choices](train/README.md#the-shipped-weights): optimizer and learning rate,',
+        'chosen for `rn26_tm`, and that networks were trained on.', '']
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
     analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
