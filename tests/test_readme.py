@@ -124,6 +124,12 @@ def test_row_of_each_pretrained_network(tag):
     assert recipe.endswith(f'/{name}') and (ROOT / recipe).is_file()
 
 
+def test_accuracy_with_and_without_the_block():
+    plain, ours = (f'{read("train", "results", f"{name}.cifar10", "evaluation.json")["top1"]:.2f} %'
+                   for name in ('rn26', 'rn26_tm'))
+    assert f'on CIFAR-10 `rn26` has {plain} and `rn26_tm` {ours}.' in PLAIN
+
+
 def test_int8_of_a_hundred_classes():
     parity = read('export', 'results', 'rn26_tm.cifar100', 'rn26_tm.int8.onnx.json')['parity']
     logits, top1 = parity['outputs']['logits'], parity['top1']
