@@ -57,7 +57,6 @@ def create_files(
     Raises:
         InputError: If an engine is of other weights, is not the file that was built or its ONNX file is gone, something
             does not load back, or the Hub would refuse the card.
-        RuntimeInputError: If an ONNX file does not load back.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
     if card is not None:
@@ -74,7 +73,7 @@ def create_files(
         options = OnnxOptions(precision, target or 'cpu', patch_logits=patches)
         export_onnx(model, folder / FILES[key], options, images)
         if precision != 'bf16':  # which ONNX Runtime has no kernels for
-            load(folder / FILES[key], 'cpu')
+            _open_again(folder / FILES[key])
         exports[key] = json.loads(sidecar(folder / FILES[key]).read_text())
     weights = hash_weights(model)
     for path in engines:
@@ -122,6 +121,13 @@ def check_loads_back(model: Any, folder: Path) -> None:
         same = torch.equal(model(x), loaded(x))
     if not same:
         raise InputError('What was saved gives other logits than the model: config.json cannot tell its arguments.')
+
+
+def _open_again(path: Path) -> None:
+    try:
+        load(path, 'cpu')
+    except RuntimeInputError as e:
+        raise InputError(f'What was written does not load back: {e}') from e
 
 
 def add_engine(folder: Path, path: Path, weights: str) -> None:

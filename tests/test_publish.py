@@ -83,6 +83,17 @@ def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tm
             add_engine(tmp_path / 'out', path, sha256)
 
 
+def test_onnx_file_that_does_not_load_back_is_not_published(model, images, tmp_path, monkeypatch):
+    def export_half(model, path, *args):
+        written = export_onnx(model, path, *args)
+        path.write_bytes(path.read_bytes()[:-1000])
+        return written
+
+    monkeypatch.setattr('export.publish.export_onnx', export_half)
+    with pytest.raises(InputError, match='What was written does not load back: ONNX Runtime cannot load .*model.onnx'):
+        create_files(tmp_path, model, 'me/net', (), (), images(model, 8, 8))
+
+
 @pytest.mark.parametrize('found', [
     [], {}, {'foo': 1}, {'engine': None}, {'engine': {'backend': 'tensorrt'}}])
 def test_what_lies_on_the_hub_and_is_no_sidecar_of_an_engine_is_passed_over(found):
