@@ -209,12 +209,15 @@ def test_stale_page_is_named(tmp_path, monkeypatch):
 
 
 def test_epochs_of_all_runs_are_counted():
-    def run(epochs, experiment, start=None, model='rn26'):
-        return dict(model=model, epochs=epochs, settings=dict(experiment=experiment, initial_checkpoint=start))
+    def run(epochs, experiment, start=None, model='rn26', dataset='hfds/uoft-cs/cifar10'):
+        settings = dict(experiment=experiment, initial_checkpoint=start)
+        return dict(model=model, epochs=epochs, dataset=dataset, settings=settings)
 
     runs = dict(
+        another_set=run(7, 'a', dataset='hfds/uoft-cs/cifar100'),  # of a folder of the same name
         first=run(13, 'a'), second=run(24, 'b', 'output/a/last.safetensors'),
-        third=run(23, 'c', '/elsewhere/b/best.safetensors'), other=run(5, 'd', 'output/a/last.safetensors', 'rn26_tm'),
+        third=run(23, 'c', '/elsewhere/b/best.safetensors', dataset='hfds/here/cifar10'),
+        other=run(5, 'd', 'output/a/last.safetensors', 'rn26_tm'),
         unknown=run(5, 'e', 'weights.safetensors'), itself=run(5, 'f', 'output/f/last.safetensors'))
-    expected = dict(first=13, second=37, third=60, other=None, unknown=None, itself=None)
+    expected = dict(another_set=7, first=13, second=37, third=60, other=None, unknown=None, itself=None)
     assert {tag: count_epochs(tag, runs) for tag in runs} == expected

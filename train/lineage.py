@@ -1,7 +1,7 @@
 """Runs in train/results, and how long their weights were trained in all, where one began with those of another."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
@@ -28,7 +28,7 @@ def read_runs(results: Path) -> Dict[str, Dict[str, Any]]:
 def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[str, Any]]]:
     """A run and those it continues, the first one first; None if it began with weights of which there is no record.
 
-    The run before is the one of that network whose experiment folder the first weights lay in.
+    The run before is the one of that network and dataset whose experiment folder the first weights lay in.
     """
     run = runs[tag]
     start = run['settings'].get('initial_checkpoint')
@@ -36,10 +36,16 @@ def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[s
         return [run]
     others = {k: v for k, v in runs.items() if k != tag}
     for other, earlier in others.items():
-        if (earlier['model'], earlier['settings'].get('experiment')) == (run['model'], Path(start).parent.name):
+        experiment = earlier['settings'].get('experiment')
+        if (*_identify(earlier), experiment) == (*_identify(run), Path(start).parent.name):
             before = find_legs(other, others)
             return None if before is None else [*before, run]
     return None
+
+
+def _identify(run: Dict[str, Any]) -> Tuple[str, str]:
+    """Network and dataset, wherever that lay."""
+    return run['model'], Path(run['dataset']).name
 
 
 def uses_erasing(tag: str, runs: Dict[str, Dict[str, Any]]) -> bool:
