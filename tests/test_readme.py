@@ -97,6 +97,10 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
         worse = compare_maps(found['trust_blur'][other])['worse']
         assert [measure.partition(' (')[0] for measure in worse] == [
             'deletion', 'insertion', 'what is right without the more evident half']
+    for name in names:
+        maps = read('train', 'results', 'rn26_tm.cifar100', 'analysis', f'{name}.json')['maps']
+        assert len(compare_maps(maps['CAM probabilities'])['better']) == 4
+        assert abs(len(compare_maps(maps['Grad-CAM'])['better']) - len(compare_maps(maps['Grad-CAM'])['worse'])) <= 1
     before = read('train', 'results', 'rn26_tm_37_epochs.cifar10', 'analysis', 'trust.json')['maps']['Grad-CAM']
     assert len(compare_maps(before)['worse']) == 3 and not compare_maps(before)['better']
 
