@@ -103,8 +103,9 @@ def test_soft_maximizers_do_as_well_within_a_margin(top1, verdict):
 
 def test_networks_of_one_recipe_are_compared():
     def run(model, processes=1, best=None, epochs=13, **settings):
-        return dict(model=model, epochs=epochs, processes=processes, best=best, settings=dict(
-            dict(opt='muon', lr=0.1, batch_size=64, val_fraction=0, experiment=model), **settings))
+        common = dict(opt='muon', lr=0.1, batch_size=64, val_fraction=0, experiment=model)
+        return dict(model=model, dataset='hfds/uoft-cs/cifar10', epochs=epochs, processes=processes, best=best,
+                    settings=dict(common, **settings))
 
     names = ('rn26.cifar10', 'rn26_tm.cifar10', 'wrn16.cifar10')
     evaluations = {tag: dict(top1=top1, images=10000, split='test', dataset=dataset) for tag, top1, dataset in zip(

@@ -19,6 +19,7 @@ from ._base import (
     count_extra_halvings,
     create_cfg,
     create_cifar10_cfg,
+    create_cifar100_cfg,
     create_mini_imagenet_cfg,
     create_network,
 )
@@ -255,6 +256,7 @@ default_cfgs = generate_default_cfgs({
     'dn100.untrained': create_cfg(),
     'dn100.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm.cifar10': create_cifar10_cfg('dn100_tm.cifar10'),
+    'dn100_tm.cifar100': create_cifar100_cfg('dn100_tm.cifar100'),
     'dn100_tm.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm_cat.untrained': create_cfg(),
     'dn100_tm_cat.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
