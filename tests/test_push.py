@@ -506,6 +506,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     weights = json.loads(files['onnx/model.onnx.json']['content'])['weights_sha256']
     built = dict(
         backend='tensorrt', version='10.16.0', version_compatible=False, hardware_compatibility='none', command='',
+        options={}, onnx='../onnx/model.onnx', onnx_sha256='0' * 64,
         gpu=dict(name='NVIDIA L4', compute_capability='8.9'), profiles=[[[n, 3, 32, 32] for n in (1, 16, 64)]])
     about = dict(weights_sha256=weights, engine=built, precision='fp16', file_bytes=2_000_000)
     for name, content in dict(a=about, b=dict(about, weights_sha256='0' * 64), c=[]).items():

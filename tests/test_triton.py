@@ -1,4 +1,5 @@
 """Model repositories: judged by the real server, which refuses what is wrong, and served by it."""
+import hashlib
 import http.client
 import json
 import os
@@ -47,6 +48,7 @@ def files(write_unchecked, tmp_path_factory):
     metadata = json.loads((folder / 'scores.onnx.json').read_text())
     shapes = [[n, 3, 32, 32] for n in (1, 16, 32)]
     metadata['engine'] = dict(backend='tensorrt', version='11.4.0', profiles=[shapes])
+    metadata['file_sha256'] = hashlib.sha256(b'plan').hexdigest()
     (folder / 'fast.engine').write_bytes(b'plan')
     (folder / 'fast.engine.json').write_text(json.dumps(metadata))
     return folder
@@ -236,6 +238,11 @@ def write_engine(folder, name, batches, **changes):
     return path
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
 @needs_server
 def test_all_profiles_of_an_engine_serve(files, tmp_path):
     path = write_engine(files, 'profiles', [(1, 1, 1), (2, 16, 64)])
@@ -275,6 +282,7 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
     (lambda f, t: f / 'scores.onnx', ['--max-delay', '-1'], 'at least 0'),
     (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or no ONNX file'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
+    (lambda f, t: cut(write_engine(f, 'cut', [(1, 2, 3)])), [], 'is not the engine its sidecar is of, or is cut short'),
 ])
 def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, message):
     (tmp_path / 'made').mkdir()
