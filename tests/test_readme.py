@@ -85,6 +85,9 @@ def test_measures_by_which_a_map_is_better_than_another_images():
     assert (
         f"map of `rn38_tm` is better than another image's on {better['rn38_tm']} of the four measures, that of "
         f"`wrn16_tm` on {better['wrn16_tm']}, that of `dn100_tm` on {better['dn100_tm']} (") in told
+    maps = read('train', 'results', 'rn38_tm.cifar10', 'analysis', 'trust_blur.json')['maps']
+    better = len(compare_maps(maps["another image's class map"])['better'])
+    assert f"By the blurred image that of `rn38_tm` is better than another image's on {better}." in PLAIN
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
