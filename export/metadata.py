@@ -36,7 +36,7 @@ import safetensors.torch
 import timm
 import torch.nn as nn
 
-from export.runtime import ENGINE_SUFFIXES, METADATA_VERSION, parse_properties
+from export.runtime import ENGINE_SUFFIXES, METADATA_VERSION, is_described, parse_properties
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
 from timm_tmblock.checkpoint import remove, writing
@@ -142,6 +142,6 @@ def load_metadata(path: Path) -> Dict[str, Any]:
         except DecodeError as e:
             raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
     metadata = read_metadata(path, properties)
-    if path.suffix in ENGINE_SUFFIXES and hashlib.sha256(path.read_bytes()).hexdigest() != metadata.get('file_sha256'):
+    if path.suffix in ENGINE_SUFFIXES and not is_described(path.read_bytes(), metadata):
         raise InputError(f'{path} is not the engine its sidecar is of, or is cut short; build it again.')
     return metadata

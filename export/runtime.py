@@ -389,19 +389,20 @@ class _Binding:
             raise
 
     def _bind(self, session: TensorRTSession, shape: Tuple[int, ...], profile: int) -> None:
-        accepted = [
-            self.context.set_optimization_profile_async(profile, int(session.stream)),
-            self.context.set_input_shape(session.metadata['input']['name'], shape)]
-        for described in (session.metadata['input'], *session.metadata['outputs']) if all(accepted) else ():
-            tensor, dtype = described['name'], np.dtype(described['dtype'])
-            tensor_shape = tuple(self.context.get_tensor_shape(tensor))
-            size = math.prod(tensor_shape) * dtype.itemsize
-            self.memory.allocate(size)
-            raw = (ctypes.c_ubyte * size).from_address(int(self.memory.host[-1]))
-            self.arrays.append(np.frombuffer(raw, dtype).reshape(tensor_shape))
-            accepted.append(self.context.set_tensor_address(tensor, int(self.memory.device[-1])))
-        if not all(accepted):
+        accepted = (
+            self.context.set_optimization_profile_async(profile, int(session.stream))
+            and self.context.set_input_shape(session.metadata['input']['name'], shape)  # which others follow from
+            and all(map(self._bind_tensor, (session.metadata['input'], *session.metadata['outputs']))))
+        if not accepted:
             raise RuntimeInputError(f'TensorRT does not take inputs of {shape}, see its message above.')
+
+    def _bind_tensor(self, described: Dict[str, Any]) -> bool:
+        shape, dtype = tuple(self.context.get_tensor_shape(described['name'])), np.dtype(described['dtype'])
+        size = math.prod(shape) * dtype.itemsize
+        self.memory.allocate(size)
+        raw = (ctypes.c_ubyte * size).from_address(int(self.memory.host[-1]))
+        self.arrays.append(np.frombuffer(raw, dtype).reshape(shape))
+        return self.context.set_tensor_address(described['name'], int(self.memory.device[-1]))
 
     def run(self, session: TensorRTSession, batch: np.ndarray) -> List[np.ndarray]:
         if batch.dtype != self.arrays[0].dtype:
@@ -553,7 +554,7 @@ def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
     check_built(metadata, path)
-    if hashlib.sha256(plan).hexdigest() != metadata.get('file_sha256'):
+    if not is_described(plan, metadata):
         raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
             f'{_rebuild(metadata, path)}.')
     mismatch = _find_mismatch(metadata)
@@ -618,6 +619,11 @@ def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
 def sidecar(path: Path) -> Path:
     """The file beside `path` that holds its metadata."""
     return path.with_name(f'{path.name}.json')
+
+
+def is_described(content: bytes, metadata: Dict[str, Any]) -> bool:
+    """Whether the metadata of a sidecar are of this content of a file."""
+    return hashlib.sha256(content).hexdigest() == metadata.get('file_sha256')
 
 
 def _read_sidecar(path: Path) -> Dict[str, Any]:

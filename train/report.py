@@ -17,6 +17,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from train.analysis import FILLS
 from train.claims import Evidence, judge
 from train.config import Parser
 from train.files import write_text
@@ -172,9 +173,9 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
     def cell(row: Dict[str, float], key: str, digits: int) -> str:
         return f'{row[key]:.{digits}f} ± {row[f"{key}_error"]:.{digits}f}'
 
-    fill = dict(mean='the mean colour', blur='the same image, blurred')[trust.get('fill', 'mean')]
     lines = [
-        f'Parts are masked by {fill}. {trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. '
+        f'Parts are masked by {FILLS[trust.get("fill", "mean")]}. '
+        f'{trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. '
         f'{trust["patch_accuracy"]:.1f} % of the regions match the class of their image, '
         f'{trust["patch_agreement"]:.1f} % the class that is predicted.', '',
         '| map | area under deletion (less is better) | area under insertion (more is better) '

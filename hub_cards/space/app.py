@@ -126,7 +126,7 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
     best = patches.argmax(axis=0)
     count = f'{best.size} regions of {prediction.image.width // best.shape[1]} pixels a side'
     if templates == classes:
-        rows = _rows(group, classes, prediction.probabilities, patches, told=_TOLD[method == 'cam'])
+        rows = _rows(group, classes, prediction.probabilities, patches, told=_TOLD[method or 'match'])
     else:  # templates of their own, which have no class probability
         rows = _rows(group, classes, prediction.probabilities)
         rows += _rows(group, templates, patches.mean(axis=(1, 2)), patches, heads=('template', 'match'))
@@ -141,7 +141,7 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
     return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
 
 
-_TOLD = ('Where {} was matched', 'Class activation of {}')
+_TOLD = {'match': 'Where {} was matched', 'cam': 'Class activation of {}'}
 _SECTION = (
     '<section class="tm-result{kind}"><h3>{title}</h3>'
     '<div class="tm-view"><div class="tm-seen">{seen}</div>{grid}{rows}</div>'
@@ -154,7 +154,7 @@ def _rows(
         values: np.ndarray,
         patches: Optional[np.ndarray] = None,
         heads: Tuple[str, str] = ('class', 'probability'),
-        told: str = _TOLD[0],
+        told: str = _TOLD['match'],
 ) -> str:
     """Names with their values, the largest first, and what shows where each was matched."""
     rows = [

@@ -23,6 +23,7 @@ from export.load import load
 from timm_tmblock.analysis import measure_maximizer
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
+from train.analysis import FILLS
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
 from train.config import Parser, not_negative, positive
@@ -77,7 +78,7 @@ def create_parser() -> Parser:
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
     sub.add_argument('--images', type=positive, default=1000, help='the first of the split, two at least')
     sub.add_argument('--steps', type=positive, default=16)
-    sub.add_argument('--fill', choices=['mean', 'blur'], default='mean', help=(
+    sub.add_argument('--fill', choices=FILLS, default='mean', help=(
         'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
         'blurred image'))
     sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')

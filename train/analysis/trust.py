@@ -17,8 +17,8 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from timm_tmblock.explanation import forward_class_activation, has_class_activation
+from train.analysis import FILLS
 
-FILLS = ('mean', 'blur')
 # (images, classes) -> evidence (B, h, w) of each cell for the class
 Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -179,8 +179,7 @@ def draw_trust(
 
     figure = Figure(figsize=(11, 4.4), layout='constrained')
     panels: List[Any] = list(figure.subplots(1, 2, sharey=True))
-    for axes, key, what in zip(panels, ('deletion', 'insertion'), (
-            f'replaced by {dict(mean="the mean colour", blur="a blurred image")[fill]}', 'uncovered')):
+    for axes, key, what in zip(panels, ('deletion', 'insertion'), (f'replaced by {FILLS[fill]}', 'uncovered')):
         for name, c in curves.items():
             curve = getattr(c, key).mean(axis=0)
             axes.plot(
