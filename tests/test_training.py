@@ -250,6 +250,8 @@ def test_bad_recipes_are_one_sentence(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         parse_args(['-c', str(tmp_path / 'recipe.yaml')])
     assert '\n' not in str(error.value)
+    with pytest.raises(InputError, match=r'^There is no recipe \S+missing.yaml\.$'):
+        parse_args(['-c', str(tmp_path / 'missing.yaml')])
 
 
 def test_every_setting_has_a_help_text_that_renders():

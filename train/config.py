@@ -224,6 +224,8 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
         raise InputError(f'The recipe {path} is its own base.')
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as e:
+        raise InputError(f'There is no recipe {path}.') from e
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise InputError(f'Cannot read the recipe {path}: {" ".join(str(e).split())}') from e
     if not isinstance(recipe, dict):
