@@ -157,16 +157,19 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-3, atol=1e-6)
 
 
-def test_terminated_run_exits_with_2_and_keeps_its_checkpoint(tmp_path):
+@pytest.mark.parametrize('flags', [[], ['--aa', 'trivial'], ['--memory-limit', '0']])
+def test_terminated_run_exits_with_2_and_keeps_its_checkpoint(tmp_path, flags):
+    """SIGTERM to all its processes, as Slurm and containers send it."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / 'train' / 'train.py'), *TINY, '--epochs', '500', '--checkpoint-interval', '1',
-         '--output', str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+         '--workers', '2', '--output', str(tmp_path), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 300
     while not find_checkpoints(tmp_path / 'run') and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
+    assert process.returncode == 2, error
     assert re.search(r'^error: Interrupted .* continue with --resume', error.splitlines()[-1])
     assert find_checkpoints(tmp_path / 'run')
     assert not list((tmp_path / 'run' / 'checkpoints').glob('.*'))

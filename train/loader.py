@@ -4,7 +4,8 @@ A set in memory is cropped, flipped and normalised in batches; a larger one stre
 """
 import math
 import os
-from typing import Any, Iterator, List, Optional, Protocol, Tuple
+from functools import partial
+from typing import Any, Callable, Iterator, List, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
 from train.config import refusing
 from train.data import ImageSet, InMemorySet
+from train.signals import outlive_sigterm
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
 
@@ -128,6 +130,7 @@ class InMemoryLoader:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
                     num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
+                    worker_init_fn=outlive_sigterm,
                     persistent_workers=True,  # each takes a copy of the images where processes are not forked
                     generator=torch.Generator())  # or it would draw from the process's, once more after a restart
             if config.re_prob > 0:
@@ -167,6 +170,11 @@ class InMemoryLoader:
         """uint8 (B, C, H, W) to float32 with mean 0 and standard deviation 1."""
         images = images.float().mul_(self.scale).add_(self.shift)
         return images.contiguous(memory_format=self.memory_format)  # last: arithmetic is slower on interleaved channels
+
+
+def _start_worker(seed: Callable[[int], None], worker: int) -> None:
+    seed(worker)
+    outlive_sigterm(worker)
 
 
 class StreamingLoader:
@@ -213,6 +221,7 @@ class StreamingLoader:
             use_prefetcher=False,  # its uint8 collation and side stream need CUDA
             persistent_workers=False,  # workers that begin anew each epoch draw the same after a restart
         )
+        self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         if training:
             if len(self.loader) == 0:
                 raise InputError(f'{len(dataset)} training images do not fill one batch of {batch_size}.')
