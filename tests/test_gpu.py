@@ -29,10 +29,11 @@ def test_gradient_of_patch_mean_is_that_of_the_loop(patch_size, memory_format):
 
 
 def gradients(model, device, memory_format, x, y):
-    model = copy.deepcopy(model).to(device).to(memory_format=memory_format).train()
+    model = copy.deepcopy(model).train()
     if not getattr(model, 'has_template_matching', False):
-        torch.manual_seed(1)  # of the auxiliary classifier
-        model = PatchSupervised(model).double().to(device)
+        torch.manual_seed(1)  # of the auxiliary classifier, made where the model is: devices draw other numbers
+        model = PatchSupervised(model).double()
+    model = model.to(device).to(memory_format=memory_format)
     task = TemplateMatchingTask(model, device=device, verbose=False)
     x = x.to(device).contiguous(memory_format=memory_format)
     task(x, y.to(device))['loss'].backward()
@@ -40,10 +41,10 @@ def gradients(model, device, memory_format, x, y):
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
-@pytest.mark.parametrize('name', MODELS)
-def test_gradients_of_a_network_are_those_on_the_cpu(name, memory_format):
+@pytest.mark.parametrize('name, kwargs', [*((name, {}) for name in MODELS), ('dn100_tm', dict(memory_efficient=True))])
+def test_gradients_of_a_network_are_those_on_the_cpu(name, kwargs, memory_format):
     torch.manual_seed(0)
-    model = make_trained_like(timm.create_model(name, num_classes=10)).double()
+    model = make_trained_like(timm.create_model(name, num_classes=10, **kwargs)).double()
     x, y = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (3,))
     expected = gradients(model, torch.device('cpu'), torch.contiguous_format, x, y)
     actual = gradients(model, DEVICE, memory_format, x, y)
