@@ -223,6 +223,17 @@ def test_second_derivatives_need_the_plain_layers():
     assert not timm.create_model('dn100', memory_efficient=False, device='meta').layer4.memory_efficient
 
 
+@pytest.mark.parametrize(
+    'memory_efficient, device, shared',
+    [(None, 'cpu', True), (None, 'meta', False), (True, 'meta', True), (False, 'cpu', False)])
+def test_features_are_shared_by_default_on_a_cpu_alone(monkeypatch, memory_efficient, device, shared):
+    """Another device stands in for a GPU."""
+    monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda *args: True)
+    monkeypatch.setattr('timm_tmblock.models.densenet.forward_shared', lambda layers, x: 'shared')
+    stage = DenseStage(10, 8, 6, 2, memory_efficient, device=device)
+    assert (stage(torch.randn(2, 10, 6, 5, device=device)) == 'shared') is shared
+
+
 def test_one_pixel_is_refused_as_by_the_plain_layers():
     for module in make_stages():
         with pytest.raises(ValueError, match='more than 1 value per channel'):

@@ -3,7 +3,8 @@
 In a plain DenseNet each layer concatenates all features before it, normalises the copy and keeps both for the backward:
 memory and traffic grow with the square of the depth. Here the features of a stage lie in one buffer, channels first,
 so that those before a layer are a slice of it; a layer keeps its normalised slice alone; and the batch statistics of a
-channel are taken once. Results are those of the plain layers up to rounding.
+channel are taken once. Results are those of the plain layers up to rounding. A GPU normalises channels-first features
+slower than channels_last ones, so the plain layers are the faster ones there.
 """
 from typing import Any, Iterable, Optional, Tuple, Type
 
