@@ -53,6 +53,11 @@ def uses_erasing(tag: str, runs: Dict[str, Dict[str, Any]]) -> bool:
     return any((leg['settings'].get('reprob') or 0) > 0 for leg in find_legs(tag, runs) or [runs[tag]])
 
 
+def has_teacher(run: Dict[str, Any]) -> bool:
+    """Whether the network learnt from the soft targets of another."""
+    return bool(run['settings'].get('kd_checkpoint') or run['settings'].get('kd_model_name'))
+
+
 def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
     """Epochs of a run and of those it continues; None if it began with weights of which there is no record."""
     legs = find_legs(tag, runs)

@@ -21,7 +21,7 @@ from train.analysis import FILLS
 from train.claims import Evidence, judge
 from train.config import Parser
 from train.files import write_text
-from train.lineage import count_epochs, read_runs, uses_erasing
+from train.lineage import count_epochs, has_teacher, read_runs, uses_erasing
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +102,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
         run = evidence.runs[tag]
         regions = f'{e["patch_accuracy"]:.1f} %' if e.get('patch_accuracy') is not None else '–'
         epochs = count_epochs(tag, evidence.runs) or f'{run["epochs"]} more'
+        if has_teacher(run):
+            epochs = f'{epochs}, with a teacher'
         size = run['settings'].get('img_size')
         size = f' at {size}×{size}' if size not in (None, 32) else ''
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
