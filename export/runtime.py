@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -135,6 +136,7 @@ class Prediction:
     patch_probabilities: Optional[np.ndarray]  # (num_templates, H/r, W/r), sums to 1 over templates
     class_names: Sequence[str]
     template_names: Sequence[str]
+    activations: Optional[np.ndarray] = None  # of class activation maps, (num_classes, H/r, W/r): the scores themselves
 
     @property
     def label(self) -> str:
@@ -145,6 +147,21 @@ class Prediction:
         """The k most probable classes with their probabilities."""
         order = self.probabilities.argsort()[::-1][:k]
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
+
+    def evidence(self, index: int) -> np.ndarray:
+        """How much each region speaks for a template or class, (H/r, W/r) in [0, 1].
+
+        The probability that it matches. Of class activation maps the score, as a part of the highest of any class and
+        region, which ranks regions better.
+
+        Raises:
+            RuntimeInputError: If the file has no patch scores.
+        """
+        if self.patch_probabilities is None:
+            raise RuntimeInputError('The file has no patch scores; export it again with --patch-logits.')
+        if self.activations is None:
+            return self.patch_probabilities[index]
+        return (self.activations[index] / max(self.activations.max(), 1e-6)).clip(0, 1)
 
     def picture(self, size: int = 256) -> Image.Image:
         """The image, what each region matched, and where the predicted class was matched, side by side.
@@ -161,8 +178,8 @@ class Prediction:
         base = self.image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
         grey = base.convert('L').convert('RGB')
         regions = Image.fromarray(palette[classes]).resize((size, size), Image.Resampling.NEAREST)
-        evidence = np.uint8(255 * self.patch_probabilities[shown].clip(0, 1))
-        heat = Image.fromarray(evidence).resize((size, size), Image.Resampling.BILINEAR)
+        evidence = self.evidence(shown)
+        heat = Image.fromarray(np.uint8(255 * evidence.clip(0, 1))).resize((size, size), Image.Resampling.BILINEAR)
         gold = Image.composite(Image.new('RGB', heat.size, 'gold'), grey, heat)
         present, counts = np.unique(classes, return_counts=True)
         legend = [present[i] for i in counts.argsort()[::-1][:4]]
@@ -756,7 +773,9 @@ class Runner:
 
     def infer(self, batch: np.ndarray) -> List[np.ndarray]:
         """Probabilities (B, num_classes) and, if the file has them, those of patches (B, num_templates, H/r, W/r)."""
-        outputs = self.run(batch)
+        return self._to_probabilities(self.run(batch))
+
+    def _to_probabilities(self, outputs: List[np.ndarray]) -> List[np.ndarray]:
         described = self.metadata['outputs']
         return [y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described)]
 
@@ -794,7 +813,10 @@ class Runner:
             on_error: Optional[Callable[[ImageSource, RuntimeInputError], None]],
     ) -> Iterator[Tuple[ImageSource, Prediction]]:
         seen, batch = prepared
-        outputs = iter(zip(*self.infer(batch))) if batch is not None else iter(())
+        outputs = [] if batch is None else self.run(batch)
+        results = iter(zip(*self._to_probabilities(outputs)))
+        is_cam = [d.get('method') == 'cam' and 'probabilities' not in d['meaning'] for d in self.metadata['outputs']]
+        activations = iter(outputs[1]) if outputs and is_cam[1:] == [True] else itertools.repeat(None)
         names = self.class_names, self.metadata.get('template_names', ())
         for image, picture in seen:
             if isinstance(picture, RuntimeInputError):
@@ -802,8 +824,9 @@ class Runner:
                     raise picture
                 on_error(image, picture)
                 continue
-            probabilities, *patches = next(outputs)
-            yield image, Prediction(picture, probabilities, patches[0] if patches else None, *names)
+            probabilities, *patches = next(results)
+            yield image, Prediction(
+                picture, probabilities, patches[0] if patches else None, *names, next(activations))
 
 
 def _split(items: Iterable[Any], size: int) -> Iterator[List[Any]]:

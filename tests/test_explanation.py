@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -81,6 +82,9 @@ def test_class_activation_maps_explain_networks_with_and_without_templates(train
         logits, maps = forward_class_activation(model, x)
     np.testing.assert_allclose(explanation.probabilities, logits.softmax(1)[0], atol=1e-6)
     np.testing.assert_allclose(explanation.patch_probabilities, maps.softmax(1)[0], atol=1e-6)
+    scores = F.interpolate(maps.clip(min=0) / maps.max(), (32, 32), mode='bilinear')[0]
+    for i, name in enumerate(explanation.template_names):
+        np.testing.assert_allclose(explanation.heat_map(name), scores[i], atol=1e-5)
     assert explanation.method == 'cam' and len(explanation.template_names) == 10
     assert explanation.picture().width > 500
 

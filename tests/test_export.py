@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import export.parity
+from export import runtime
 from export.__main__ import main
 from export.check import check_file
 from export.images import name_set
@@ -445,6 +446,12 @@ def test_class_activation_maps_take_the_place_of_patch_logits(
             y = y.softmax(1).numpy() if softmax else y.numpy()
             np.testing.assert_allclose(got, y, rtol=0, atol=tolerance * np.abs(y).max())
     assert check_file(path, model, images(model, 64, 80))[1] is None
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    prediction = runtime.load(path, 'cpu')(image)
+    x = normalize(model, torch.from_numpy(image).permute(2, 0, 1)[None])
+    maps = torch.from_numpy(session.run(None, {'image': x.numpy()})[1][0])
+    expected = maps if softmax else maps.clip(min=0) / maps.max()
+    np.testing.assert_allclose([prediction.evidence(i) for i in range(10)], expected, atol=1e-3)
     if not softmax:
         image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         by_file, by_network = explain(path, image), explain(model, image, 'cam')

@@ -190,7 +190,7 @@ class TestInBrowser:
         for i, name in enumerate(prediction.class_names):
             url = baseline.get_by_alt_text(f'Class activation of {name}', exact=True).get_attribute('src')
             heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(',')[1]))))
-            np.testing.assert_allclose(heat[..., 3] / 255, prediction.patch_probabilities[i], atol=0.5 / 255 + 1e-6)
+            np.testing.assert_allclose(heat[..., 3] / 255, prediction.evidence(i), atol=0.5 / 255 + 1e-6)
         choose(page, 'Compare with', 'rn26.max')  # which has no class activation maps either
         page.wait_for_selector('.tm-result h3:text-is("rn26.max")')
         assert 'This file has no patch scores' in baseline.inner_text()

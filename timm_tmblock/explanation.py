@@ -54,6 +54,7 @@ class Explanation:
     class_names: Sequence[str]
     template_names: Sequence[str]
     method: str = 'match'  # of METHODS
+    activations: Optional[np.ndarray] = None  # by 'cam' the class scores themselves, (num_classes, H/r, W/r)
 
     @property
     def patch_classes(self) -> np.ndarray:
@@ -84,7 +85,10 @@ class Explanation:
         return list(self.template_names).index(name)
 
     def heat_map(self, class_name: Optional[str] = None) -> np.ndarray:
-        """Probability that each pixel's region matches a class, upsampled to the image, (H, W) in [0, 1].
+        """How much each pixel's region speaks for a class, upsampled to the image, (H, W) in [0, 1].
+
+        By the method 'match' the probability that it matches the class; by 'cam' its score for the class, as a part of
+        the highest of any class and region, which ranks regions better than probabilities do.
 
         Args:
             class_name: The predicted class if None.
@@ -92,7 +96,12 @@ class Explanation:
         Raises:
             InputError: If there is no such class.
         """
-        values = self.patch_probabilities[self.template_index(class_name)].astype(np.float32)
+        index = self.template_index(class_name)
+        if self.activations is None:
+            values = self.patch_probabilities[index]
+        else:
+            values = (self.activations[index] / max(self.activations.max(), 1e-6)).clip(0, 1)
+        values = values.astype(np.float32)
         return np.asarray(Image.fromarray(values).resize(self.image.size, Image.Resampling.BILINEAR)).clip(0, 1)
 
     def picture(self, class_name: Optional[str] = None, size: int = 288) -> Image.Image:
@@ -239,6 +248,7 @@ class Explainer:
             class_names=self.class_names,
             template_names=self.template_names,
             method=self.method,
+            activations=patch_logits[0] if self.method == 'cam' else None,
         )
 
 
@@ -333,8 +343,10 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     name = explanation.template_names[index]
     if explanation.method == 'match':
         titles = (f'Image: {top3[0]}', 'Class each region matched', f'Match with "{name}"')
+        unit = 'probability'
     else:
         titles = (f'Image: {top3[0]}', 'Class of each region', f'Class activation of "{name}"')
+        unit = 'of the highest score'
 
     rows = max(len(top3), (len(present) + 1) // 2, 2)
     canvas = Image.new('RGB', (3 * size + 4 * gap, size + 3 * gap + line * (rows + 1)), 'white')
@@ -354,7 +366,7 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
         draw.text((x + 17, y), f'{explanation.template_names[present[i]]} {share:.0f} %', fill='black', font=font)
     scale = Image.fromarray(np.broadcast_to(_heat_color(np.linspace(0, 1, size)), (12, size, 3)).copy())
     canvas.paste(scale, (lefts[2], below + 3))
-    for text, anchor, x in (('0', 'la', lefts[2]), ('probability', 'ma', lefts[2] + size // 2),
+    for text, anchor, x in (('0', 'la', lefts[2]), (unit, 'ma', lefts[2] + size // 2),
                             ('1', 'ra', lefts[2] + size)):
         draw.text((x, below + line), text, fill='black', font=font, anchor=anchor)
     return canvas

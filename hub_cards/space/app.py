@@ -126,16 +126,16 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
     best = patches.argmax(axis=0)
     count = f'{best.size} regions of {prediction.image.width // best.shape[1]} pixels a side'
     if templates == classes:
-        rows = _rows(group, classes, prediction.probabilities, patches, told=_TOLD[method or 'match'])
+        rows = _rows(group, classes, prediction.probabilities, prediction, told=_TOLD[method or 'match'])
     else:  # templates of their own, which have no class probability
         rows = _rows(group, classes, prediction.probabilities)
-        rows += _rows(group, templates, patches.mean(axis=(1, 2)), patches, heads=('template', 'match'))
+        rows += _rows(group, templates, patches.mean(axis=(1, 2)), prediction, heads=('template', 'match'))
     cells = ''.join(
         f'<i title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>' for (y, x), k in np.ndenumerate(best))
     grid = f'<div class="tm-grid" style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>'
     if method == 'cam':
-        note = (f'Class activation map, no template matching. Gold: what the classifier makes of each position of the '
-                f'last feature map, {count}. Point at the image for the class of each region.')
+        note = (f'Class activation map, no template matching. Gold: the score the classifier gives each position '
+                f'of the last feature map, {count}. Point at the image for the class of each region.')
     else:
         note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
     return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
@@ -152,21 +152,22 @@ def _rows(
         group: str,
         names: List[str],
         values: np.ndarray,
-        patches: Optional[np.ndarray] = None,
+        shown: Optional[runtime.Prediction] = None,
         heads: Tuple[str, str] = ('class', 'probability'),
         told: str = _TOLD['match'],
 ) -> str:
     """Names with their values, the largest first, and what shows where each was matched."""
+    patches = None if shown is None else shown.patch_probabilities
     rows = [
         f'<div class="tm-row tm-head"><span></span><span class="tm-name">{heads[0]}</span><span></span>'
         f'<span>{heads[1]}</span><span>{"" if patches is None else "regions"}</span></div>']
     for place, i in enumerate(np.argsort(-values)):
         switch, regions, heat = '<span></span>', '', ''
-        if patches is not None:
+        if shown is not None and patches is not None:
             switch = f'<input type="radio" name="{group}" value="{escape(names[i])}"{" checked" if not place else ""}>'
             regions = str(int((patches.argmax(axis=0) == i).sum()))
             alt = told.format(escape(names[i]))
-            heat = f'<img class="tm-heat" alt="{alt}" src="{_heat(patches[i])}">'
+            heat = f'<img class="tm-heat" alt="{alt}" src="{_heat(shown.evidence(i))}">'
         rows.append(
             f'<label class="tm-row">{switch}<span class="tm-name">{escape(names[i])}</span>'
             f'<div class="tm-bar"><b style="width: {100 * values[i]:.1f}%"></b></div>'
