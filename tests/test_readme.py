@@ -104,6 +104,11 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
         maps = read('train', 'results', 'rn26_tm.cifar100', 'analysis', f'{name}.json')['maps']
         assert len(compare_maps(maps['CAM probabilities'])['better']) == 4
         assert abs(len(compare_maps(maps['Grad-CAM'])['better']) - len(compare_maps(maps['Grad-CAM'])['worse'])) <= 1
+        for tag in ('dist_cifar10', 'dist_cifar100'):
+            maps = read('train', 'results', f'rn26_tm.{tag}', 'analysis', f'{name}.json')['maps']
+            assert len(compare_maps(maps["another image's class map"])['better']) == 4
+            worse = [measure.partition(' (')[0] for measure in compare_maps(maps['Grad-CAM'])['worse']]
+            assert worse[:3] == ['deletion', 'insertion', 'what is right without the more evident half']
     before = read('train', 'results', 'rn26_tm_37_epochs.cifar10', 'analysis', 'trust.json')['maps']['Grad-CAM']
     assert len(compare_maps(before)['worse']) == 3 and not compare_maps(before)['better']
 
