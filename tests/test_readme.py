@@ -140,6 +140,9 @@ def test_accuracy_with_and_without_the_block():
     plain, ours = (f'{read("train", "results", f"{name}.cifar10", "evaluation.json")["top1"]:.2f} %'
                    for name in ('rn26', 'rn26_tm'))
     assert f'on CIFAR-10 `rn26` has {plain} and `rn26_tm` {ours}.' in PLAIN
+    index = read('timm_tmblock', 'weights', 'index.json')
+    best = [max(entry['top1'] for tag, entry in index.items() if tag.endswith(end)) for end in ('cifar10', 'cifar100')]
+    assert f'has {best[0]:.2f} % on CIFAR-10 and {best[1]:.2f} % on CIFAR-100.' in PLAIN
 
 
 def test_int8_of_a_hundred_classes():
