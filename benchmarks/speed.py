@@ -211,7 +211,7 @@ def dense(args: argparse.Namespace) -> Iterator[Ratio]:
     for precision in PRECISIONS:
         for memory_format in FORMATS:
             setting = Setting(args.device, args.batch_size, precision, memory_format)
-            group = "dn100 over timm's DenseNet layers, training step"
+            group = "dn100 with memory_efficient=True over timm's DenseNet layers, training step"
             yield compare(group, 'time', setting,
                           (train_step(setting, 'dn100', memory_efficient=True), train_step(setting, 'timm')),
                           args.seconds, 0.9)

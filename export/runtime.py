@@ -152,7 +152,7 @@ class Prediction:
         """How much each region speaks for a template or class, (H/r, W/r) in [0, 1].
 
         The probability that it matches. Of class activation maps the score, as a part of the highest of any class and
-        region, which ranks regions better.
+        region, and 0 where it is negative, as Grad-CAM shows it; of a file with a soft-max the probability.
 
         Raises:
             RuntimeInputError: If the file has no patch scores.
@@ -178,8 +178,8 @@ class Prediction:
         base = self.image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
         grey = base.convert('L').convert('RGB')
         regions = Image.fromarray(palette[classes]).resize((size, size), Image.Resampling.NEAREST)
-        evidence = self.evidence(shown)
-        heat = Image.fromarray(np.uint8(255 * evidence.clip(0, 1))).resize((size, size), Image.Resampling.BILINEAR)
+        heat = Image.fromarray(np.uint8(255 * self.evidence(shown).clip(0, 1)))
+        heat = heat.resize((size, size), Image.Resampling.BILINEAR)
         gold = Image.composite(Image.new('RGB', heat.size, 'gold'), grey, heat)
         present, counts = np.unique(classes, return_counts=True)
         legend = [present[i] for i in counts.argsort()[::-1][:4]]

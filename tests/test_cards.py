@@ -100,6 +100,9 @@ def test_commands_of_the_training_lead_from_one_to_the_next(name):
     commands = [shlex.split(line) for line in text.split('```')[1].replace('\\\n', ' ').strip().splitlines()]
     runs = [parse_args(command[command.index('train/train.py') + 1:]) for command in commands]
     assert commands[-1][commands[-1].index('-c') + 1] == cards.load_data(name)['recipe']
+    if runs[-1].kd_checkpoint:
+        teacher = runs.pop(0)
+        assert runs[-1].kd_checkpoint == f'output/{teacher.experiment}/last.safetensors'
     assert [run.initial_checkpoint for run in runs] == [
         None, *(f'output/{run.experiment}/last.safetensors' for run in runs[:-1])]
     assert sum(run.epochs for run in runs) == count_epochs(name, read_runs(ROOT / 'train' / 'results'))

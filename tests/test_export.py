@@ -457,6 +457,8 @@ def test_class_activation_maps_take_the_place_of_patch_logits(
         by_file, by_network = explain(path, image), explain(model, image, 'cam')
         assert by_file.method == 'cam' and list(by_file.template_names) == list(by_network.template_names)
         if precision != 'int8':
+            name = by_file.class_names[3]
+            np.testing.assert_allclose(by_file.heat_map(name), by_network.heat_map(name), atol=2 * tolerance)
             np.testing.assert_allclose(by_file.patch_probabilities, by_network.patch_probabilities, atol=2 * tolerance)
         with pytest.raises(InputError, match="with the map of the method 'cam'; export it again with --method match"):
             explain(path, image, 'match')

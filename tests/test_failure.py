@@ -99,6 +99,32 @@ STREAM = ['--train-split', 'train', '--val-split', 'validation', '--batch-size',
           '--workers', '1']
 
 
+def test_worker_that_had_sigterm_too_is_no_failure(tmp_path, monkeypatch):
+    def terminate(images):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Terminated. ')
+
+    fail_at(monkeypatch, 3, terminate)
+    with pytest.raises(InputError, match='^Interrupted in epoch 1 at update 2; .*continue with --resume'):
+        main([*TINY, '--output', str(tmp_path)])
+
+
+def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():
+    """It ignores the SIGTERM that multiprocessing sends at the end, before it waits for it."""
+    code = (
+        'import sys, time\n'
+        'from torch.utils.data import DataLoader, Dataset\n'
+        'from train.signals import outlive_sigterm\n'
+        'class Stuck(Dataset):\n'
+        '    def __len__(self): return 9\n'
+        '    def __getitem__(self, i): time.sleep(1000)\n'
+        'batches = iter(DataLoader(Stuck(), num_workers=1, worker_init_fn=outlive_sigterm))\n'
+        'time.sleep(3)\n'
+        'sys.exit(2)\n')
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120).returncode == 2
+
+
 def test_unreadable_image_of_a_streamed_set_is_named(tmp_path, images):
     (images / 'train' / 'bee' / '2.png').write_bytes(b'not an image')
     assert_stops(tmp_path, r'Image 6 of the dataset cannot be read.*bee/2\.png', '--dataset', str(images), *STREAM)

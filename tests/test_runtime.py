@@ -179,6 +179,10 @@ def test_picture_shows_what_each_region_matched():
     assert corners[2] == corners[3] and len(set(corners)) == 3
     match = picture[30:130, 230:330]
     assert match[90, 50, 2] < 40 and match[10, 50, 2] > 200  # gold where the class was matched
+    prediction.activations = np.zeros((3, 2, 2), dtype=np.float32)
+    prediction.activations[:, 0] = [[4], [2], [3]]  # of the upper half, where c has no probability
+    match = np.asarray(prediction.picture(size=100)).astype(int)[30:130, 230:330]
+    assert match[90, 50, 2] > 200 and 40 < match[10, 50, 2] < 90  # three quarters of the highest score
 
 
 def test_folder_gives_the_file_for_the_machine(folder, monkeypatch):

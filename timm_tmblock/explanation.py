@@ -88,7 +88,7 @@ class Explanation:
         """How much each pixel's region speaks for a class, upsampled to the image, (H, W) in [0, 1].
 
         By the method 'match' the probability that it matches the class; by 'cam' its score for the class, as a part of
-        the highest of any class and region, which ranks regions better than probabilities do.
+        the highest of any class and region, and 0 where it is negative: what Grad-CAM shows.
 
         Args:
             class_name: The predicted class if None.

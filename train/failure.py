@@ -16,12 +16,16 @@ from train.checkpoint import KEEP
 def advise_on_memory(args: Namespace) -> str:
     """What a training run can do about too little memory."""
     half = args.batch_size // 2
+    if args.model.startswith('dn100') and 'memory_efficient' not in args.model_kwargs:
+        other = '--model-kwargs memory_efficient=True or --grad-checkpointing'
+    else:
+        other = '--grad-checkpointing'
     if not half:
-        return 'use a smaller model or image size, or --grad-checkpointing'
+        return f'use a smaller model or image size, or {other}'
     return (
         f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half} '
         f'--grad-accum-steps {2 * args.grad_accum_steps}, '
-        f'which makes the same updates, or --grad-checkpointing')
+        f'which makes the same updates, or {other}')
 
 
 @contextmanager

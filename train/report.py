@@ -188,8 +188,8 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
             f'| {cell(row, "without_most", 1)} % | {cell(row, "without_least", 1)} % |')
     lines += ['', "Means with standard errors over images. Another image's class map is as smooth and as central as",
               'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
-              "a linear layer, and needs no backward pass: the heat map of `timm_tmblock.explain` by `method='cam'`. CAM",
-              'probabilities are the same scores after a soft-max over the classes.', '']
+              "a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by",
+              "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes.", '']
     for name, row in list(trust['maps'].items())[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')

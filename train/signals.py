@@ -1,4 +1,6 @@
 """Signals that end a run."""
+import atexit
+import multiprocessing
 import signal
 from contextlib import contextmanager
 from typing import Any, Iterator
@@ -6,8 +8,16 @@ from typing import Any, Iterator
 
 @contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send, stop what runs as Ctrl-C does."""
+    """Let SIGTERM, which schedulers send, stop what runs as Ctrl-C does.
+
+    Raises:
+        KeyboardInterrupt: When it came, whatever else that led to: a process that loads data may have had it too.
+    """
+    asked = False
+
     def stop(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
     try:
@@ -17,6 +27,10 @@ def stopping_at_signals() -> Iterator[None]:
         return
     try:
         yield
+    except Exception as e:
+        if asked:
+            raise KeyboardInterrupt from e
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -24,3 +38,10 @@ def stopping_at_signals() -> Iterator[None]:
 def outlive_sigterm(worker: int) -> None:
     """Leave a process that loads data to the one that started it, which tells of the end; some send SIGTERM to all."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    # after what they have had of time; multiprocessing, whose turn comes next, would send SIGTERM and wait for ever
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -134,8 +134,9 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
         f'<i title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>' for (y, x), k in np.ndenumerate(best))
     grid = f'<div class="tm-grid" style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>'
     if method == 'cam':
-        note = (f'Class activation map, no template matching. Gold: the score the classifier gives each position '
-                f'of the last feature map, {count}. Point at the image for the class of each region.')
+        value = 'probability' if prediction.activations is None else 'score, as a part of the highest of any class,'
+        note = (f'Class activation map, no template matching. Gold: the {value} that the classifier gives each '
+                f'position of the last feature map, {count}. Point at the image for the class of each region.')
     else:
         note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
     return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
