@@ -156,10 +156,12 @@ def test_int8_of_a_hundred_classes():
 
 
 @pytest.mark.parametrize('ours, baseline, start', [
-    ('rn26_tm_13_epochs.cifar10', 'rn26_13_epochs.cifar10', '| CIFAR-10 | 13 |'),
-    ('rn26_tm_37_epochs.cifar10', 'rn26_37_epochs.cifar10', '| CIFAR-10 | 37 |'),
-    ('rn26_tm.cifar10', 'rn26.cifar10', '| CIFAR-10 | 60 |'),
-    ('rn26_tm_24_epochs.cifar100', 'rn26.cifar100', '| CIFAR-100 | 24 |')])
+    ('rn26_tm_13_epochs.cifar10', 'rn26_13_epochs.cifar10', '| `rn26_tm` | CIFAR-10 | 13 |'),
+    ('rn26_tm_37_epochs.cifar10', 'rn26_37_epochs.cifar10', '| `rn26_tm` | CIFAR-10 | 37 |'),
+    ('rn26_tm.cifar10', 'rn26.cifar10', '| `rn26_tm` | CIFAR-10 | 60 |'),
+    ('rn26_tm_24_epochs.cifar100', 'rn26.cifar100', '| `rn26_tm` | CIFAR-100 | 24 |'),
+    ('dn100_tm_24px.cifar100', 'dn100_24px.cifar100', '| `dn100_tm` | CIFAR-100, 24×24 pixels | 13 |'),
+    ('dn100_tm.cifar100', 'dn100.cifar100', '| `dn100_tm` | CIFAR-100 | 19 |')])
 def test_gain_over_the_baseline_as_it_was_trained_on(ours, baseline, start):
     p, q = (read('train', 'results', name, 'evaluation.json')['top1'] / 100 for name in (ours, baseline))
     gain, error = 100 * (p - q), 200 * ((p * (1 - p) + q * (1 - q)) / 10000) ** 0.5
