@@ -18,7 +18,7 @@ import train.loader
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
-from train.failure import estimate_disk_space
+from train.failure import advise_on_memory, estimate_disk_space
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +67,14 @@ def test_memory_of_a_gpu_that_runs_out_is_named_too(tmp_path, monkeypatch):
 
     fail_at(monkeypatch, 2, out_of_memory)
     assert_stops(tmp_path, r'try --batch-size 6')
+
+
+@pytest.mark.parametrize('model, on_gpu, told', [
+    ('dn100_tm', True, True), ('dn100_tm', False, False), ('rn26_tm', True, False)])
+def test_dense_networks_can_take_less_memory_of_a_gpu(monkeypatch, model, on_gpu, told):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: on_gpu)
+    advice = advise_on_memory(parse_args(['--model', model]))
+    assert ('--model-kwargs memory_efficient=True' in advice) is told and '--grad-checkpointing' in advice
 
 
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):

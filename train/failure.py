@@ -16,7 +16,8 @@ from train.checkpoint import KEEP
 def advise_on_memory(args: Namespace) -> str:
     """What a training run can do about too little memory."""
     half = args.batch_size // 2
-    if args.model.startswith('dn100') and 'memory_efficient' not in args.model_kwargs:
+    on_gpu = args.device != 'cpu' and torch.cuda.is_available()
+    if on_gpu and args.model.startswith('dn100') and 'memory_efficient' not in args.model_kwargs:
         other = '--model-kwargs memory_efficient=True or --grad-checkpointing'
     else:
         other = '--grad-checkpointing'

@@ -42,6 +42,7 @@ def outlive_sigterm(worker: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    # after what they have had of time; multiprocessing, whose turn comes next, would send SIGTERM and wait for ever
+    # multiprocessing, whose turn comes next, would send them SIGTERM and wait for ever
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # it waits for the others
+            process.kill()
