@@ -3,15 +3,15 @@ import atexit
 import multiprocessing
 import signal
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 
 @contextmanager
-def stopping_at_signals() -> Iterator[None]:
+def stopping_at_signals() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM, which schedulers send, stop what runs as Ctrl-C does.
 
-    Raises:
-        KeyboardInterrupt: When it came, whatever else that led to: a process that loads data may have had it too.
+    Yields:
+        Whether it came, which may lead to other errors too: a process that loads data may have had it as well.
     """
     asked = False
 
@@ -23,14 +23,10 @@ def stopping_at_signals() -> Iterator[None]:
     try:
         previous = signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not in the main thread, as in a notebook
-        yield
+        yield lambda: False
         return
     try:
-        yield
-    except Exception as e:
-        if asked:
-            raise KeyboardInterrupt from e
-        raise
+        yield lambda: asked
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -245,7 +245,7 @@ class Trainer:
         """Train to the last update, measure the weights that were chosen, and return the result."""
         self.start_record()
         try:
-            with stopping_at_signals(), naming_failures(advise_on_memory(self.args)):
+            with stopping_at_signals() as asked, naming_failures(advise_on_memory(self.args)):
                 while self.state.update < self.updates:
                     self.train_epoch()
                     self.finish_epoch()
@@ -253,7 +253,9 @@ class Trainer:
                 if self.main_process:
                     write_json(self.folder / 'result.json', result)
                 return result
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as e:
+            if isinstance(e, Exception) and not asked():
+                raise
             raise InputError(
                 f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
                 f'{self.describe_resumption()}.') from None

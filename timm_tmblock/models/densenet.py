@@ -107,8 +107,8 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            memory_efficient = x.device.type == 'cpu' if self.memory_efficient is None else self.memory_efficient
-            if memory_efficient and can_share_features(self.blocks, x, DenseLayer):
+            if self.memory_efficient is not False and can_share_features(self.blocks, x, DenseLayer) \
+                    and (self.memory_efficient or x.device.type == 'cpu'):
                 return forward_shared(self.blocks, x)
         return self.blocks(x)
 
