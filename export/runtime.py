@@ -771,13 +771,14 @@ class Runner:
             pixels = pixels.transpose(0, 3, 1, 2)
         return np.ascontiguousarray(pixels)
 
-    def infer(self, batch: np.ndarray) -> List[np.ndarray]:
-        """Probabilities (B, num_classes) and, if the file has them, those of patches (B, num_templates, H/r, W/r)."""
-        return self._to_probabilities(self.run(batch))
-
     def _to_probabilities(self, outputs: List[np.ndarray]) -> List[np.ndarray]:
         described = self.metadata['outputs']
         return [y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described)]
+
+    @property
+    def _gives_activations(self) -> bool:
+        patches = self.metadata['outputs'][1:]
+        return bool(patches) and patches[0].get('method') == 'cam' and 'probabilities' not in patches[0]['meaning']
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata, for any number of images.
@@ -815,8 +816,7 @@ class Runner:
         seen, batch = prepared
         outputs = [] if batch is None else self.run(batch)
         results = iter(zip(*self._to_probabilities(outputs)))
-        is_cam = [d.get('method') == 'cam' and 'probabilities' not in d['meaning'] for d in self.metadata['outputs']]
-        activations = iter(outputs[1]) if outputs and is_cam[1:] == [True] else itertools.repeat(None)
+        activations = iter(outputs[1]) if outputs and self._gives_activations else itertools.repeat(None)
         names = self.class_names, self.metadata.get('template_names', ())
         for image, picture in seen:
             if isinstance(picture, RuntimeInputError):

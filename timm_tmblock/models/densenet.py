@@ -107,6 +107,7 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
+            # the device comes last: a trace, which cannot share, does not know it
             if self.memory_efficient is not False and can_share_features(self.blocks, x, DenseLayer) \
                     and (self.memory_efficient or x.device.type == 'cpu'):
                 return forward_shared(self.blocks, x)
