@@ -159,12 +159,17 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].conv1.register_full_backward_hook(lambda *args: None),
     lambda stage: stage.blocks[1].conv1.register_full_backward_pre_hook(lambda *args: None),
     lambda stage: stage.blocks.register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].conv2.register_forward_hook(lambda *args: None),
+    lambda stage: stage.blocks[1].norm2.act.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks.__setitem__(1, checkpoint_wrapper(stage.blocks[1])),
     lambda stage: stage.blocks[1].__setattr__('__class__', type('Other', (DenseLayer,), {})),
     lambda stage: stage.blocks[1].conv1.__setattr__('forward', stage.blocks[1].conv1.forward),  # as Accelerate does
     lambda stage: stage.blocks[1].norm1.register_parameter('weight', None),
     lambda stage: nn.utils.parametrizations.weight_norm(stage.blocks[0].conv1),
     lambda stage: stage.blocks[0].norm1.__setattr__('act', nn.SiLU()),
+    lambda stage: stage.blocks[0].norm1.__setattr__('drop', nn.Dropout()),
+    lambda stage: stage.blocks[0].norm1.__setattr__('eps', 1.),
+    lambda stage: timm.utils.reparameterize_model(stage, inplace=True),
     lambda stage: stage.blocks[0].norm1.__setattr__('momentum', None),
     lambda stage: stage.bfloat16(),
     lambda stage: stage.to('meta'),
@@ -181,7 +186,33 @@ def test_layers_that_are_not_plain_are_run_as_they_are(change):
     assert not can_share_features(stage.blocks, x, DenseLayer)
 
 
-def test_empty_batches_and_mixed_types_are_run_as_they_are():
+@pytest.mark.parametrize('ablate', [0, 1, 3])
+def test_features_that_a_hook_takes_or_replaces_have_their_gradients(ablate):
+    gradients = []
+    for memory_efficient in (True, False):
+        stage, _ = make_stages()
+        stage.memory_efficient = memory_efficient
+        stage.blocks[ablate].conv2.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        gradients.append(run(stage, torch.randn(2, 10, 6, 5, generator=torch.Generator().manual_seed(0)).double())[1:3])
+    torch.testing.assert_close(*gradients)
+
+
+def test_fused_networks_train_with_the_biases_they_were_given():
+    model = make_trained_like(timm.create_model('dn100_tm')).fuse().train()
+    x, results = torch.randn(2, 3, 32, 32), []
+    for memory_efficient in (None, False):
+        copied = copy.deepcopy(model)
+        for m in copied.modules():
+            if isinstance(m, DenseStage):
+                m.memory_efficient = memory_efficient
+        results.append(run(copied, x)[:3])
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0][0], torch.zeros_like(results[0][0]))
+
+
+def test_empty_stages_batches_and_mixed_types_are_run_as_they_are():
+    x = torch.randn(2, 10, 6, 5)
+    assert torch.equal(DenseStage(10, 8, 6, 0)(x), x)
     stage, _ = make_stages(torch.float32)
     assert stage(torch.zeros(0, 10, 6, 5)).shape == (0, 34, 6, 5)
     with torch.autocast('cpu', torch.bfloat16):  # features of float32, as of a stem kept out of autocast

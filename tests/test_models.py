@@ -185,6 +185,21 @@ def test_features_are_one_tap_a_reduction(name):
         (channels, size, size) for channels, size in zip(model.feature_info.channels(), (32, 16, 8))]
 
 
+@pytest.mark.parametrize('name, last', [('rn20_tm', 1), ('rn26_tm', 2), ('dn100_tm', 2)])
+def test_features_are_those_after_the_block(trained_like, name, last):
+    model, x = trained_like(name), torch.randn(2, 3, 32, 32)
+    outputs = []
+    model.tm.register_forward_hook(lambda module, args, output: outputs.append(output))
+    features = model.forward_intermediates(x, intermediates_only=True)
+    assert len(outputs) == 1 and (last == 2 or torch.equal(features[last], outputs[0]))
+    logits, patch_logits = model.forward_patch_logits(x)
+    model.prune_intermediate_layers([last])
+    assert model.has_template_matching and model.num_features == features[last].shape[1]
+    assert torch.equal(model.forward_patch_logits(x)[1], patch_logits)
+    model.prune_intermediate_layers([0])
+    assert not model.has_template_matching
+
+
 @pytest.mark.parametrize('size', [(32, 32), (33, 47), (84, 84), (7, 5)])
 def test_other_input_sizes_run(trained_like, size):
     logits, patch_logits = trained_like('rn26_tm').forward_patch_logits(torch.randn(1, 3, *size))

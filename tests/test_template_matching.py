@@ -140,11 +140,16 @@ def test_factory_device_and_dtype_reach_every_tensor():
     assert all(t.device.type == 'meta' for t in block.state_dict().values())
 
 
-def test_reset_templates_keeps_device_dtype_mode_and_frozenness():
+def test_reset_templates_keeps_device_dtype_and_mode_and_is_to_be_trained():
     block = TemplateMatching(5, 3, device='meta', dtype=torch.float64).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match='at least 1, got 0'):
+        block.reset_templates(0)
+    assert block.num_templates == 3
     block.reset_templates(4)
     assert block.match.out_channels == block.value.in_channels == block.norm.num_features == 4
-    assert {(p.device.type, p.dtype, p.requires_grad) for p in block.parameters()} == {('meta', torch.float64, False)}
+    assert {(p.device.type, p.dtype) for p in block.parameters()} == {('meta', torch.float64)}
+    frozen = {name for name, p in block.named_parameters() if not p.requires_grad}
+    assert frozen == {'shortcut.weight'}  # as timm's reset_classifier leaves the rest frozen
     assert not any(m.training for m in block.modules())
 
 

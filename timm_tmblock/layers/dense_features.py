@@ -25,22 +25,27 @@ def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[
         return False  # what is kept for the backward would have two types
     if torch.nn.modules.module._has_any_global_hook() or isinstance(layers, nn.Module) and _is_intercepted(layers):
         return False
-    if any(type(layer) is not layer_type for layer in layers):
+    layers = list(layers)
+    if not layers or any(type(layer) is not layer_type for layer in layers):
         return False  # wrapped, to be sharded or checkpointed
     for layer in layers:
         norm, conv = layer.norm1, layer.conv1
-        if type(norm) is not BatchNormAct2d or type(conv) is not nn.Conv2d or not norm.training:
-            return False  # synchronized, frozen, parametrized, ...
-        if norm.momentum is None or not norm.track_running_stats or not isinstance(norm.act, nn.ReLU) \
-                or norm.weight is None or norm.weight.dtype not in (torch.float32, torch.float64):
+        if any(type(m) is not BatchNormAct2d for m in (norm, layer.norm2)) \
+                or any(type(m) is not nn.Conv2d or m.bias is not None for m in (conv, layer.conv2)):
+            return False  # synchronized, frozen, parametrized, fused, ...
+        if not norm.training or norm.momentum is None or not norm.track_running_stats \
+                or norm.eps != layers[-1].norm1.eps or type(norm.act) is not nn.ReLU \
+                or type(norm.drop) is not nn.Identity or norm.weight is None \
+                or norm.weight.dtype not in (torch.float32, torch.float64):
             return False
-        if any(map(_is_intercepted, (layer, norm, norm.act, conv))):
+        if any(map(_is_intercepted, layer.modules())):
             return False
     return True
 
 
 def _is_intercepted(module: nn.Module) -> bool:
-    # by hooks, or a `forward` of the instance as Accelerate gives it; neither would be called
+    # by hooks, or a `forward` of the instance as Accelerate gives it; most would not be called, and what others return
+    # may cut a layer off from the backward, which goes from layer to layer
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks or 'forward' in vars(module))
 

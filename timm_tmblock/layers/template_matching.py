@@ -100,15 +100,20 @@ class TemplateMatching(PatchClassifier):
 
     @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:
-        """Replace the templates and their value vectors by `num_templates` new ones, keeping the shortcut."""
+        """Replace the templates and their value vectors by `num_templates` new ones, to be trained; the shortcut stays.
+
+        Raises:
+            ValueError: If `num_templates` is less than 1.
+        """
+        if num_templates < 1:
+            raise ValueError(f'num_templates must be at least 1, got {num_templates}.')
         dd = get_device_dtype(self)
-        requires_grad = self.value.weight.requires_grad
         self.num_templates = num_templates
         self.match = nn.Conv2d(self.dim, num_templates, 1, bias=True, **dd)
         self.norm = self.norm_act_layer(num_templates, **dd)
         self.value = nn.Conv2d(num_templates, self.value_dim, 1, bias=False, **dd)
         for module in (self.match, self.norm, self.value):
-            module.train(self.training).requires_grad_(requires_grad)
+            module.train(self.training)
 
     def mix(self, patch_logits: torch.Tensor) -> torch.Tensor:
         """Mixing coefficients of the value vectors, not negative: (B, K, H, W) -> (B, K, H, W)."""

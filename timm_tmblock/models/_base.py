@@ -28,8 +28,8 @@ class TemplateMatchingNet(nn.Module):
     and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
 
     `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
-    are matched on a map of about 8x8, and patches half as wide as that map. Parameters are the same for every size, so
-    weights of one size are a start for another.
+    are matched on a map of about 8x8 (16x16 in RN20), and patches half as wide as that map. Parameters are the same for
+    every size, so weights of one size are a start for another.
 
     The patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`,
     and by `forward` in training once `set_patch_supervision` switched them on.
@@ -202,7 +202,7 @@ class TemplateMatchingNet(nn.Module):
         """Replace the templates by `num_templates` newly initialized ones, before norms are synchronized.
 
         Raises:
-            ValueError: If the model has no template matching block, or is fused.
+            ValueError: If the model has no template matching block or is fused, or `num_templates` is less than 1.
         """
         self._check_template_matching()
         if not isinstance(self.tm, TemplateMatching):
@@ -292,7 +292,8 @@ class TemplateMatchingNet(nn.Module):
             last = self._body.index(self.feature_info[max_index]['module'])
             for name in self._body[last + 1:]:
                 setattr(self, name, nn.Identity())
-            self.has_template_matching = self.patch_supervision = False
+            if 'tm' in self._body[last + 1:]:
+                self.has_template_matching = self.patch_supervision = False
             # features now end at the last kept tap, the head is sized for the final features so it goes too
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:

@@ -5,7 +5,8 @@ Papers:
     * `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027
     * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 
-The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
+The networks have four stages, RN20 three; template matching sits before the last and takes the raw output of the one
+before it.
 """
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, Union
 
@@ -266,6 +267,8 @@ class PreActResNet(TemplateMatchingNet):
             reduction *= stride
             if i < 2:
                 self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
+        if len(layers) == 3 and template_matching:
+            self.feature_info[1]['module'] = 'tm'
         self.norm = norm_act_layer(in_chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
         self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module='norm'))
