@@ -15,6 +15,7 @@ from timm_tmblock.layers import PatchMean
 from timm_tmblock.models._labels import CIFAR10_LABELS, CIFAR100_LABELS
 from train.analysis import geometry, mosaic, trust, words
 from train.analysis.__main__ import main, tell_command
+from train.analysis.mixing import measure_mixing
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
 from train.analysis.superclasses import find_superclasses, name_superclasses
 from train.data import InMemorySet
@@ -80,10 +81,48 @@ def test_embeddings_are_what_the_layers_give(trained_like, name, patch_size):
                 np.testing.assert_allclose(found[key][n], expected[at].detach().numpy(), rtol=2e-3, atol=2e-4)
             n += 1
     if name == 'rn26_tm':
-        values = found['block output'] - found['stage 3'] @ model.tm.shortcut.weight[:, :, 0, 0].detach().numpy().T
+        close(found['shortcut'], found['stage 3'] @ model.tm.shortcut.weight[:, :, 0, 0].detach().numpy().T)
+        values = found['block output'] - found['shortcut']
     else:
+        assert 'shortcut' not in found
         values = found['block output'][:, -192:]
     close(found['values'], values)
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'dn100_tm_cat'])
+def test_mixing_is_measured_as_by_a_loop_over_regions(trained_like, name):
+    model = trained_like(name).double()
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 32, 32).double()
+    block, norm, regions = model.tm, model.tm.norm, []
+    with torch.no_grad():
+        f = model._forward_trunk(x)
+        block.match.bias -= block.patch_logits(f).mean(dim=(0, 2, 3))  # so that several classes are matched
+        logits = block.patch_logits(f)
+        norm.bias[logits.argmax(1).flatten().mode().values] = -9.  # the class that most regions match is off
+        output = block(f).permute(0, 2, 3, 1).flatten(0, 2).numpy()
+    norm.requires_grad_(False)
+    found = measure_mixing(model, [x[:1], x[1:]])
+    std = (norm.running_var + norm.eps).sqrt()
+    for image in range(5):
+        for a in logits[image].flatten(1).T:  # of one region
+            p = [max(0., float(v)) for v in (a - norm.running_mean) / std * norm.weight + norm.bias]
+            own = p[int(a.argmax())]
+            regions.append([own > 0 and own == max(p), own / sum(p) if sum(p) else 0., own == 0])
+    regions = np.array(regions, dtype=float)
+    assert 0 < regions[:, 0].mean() < 1 and (regions[:, 1] > 0).any() and 0 < regions[:, 2].mean() < 1
+    for key, column in zip(('agreement', 'matched_share', 'matched_off'), regions.T):
+        images = column.reshape(5, 64).mean(axis=1)
+        assert found[key] == pytest.approx(column.mean(), abs=1e-6)
+        assert found[f'{key}_error'] == pytest.approx(images.std(ddof=1) / 5 ** 0.5, rel=1e-3)
+    rest = f.permute(0, 2, 3, 1).flatten(0, 2).numpy()
+    if name == 'rn26_tm':
+        rest = rest @ block.shortcut.weight[:, :, 0, 0].detach().numpy().T
+        values = output - rest
+    else:
+        values = output[:, -192:]
+    spread = (values.var(axis=0).sum() / rest.var(axis=0).sum()) ** 0.5
+    assert found['value_spread'] == pytest.approx(spread, rel=1e-6)
 
 
 @pytest.mark.parametrize('name', [
@@ -101,7 +140,7 @@ def test_networks_whose_files_are_called_alike_are_told_apart(tmp_path):
     flags = ['--baseline', files[1], '--images-per-class', '3', '--regions', '2', '--output', str(tmp_path / 'g')]
     spaces = main(['geometry', files[0], *flags])['spaces']
     assert list(spaces) == [f'{files[1]}: stage 3'] + [
-        f'{files[0]}: {layer}' for layer in ('stage 3', 'patch mean', 'values', 'block output')]
+        f'{files[0]}: {layer}' for layer in ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')]
 
 
 def test_command_leaves_out_where_files_go_and_nothing_else():
@@ -308,11 +347,18 @@ def test_constants_are_measured_and_set_beside_the_paper(tmp_path):
     assert json.loads((tmp_path / 'm.json').read_text()) == values and len(list(tmp_path.iterdir())) == 1
 
 
+def test_mixing_command_writes_its_measures(tmp_path):
+    values = main(['mixing', 'rn26_tm', '--images', '20', '--output', str(tmp_path / 'm')])
+    assert values['images'] == 20 and 0.8 < values['agreement'] <= 1 and 0 < values['value_spread'] < 1
+    assert json.loads((tmp_path / 'm.json').read_text()) == values and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize('flags, message', [
     (['geometry', 'rn26_tm', '--baseline', 'rn26_tm'], 'rn26_tm has a template matching block'),
     (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
     (['mosaic', 'nothing'], 'nothing is no model with weights'),
     (['trust', 'rn26_tm', '--images', '1'], 'take two at least'),
+    (['mixing', 'rn26_tm', '--images', '1'], 'take two at least'),
     (['words', 'SEVEN'], 'matches 7 templates and tells 10 classes apart'),
     (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'tell different classes apart'),
     (['geometry', 'rn26_tm', '--max-regions', '79'], '8 regions of one image of each of 10 classes are more than 79'),

@@ -1,13 +1,13 @@
 """What the paper claims, and what the committed results say of it."""
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from train.config import create_parser
 from train.lineage import find_legs
-from train.paper import DATASET_NAMES, DATASETS
+from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import Scores, label
 
 # settings that two runs of one recipe may differ in: the network, and where and how it ran
@@ -28,8 +28,10 @@ class Evidence:
     test_images: Dict[str, int]  # of each set, in that protocol
     evaluations: Dict[str, Dict[str, Any]]  # of pretrained tags
     runs: Dict[str, Dict[str, Any]]  # the training runs they are from
-    geometry: Optional[Dict[str, Any]] = None  # train.analysis of rn26_tm beside rn26, on CIFAR-10
-    mosaic: Optional[Dict[str, Any]] = None
+    # train.analysis of the weights of rn26_tm for CIFAR-10, by tag
+    geometry: Dict[str, Dict[str, Any]] = field(default_factory=dict)  # beside rn26
+    mosaic: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    mixing: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     words: Optional[Dict[str, Any]] = None
     maximizer: Optional[Dict[str, Any]] = None
 
@@ -119,6 +121,17 @@ def compare_rows(
     return combined(verdicts), lines
 
 
+def find_exceptions(pairs: List[Tuple[str, str]]) -> List[str]:
+    """Where the paper's own table has the second row of a pair above the first."""
+    found = []
+    for better, worse in pairs:
+        (_, *a), (_, *b) = TABLE_1[better], TABLE_1[worse]
+        found += [
+            f'{label(better)} against {label(worse)}, {DATASET_NAMES[dataset]} ({x - y:+.2f})'
+            for dataset, x, y in zip(DATASETS, a, b) if x < y]
+    return [f'not so in the paper\'s own table: {"; ".join(found)}'] if found else []
+
+
 def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     """What two runs of different networks must share to be compared."""
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
@@ -170,12 +183,29 @@ Judgement = Tuple[str, List[str]]
 
 def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
-    verdict, lines = compare_rows(
-        evidence, 'table1', [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')])
-    others = compare_others(evidence)
+    pairs = [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')]
+    verdict, lines = compare_rows(evidence, 'table1', pairs)
+    others, exceptions = compare_others(evidence), find_exceptions(pairs)
+    if not lines and not others:
+        return UNTESTED, exceptions
     if not lines:
-        return (UNDECIDED, ["not run with the paper's protocol", *others]) if others else (UNTESTED, [])
-    return verdict, [*lines, *([f'with other recipes: {others[0]}', *others[1:]] if others else [])]
+        return UNDECIDED, ["not run with the paper's protocol", *others, *exceptions]
+    return verdict, [*lines, *([f'with other recipes: {others[0]}', *others[1:]] if others else []), *exceptions]
+
+
+def judge_shallow(evidence: Evidence) -> Judgement:
+    """By how much more two blocks a stage gain than three."""
+    scores, verdicts, lines = evidence.scores.get('table1', {}), [], []
+    for dataset in DATASETS:
+        rows = [scores.get((model, dataset)) for model in ('rn26_tm', 'rn26', 'rn38_tm', 'rn38')]
+        if all(rows):
+            shallow, deep = (
+                Difference.of(a, b, evidence.test_images[dataset]) for a, b in zip(rows[::2], rows[1::2]))
+            gain = Difference(
+                shallow.points - deep.points, math.hypot(shallow.error, deep.error), shallow.decides and deep.decides)
+            verdicts.append(gain.verdict)
+            lines.append(f'{DATASET_NAMES[dataset]}: {gain} points')
+    return combine_all(verdicts), lines
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
@@ -211,62 +241,118 @@ def judge_constants(evidence: Evidence) -> Judgement:
     for key, symbol, digits in (('mu', 'μ', 2), ('eta', 'η', 1)):
         near = abs(measured[key] / measured['paper'][key] - 1) <= 0.25
         words.append(f'{symbol} = {measured[key]:.{digits}f}, {"" if near else "not "}within a quarter of that')
-    return UNTESTED, [f'not with the paper\'s recipe; a network of another one has {", and ".join(words)}']
+    return UNTESTED, [
+        "these are numbers of one network, and none was trained by the paper's recipe; one after 5 epochs of Muon has "
+        + ', and '.join(words)]
 
 
 def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Difference:
     return Difference(ours[key] - other[key], math.hypot(ours[f'{key}_error'], other[f'{key}_error']))
 
 
-def judge_block_output(evidence: Evidence) -> Judgement:
-    """By neighbours of the class, against input and baseline as the paper does; the patch mean is a control."""
-    geometry = evidence.geometry or {}
-    spaces, key = geometry.get('spaces', {}), 'class_neighbour_rate'
-    names = {'rn26_tm: block output': "at the block's output", 'rn26_tm: stage 3': 'at its input',
-             'rn26: stage 3': 'in the baseline', 'rn26_tm: patch mean': 'in the mean of the input over patches'}
-    if not set(names) <= set(spaces):
-        return UNTESTED, []
-    ours, before, baseline, control = (spaces[name] for name in names)
-    shares = {name: f'{100 * spaces[name][key]:.1f} ± {100 * spaces[name][f"{key}_error"]:.1f} %' for name in names}
-    lines = [f'{shares[name]} of the neighbours are of the class {where}' for name, where in names.items()]
-    if compare_spaces(ours, control, key).verdict != HOLDS:
-        lines[-1] += ', so that it is the mean that brings them together'
-    lines.append(
-        f'by chance {100 * geometry["chance"]["class"]:.0f} % would be; the silhouette of the classes is '
-        f'{ours["class_silhouette"]:.2f} at the output')
-    return combine_all([compare_spaces(ours, other, key).verdict for other in (before, baseline)]), lines
+def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """The measures of each embedding by its name without the network's; those of a baseline as 'baseline NAME'."""
+    found = {}
+    for name, space in analysis['spaces'].items():
+        network, _, layer = name.rpartition(': ')
+        found[f'baseline {layer}' if network and network == analysis['settings'].get('baseline') else layer] = space
+    return found
+
+
+def judge_spaces(
+        analyses: Dict[str, Dict[str, Any]],
+        key: str,
+        better: str,
+        worse: Dict[str, str],
+        others: Dict[str, str],
+        chance: str = '',
+) -> Judgement:
+    """Whether one embedding of the regions has more of a measure than others, in each network.
+
+    Args:
+        analyses: By tag, as train.analysis writes them.
+        key: Of the measure.
+        better: Embedding that is to have more.
+        worse: Those that are to have less, and what to say of them.
+        others: The same of those that are told beside them.
+        chance: Label whose share by chance is told too.
+    """
+    verdicts, lines = [], []
+    for tag, analysis in analyses.items():
+        found = find_layers(analysis)
+        if not {better, *worse, *others} <= set(found):
+            continue
+        verdicts += [compare_spaces(found[better], found[layer], key).verdict for layer in worse]
+        factor, digits, unit = (100, 1, ' %') if key.endswith('rate') else (1, 3, '')
+        shares = [
+            f'{factor * found[layer][key]:.{digits}f} ± {factor * found[layer][f"{key}_error"]:.{digits}f}{unit}{what}'
+            for layer, what in {better: '', **worse, **others}.items()]
+        if chance:
+            shares.append(f'{100 * analysis["chance"][chance]:.0f} % by chance')
+        lines.append(f'{tag}: {", ".join(shares)}')
+    return combine_all(verdicts), lines
+
+
+OUTPUT = 'block output'
+BEFORE = {'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
+
+
+def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
+    """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
+    verdict, lines = judge_spaces(evidence.geometry, f'{label}_neighbour_rate', OUTPUT, BEFORE, {}, label)
+    return verdict, [f'neighbours of the {label} at the output: {lines[0]}', *lines[1:]] if lines else []
+
+
+def judge_value_vectors(evidence: Evidence) -> Judgement:
+    """By what the output has without them; the patch mean is a control without templates."""
+    verdict, lines = judge_spaces(
+        evidence.geometry, 'class_neighbour_rate', OUTPUT, {'shortcut': ' without them, in the projected input'},
+        {'values': ' in the value vectors alone',
+         'patch mean': ' in the mean of the input over patches, with no template'})
+    return verdict, [f'neighbours of the class at the output: {lines[0]}', *lines[1:]] if lines else []
 
 
 def judge_values(evidence: Evidence) -> Judgement:
-    spaces, key = (evidence.mosaic or {}).get('spaces'), 'superclass_silhouette'
-    if not spaces:
-        return UNTESTED, []
-    values, scores = spaces['value embeddings'], spaces['class scores']
-    return compare_spaces(values, scores, key).verdict, [
-        'silhouette of the superclasses ' + ', '.join(
-            f'{space[key]:.3f} ± {space[f"{key}_error"]:.3f} by {name}'
-            for name, space in (('values', values), ('scores', scores)))]
+    verdict, lines = judge_spaces(
+        evidence.mosaic, 'superclass_silhouette', 'value embeddings', {'class scores': ' by scores'}, {})
+    return verdict, [f'silhouette of the superclasses by values: {lines[0]}', *lines[1:]] if lines else []
+
+
+def judge_mixing(evidence: Evidence) -> Judgement:
+    """By the regions whose best match has the largest coefficient, too: most of them."""
+    verdicts, lines = [], []
+    for tag, found in evidence.mixing.items():
+        share, error = (100 * found[key] for key in ('agreement', 'agreement_error'))
+        verdicts.append(Difference(share - 50, error).verdict)
+        lines.append(f'{tag}: {share:.1f} ± {error:.1f} %')
+    return combine_all(verdicts), [f'regions whose best match has the largest coefficient: {lines[0]}', *lines[1:]] \
+        if lines else []
 
 
 def judge_words(evidence: Evidence) -> Judgement:
     if evidence.words is None:
         return UNTESTED, []
     return UNTESTED, [
-        f'{100 * evidence.words["mixed_words"]:.0f} % of {evidence.words["settings"]["words"]} visual words are '
-        f'combinations; what they show has not been labelled']
+        f'{100 * evidence.words["mixed_words"]:.0f} % of {evidence.words["settings"]["words"]} visual words, with '
+        f'{100 * evidence.words["mixed_patches"]:.0f} % of the patches, have no class with half of the score; what '
+        f'they show has not been labelled']
 
 
 def judge(evidence: Evidence) -> List[Claim]:
     """Every claim of the paper with its verdict."""
     def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine_all) -> Judgement:
-        return compare_rows(evidence, 'table1', [(better, worse)], combined)
+        verdict, lines = compare_rows(evidence, 'table1', [(better, worse)], combined)
+        return verdict, [*lines, *find_exceptions([(better, worse)])]
 
     found = [
         ('Template matching improves the baselines (here: those named)', '4.2, Table 1', judge_baselines(evidence)),
+        ('It is not the additional parameters that improve them', '4.2', (UNTESTED, [])),
+        ('It improves shallow networks more (here: RN26 more than RN38)', '4.2, Table 1', judge_shallow(evidence)),
         ('It does more than auxiliary supervision alone', '4.2, Table 1', rows('rn26_tm', 'rn26_aux')),
         ('With it two blocks a stage are mostly above three without', '4.2, Table 1',
          rows('rn26_tm', 'rn38', combine_most)),
-        ('In DenseNet, concatenation is marginally above addition', '4.2, Table 1', rows('dn100_tm_cat', 'dn100_tm')),
+        ('In DenseNet, concatenation is marginally above addition (here: mostly)', '4.2, Table 1',
+         rows('dn100_tm_cat', 'dn100_tm', combine_most)),
         ('It gains from depth', '4.1', judge_depth(evidence)),
         ('λ = 0.5 is best', '4.1, Figure 4', judge_weight(evidence)),
         (f'Soft maximizers do as well as BN-ReLU (no more than {MARGIN:g} point below it)', '4.1, Figure 3',
@@ -274,9 +360,13 @@ def judge(evidence: Evidence) -> List[Claim]:
         ('A trained RN20 has μ = 2.5 and η = 17', '4.1', judge_constants(evidence)),
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline",
          '4.3, Figure 5', judge_block_output(evidence)),
+        ('There animals lie apart from vehicles', '4.3, Figure 5', judge_block_output(evidence, 'superclass')),
+        ('It is the value vectors that cluster them', '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),
         ('Combinations of classes stand for new things, such as wings and tyres', '4.3, Figure 7',
          judge_words(evidence)),
+        ('The classes that match a patch most are selected for its embedding (here: the best one, in most regions)',
+         '5', judge_mixing(evidence)),
     ]
     return [Claim(text, section, verdict, '; '.join(lines) or '–') for text, section, (verdict, lines) in found]

@@ -98,6 +98,11 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
         found = list(dict.fromkeys(_say(r[key]) for r in results))
         if found:
             lines.append(f'- {title}: {"; ".join(found)}')
+    shares = [r['last']['train_top1'] for r in results if 'last' in r]
+    if shares:
+        lines.append(
+            f'- Training images, cropped and mirrored, that were right in the last epoch: {min(shares):.1f} to '
+            f'{max(shares):.1f} %')
     return lines + [f'- `python train/{r["command"]}`' for r in results]
 
 

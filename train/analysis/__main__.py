@@ -4,11 +4,12 @@
     python -m train.analysis mosaic rn26_tm                        # Figure 6: patches by class scores and by values
     python -m train.analysis words rn26_tm                         # Figure 7: combinations of classes
     python -m train.analysis trust rn26_tm                         # does the class map show the evidence?
+    python -m train.analysis mixing rn26_tm                        # does the block mix what the class map shows?
     python -m train.analysis maximizer WEIGHTS                     # mu and eta of sections 3.2 and 4.1
 
 A network is a name with pretrained weights or a weight file of training; the images are those of the sample unless
---dataset names others. Each writes NAME.json and, but for maximizer, NAME.png and NAME.svg; the same seed gives the
-same. They need the extra 'analysis'.
+--dataset names others. Each writes NAME.json and, but for mixing and maximizer, NAME.png and NAME.svg; the same seed
+gives the same. They need the extra 'analysis'.
 """
 import argparse
 import shlex
@@ -81,8 +82,11 @@ def create_parser() -> Parser:
     sub.add_argument('--fill', choices=FILLS, default='mean', help=(
         'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
         'blurred image'))
-    sub = add('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')
-    sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
+    for command, description in (
+            ('mixing', 'does the block mix the values of the classes that match?'),
+            ('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')):
+        sub = add(command, description)
+        sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
     return parser
 
 
@@ -165,7 +169,7 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     if len(set(map(label, networks))) == len(networks):  # files of two runs are called alike
         networks = {label(name): network for name, network in networks.items()}
     sample = sample_regions(args, model)
-    layers = ('stage 3', 'patch mean', 'values', 'block output')
+    layers = ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')
     spaces = {
         f'{name}: {layer}': x
         for name, network in networks.items() for layer, x in embed_regions(network, sample, layers).items()}
@@ -259,6 +263,15 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     return values, trust.draw_trust(curves, summary, title, args.fill)
 
 
+def run_mixing(args: argparse.Namespace, model: Any) -> Outcome:
+    from train.analysis.mixing import measure_mixing
+
+    if args.images < 2:
+        raise InputError('Errors are over images; take two at least.')
+    images = normalize(model, open_images(args, model).images[:args.images])
+    return dict(images=len(images), **measure_mixing(model, images.split(200))), None
+
+
 def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:
     images = normalize(model, open_images(args, model).images[:args.images])
     try:
@@ -280,7 +293,8 @@ def tell_command(argv: List[str]) -> str:
 
 
 RUN: Dict[str, Callable[[argparse.Namespace, Any], Outcome]] = dict(
-    geometry=run_geometry, mosaic=run_mosaic, words=run_words, trust=run_trust, maximizer=run_maximizer)
+    geometry=run_geometry, mosaic=run_mosaic, words=run_words, trust=run_trust, mixing=run_mixing,
+    maximizer=run_maximizer)
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:

@@ -88,7 +88,7 @@ def normalize(model: Any, images: torch.Tensor) -> torch.Tensor:
     return ((images.to(like.device) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-LAYERS = ('stage 3', 'patch mean', 'values', 'block output', 'scores')
+LAYERS = ('stage 3', 'patch mean', 'shortcut', 'values', 'block output', 'scores')
 
 
 @torch.inference_mode()
@@ -104,11 +104,13 @@ def embed_regions(
         model: Network of this project, in evaluation mode.
         sample: Regions of its feature map.
         layers: Of LAYERS: the input f of the block, its mean over the patch around each region (x_g of section 3.3),
-            the values f', the output of the block, which stage 4 takes, and the class probabilities of the patches.
+            the two summands of the output, which are the projected f and the values f', the output of the block, which
+            stage 4 takes, and the class probabilities of the patches.
         batch_size: Images at once.
 
     Returns:
-        (N, D) by layer, of those that the network has; a baseline has 'stage 3' alone.
+        (N, D) by layer, of those that the network has; a baseline has 'stage 3' alone, and where values are
+        concatenated there is no 'shortcut'.
     """
     inputs: List[torch.Tensor] = []
     handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
@@ -122,6 +124,8 @@ def embed_regions(
             if model.has_template_matching:
                 logits = model.tm.patch_logits(f)
                 maps['patch mean'] = model.tm.patch_mean(f)
+                if model.tm.shortcut is not None:
+                    maps['shortcut'] = model.tm.shortcut(f)
                 maps['values'] = model.tm.value(model.tm.mix(logits))
                 maps['block output'] = model.tm.embed(f, logits)
                 maps['scores'] = F.softmax(logits, dim=1)
