@@ -125,10 +125,14 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), help='fp16 if not given')
     add_content_options(group)
     add_image_options(command)
-    command.set_defaults(run=run_tensorrt)
+    defaults = {name: command.get_default(name) for name in OF_A_MODEL}
+    command.set_defaults(run=run_tensorrt, defaults=defaults)
 
 
-OF_A_MODEL = ('checkpoint', 'precision', 'patch_logits', 'method', 'softmax', 'preprocessing', 'dynamic_size')
+OF_A_MODEL = (
+    'checkpoint', 'precision', 'patch_logits', 'method', 'softmax', 'preprocessing', 'dynamic_size', 'dataset',
+    'data_dir', 'dataset_download', 'calibration_split', 'check_split', 'input_key', 'target_key', 'calibration_images',
+    'check_images')
 
 
 def run_tensorrt(args: argparse.Namespace) -> None:
@@ -147,11 +151,11 @@ def run_tensorrt(args: argparse.Namespace) -> None:
     )
     source = Path(args.model)
     if source.suffix == '.onnx':
-        given = [flag for flag in OF_A_MODEL if getattr(args, flag) not in (None, False, 'match')]
+        given = [flag for flag, default in args.defaults.items() if getattr(args, flag) != default]
         if given:
             raise InputError(
-                f'--{given[0].replace("_", "-")} is for a MODEL: what {source} computes was settled when it was '
-                f'exported; leave it out.')
+                f'--{given[0].replace("_", "-")} is for a MODEL: {source} was exported and checked before; leave it '
+                f'out.')
     else:
         check_before_export(args.output, options)
         args.precision = args.precision or 'fp16'

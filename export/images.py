@@ -11,7 +11,7 @@ from timm.data.model_config import resolve_input_data_config
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import decode, get_class_names, open_dataset
+from train.data import decode, get_class_names, open_dataset, share_images
 
 
 @dataclass
@@ -54,11 +54,21 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     """
     if min(args.calibration_images, args.check_images) < 1:
         raise InputError('--calibration-images and --check-images must be at least 1.')
-    if calibrate and args.calibration_split == args.check_split:
-        raise InputError(
-            f'Split {args.check_split!r} is named for calibration and for the check; a check needs other images.')
-    calibration = _decode(args, args.calibration_split, model, args.calibration_images)[0] if calibrate else None
-    held_out, targets, names = _decode(args, args.check_split, model, args.check_images)
+    channels = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)['input_size'][0]
+
+    def open_split(split: str) -> Any:
+        return open_dataset(
+            args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download, channels)
+
+    check, calibration = open_split(args.check_split), None
+    if calibrate:
+        train = open_split(args.calibration_split)
+        if share_images(train, check):
+            raise InputError(
+                f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
+                f'images in common; a check needs others.')
+        calibration = _decode(train, model, args.calibration_images)[0]
+    held_out, targets, names = _decode(check, model, args.check_images)
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
@@ -83,12 +93,9 @@ def name_set(dataset: str) -> str:
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def _decode(args: Namespace, split: str, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:
+def _decode(dataset: Any, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-    dataset = open_dataset(
-        args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download,
-        channels=config.input_size[0])
     names = get_class_names(dataset)
     size = len(dataset)
     taken = torch.linspace(0, size - 1, min(limit, size)).long().tolist()  # of all classes where the set is sorted

@@ -26,11 +26,12 @@ parity: comparison with PyTorch in float32, see export/parity.py.
 Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
 export/tensorrt.py.
 """
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import safetensors.torch
 import timm
@@ -39,8 +40,16 @@ import torch.nn as nn
 from export.runtime import ENGINE_SUFFIXES, METADATA_VERSION, is_described, parse_properties
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
-from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+REQUIRED = ('model', 'weights_sha256', 'class_names', 'input', 'preprocessing', 'outputs', 'precision', 'quantization')
 
 
 def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
@@ -79,19 +88,37 @@ def to_properties(metadata: Dict[str, Any]) -> Dict[str, str]:
 def write_sidecar(path: Path, metadata: Dict[str, Any]) -> None:
     """Write the metadata of a file beside it, with the file's hash and size."""
     target = sidecar(path)
-    with writing(target) as tmp:
+    with writing(target, unique=True) as tmp:
         tmp.write_text(_describe_file(path, metadata))
         os.replace(tmp, target)
 
 
 def replace_with_sidecar(tmp: Path, path: Path, metadata: Dict[str, Any]) -> None:
-    """Give a finished file its name, and a sidecar; on a full disk the pair of before stays whole."""
+    """Give a finished file its name, and a sidecar; on a full disk the pair of before stays whole.
+
+    A reader that comes between the two finds the sidecar of before, which its hash tells.
+    """
     target = sidecar(path)
-    with writing(target) as tmp_sidecar:
+    with writing(target, unique=True) as tmp_sidecar:
         tmp_sidecar.write_text(_describe_file(tmp, metadata))
-        remove(target)  # never beside a file it is not of
-        os.replace(tmp, path)
-        os.replace(tmp_sidecar, target)
+        with _locking(path.parent):
+            os.replace(tmp, path)
+            os.replace(tmp_sidecar, target)
+
+
+@contextlib.contextmanager
+def _locking(folder: Path) -> Iterator[None]:
+    """Keep other writers out, so that of two that write one file the last has both names, where the system can."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _describe_file(path: Path, metadata: Dict[str, Any]) -> str:
@@ -104,7 +131,7 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
     """The metadata of an ONNX file, from its properties or, where another tool dropped them, the sidecar.
 
     Raises:
-        InputError: If there are none, or of another version.
+        InputError: If there are none, only a part, or of another version.
     """
     metadata = parse_properties(properties)
     if 'metadata_version' not in metadata and sidecar(path).is_file():
@@ -121,6 +148,9 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
             f'metadata beside it as {sidecar(path).name}.')
     if version != METADATA_VERSION:
         raise InputError(f'{path} has metadata of version {version}, not {METADATA_VERSION}; export it again.')
+    missing = [key for key in REQUIRED if key not in metadata]
+    if missing:
+        raise InputError(f'{path} says only a part of what is needed, not its {missing[0]}; export it again.')
     return metadata
 
 

@@ -110,7 +110,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         raise InputError(f'{path} is a folder; name the file to write.')
     if path.suffix != '.onnx':
         raise InputError(f'{path} must end in .onnx, which is how others tell what it is.')
-    with writing(path) as tmp:
+    with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     proto, metadata = create_onnx(model, options, images)
     config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
@@ -120,7 +120,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     metadata['parity'], failure = check(run, reference, names, precision, images, prepare, random_input)
     if options.dynamic_size and failure is None:
         failure = check_batch(run, reference, names, precision, create_larger_input(config, options))
-    with writing(path) as tmp:
+    with writing(path, unique=True) as tmp:
         tmp.write_bytes(serialize(proto, metadata))
         if failure is not None:
             failed = path.with_name(f'{path.stem}.failed.onnx')

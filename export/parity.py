@@ -150,7 +150,7 @@ def check(
         targets = images.targets[:compared]
         right = [100 * float((y.argmax(1) == targets).mean()) for y in (real.expected, real.got)]
         report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
-        lost = limits.top1 + 100 * limits.chance(compared)
+        lost = limits.top1 + 100 * limits.allow(compared)
         if right[0] - right[1] > lost:
             failure = failure or ParityError(
                 f'{names[0]}: top-1 accuracy on {compared} images of {images.source} is {right[1]:.2f} %, PyTorch '

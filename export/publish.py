@@ -1,7 +1,6 @@
 """The files of a Hub repository, ready in a folder, and proven to load back."""
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -146,8 +145,7 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
         raise InputError(f'Two engines for one machine are called {path.name}; rename one, and build it again.')
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
-    onnx = os.path.relpath(_find_onnx(folder, path, built, target.parent), target.parent)
-    built['onnx'] = Path(onnx).as_posix()  # for readers of other systems than the one that pushes
+    built['onnx'] = _add_source(path, built, target.parent)
     built['command'] = tell_command(built['onnx'], target, read_options(built))
     write_sidecar(target, metadata)
 
@@ -161,13 +159,14 @@ def _is_engine_of(weights: str, metadata: Any) -> bool:
     return bool(metadata.get('weights_sha256') == weights and {'precision', 'file_bytes'} <= metadata.keys())
 
 
-def _find_onnx(folder: Path, path: Path, built: Dict[str, Any], beside: Path) -> Path:
-    """The ONNX file an engine can be built again from; copied where it is none of those that are published anyway."""
+def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:
+    """Copy the ONNX file an engine can be built again from beside it, and give its name.
+
+    Not one of onnx/, which the next push may replace by one of another version, and engines stay; equal content takes
+    no place of its own on the Hub.
+    """
     def is_source(file: Path) -> bool:
         return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == built['onnx_sha256']
-    for file in sorted((folder / 'onnx').glob('*.onnx')):
-        if is_source(file):
-            return file
     source = path.parent / built['onnx']
     if not is_source(source):
         raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
@@ -176,7 +175,7 @@ def _find_onnx(folder: Path, path: Path, built: Dict[str, Any], beside: Path) ->
     shutil.copyfile(source, beside / source.name)
     if sidecar(source).is_file():
         shutil.copyfile(sidecar(source), sidecar(beside / source.name))
-    return beside / source.name
+    return source.name
 
 
 def _add_pictures(name: str, folder: Path) -> None:

@@ -64,7 +64,8 @@ def quantize(
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=kept,
+            # probabilities in 8 bits would be multiples of 1/255
+            nodes_to_exclude=kept + [node.name for node in proto.graph.node if node.op_type == 'Softmax'],
             **SETTINGS[target],
         )
         return onnx.load(path), kept

@@ -109,7 +109,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise RuntimeInputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except RuntimeInputError:
         raise
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
 
 
@@ -597,7 +597,7 @@ def _find_mismatch(metadata: Dict[str, Any]) -> str:
         raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
     trt = import_tensorrt(built['backend'])
     same = trt.__version__ == built['version']
-    later = _parse_version(trt.__version__) >= _parse_version(built['version'])  # what a compatible engine asks for
+    later = parse_version(trt.__version__) >= parse_version(built['version'])  # what a compatible engine asks for
     if not same and not (built['version_compatible'] and later):
         return f'by {built["backend"]} {built["version"]}, here is {trt.__version__}'
     if built.get('platform') not in (None, tell_platform()):
@@ -616,18 +616,21 @@ def tell_platform() -> str:
     return f'{platform.system()} {platform.machine()}'.lower()
 
 
-def _parse_version(version: str) -> List[int]:
+def parse_version(version: str) -> List[int]:
     return [int(n) for n in re.findall(r'\d+', version)]
 
 
 def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
     """What to do: the command of the sidecar, whose files are relative to the engine's folder, with whole paths."""
-    command = shlex.split(metadata['engine']['command'])
-    if command[:4] != ['python', '-m', 'export', 'tensorrt'] or '--output' not in command:  # not advice of ours
+    try:
+        command = shlex.split(str(metadata['engine']['command']))
+        for word in ('tensorrt', '--output'):
+            i = command.index(word) + 1
+            command[i] = str((path.parent / command[i]).resolve())
+    except (ValueError, IndexError):
+        command = []
+    if command[:4] != ['python', '-m', 'export', 'tensorrt']:  # not advice of ours
         return 'build it again with python -m export tensorrt'
-    onnx, output = (command.index(word) + 1 for word in ('tensorrt', '--output'))
-    for i in (onnx, output):
-        command[i] = os.path.abspath(path.parent / command[i])
     return f'in a checkout of timm-tmblock build it again with "{shlex.join(command)}"'
 
 
@@ -690,7 +693,9 @@ def check_built(metadata: Dict[str, Any], path: Path) -> None:
     if not isinstance(built, dict):
         raise RuntimeInputError(f'{sidecar(path)} is not of an engine; build it with python -m export tensorrt.')
     gpu = built.get('gpu')
+    profiles = built.get('profiles')
     complete = all(key in built for key in BUILT) and built['backend'] in TENSORRT_MODULES
+    complete = complete and isinstance(profiles, list) and all(isinstance(p, list) and len(p) == 3 for p in profiles)
     if not complete or not (gpu is None or isinstance(gpu, dict) and {'name', 'compute_capability'} <= gpu.keys()):
         raise RuntimeInputError(f'{sidecar(path)} says only a part of what is needed; build the engine again.')
 
@@ -939,8 +944,11 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
     order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
-    precisions = {f: _read_sidecar(f).get('precision') if sidecar(f).is_file() else None for f in files}
-    ranked = [f for precision in order for f in files if precisions[f] == precision]
+    precisions: Dict[Path, Any] = {}
+    for file in files:
+        with contextlib.suppress(RuntimeInputError):  # no sidecar, or a bad one: the file says itself what it is
+            precisions[file] = _read_sidecar(file).get('precision')
+    ranked = [f for precision in order for f in files if precisions.get(f) == precision]
     return (ranked or files)[0]
 
 
@@ -1115,6 +1123,8 @@ def run_command_line() -> None:
     """Run the command line and end the process, with code 2 for input that cannot be used."""
     if (Path(__file__).parent / '__main__.py').is_file():  # in a checkout, where a module beside this is tensorrt.py
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='surrogateescape')  # names of files that are not UTF-8, as they are
     try:
         main(sys.argv[1:])
     except RuntimeInputError as e:

@@ -27,11 +27,12 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from export.metadata import read_metadata, replace_with_sidecar
-from export.runtime import ENGINE_SUFFIXES, import_tensorrt, query_gpu, tell_platform
+from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, tell_platform
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
-OPSETS = (9, 25)  # that TensorRT's parser reads; newer ones it takes for what it knows, without a word
+# that TensorRT's parser reads, by its documentation; newer ones it takes for what it knows, without a word
+OPSETS, OPSETS_BEFORE_10_13 = (9, 25), (9, 20)
 BACKENDS = ('auto', 'tensorrt', 'tensorrt_rtx')
 HARDWARE = {'none': None, 'ampere+': 'AMPERE_PLUS', 'same-cc': 'SAME_COMPUTE_CAPABILITY'}
 Range = Tuple[int, int, int]  # smallest, preferred, largest
@@ -62,14 +63,18 @@ class EngineOptions:
         """
         Raises:
             ProfileError: If a range does not rise.
-            InputError: For a workspace of nothing.
+            InputError: For a workspace that is none, or a name that there is not.
         """
+        for name, value, known in (('--backend', self.backend, BACKENDS),
+                                   ('--hardware-compatibility', self.hardware_compatibility, HARDWARE)):
+            if value not in known:  # of a sidecar: a module of this name would be imported
+                raise InputError(f'{name} must be one of {", ".join(known)}, not {value!r}.')
         for name, low_high in (*(('--batch', b) for b in self.batches), ('--size', self.size or (1, 1, 1))):
             low, opt, high = low_high
             if not 1 <= low <= opt <= high:
                 raise ProfileError(f'{name} {low} {opt} {high} must rise: smallest, preferred and largest, from 1 on.')
-        if self.workspace is not None and self.workspace < 1:
-            raise InputError('--workspace must be at least 1 MB.')
+        if self.workspace is not None and not 1 <= self.workspace < 2 ** 43:
+            raise InputError('--workspace must be at least 1 MB, and no more than there are bytes to address.')
 
     def to_flags(self) -> List[str]:
         """The options of the command line that say the same."""
@@ -112,12 +117,14 @@ def build_engine(
     gpu = query_gpu()
     if layers and not gpu:
         raise InputError('TensorRT describes layers on a GPU, and there is none here; leave out --layers.')
-    model, metadata = read_onnx(onnx_path)
-    with writing(path) as tmp:
+    is_old = trt.__name__ == 'tensorrt' and parse_version(trt.__version__) < [10, 13]
+    model, metadata = read_onnx(onnx_path, OPSETS_BEFORE_10_13 if is_old else OPSETS)
+    with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     start = time.perf_counter()
     plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
-    relative = Path(os.path.relpath(onnx_path, path.parent)).as_posix()  # an engine may move to another system
+    # an engine may move to another system; and `..` is of the folder that a link leads to
+    relative = Path(os.path.relpath(onnx_path.resolve(), path.parent.resolve())).as_posix()
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,
@@ -132,7 +139,7 @@ def build_engine(
         hardware_compatibility=options.hardware_compatibility,
         build_seconds=round(time.perf_counter() - start, 2),
     )
-    with writing(path) as tmp:
+    with writing(path, unique=True) as tmp:
         tmp.write_bytes(plan)
         replace_with_sidecar(tmp, path, metadata)
     if layers:
@@ -162,16 +169,20 @@ def rebuild_engine(path: Path) -> None:
     """Build an engine again from the ONNX file beside it, with the options in its sidecar, for this machine.
 
     Raises:
-        InputError: If that file is gone, or is another one by now.
+        InputError: If that file is gone or is another one by now, or the sidecar has no options of an engine.
     """
-    metadata = read_metadata(path, {})
-    engine = metadata['engine']
+    engine = read_metadata(path, {})['engine']
+    try:
+        options = read_options(engine)
+        options.validate()
+    except (AttributeError, KeyError, TypeError) as e:
+        raise InputError(f'{path}.json does not say how to build the engine; use python -m export tensorrt.') from e
     onnx_path = path.parent / engine['onnx']
     if not onnx_path.is_file():
         raise InputError(f'{path} cannot be built again: there is no {onnx_path}.')
     if hashlib.sha256(onnx_path.read_bytes()).hexdigest() != engine['onnx_sha256']:
         raise InputError(f'{path} was built from another {onnx_path.name}; build it with python -m export tensorrt.')
-    build_engine(onnx_path, path, read_options(engine))
+    build_engine(onnx_path, path, options)
 
 
 def read_options(engine: Dict[str, Any]) -> EngineOptions:
@@ -189,7 +200,7 @@ def _freeze(value: Any) -> Any:
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
-def read_onnx(path: Path) -> Tuple[bytes, Dict[str, Any]]:
+def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict[str, Any]]:
     """An ONNX file and its metadata, fit for TensorRT.
 
     Raises:
@@ -210,9 +221,10 @@ def read_onnx(path: Path) -> Tuple[bytes, Dict[str, Any]]:
             reason = str(e).strip().splitlines()[0]
             raise InputError(f'{path} is no valid ONNX file ({reason}); export it again.') from e
     opset = max((o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx')), default=0)
-    if not OPSETS[0] <= opset <= OPSETS[1]:
+    if not opsets[0] <= opset <= opsets[1]:
         raise InputError(
-            f'{path} has opset {opset}, TensorRT reads {OPSETS[0]} to {OPSETS[1]}; export it with --opset 18.')
+            f'{path} has opset {opset}, this TensorRT reads {opsets[0]} to {opsets[1]}; export it with --opset 18, or '
+            f'install a later version (bf16 needs opset 22).')
     metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
     if (metadata.get('quantization') or {}).get('target') == 'cpu':
         raise InputError(

@@ -90,23 +90,34 @@ class _Model:
 
     def write(self, repository: Path) -> Path:
         model = repository / self.name
-        version = 1
-        if model.is_dir():
-            version += max((int(f.name) for f in model.iterdir() if f.name.isdecimal()), default=0)
-        folder = model / str(version)
-        with writing(model if version == 1 else folder) as tmp:
+        there = model.is_dir()
+        versions = [int(f.name) for f in model.iterdir() if f.name.isdecimal()] if there else []
+        folder = model / str(1 + max(versions, default=0))
+        try:
+            repository.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f'Cannot write {repository}: {e.strerror}.') from e
+        with writing(folder if there else _find_place_outside(repository) / self.name) as tmp:
             remove(tmp)
-            target = tmp / '1' if version == 1 else tmp
+            target = tmp if there else tmp / folder.name
             target.mkdir(parents=True)
             file = target / BACKENDS[self.path.suffix][1]
             shutil.copyfile(self.path, file)
             if sidecar(self.path).is_file():
                 shutil.copyfile(sidecar(self.path), sidecar(file))
-            if version == 1:
+            if not there:
                 (tmp / 'config.pbtxt').write_text(self.config)
                 (tmp / 'labels.txt').write_text(self.labels)
-            os.replace(tmp, model if version == 1 else folder)
+            os.replace(tmp, folder if there else model)
         return folder
+
+
+def _find_place_outside(repository: Path) -> Path:
+    """Where a model is put together: a server that starts meanwhile, or after a killed run, takes what lies in its
+    repository for models. But a repository may be a mount, which nothing can be renamed into.
+    """
+    outside = repository.resolve().parent
+    return outside if os.access(outside, os.W_OK) and outside.stat().st_dev == repository.stat().st_dev else repository
 
 
 def tell_flags(paths: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from export.__main__ import main
 from export.check import check_file
 from export.images import name_set
 from export.load import load
+from export.metadata import replace_with_sidecar
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
-from timm_tmblock.checkpoint import load_model, save_weights
+from timm_tmblock.checkpoint import load_model, save_weights, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import forward_class_activation
 from train.analysis.regions import normalize
@@ -290,6 +292,50 @@ def test_file_is_checked_again_by_command(exported, tmp_path, capsys, monkeypatc
         main(['check', str(tmp_path / 'changed.onnx'), str(weights), *FEW])
 
 
+def test_probabilities_of_int8_are_not_in_steps_of_8_bits(pretrained, tmp_path, images):
+    path = tmp_path / 'x.onnx'
+    export_onnx(pretrained, path, OnnxOptions('int8', softmax=True, patch_logits=True), images(pretrained, 64, 64))
+    batch = np.random.default_rng(0).normal(size=(7, 3, 32, 32)).astype(np.float32)
+    for p in onnxruntime.InferenceSession(path).run(None, {'image': batch}):
+        np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-5)
+        assert np.abs(p * 255 - (p * 255).round()).max() > 0.1
+
+
+def test_writers_of_one_file_leave_a_file_and_its_own_sidecar(tmp_path):
+    path, errors = tmp_path / 'x.onnx', []
+
+    def work(n):
+        try:
+            for i in range(20):
+                with writing(path, unique=True) as tmp:
+                    tmp.write_bytes(bytes([n, i]) * 5000)
+                    replace_with_sidecar(tmp, path, dict(writer=n))
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=[n]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sidecar = json.loads((tmp_path / 'x.onnx.json').read_text())
+    assert not errors and sidecar['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sidecar['writer'] == path.read_bytes()[0] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize('key', ['precision', 'weights_sha256', 'class_names'])
+def test_metadata_that_are_not_whole_are_one_sentence(exported, tmp_path, key):
+    proto = onnx.load(exported / 'patches.onnx')
+    kept = [p for p in proto.metadata_props if p.key != key]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, tmp_path / 'x.onnx')
+    for command in (['triton', str(tmp_path / 'x.onnx'), '--output', str(tmp_path / 'r')],
+                    ['check', str(tmp_path / 'x.onnx'), 'rn26_tm', *FEW]):
+        with pytest.raises(InputError, match=f'x.onnx says only a part of what is needed, not its {key}; export it'):
+            main(command)
+
+
 def test_full_disk_is_one_sentence_and_leaves_nothing(pretrained, tmp_path, images, monkeypatch):
     def write_bytes(self, data):
         raise OSError(errno.ENOSPC, 'No space left on device')
@@ -387,7 +433,7 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
     (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),
     (['rn26_tm', '--output', '/proc/none/x.onnx', '--checkpoint', 'WEIGHTS'], 'Cannot write'),
-    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test'], 'needs other images'),
+    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test[:9]'], 'in common; a check'),
     (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'no'], "split 'no'"),
     (['rn26_tm', '--output', 'x.onnx', '--check-images', '0'], 'must be at least 1'),
     (['rn26_tm', '--output', 'x.onnx', '--dataset', 'FOLDER'], 'has 2 classes and the network 10'),

@@ -1,4 +1,6 @@
 """Images of every mode become 8-bit RGB; what is no image is named."""
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,6 +88,18 @@ def test_postscript_is_not_run(tmp_path, monkeypatch, read, error):
     monkeypatch.setattr('PIL.EpsImagePlugin.Ghostscript', lambda *args, **kwargs: pytest.fail('Ghostscript was run'))
     with pytest.raises(error, match='x.png is PostScript, a program; give a PNG'):
         read(path)
+
+
+@pytest.mark.parametrize('read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+@pytest.mark.parametrize('raised', [struct.error('unpack'), NotImplementedError('DDS'), IndexError('bytes')])
+def test_whatever_a_broken_file_makes_pillow_raise_is_one_sentence(tmp_path, monkeypatch, read, error, raised):
+    def fail(image):
+        raise raised
+
+    Image.new('RGB', (4, 4)).save(tmp_path / 'x.png')
+    monkeypatch.setattr('PIL.ImageOps.exif_transpose', fail)
+    with pytest.raises(error, match='x.png cannot be decoded'):
+        read(tmp_path / 'x.png')
 
 
 def test_arrays_of_another_dtype_are_refused():

@@ -52,8 +52,8 @@ def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, 
         assert row == (
             f'| `{path.relative_to(tmp_path)}` | fp32 | {path.stat().st_size / 1e6:.2f} | tensorrt_rtx {version} '
             f'| every GPU that TensorRT-RTX supports | 1 to 4 |')
-    assert not list(tmp_path.glob('engines/*/same.onnx'))  # onnx/model.onnx has the same bytes
-    for path, onnx, _size in ((same, '../../onnx/model.onnx', (3, 5, 6)), (pixels, 'pixels.onnx', None)):
+    # one has the bytes of onnx/model.onnx, which the next push may replace
+    for path, onnx in ((same, 'same.onnx'), (pixels, 'pixels.onnx')):
         metadata = json.loads(Path(f'{path}.json').read_text())
         assert metadata['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
         engine = metadata['engine']

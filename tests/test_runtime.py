@@ -193,6 +193,14 @@ def test_folder_gives_the_file_for_the_machine(folder, monkeypatch):
     assert runtime._find(folder, 'auto', None).name == 'half.onnx'
 
 
+def test_bad_sidecar_hides_no_onnx_file(folder, tmp_path):
+    for name in ('half', 'plain'):
+        shutil.copy(folder / f'{name}.onnx', tmp_path)
+    shutil.copy(folder / 'plain.onnx.json', tmp_path)
+    (tmp_path / 'half.onnx.json').write_text('{')
+    assert runtime.load(tmp_path, 'cpu').metadata['precision'] == 'fp32'
+
+
 def with_properties(source, target, **properties):
     proto = onnx.load(source)
     for p in proto.metadata_props:

@@ -134,8 +134,9 @@ def test_model_is_exported_and_built_at_once(tmp_path):
 
 
 def test_what_a_file_settles_is_refused_beside_it(files, tmp_path):
-    for flags in (['--precision', 'fp16'], ['--patch-logits'], ['--checkpoint', 'x.safetensors'], ['--softmax']):
-        with pytest.raises(InputError, match=f'^{flags[0]} is for a MODEL: what .*patches.onnx computes was settled'):
+    for flags in (['--precision', 'fp16'], ['--patch-logits'], ['--checkpoint', 'x.safetensors'], ['--softmax'],
+                  ['--dataset', 'nowhere'], ['--check-images', '3']):
+        with pytest.raises(InputError, match=f'^{flags[0]} is for a MODEL: .*patches.onnx was exported and checked'):
             main(['tensorrt', str(files / 'patches.onnx'), '--output', str(tmp_path / 'x.engine'), *flags])
     assert list(tmp_path.iterdir()) == []
 
@@ -198,7 +199,7 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
     ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),
     ('missing', {}, 'There is no file .*missing.onnx'),
     ('truncated', {}, 'is cut short or no ONNX file'),
-    ('future', {}, 'has opset 99, TensorRT reads 9 to 25'),
+    ('future', {}, 'has opset 99, this TensorRT reads 9 to 25'),
     ('foreign', {}, 'does not say its classes and preprocessing'),
 ])
 def test_what_cannot_be_built_is_one_sentence(files, tmp_path, name, options, message):

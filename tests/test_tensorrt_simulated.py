@@ -493,3 +493,57 @@ def test_rebuilding_from_another_file_is_refused(simulated, files, tmp_path):
     shutil.copy(files / 'pixels.onnx', tmp_path / 'a.onnx')
     with pytest.raises(InputError, match='was built from another a.onnx'):
         rebuild_engine(tmp_path / 'x.engine')
+
+
+@one_version
+@pytest.mark.parametrize('options, message', [
+    (dict(backend='evil.module'), "--backend must be one of auto, tensorrt, tensorrt_rtx, not 'evil.module'"),
+    (dict(hardware_compatibility='all'), "--hardware-compatibility must be one of none, ampere., same-cc, not 'all'"),
+    (dict(workspace=2 ** 50), 'no more than there are bytes'), (dict(workspace='1'), 'does not say how to build'),
+    (dict(batches=3), 'does not say how to build'), (None, 'does not say how to build')])
+def test_sidecar_of_a_stranger_imports_nothing(simulated, files, tmp_path, monkeypatch, options, message):
+    (tmp_path / 'evil').mkdir()
+    (tmp_path / 'evil' / 'module.py').write_text('raise SystemExit("imported")')
+    monkeypatch.syspath_prepend(tmp_path)
+    path, sidecar = tmp_path / 'x.engine', tmp_path / 'x.engine.json'
+    build_engine(files / 'patches.onnx', path, EngineOptions())
+    metadata = json.loads(sidecar.read_text())
+    metadata['engine']['options'] = options and dict(metadata['engine']['options'], **options)
+    metadata['engine']['version'] = '1.0'
+    sidecar.write_text(json.dumps(metadata))
+    with pytest.raises(runtime.RuntimeInputError, match=message):
+        runtime.load(path, rebuild=True)
+
+
+@one_version
+@pytest.mark.parametrize('command', ['python "', 'python -m export tensorrt x.onnx --output', 7])
+def test_advice_needs_no_whole_command(simulated, files, tmp_path, command):
+    path, sidecar = tmp_path / 'x.engine', tmp_path / 'x.engine.json'
+    build_engine(files / 'patches.onnx', path, EngineOptions())
+    metadata = json.loads(sidecar.read_text())
+    metadata['engine'].update(command=command, version='1.0')
+    sidecar.write_text(json.dumps(metadata))
+    with pytest.raises(runtime.EngineMismatchError, match='; build it again with python -m export tensorrt'):
+        runtime.load(path)
+
+
+@one_version
+def test_engine_in_a_folder_that_is_a_link_is_built_again(simulated, files, tmp_path):
+    (tmp_path / 'onnx').mkdir()
+    (tmp_path / 'disk' / 'deep').mkdir(parents=True)
+    (tmp_path / 'engines').symlink_to(tmp_path / 'disk' / 'deep')
+    shutil.copy(files / 'patches.onnx', tmp_path / 'onnx' / 'a.onnx')
+    path = tmp_path / 'engines' / 'x.engine'
+    build_engine(tmp_path / 'onnx' / 'a.onnx', path, EngineOptions())
+    rebuild_engine(path)
+    assert json.loads(Path(f'{path}.json').read_text())['engine']['onnx'] == '../../onnx/a.onnx'
+
+
+@pytest.mark.parametrize('simulated, refused', [('10.0', True), ('10.16', False)], indirect=['simulated'])
+def test_operators_newer_than_a_version_reads_are_refused(simulated, write_unchecked, tmp_path, refused):
+    write_unchecked(timm.create_model('rn20').eval(), tmp_path / 'a.onnx', OnnxOptions(opset=22))
+    if refused:
+        with pytest.raises(InputError, match='has opset 22, this TensorRT reads 9 to 20; export it with --opset 18'):
+            build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())
+    else:
+        build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())

@@ -229,6 +229,28 @@ def test_versions_and_settings(files, tmp_path, capsys):
     assert sorted(tmp_path.rglob('*')) == before
 
 
+def test_server_that_starts_meanwhile_finds_whole_models_alone(files, tmp_path, monkeypatch):
+    repository, seen = tmp_path / 'repository', []
+    copy = shutil.copyfile
+
+    def copyfile(source, target):
+        seen.append(sorted(p.name for p in repository.iterdir()))
+        return copy(source, target)
+
+    monkeypatch.setattr('export.triton.shutil.copyfile', copyfile)
+    main(['triton', str(files / 'scores.onnx'), str(files / 'pixels.onnx'), '--output', str(repository)])
+    assert seen == [[], [], ['scores'], ['scores']]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['repository']
+
+
+def test_model_without_versions_gets_its_first_again(files, tmp_path):
+    flags = ['triton', str(files / 'scores.onnx'), '--output', str(tmp_path)]
+    main(flags)
+    shutil.rmtree(tmp_path / 'scores' / '1')
+    main(flags)
+    assert sorted(p.name for p in (tmp_path / 'scores').iterdir()) == ['1', 'config.pbtxt', 'labels.txt']
+
+
 def write_engine(folder, name, batches, **changes):
     metadata = json.loads((folder / 'fast.engine.json').read_text())
     metadata['engine']['profiles'] = [[[n, 3, 32, 32] for n in batch] for batch in batches]

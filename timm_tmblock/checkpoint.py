@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Union
@@ -22,8 +23,13 @@ _PRETRAINED_CFG_KEYS = ('num_classes', 'input_size', 'mean', 'std', 'interpolati
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, unique: bool = False) -> Iterator[Path]:
     """Write `path` under a temporary name, so that nothing is ever half-written.
+
+    Args:
+        path: File or folder to write.
+        unique: Take a name of this writer alone, as another may write `path` at the same time. Otherwise all processes
+            of a run have the same, and what a killed one left is overwritten by the next.
 
     Yields:
         The temporary name. Renaming it to `path` is the caller's last step; whatever is left of it is removed.
@@ -31,7 +37,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: If the disk is full or not writable.
     """
-    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp' if unique else f'.{path.name}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp

@@ -42,7 +42,7 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
         raise InputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except InputError:
         raise
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
     if image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion clips it at 255
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8))
