@@ -8,7 +8,7 @@ from PIL import Image
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset
+from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset, share_images
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
 
@@ -224,6 +224,21 @@ def test_damaged_image_is_named(folder):
     (folder / 'train' / 'bee' / '1.png').write_bytes(b'')
     with pytest.raises(InputError, match=r'cannot be read.*bee/1\.png'):
         decode(open_dataset(str(folder), 'train'), CONFIG, progress=False)
+
+
+def test_image_without_a_label_is_named(folder, monkeypatch):
+    dataset = open_dataset(str(folder), 'train')
+    dataset.reader.samples[3] = (dataset.reader.samples[3][0], -1)  # as in the test splits of competitions
+    with pytest.raises(InputError, match=r'Image 3 of the dataset has no label \(-1\); name a split that has'):
+        decode(dataset, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize('a, b, shared', [
+    ('train', 'train', True), ('train', 'test', False), ('train[:10]', 'train[9:]', True),
+    ('train[:10]', 'train[10:]', False), ('train[:10%]', 'train[140:150]', True), ('test', 'train[:5]+test[:5]', True)])
+def test_parts_that_share_images_are_known(a, b, shared):
+    a, b = (open_dataset('sample', split) for split in (a, b))
+    assert share_images(a, b) is share_images(b, a) is shared
 
 
 def test_labels_without_names_are_refused():

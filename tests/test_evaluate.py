@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from export.onnx import OnnxOptions, export_onnx
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.augment import DataConfig
 from train.data import decode, open_dataset
 from train.evaluate import main
@@ -151,6 +153,19 @@ def test_set_of_other_classes_is_refused(tmp_path):
         Image.new('RGB', (32, 32)).save(tmp_path / 'test' / name / '0.png')
     with pytest.raises(InputError, match='tells 10 classes apart and .* has 2'):
         main(['rn26_tm', '--dataset', str(tmp_path), '--split', 'test', '--device', 'cpu'])
+
+
+def test_set_of_the_same_classes_in_another_order_is_refused(tmp_path):
+    for name in CIFAR10_LABELS:
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'test' / name / '0.png')
+    model = timm.create_model('rn20')
+    names = [*CIFAR10_LABELS[1:], CIFAR10_LABELS[0]]
+    save_weights(tmp_path / 'w.safetensors', model.state_dict(), dict(model='rn20', num_classes=10, label_names=names))
+    flags = ['--dataset', str(tmp_path), '--split', 'test', '--device', 'cpu']
+    with pytest.raises(InputError, match='same classes in another order .class 0 is automobile and airplane'):
+        main([str(tmp_path / 'w.safetensors'), *flags])
+    assert main(['rn26_tm', *flags])['images'] == 10
 
 
 def test_command_prints_json_and_exits_with_2():

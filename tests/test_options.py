@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from timm.models import group_parameters
 
 from timm_tmblock import PatchSupervised
-from timm_tmblock.checkpoint import load_model
+from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
 from train.engine import _configure_deepspeed, create_accelerator
 from train.optim import create_schedule, resolve_lr
+from train.record import create_folder_name
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,25 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     assert trainer.args.lr is None and trainer.args.lr_base == 0.256  # what another number of GPUs scales anew
     trainer = create_trainer(tmp_path, '--lr', '0.3', '--warmup-epochs', '1')
     assert trainer.peak_lr == 0.3 > trainer.lr  # which warms up
+
+
+@pytest.mark.parametrize('recipe, flags, expected', [
+    ('val_fraction: 0', ['--val-split', 'test'], dict(val_split='test', val_fraction=None)),
+    ('val_fraction: 0', ['--pool', '65', '15', '20'], dict(pool=[65, 15, 20], val_fraction=None)),
+    ('val_split: test', ['--val-fraction', '0.2'], dict(val_split=None, val_fraction=0.2)),
+    ('max_steps: 3', ['--epochs', '30'], dict(max_steps=None, epochs=30)),  # which is the default, but was given
+    ('max_steps: 3', [], dict(max_steps=3, epochs=30)),
+])
+def test_settings_that_say_the_same_replace_those_of_a_recipe(tmp_path, recipe, flags, expected):
+    (tmp_path / 'recipe.yaml').write_text(recipe + '\n')
+    args = vars(parse_args(['-c', str(tmp_path / 'recipe.yaml'), *flags]))
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
+    flags = [f for f in TINY if f not in ('--experiment', 'run')]
+    names = {create_folder_name(parse_args([*flags, '--output', str(tmp_path)])) for _ in range(3)}
+    assert len(names) == 3 and all(name.name.split('-')[2] == 'rn26_tm' for name in names)
 
 
 def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
@@ -330,6 +351,14 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
     assert result['last']['train_kd_loss'] > 0
 
 
+def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
+    names = list(reversed(CIFAR10_LABELS))
+    weights = tmp_path / 'teacher.safetensors'
+    save_weights(weights, timm.create_model('rn20').state_dict(), dict(model='rn20', num_classes=10, label_names=names))
+    with pytest.raises(InputError, match='The teacher and the data have the same classes in another order'):
+        main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
     (['--kd-model-name', 'dn100_tm_cat'], 'teacher dn100_tm_cat cannot be loaded'),
@@ -347,6 +376,21 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
     (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),
     (['--mixup', '0.2', '--batch-size', '1'], 'use a --batch-size of 2 or more'),
     (['--padding', '-1'], 'must not be negative'),
+    (['--mixup', '0.2', '--cutmix-minmax', '0.1', '0.5'], 'give --cutmix too'),
+    (['--seed', '-1'], 'must be from 0 to'),
+    (['--split-seed', str(2 ** 70)], 'must be from 0 to'),
+    (['--batch-size', 'many'], "must be a whole number, not 'many'"),
+    (['--interpolation', 'foo'], 'invalid choice'),
+    (['--crop-pct', '-1'], 'must be above 0'),
+    (['--mean', 'nan', '0', '0'], "must be a number, not 'nan'"),
+    (['--clip-grad', '-1'], 'must be above 0'),
+    (['--hflip', '3'], 'must be from 0 to 1'),
+    (['--mixup', '-1'], 'must not be negative'),
+    (['--model', 'rn26.foo'], "rn26 has no tag 'foo'; it has cifar10, cifar100, mini_imagenet"),
+    (['--model-kwargs', 'foo'], 'must be KEY=VALUE, not foo'),
+    (['--opt-betas', '0.9'], 'optimizer .adam. cannot be used'),
+    (['--opt', 'adahessian'], 'needs second derivatives'),
+    (['--train-split', 'train[:36]', '--test-split', 'train[20:40]'], "'train.*36.*' and 'train.*40.*' .* in common"),
     (['--dataset', 'wds/somewhere'], 'is a stream'),
 ])
 def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, flags, message):

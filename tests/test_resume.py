@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
@@ -145,6 +146,29 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
         main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
 
 
+def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_would_have(tmp_path):
+    flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2']
+    whole = main([*flags, '--output', str(tmp_path / 'whole')])
+    trainer = Trainer(parse_args([*flags, '--output', str(tmp_path / 'cut')]))
+    trainer.start_record()
+    trainer.model.train()
+    for images, targets in trainer.train_loader.epoch(0):
+        trainer.step(images, targets)
+        if trainer.state.update == 2:
+            break
+    trainer.save()  # and is killed before it validates
+    resumed = main(['--resume', str(tmp_path / 'cut' / 'run')])
+    assert resumed['history'] == whole['history'] and resumed['test'] == whole['test']
+    assert_same(tmp_path / 'whole' / 'run', tmp_path / 'cut' / 'run')
+
+
+def test_epochs_are_of_the_images_there_are(tmp_path):
+    flags = [f for f in FLAGS if f not in ('--val-split', 'test[:15]')]
+    main([*flags, '--batch-size', '6', '--output', str(tmp_path), '--val-fraction', '0.5'])  # 2 epochs of 3 updates
+    result = main(['--resume', str(tmp_path / 'run'), '--val-fraction', '0', '--epochs', '3'])  # then one of 6
+    assert [row['epoch'] for row in result['history']] == [0, 1, 2] and result['updates'] == 18
+
+
 def test_epochs_are_counted_whatever_the_size_of_an_update(tmp_path):
     flags = [*FLAGS, '--opt', 'sgd', '--sched', 'poly', '--decay-rate', '1', '--lr', '1e-3', '--output', str(tmp_path)]
     main([*flags, '--batch-size', '6'])  # 2 epochs of 6 updates
@@ -164,6 +188,8 @@ def test_resumed_run_keeps_the_trackers_run(tmp_path):
     main(['--resume', str(tmp_path / 'run'), '--max-steps', '4'])
     ids += [json.loads((p / 'state.json').read_text())['run_id'] for p in find_checkpoints(tmp_path / 'run')]
     assert len(set(ids)) == 1 and len(ids[0]) == 32
+    seen = EventAccumulator(str(tmp_path / 'run' / 'timm-tmblock')).Reload()
+    assert [event.step for event in seen.Scalars('eval/top1')] == [2, 4]
 
 
 def test_run_that_goes_on_is_not_finished(tmp_path):

@@ -57,8 +57,8 @@ def test_analyses_and_cards_are_of_the_shipped_weights(name):
         assert analysis['weights_sha256'] == INDEX[name]['sha256'], path
         baseline = analysis['settings'].get('baseline')
         if baseline:
-            tag = name.partition('.')[2]
-            assert analysis['baseline_sha256'] == INDEX[f'{baseline.partition(".")[0]}.{tag}']['sha256'], path
+            cfg = timm.get_pretrained_cfg(baseline)
+            assert analysis['baseline_sha256'] == INDEX[f'{cfg.architecture}.{cfg.tag}']['sha256'], path
     model = timm.create_model(name, pretrained=True)
     for path in (ROOT / 'export' / 'results' / name).glob('*.json'):
         assert json.loads(path.read_text())['weights_sha256'] == hash_weights(model), path
@@ -145,6 +145,13 @@ def test_run_that_has_seen_the_images_is_refused(finished_run, elsewhere, tmp_pa
     with pytest.raises(InputError, match="trained or chosen on images of the split 'test'; name another"):
         ship.main([str(tmp_path / 'run'), '--tag', 'sample', *SET])
     assert not (elsewhere / 'weights').exists()
+
+
+def test_arguments_that_change_how_a_network_runs_make_it_no_other(tmp_path):
+    model = timm.create_model('dn100', memory_efficient=True)
+    for arguments in (dict(memory_efficient=True), dict(memory_efficient=True, growth_rate=24)):
+        save_weights(tmp_path / 'w.safetensors', model.state_dict(), dict(model='dn100', model_args=arguments))
+        assert ship.find_own_arguments(tmp_path / 'w.safetensors') == [k for k in arguments if k == 'growth_rate']
 
 
 def test_network_with_arguments_of_its_own_is_refused(finished_run, elsewhere, tmp_path):

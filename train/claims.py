@@ -197,7 +197,7 @@ def judge_shallow(evidence: Evidence) -> Judgement:
     """By how much more two blocks a stage gain than three."""
     scores, verdicts, lines = evidence.scores.get('table1', {}), [], []
     for dataset in DATASETS:
-        rows = [scores.get((model, dataset)) for model in ('rn26_tm', 'rn26', 'rn38_tm', 'rn38')]
+        rows = [scores.get((model, dataset), []) for model in ('rn26_tm', 'rn26', 'rn38_tm', 'rn38')]
         if all(rows):
             shallow, deep = (
                 Difference.of(a, b, evidence.test_images[dataset]) for a, b in zip(rows[::2], rows[1::2]))

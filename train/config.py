@@ -1,5 +1,6 @@
 """Settings of a training run: flags, and YAML recipes that set them."""
 import argparse
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,11 @@ from timm.utils import ParseKwargs
 from timm_tmblock.errors import InputError
 
 SETTINGS = 'args.yaml'  # in the experiment folder
+INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
+# settings that say the same as others; where one is given, those of a recipe below it go
+INSTEAD = dict(
+    lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
+    pool=('val_fraction',))
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,18 +26,79 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f'{message}; see {self.prog} --help.')
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a whole number, not {text!r}') from None
+
+
 def positive(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
     return value
 
 
 def not_negative(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f'must not be negative, not {value}')
     return value
+
+
+def seed(text: str) -> int:
+    value = whole(text)
+    if not 0 <= value < 2 ** 31:  # NumPy takes 32 bits, and each process adds its number
+        raise argparse.ArgumentTypeError(f'must be from 0 to {2 ** 31 - 1}, not {value}')
+    return value
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f'must be a number, not {text!r}')
+    return value
+
+
+def from_zero(text: str) -> float:
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must not be negative, not {text}')
+    return value
+
+
+def above_zero(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'must be above 0, not {text}')
+    return value
+
+
+def fraction(text: str) -> float:
+    value = finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'must be from 0 to 1, not {text}')
+    return value
+
+
+class KeyValues(ParseKwargs):
+    """timm's, which dies of a word that is none."""
+
+    def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option_string: Optional[str] = None,
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                raise argparse.ArgumentError(self, f'must be KEY=VALUE, not {value}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def create_parser() -> Parser:
@@ -53,58 +120,63 @@ def create_parser() -> Parser:
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
     group.add_argument('--train-split', default='train')
     group.add_argument('--val-split', help='images that choose the best weights; by default a part of the train split')
-    group.add_argument('--val-fraction', type=float, help=(
+    group.add_argument('--val-fraction', type=finite, help=(
         'part of the train split held out for that choice, 0.1 if not given; 0: train on all, keep the last weights'))
     group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
-    group.add_argument('--pool', type=float, nargs=3, metavar='SIZE', help=(
+    group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
-    group.add_argument('--split-seed', type=int, default=0, help='of the parts that are held out or divided')
+    group.add_argument('--split-seed', type=seed, default=0, help='of the parts that are held out or divided')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
-    group.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
+    group.add_argument('--memory-limit', type=from_zero, default=4., help='decode sets up to this many GB into memory')
     group.add_argument(
         '--workers', type=not_negative, default=4, help='processes that decode larger sets and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('--val-batch-size', type=positive, default=256)
-    group.add_argument('--interpolation', help="of images that are resized; the model's if not given")
-    group.add_argument('--crop-pct', type=float, help="share of a resized image that is kept; the model's if not given")
+    group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
+        "of images that are resized; the model's if not given"))
+    group.add_argument('--crop-pct', type=above_zero, help=(
+        "share of a resized image that is kept; the model's if not given"))
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
     group.add_argument('--pretrained', action=boolean, default=False)
     group.add_argument('--initial-checkpoint', metavar='FILE', help='safetensors weights to start from')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument('--img-size', type=positive, help=(
         "side the images are resized to and the model is laid out for; the model's if not given"))
     group.add_argument('--aux-head', action=boolean, default=False, help=(
         'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
-    group.add_argument('--drop', type=float, default=0., help='dropout rate before the classifier')
-    group.add_argument('--patch-loss-weight', type=float, default=0.5, help='lambda of equation 3.1')
+    group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
+    group.add_argument('--patch-loss-weight', type=fraction, default=0.5, help='lambda of equation 3.1')
     group.add_argument('--channels-last', action=boolean, default=True)
-    group.add_argument('--grad-checkpointing', action=boolean, default=False, help='less memory for more time')
+    group.add_argument('--grad-checkpointing', action=boolean, default=False, help=(
+        'less memory for more time; batch norms count each batch twice, as PyTorch has it'))
     group.add_argument('--sync-bn', action=boolean, default=False, help='batch statistics over all processes, on GPUs')
     group.add_argument('--dist-bn', choices=['broadcast', 'reduce'], default='broadcast', help=(
-        "running statistics that are validated and kept: the main process's, or the mean of all"))
+        "running statistics that are validated and kept: the main process's, or the mean over the processes of what "
+        "the last batch made of them"))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
-    group.add_argument('--mean', type=float, nargs='+', help="of the set's pixels in [0, 1]; the model's if not given")
-    group.add_argument('--std', type=float, nargs='+')
+    group.add_argument('--mean', type=finite, nargs='+', help="of the set's pixels in [0, 1]; the model's if not given")
+    group.add_argument('--std', type=above_zero, nargs='+')
 
     group = parser.add_argument_group('optimizer, by timm')
     group.add_argument('--opt', default='adam')
-    group.add_argument('--lr', type=float, help='learning rate, 0.001 if neither this nor --lr-base is given')
-    group.add_argument('--lr-base', type=float, help='learning rate at --lr-base-size images an update')
+    group.add_argument('--lr', type=from_zero, help='learning rate, 0.001 if neither this nor --lr-base is given')
+    group.add_argument('--lr-base', type=from_zero, help='learning rate at --lr-base-size images an update')
     group.add_argument('--lr-base-size', type=positive, default=256)
     group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help='how it grows with images')
-    group.add_argument('--weight-decay', type=float, default=1e-4)
-    group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--opt-eps', type=float)
-    group.add_argument('--opt-betas', type=float, nargs='+')
-    group.add_argument('--opt-args', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--weight-decay', type=from_zero, default=1e-4)
+    group.add_argument('--momentum', type=from_zero, default=0.9)
+    group.add_argument('--opt-eps', type=from_zero)
+    group.add_argument('--opt-betas', type=fraction, nargs='+')
+    group.add_argument('--opt-args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
-    group.add_argument('--layer-decay', type=float, help='factor of the learning rate from a layer to the one below')
-    group.add_argument('--layer-decay-min-scale', type=float)
-    group.add_argument('--clip-grad', type=float, help='bound of the gradients')
+    group.add_argument('--layer-decay', type=above_zero, help=(
+        'factor of the learning rate from a layer to the one below'))
+    group.add_argument('--layer-decay-min-scale', type=from_zero)
+    group.add_argument('--clip-grad', type=above_zero, help='bound of the gradients')
     group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm')
     group.add_argument('--grad-accum-steps', type=positive, default=1)
 
@@ -112,66 +184,70 @@ def create_parser() -> Parser:
     group.add_argument('--epochs', type=positive, default=30)
     group.add_argument('--max-steps', type=positive, help='length of the schedule in updates, in place of --epochs')
     group.add_argument('--sched', default='cosine', help='cosine, poly, step, multistep, tanh, wsd, rsqrt, constant')
-    group.add_argument('--warmup-epochs', type=float, default=0.)
-    group.add_argument('--warmup-lr', type=float, default=1e-5)
+    group.add_argument('--warmup-epochs', type=from_zero, default=0.)
+    group.add_argument('--warmup-lr', type=from_zero, default=1e-5)
     group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to the epochs')
-    group.add_argument('--cooldown-epochs', type=float, default=0.)
-    group.add_argument('--min-lr', type=float, default=0.)
-    group.add_argument('--decay-rate', type=float, default=0.1, help="factor of 'step', power of 'poly'")
-    group.add_argument('--decay-epochs', type=float, help="between steps (90 if not given), or the decay of 'wsd'")
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
-    group.add_argument('--lr-noise', type=float, nargs='+', help='fractions of the schedule where noise starts, ends')
-    group.add_argument('--lr-noise-pct', type=float, default=0.67)
-    group.add_argument('--lr-noise-std', type=float, default=1.)
-    group.add_argument('--lr-cycle-mul', type=float, default=1.)
-    group.add_argument('--lr-cycle-decay', type=float, default=0.5)
+    group.add_argument('--cooldown-epochs', type=from_zero, default=0.)
+    group.add_argument('--min-lr', type=from_zero, default=0.)
+    group.add_argument('--decay-rate', type=from_zero, default=0.1, help="factor of 'step', power of 'poly'")
+    group.add_argument('--decay-epochs', type=above_zero, help="between steps (90 if not given), or the decay of 'wsd'")
+    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=[90, 180, 270])
+    group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
+        'fractions of the schedule where noise starts, ends'))
+    group.add_argument('--lr-noise-pct', type=from_zero, default=0.67)
+    group.add_argument('--lr-noise-std', type=from_zero, default=1.)
+    group.add_argument('--lr-cycle-mul', type=above_zero, default=1.)
+    group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5)
     group.add_argument('--lr-cycle-limit', type=positive, default=1)
-    group.add_argument('--lr-k-decay', type=float, default=1.)
+    group.add_argument('--lr-k-decay', type=above_zero, default=1.)
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect')
-    group.add_argument('--hflip', type=float, default=0.5)
+    group.add_argument('--hflip', type=fraction, default=0.5)
     group.add_argument('--aa', metavar='POLICY', help=(
         "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', ..."))
-    group.add_argument('--reprob', type=float, default=0., help='probability of random erasing')
+    group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')
     group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const')
     group.add_argument('--recount', type=positive, default=1, help='largest number of rectangles erased')
-    group.add_argument('--mixup', type=float, default=0., help='alpha of mixup, 0 for none')
-    group.add_argument('--cutmix', type=float, default=0., help='alpha of cutmix, 0 for none')
-    group.add_argument('--cutmix-minmax', type=float, nargs=2, help='range of the side of the part that is cut')
-    group.add_argument('--mixup-prob', type=float, default=1., help='of a batch to be mixed at all')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='of cutmix where both are on')
+    group.add_argument('--mixup', type=from_zero, default=0., help='alpha of mixup, 0 for none')
+    group.add_argument('--cutmix', type=from_zero, default=0., help='alpha of cutmix, 0 for none')
+    group.add_argument('--cutmix-minmax', type=fraction, nargs=2, help='range of the side of the part that is cut')
+    group.add_argument('--mixup-prob', type=fraction, default=1., help='of a batch to be mixed at all')
+    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='of cutmix where both are on')
     group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, help='first epoch without mixing; 0: none')
-    group.add_argument('--smoothing', type=float, default=0., help='label smoothing')
+    group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help='first epoch without mixing; 0: none')
+    group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
 
     group = parser.add_argument_group('EMA of the weights, by timm')
     group.add_argument('--model-ema', action=boolean, default=False, help='validate and keep the averaged weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.998)
+    group.add_argument('--model-ema-decay', type=fraction, default=0.998)
     group.add_argument('--model-ema-warmup', action=boolean, default=True)
 
     group = parser.add_argument_group('distillation')
     group.add_argument('--kd-model-name', metavar='NAME', help='teacher: a model of timm or of the Hub, with weights')
     group.add_argument('--kd-checkpoint', metavar='FILE', help='weights of the teacher; those of this script name it')
-    group.add_argument('--kd-temperature', type=float, default=4.)
-    group.add_argument('--task-loss-weight', type=float, help='of the loss without the teacher, 1 if not given')
-    group.add_argument('--distill-loss-weight', type=float, help=(
+    group.add_argument('--kd-temperature', type=above_zero, default=4.)
+    group.add_argument('--task-loss-weight', type=from_zero, help='of the loss without the teacher, 1 if not given')
+    group.add_argument('--distill-loss-weight', type=from_zero, help=(
         "of the teacher's part; if not given, 1 - task-loss-weight where that is given, else 1"))
 
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
     group.add_argument('--resume', metavar='FOLDER', help='continue this experiment, with its settings')
-    group.add_argument('--checkpoint-interval', type=int, default=0, help='updates between checkpoints; 0: each epoch')
-    group.add_argument('--checkpoint-hist', type=int, default=0, help='keep the weights of this many best epochs')
+    group.add_argument('--checkpoint-interval', type=not_negative, default=0, help=(
+        'updates between checkpoints; 0: each epoch'))
+    group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
+        'keep the weights of this many best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
-    group.add_argument('--log-interval', type=int, default=50, help='updates between values sent to trackers; 0: none')
+    group.add_argument('--log-interval', type=not_negative, default=50, help=(
+        'updates between values sent to trackers; 0: none'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
         "'flip': report accuracy averaged with the mirrored image too"))
     group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
-    group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--seed', type=seed, default=42)
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')
@@ -189,7 +265,7 @@ def refusing(settings: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError) as e:
+    except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError) as e:
         reason = str(e).strip().split('\n')[0] or type(e).__name__
         raise InputError(f'{settings} cannot be used: {reason}') from e
 
@@ -202,16 +278,17 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """
     parser = create_parser()
     argv = sys.argv[1:] if argv is None else argv
-    given = args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    unset = object()  # argparse keeps what a namespace has
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {k: v for k, v in given.items() if v is not unset}
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
     settings: Dict[str, Any] = {}
     for recipe in recipes:
         settings = _override(settings, _read_known(parser, Path(recipe)))
-    args = parser.parse_args(_make_flags(parser, settings) + argv)
-    if given.lr_base is not None and given.lr is None:  # the command line overrides a recipe's --lr by it
-        args.lr = None
-    return args
+    settings = {k: v for k, v in _override(settings, given).items() if k not in given}
+    return parser.parse_args(_make_flags(parser, settings) + argv)
 
 
 def dump_args(args: argparse.Namespace) -> str:
@@ -237,10 +314,8 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
 
 
 def _override(below: Dict[str, Any], above: Dict[str, Any]) -> Dict[str, Any]:
-    # lr would win over lr_base, wherever it comes from
-    if above.get('lr_base') is not None and above.get('lr') is None:
-        below = {k: v for k, v in below.items() if k != 'lr'}
-    return {**below, **above}
+    replaced = {other for key, others in INSTEAD.items() if above.get(key) is not None for other in others}
+    return {**{k: v for k, v in below.items() if k not in replaced}, **above}
 
 
 def _read_known(parser: Parser, path: Path) -> Dict[str, Any]:

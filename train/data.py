@@ -3,7 +3,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class ImageSet(Dataset):
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError) as e:
             raise InputError(f'Image {index} of the dataset cannot be read, remove or replace it: {e}') from e
+        if target < 0:  # as in the test splits of competitions
+            raise InputError(f'Image {index} of the dataset has no label ({target}); name a split that has.')
         return image if self.transform is None else self.transform(image), int(target)
 
 
@@ -127,10 +129,30 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
             raise InputError(f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}.')
 
 
-def identify_images(dataset: Any) -> Tuple[str, ...]:
-    """What two opened splits of a set have in common if they are the same images by two names."""
+def share_images(a: Any, b: Any) -> bool:
+    """Whether two opened splits of one set are the same images by two names, or have some in common."""
+    if _identify(a) == _identify(b):
+        return True
+    return any(
+        name == other and max(first, other_first) < min(end, other_end)
+        for name, first, end in _find_rows(a) for other, other_first, other_end in _find_rows(b))
+
+
+def _identify(dataset: Any) -> Tuple[str, ...]:
     source = getattr(dataset, 'reader', dataset)
     return tuple(str(getattr(source, name, None)) for name in ('root', 'train', 'split', 'version'))
+
+
+def _find_rows(dataset: Any) -> List[Tuple[str, int, int]]:
+    """Split, first and end row of each part of an hfds/ set, as 'train[:10%]+test' has two."""
+    table = getattr(getattr(dataset, 'reader', None), 'dataset', None)
+    info = getattr(table, 'info', None)
+    if info is None or not info.splits:
+        return []
+    from datasets import ReadInstruction
+    sizes = {name: split.num_examples for name, split in info.splits.items()}
+    parts = ReadInstruction.from_spec(str(table.split)).to_absolute(sizes)  # type: ignore[union-attr]
+    return [(part.splitname, part.from_, part.to) for part in parts]
 
 
 def add_data_options(parser: ArgumentParser) -> None:
@@ -160,6 +182,20 @@ def get_class_names(dataset: Any) -> List[str]:
     if not class_to_idx:
         raise InputError('The label column does not say its classes; cast it to datasets.ClassLabel first.')
     return [str(c) for c, _ in sorted(class_to_idx.items(), key=lambda item: item[1])]
+
+
+def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: If a network and a set have other numbers of classes, or the same ones in another order.
+    """
+    if len(known) != len(found):
+        raise InputError(f'{name} tells {len(known)} classes apart and {dataset} has {len(found)}.')
+    if list(known) != list(found) and sorted(known) == sorted(found):
+        first = next(i for i, pair in enumerate(zip(known, found)) if pair[0] != pair[1])
+        raise InputError(
+            f'{name} and {dataset} have the same classes in another order (class {first} is {known[first]} and '
+            f'{found[first]}); order the labels of the set as the network has them.')
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:

@@ -106,10 +106,11 @@ def _resolve_trackers(names: List[str]) -> List[str]:
 
 
 def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_id: str, update: int) -> None:
-    """Begin or, with the same `run_id`, take up the run in every tracker."""
+    """Begin the run in every tracker or, where that knows it by `run_id` or its folder, take it up."""
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
     settings: Dict[str, Dict[str, Any]] = {
-        'tensorboard': {'purge_step': update},  # what a resumed run repeats is not shown twice
+        # what a resumed run repeats is not shown twice; the values of the checkpoint's update were written before it
+        'tensorboard': {'purge_step': update + 1 if update else None},
         'wandb': {'name': folder.name, 'id': run_id, 'resume': 'allow', 'dir': str(folder)},
         'mlflow': {'run_name': folder.name},
         'trackio': {'name': folder.name, 'resume': 'allow'},

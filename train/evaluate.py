@@ -26,7 +26,7 @@ from tqdm import tqdm
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import Parser, positive
-from train.data import add_data_options, decode, fits_in_memory, get_class_names, open_named
+from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_versions
@@ -71,9 +71,8 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
     )
     dataset = open_named(args, channels)
     names = get_class_names(dataset)
-    if runner.class_names and len(runner.class_names) != len(names):
-        raise InputError(
-            f'{args.model} tells {len(runner.class_names)} classes apart and {args.dataset} has {len(names)}.')
+    if runner.class_names:
+        check_classes(args.model, runner.class_names, args.dataset, names)
     channels_last = runner.kind == 'PyTorch'
     if fits_in_memory(len(dataset), config, args.memory_limit):
         return InMemoryLoader(

@@ -19,6 +19,13 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(name):
         near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
         raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        base = name.partition('.')[0]
+        tags = [m.partition('.')[2] for m in timm.list_models(f'{base}.*', include_tags=True)]
+        raise InputError(
+            f'{base} has no tag {name.partition(".")[2]!r}; it has {", ".join(filter(None, tags))}.') from e
 
 
 def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:

@@ -27,8 +27,11 @@ def resolve_lr(args: Namespace, images_per_update: int) -> float:
 
 def create_optimizer(args: Namespace, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     with refusing(f'These settings of the optimizer {args.opt!r}'):
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, **{**optimizer_kwargs(args), 'lr': lr}, filter_bias_and_bn=args.filter_bias_and_bn)
+    if getattr(optimizer, 'is_second_order', False):
+        raise InputError(f'{args.opt} needs second derivatives, which are not taken here; choose another --opt.')
+    return optimizer
 
 
 def create_schedule(

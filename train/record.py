@@ -1,6 +1,7 @@
 """The experiment folder: its name, the weights that deserve to be kept, and the table of epochs."""
 import csv
 import os
+import uuid
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,8 @@ def create_folder_name(args: Namespace) -> Path:
         if not Path(args.resume).is_dir():
             raise InputError(f'There is no experiment folder {args.resume} to resume.')
         return Path(args.resume)
-    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}']
+    # several runs may begin in one second
+    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']
     folder = Path(args.output) / broadcast_object_list(names)[0]
     if find_checkpoints(folder):
         raise InputError(

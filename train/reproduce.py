@@ -133,7 +133,10 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
         return  # not one that train.py wrote and nobody has labelled yet
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'Cannot write {path}: {e.strerror}; choose another --output.') from e
     write_json(path / 'cell.json', dict(command=wanted, data=cell.dataset, flags=' '.join(flags)))
     where = ['--resume', str(path)] if find_checkpoints(path) else [
         '--output', str(folder), '--experiment', cell.name, '--report-to', 'none']

@@ -42,6 +42,7 @@ WEIGHTS = ROOT / 'timm_tmblock' / 'weights'
 RESULTS = ROOT / 'train' / 'results'
 TOLERANCE = 0.02  # points of top-1 that float16 may cost
 RECORDS = (SETTINGS, 'result.json', 'summary.csv')
+EXECUTION = ('memory_efficient',)  # arguments of networks that change how they run, not what they are
 
 
 def create_parser() -> Parser:
@@ -52,6 +53,11 @@ def create_parser() -> Parser:
     parser.add_argument('--tag', required=True, help='what the weights are of: cifar10, cifar100, ...')
     add_data_options(parser)
     return parser
+
+
+def find_own_arguments(weights: Path) -> List[str]:
+    """Arguments that make the network another one than its name does."""
+    return [name for name in read_description(weights).get('model_args') or {} if name not in EXECUTION]
 
 
 def choose_precision(top1: Dict[str, float]) -> str:
@@ -92,7 +98,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
     model = read_description(weights)['model']
     name = f'{model.partition(".")[0]}.{args.tag}'
-    arguments = read_description(weights).get('model_args')
+    arguments = find_own_arguments(weights)
     if arguments:
         raise InputError(
             f'{args.run} trained {model} with {", ".join(arguments)} of its own; the tag would be another network, as '

@@ -6,7 +6,7 @@ images pooled and split 65/15/20.
 import hashlib
 from argparse import Namespace
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import InMemorySet, decode, fits_in_memory, get_class_names, identify_images, open_dataset
+from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset, share_images
 
 
 @dataclass
@@ -84,13 +84,11 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                 download=args.dataset_download,
                 channels=channels,
             )
-    opened: Dict[Any, str] = {}
-    for part, split in splits.items():  # sets that timm opens may have one part by several names
-        other = opened.setdefault(identify_images(split), part)
-        if other != part:
+    for other, part in combinations(splits, 2):
+        if share_images(splits[other], splits[part]):
             raise InputError(
-                f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} are the same images; '
-                f'name others for {other} and {part}.')
+                f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} have images in common; name '
+                f'others for {other} and {part}.')
     classes = {part: get_class_names(split) for part, split in splits.items()}
     for part in classes:
         if classes[part] != classes['train']:

@@ -1,6 +1,6 @@
 """The loss of a run: cross-entropy or equation 3.1, with or without a teacher."""
 from argparse import Namespace
-from typing import Callable, ContextManager, Dict, Optional
+from typing import Any, Callable, ContextManager, Dict, Optional, Sequence
 
 import timm
 import torch
@@ -15,6 +15,7 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.task import TemplateMatchingTask
 from train.augment import DataConfig
 from train.config import refusing
+from train.data import check_classes
 
 
 class DistillationTask(TrainingTask):
@@ -77,7 +78,7 @@ class DistillationTask(TrainingTask):
         return {**result, 'loss': loss, 'task_loss': result['loss'], 'kd_loss': kd_loss}
 
 
-def create_teacher(args: Namespace, num_classes: int, device: torch.device) -> DistillationTeacher:
+def create_teacher(args: Namespace, class_names: Sequence[str], device: torch.device) -> DistillationTeacher:
     """The teacher the settings name, with its weights.
 
     Raises:
@@ -94,10 +95,14 @@ def create_teacher(args: Namespace, num_classes: int, device: torch.device) -> D
         except Exception as e:  # the network, the Hub and timm have errors of their own
             reason = str(e).strip().split('\n')[0] or type(e).__name__
             raise InputError(f'The teacher {name} cannot be loaded: {reason}') from e
-    if model.num_classes != num_classes:
+    if model.num_classes != len(class_names):
         raise InputError(
-            f'The teacher tells {model.num_classes} classes apart and the data has {num_classes}; '
+            f'The teacher tells {model.num_classes} classes apart and the data has {len(class_names)}; '
             f'train it on this data first and name its weights with --kd-checkpoint.')
+    config: Any = model.pretrained_cfg
+    labels = config.get('label_names')
+    if labels:
+        check_classes('The teacher', labels, 'the data', class_names)
     if args.channels_last:  # as the images
         model = model.to(memory_format=torch.channels_last)
     return DistillationTeacher(model.to(device), device=device)

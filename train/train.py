@@ -144,7 +144,7 @@ class Trainer:
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         teacher = None
         if args.kd_model_name or args.kd_checkpoint:
-            teacher = create_teacher(args, len(self.class_names), accelerator.device)
+            teacher = create_teacher(args, self.class_names, accelerator.device)
 
         parts = load_parts(splits, args, config, progress=self.main_process)
         train_loader = create_loader(parts.train, config, args, accelerator, training=True)
@@ -153,8 +153,10 @@ class Trainer:
         self.val_loader = create_loader(parts.validation, config, args, accelerator)
         self.test_loader = create_loader(parts.test, config, args, accelerator)
         self.mixup = None
-        if args.mixup > 0 or args.cutmix > 0:
+        if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
             low, high = args.cutmix_minmax or (0., 1.)
+            if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
+                raise InputError('--cutmix-minmax is of cutmix; give --cutmix too.')
             if args.batch_size < 2:
                 raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
             if not 0 <= int(low * config.input_size[1]) < int(high * config.input_size[1]) <= config.input_size[1]:
@@ -179,7 +181,8 @@ class Trainer:
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
 
         self.layout = dict(
-            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps)
+            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
+            updates_per_epoch=updates_per_epoch)
         self.state = TrainState(layout=self.layout, run_id=uuid.uuid4().hex)
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
@@ -246,7 +249,7 @@ class Trainer:
         self.start_record()
         try:
             with stopping_at_signals() as asked, naming_failures(advise_on_memory(self.args)):
-                while self.state.update < self.updates:
+                while self.state.update < self.updates or self.state.batch:  # the last one is in an epoch, perhaps
                     self.train_epoch()
                     self.finish_epoch()
                 result = self.result(self.test())
@@ -271,7 +274,8 @@ class Trainer:
             unit='batch', disable=not self.main_process, mininterval=1., dynamic_ncols=True)
         start, images_seen, shown, before = time.perf_counter(), 0, 0., state.running_seconds
         with bar:
-            for images, targets in self.train_loader.epoch(state.epoch, start=state.batch):
+            rest = self.train_loader.epoch(state.epoch, start=state.batch) if state.update < self.updates else ()
+            for images, targets in rest:
                 self.step(images, targets)
                 images_seen += len(images) * self.accelerator.num_processes
                 bar.update()

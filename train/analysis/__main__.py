@@ -27,8 +27,8 @@ from timm_tmblock.explanation import class_color
 from train.analysis import FILLS
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
-from train.config import Parser, not_negative, positive
-from train.data import InMemorySet, add_data_options, decode, open_named
+from train.config import Parser, positive, seed
+from train.data import InMemorySet, add_data_options, check_classes, decode, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions
@@ -57,7 +57,7 @@ def create_parser() -> Parser:
         sub.add_argument('--output', metavar='NAME', help=(
             f'without suffix; output/analysis/MODEL.{command} if not given'))
         add_data_options(sub)
-        sub.add_argument('--seed', type=not_negative, default=0)
+        sub.add_argument('--seed', type=seed, default=0)
         sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
         if images_per_class:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
@@ -114,9 +114,8 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
         tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
         crop_pct=cfg['crop_pct'])
     data = decode(open_named(args, config.input_size[0]), config)
-    if len(data.class_names) != model.num_classes:
-        raise InputError(
-            f'{args.model} tells {model.num_classes} classes apart and {args.dataset} has {len(data.class_names)}.')
+    names = cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    check_classes(args.model, names, args.dataset, data.class_names)
     return data
 
 
