@@ -270,7 +270,9 @@ def render(
     trust = _load_json(f'{data["analysis"]}/trust.json') if data.get('analysis') else None
     blurred_path = f'{data.get("analysis")}/trust_blur.json'
     blurred = _load_json(blurred_path) if (ROOT / blurred_path).is_file() else None
-    for where, result in (('trust', trust), ('trust_blur', blurred)):
+    mixing_path = f'{Path(data["evaluation"]).parent}/analysis/mixing.json'
+    mixing = _load_json(mixing_path) if has_patches and (ROOT / mixing_path).is_file() else None
+    for where, result in (('trust', trust), ('trust_blur', blurred), ('mixing', mixing)):
         _check_numbers(result, f'{data.get("analysis")}: {where}')
     sidecars = exports
     if sidecars is None:
@@ -341,6 +343,7 @@ def render(
         versions=evaluation['versions'],
         evaluation=evaluation,
         trust=trust,
+        mixing=mixing,
         leads=_count_leads(trust),
         blurred_leads=_count_leads(blurred),
         erasing=say_erasing(uses_erasing(run, runs)),

@@ -55,7 +55,7 @@ def test_halves_of_images_that_are_masked():
     assert len({trust['images'] for trust in found}) == len({trust['weights_sha256'] for trust in found}) == 1
     assert f'Of {found[0]["images"]} test images' in PLAIN
     for name in found[0]['maps']:
-        cells = [f'{trust["maps"][name][key]:.0f} %' for trust in found for key in ('without_most', 'without_least')]
+        cells = [f'{trust["maps"][name][key]:.1f} %' for trust in found for key in ('without_most', 'without_least')]
         assert f'\n| {name} | {" | ".join(cells)} |\n' in TEXT
 
 
@@ -116,13 +116,34 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
 
 def test_neighbours_of_regions():
     found = read('train', 'results', TAG, 'analysis', 'geometry.json')
-    rates = [f'{100 * found["spaces"][name]["class_neighbour_rate"]:.0f} %' for name in (
-        'rn26_tm: block output', 'rn26_tm: stage 3', 'rn26_tm: patch mean', 'rn26: stage 3')]
-    values = found['spaces']['rn26_tm: values']['class_neighbour_rate']
+    rates = {name: f'{100 * space["class_neighbour_rate"]:.0f} %' for name, space in found['spaces'].items()}
     assert (
-        f'The share that has its class is {rates[3]} in `rn26`, {rates[1]} before the block of `rn26_tm`, {rates[2]} '
-        f'after averaging over patches, {rates[0]} after the block, {100 * values:.0f} % in its value vectors, and '
-        f'{100 * found["chance"]["class"]:.0f} % by chance.') in PLAIN
+        f'The share that has its class is {rates["rn26: stage 3"]} in `rn26`, {rates["rn26_tm: stage 3"]} before the '
+        f'block of `rn26_tm`, {rates["rn26_tm: block output"]} after the block, and '
+        f'{100 * found["chance"]["class"]:.0f} % by chance. The increase comes in with the value vectors: of the two '
+        f'summands it is {rates["rn26_tm: values"]} in these and {rates["rn26_tm: shortcut"]} in the projected input. '
+        f'But the mean of the input over patches, with no template, has {rates["rn26_tm: patch mean"]} too.') in PLAIN
+
+
+def test_what_the_block_mixes():
+    share = {tag: f'{100 * read("train", "results", f"rn26_tm.{tag}", "analysis", "mixing.json")["agreement"]:.0f} %'
+             for tag in ('cifar10', 'cifar100', 'dist_cifar10', 'dist_cifar100')}
+    assert (
+        f'In {share["cifar10"]} of the regions of `rn26_tm.cifar10` and {share["cifar100"]} of those of '
+        f'`rn26_tm.cifar100` the class that matches best has the largest part in the mixture too. In the `.dist_` tags '
+        f'it has it in {share["dist_cifar10"]} and {share["dist_cifar100"]}:') in PLAIN
+
+
+def test_cost_of_the_block():
+    cpu = ' '.join((ROOT / 'benchmarks' / 'README.md').read_text().split())
+    inference, training = re.search(
+        r'takes 1.00 to (1.\d+) times as long as its baseline .* and 0.97 to (1.\d+) times in training', cpu).groups()
+    printed = re.findall(r'over its baseline, (\w+).*: (\S+)\n', (
+        ROOT / 'benchmarks' / 'results' / 'cuda_stopped.txt').read_text())
+    on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}
+    assert (
+        f'up to {inference} times as long as its baseline in inference on a CPU and up to {on_gpu["inference"]} times '
+        f'on an H100, in training {training} and {on_gpu["training"]} times') in PLAIN
 
 
 @pytest.mark.parametrize('tag', sorted(read('timm_tmblock', 'weights', 'index.json')))

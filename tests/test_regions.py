@@ -362,7 +362,7 @@ def test_mixing_command_writes_its_measures(tmp_path):
     (['words', 'SEVEN'], 'matches 7 templates and tells 10 classes apart'),
     (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'tell different classes apart'),
     (['geometry', 'rn26_tm', '--max-regions', '79'], '8 regions of one image of each of 10 classes are more than 79'),
-    (['geometry', 'rn26_tm', '--seed', '-1'], 'must not be negative'),
+    (['geometry', 'rn26_tm', '--seed', '-1'], 'must be from 0 to 2147483647, not -1'),
     (['geometry', 'rn26_tm', '--perplexity', '0'], 'must be at least 1'),
     (['trust', 'rn26_tm', '--split', 'nothing'], "Cannot open split 'nothing'"),
     (['words', 'rn26_tm', '--regions', '65'], '1 to 64 regions'),

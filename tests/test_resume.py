@@ -154,9 +154,9 @@ def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_wo
     trainer.model.train()
     for images, targets in trainer.train_loader.epoch(0):
         trainer.step(images, targets)
+        trainer.save()
         if trainer.state.update == 2:
-            break
-    trainer.save()  # and is killed before it validates
+            break  # killed, and was to have gone on
     resumed = main(['--resume', str(tmp_path / 'cut' / 'run')])
     assert resumed['history'] == whole['history'] and resumed['test'] == whole['test']
     assert_same(tmp_path / 'whole' / 'run', tmp_path / 'cut' / 'run')
