@@ -161,7 +161,7 @@ def test_row_of_each_pretrained_network(tag):
 def test_accuracy_with_and_without_the_block():
     plain, ours = (f'{read("train", "results", f"{name}.cifar10", "evaluation.json")["top1"]:.2f} %'
                    for name in ('rn26', 'rn26_tm'))
-    assert f'on CIFAR-10 `rn26` has {plain} and `rn26_tm` {ours}.' in PLAIN
+    assert f'on CIFAR-10 `rn26` has {plain} and `rn26_tm` {ours}, and of' in PLAIN
     index = read('timm_tmblock', 'weights', 'index.json')
     best = [max(entry['top1'] for tag, entry in index.items() if tag.endswith(end)) for end in ('cifar10', 'cifar100')]
     assert f'and {best[0]:.2f} % on CIFAR-10 and {best[1]:.2f} % on CIFAR-100.' in PLAIN
@@ -181,12 +181,22 @@ def test_int8_of_a_hundred_classes():
     ('rn26_tm_37_epochs.cifar10', 'rn26_37_epochs.cifar10', '| `rn26_tm` | CIFAR-10 | 37 |'),
     ('rn26_tm.cifar10', 'rn26.cifar10', '| `rn26_tm` | CIFAR-10 | 60 |'),
     ('rn26_tm_24_epochs.cifar100', 'rn26.cifar100', '| `rn26_tm` | CIFAR-100 | 24 |'),
+    ('dn100_tm_24px.cifar10', 'dn100_24px.cifar10', '| `dn100_tm` | CIFAR-10, 24×24 pixels | 10 |'),
+    ('dn100_tm_13_epochs.cifar10', 'dn100.cifar10', '| `dn100_tm` | CIFAR-10 | 13 |'),
     ('dn100_tm_24px.cifar100', 'dn100_24px.cifar100', '| `dn100_tm` | CIFAR-100, 24×24 pixels | 13 |'),
     ('dn100_tm.cifar100', 'dn100.cifar100', '| `dn100_tm` | CIFAR-100 | 19 |')])
 def test_gain_over_the_baseline_as_it_was_trained_on(ours, baseline, start):
     p, q = (read('train', 'results', name, 'evaluation.json')['top1'] / 100 for name in (ours, baseline))
     gain, error = 100 * (p - q), 200 * ((p * (1 - p) + q * (1 - q)) / 10000) ** 0.5
     assert f'{start} {gain:+.2f} | {error:.2f} |\n'.replace('| -', '| −') in TEXT
+
+
+def test_differences_beyond_two_standard_errors_are_counted():
+    rows = re.findall(r'(?m)^\| `\w+` \| CIFAR.* \| \d+ \| (\S+) \| (\S+) \|$', TEXT)
+    gains = [(float(gain.replace('−', '-')), float(errors)) for gain, errors in rows]
+    above, below = (sum(sign * gain > errors for gain, errors in gains) for sign in (1, -1))
+    assert (len(gains), above, below) == (8, 2, 2) and 'of [eight comparisons](#models) two are clearly' in PLAIN
+    assert 'two of the differences are more than two standard errors above zero and two more than two below it' in PLAIN
 
 
 def test_rates_of_exported_files():

@@ -74,9 +74,10 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'where it exceeds two standard errors (one is given as ±): over seeds, but at least those over test images,',
         'unpaired. Runs of one seed each decide nothing, for they do not say how much two runs of one network differ.',
         'What is measured on the features of trained networks is decided over images, and for all of the shipped',
-        '`rn26_tm` of CIFAR-10, which other recipes than the paper\'s trained. "Undecided" is what was tested and is',
-        'not that clear. -Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux:',
-        'without it, patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.',
+        "`rn26_tm` of CIFAR-10, which other recipes than the paper's trained. A verdict says that there is a",
+        'difference, not that it is large. "Undecided" is what was tested and is not that clear. -Ours: with the',
+        'block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, patches supervised',
+        'alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.',
         '',
         '| claim | section | verdict | evidence |', '|---|---|---|---|',
     ]

@@ -257,7 +257,7 @@ def _create_densenet(variant: str, pretrained: bool = False, **kwargs) -> Templa
 
 
 default_cfgs = generate_default_cfgs({
-    'dn100.untrained': create_cfg(),
+    'dn100.cifar10': create_cifar10_cfg('dn100.cifar10'),
     'dn100.cifar100': create_cifar100_cfg('dn100.cifar100'),
     'dn100.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm.cifar10': create_cifar10_cfg('dn100_tm.cifar10'),
@@ -266,9 +266,6 @@ default_cfgs = generate_default_cfgs({
     'dn100_tm_cat.untrained': create_cfg(),
     'dn100_tm_cat.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
 })
-# timm takes the first tag with weights, but without a tag every network here has the classes of CIFAR-10
-default_cfgs['dn100'].tags.remove('untrained')
-default_cfgs['dn100'].tags.appendleft('untrained')
 
 
 @register_model

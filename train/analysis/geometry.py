@@ -6,6 +6,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
+from timm_tmblock.errors import InputError
 from train.analysis.regions import Sample
 from train.analysis.superclasses import find_superclasses, name_superclasses
 
@@ -52,7 +53,12 @@ def measure_geometry(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, Op
     """How well the regions of a class lie together: silhouette in [-1, 1] and neighbour rate in [0, 1].
 
     Each with its standard error over images. For the superclasses too, None where the set has none.
+
+    Raises:
+        InputError: If there is one region of each class, with no other to be near to.
     """
+    if len(x) <= len(sample.class_names):
+        raise InputError('There is one region of each class, too few to measure how they lie; take more.')
     values: Dict[str, Optional[float]] = {}
     for name, y in label_regions(sample).items():
         for key in ('silhouette', 'neighbour_rate'):
