@@ -102,7 +102,7 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
     result = json.loads(run.stdout.splitlines()[-1])
     assert result['processes'] == 2 and result['updates'] == 2 * (24 // 8)
     state = json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())
-    assert len(state['layout']) == 3 and state['update'] == 6
+    assert len(state['layout']) == 4 and state['update'] == 6
     config = DataConfig((3, 32, 32), (0,) * 3, (1,) * 3)
     dataset = decode(open_dataset(str(folder_of_images), 'validation'), config, progress=False)
     expected = measure(tmp_path / 'run' / 'last.safetensors', dataset)  # of the EMA

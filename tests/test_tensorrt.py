@@ -19,6 +19,7 @@ import export.tensorrt
 import export.tensorrt_matrix as matrix
 import export.tensorrt_names as names
 from export.__main__ import main
+from export.metadata import REQUIRED
 from export.onnx import OnnxOptions
 from export.tensorrt import EngineOptions, ParseError, ProfileError, build_engine, rebuild_engine
 from timm_tmblock.errors import InputError
@@ -156,7 +157,7 @@ def test_interrupt_ends_the_build_and_leaves_nothing(files, tmp_path, monkeypatc
 
 
 def write_onnx(path, nodes, opset=18, domain='', properties=None):
-    source = dict(metadata_version='2', input='{"name": "x"}')
+    source = dict.fromkeys(REQUIRED, 'null') | dict(metadata_version='2', input='{"name": "x"}')
     graph = helper.make_graph(
         nodes, 'g', [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', 4])],
         [helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', 4])])

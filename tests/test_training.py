@@ -245,8 +245,9 @@ def test_accelerate_configs_are_such_and_name_their_command(path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('epoch: 3', 'unknown keys: epoch'), ('- 3', 'must map'), ('a: [', 'Cannot read'), ('lr: fast', 'invalid float'),
-    ('model_ema: 3', 'must be true or false'), ('padding_mode: zeros', 'invalid choice'),
+    ('epoch: 3', 'unknown keys: epoch'), ('- 3', 'must map'), ('a: [', 'Cannot read'),
+    ('lr: fast', "must be a number, not 'fast'"), ('model_ema: 3', 'must be true or false'),
+    ('padding_mode: zeros', 'invalid choice'),
 ])
 def test_bad_recipes_are_one_sentence(tmp_path, text, message):
     (tmp_path / 'recipe.yaml').write_text(text)
@@ -275,7 +276,7 @@ def test_every_setting_has_a_help_text_that_renders():
     (['--batch-size', '0'], 'batch-size'),
     (['--mean', '0.5'], '3 values'),
     (['--pretrained', '--model', 'rn20'], 'No pretrained weights'),
-    (['--patch-loss-weight', '2'], 'patch_loss_weight'),
+    (['--patch-loss-weight', '2'], '--patch-loss-weight: must be from 0 to 1'),
     (['--lr', '1e30', '--opt', 'sgd'], r'not finite in update 2, .* rate 9\.3.*e\+29; there was no checkpoint'),
     (['--resume', 'nowhere'], 'no experiment folder nowhere'),
     (['--output', f'{ROOT}/README.md'], 'Cannot write'),
