@@ -67,7 +67,7 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
                 f'images in common; a check needs others.')
-        calibration = _decode(train, model, args.calibration_images)[0]
+        calibration = _decode(train, model, args.calibration_images, labelled=False)[0]
     held_out, targets, names = _decode(check, model, args.check_images)
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
@@ -93,13 +93,14 @@ def name_set(dataset: str) -> str:
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def _decode(dataset: Any, model: Any, limit: int) -> Tuple[np.ndarray, np.ndarray, List[str]]:
+def _decode(
+        dataset: Any, model: Any, limit: int, labelled: bool = True) -> Tuple[np.ndarray, np.ndarray, List[str]]:
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
     names = get_class_names(dataset)
     size = len(dataset)
     taken = torch.linspace(0, size - 1, min(limit, size)).long().tolist()  # of all classes where the set is sorted
-    images = decode(_Subset(dataset, taken), config, progress=len(taken) > 2000)
+    images = decode(_Subset(dataset, taken), config, progress=len(taken) > 2000, labelled=labelled)
     return images.images.numpy(), images.targets.numpy(), names
 
 

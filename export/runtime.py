@@ -107,7 +107,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise RuntimeInputError(f'There is no image {name}.') from e
     except UnidentifiedImageError as e:
         raise RuntimeInputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
-    except RuntimeInputError:
+    except (RuntimeInputError, MemoryError):
         raise
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e

@@ -123,8 +123,9 @@ def build_engine(
         tmp.touch()  # before the work, should the folder not be writable
     start = time.perf_counter()
     plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
-    # an engine may move to another system; and `..` is of the folder that a link leads to
-    relative = Path(os.path.relpath(onnx_path.resolve(), path.parent.resolve())).as_posix()
+    # an engine may move to another system; `..` is of the folder that a link leads to; a file that is a link, as in the
+    # Hub's cache, keeps its name
+    relative = Path(os.path.relpath(onnx_path.parent.resolve() / onnx_path.name, path.parent.resolve())).as_posix()
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,

@@ -3,6 +3,7 @@
     REPOSITORY/NAME/config.pbtxt, labels.txt
     REPOSITORY/NAME/1/model.onnx or model.plan, with its metadata as .json
 """
+import errno
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from export.metadata import load_metadata, sidecar
 from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES
-from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
 DTYPES = {'float32': 'TYPE_FP32', 'uint8': 'TYPE_UINT8'}
@@ -97,8 +98,7 @@ class _Model:
             repository.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f'Cannot write {repository}: {e.strerror}.') from e
-        with writing(folder if there else _find_place_outside(repository) / self.name) as tmp:
-            remove(tmp)
+        with writing(folder if there else _find_place_outside(repository) / self.name, unique=True) as tmp:
             target = tmp if there else tmp / folder.name
             target.mkdir(parents=True)
             file = target / BACKENDS[self.path.suffix][1]
@@ -108,16 +108,27 @@ class _Model:
             if not there:
                 (tmp / 'config.pbtxt').write_text(self.config)
                 (tmp / 'labels.txt').write_text(self.labels)
-            os.replace(tmp, folder if there else model)
+            _replace(tmp, folder if there else model)
         return folder
 
 
 def _find_place_outside(repository: Path) -> Path:
-    """Where a model is put together: a server that starts meanwhile, or after a killed run, takes what lies in its
-    repository for models. But a repository may be a mount, which nothing can be renamed into.
+    """Where a model is put together, if one may write there: a server that starts meanwhile, or after a killed run,
+    takes what lies in its repository for models.
     """
     outside = repository.resolve().parent
-    return outside if os.access(outside, os.W_OK) and outside.stat().st_dev == repository.stat().st_dev else repository
+    return outside if os.access(outside, os.W_OK) else repository
+
+
+def _replace(tmp: Path, target: Path) -> None:
+    try:
+        os.replace(tmp, target)
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        with writing(target, unique=True) as inside:  # the repository is a mount
+            shutil.copytree(tmp, inside)
+            os.replace(inside, target)
 
 
 def tell_flags(paths: Sequence[Path]) -> str:

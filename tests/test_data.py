@@ -231,6 +231,7 @@ def test_image_without_a_label_is_named(folder, monkeypatch):
     dataset.reader.samples[3] = (dataset.reader.samples[3][0], -1)  # as in the test splits of competitions
     with pytest.raises(InputError, match=r'Image 3 of the dataset has no label \(-1\); name a split that has'):
         decode(dataset, CONFIG, progress=False)
+    assert decode(dataset, CONFIG, progress=False, labelled=False).targets[3] == -1  # enough to calibrate on
 
 
 @pytest.mark.parametrize('a, b, shared', [

@@ -102,6 +102,17 @@ def test_whatever_a_broken_file_makes_pillow_raise_is_one_sentence(tmp_path, mon
         read(tmp_path / 'x.png')
 
 
+@pytest.mark.parametrize('read', [read_image, runtime.read_image])
+def test_memory_that_runs_out_is_no_broken_file(tmp_path, monkeypatch, read):
+    def fail(image):
+        raise MemoryError
+
+    Image.new('RGB', (4, 4)).save(tmp_path / 'x.png')
+    monkeypatch.setattr('PIL.ImageOps.exif_transpose', fail)
+    with pytest.raises(MemoryError):
+        read(tmp_path / 'x.png')
+
+
 def test_arrays_of_another_dtype_are_refused():
     with pytest.raises(InputError, match='float64'):
         read_image(np.zeros((4, 4, 3)))

@@ -138,6 +138,14 @@ def test_settings_that_say_the_same_replace_those_of_a_recipe(tmp_path, recipe, 
     assert {key: args[key] for key in expected} == expected
 
 
+def test_memory_without_limit_and_empty_words_are_taken(tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('memory_limit: .inf\n')
+    args = parse_args(['-c', str(tmp_path / 'recipe.yaml'), '--model-kwargs', '', 'patch_size=3'])
+    assert args.memory_limit == float('inf') and args.model_kwargs == dict(patch_size=3)
+    (tmp_path / 'args.yaml').write_text(dump_args(args))
+    assert parse_args(['-c', str(tmp_path / 'args.yaml')]).memory_limit == float('inf')
+
+
 def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
     flags = [f for f in TINY if f not in ('--experiment', 'run')]
     names = {create_folder_name(parse_args([*flags, '--output', str(tmp_path)])) for _ in range(3)}

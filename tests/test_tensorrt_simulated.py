@@ -539,6 +539,16 @@ def test_engine_in_a_folder_that_is_a_link_is_built_again(simulated, files, tmp_
     assert json.loads(Path(f'{path}.json').read_text())['engine']['onnx'] == '../../onnx/a.onnx'
 
 
+@one_version
+def test_engine_of_a_file_that_is_a_link_keeps_its_name(simulated, files, tmp_path):
+    (tmp_path / 'blobs').mkdir()
+    shutil.copy(files / 'patches.onnx', tmp_path / 'blobs' / '3fa9')  # as in the Hub's cache
+    (tmp_path / 'a.onnx').symlink_to(tmp_path / 'blobs' / '3fa9')
+    engine = build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())['engine']
+    assert engine['onnx'] == 'a.onnx' and ' tensorrt a.onnx ' in engine['command']
+    rebuild_engine(tmp_path / 'x.engine')
+
+
 @pytest.mark.parametrize('simulated, refused', [('10.0', True), ('10.16', False)], indirect=['simulated'])
 def test_operators_newer_than_a_version_reads_are_refused(simulated, write_unchecked, tmp_path, refused):
     write_unchecked(timm.create_model('rn20').eval(), tmp_path / 'a.onnx', OnnxOptions(opset=22))

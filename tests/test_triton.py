@@ -1,4 +1,5 @@
 """Model repositories: judged by the real server, which refuses what is wrong, and served by it."""
+import errno
 import hashlib
 import http.client
 import json
@@ -241,6 +242,34 @@ def test_server_that_starts_meanwhile_finds_whole_models_alone(files, tmp_path, 
     main(['triton', str(files / 'scores.onnx'), str(files / 'pixels.onnx'), '--output', str(repository)])
     assert seen == [[], [], ['scores'], ['scores']]
     assert sorted(p.name for p in tmp_path.iterdir()) == ['repository']
+
+
+def test_repositories_beside_each_other_have_models_of_their_own(files, tmp_path, monkeypatch):
+    seen, copy = [], shutil.copyfile
+
+    def copyfile(source, target):
+        seen.append(target.parents[1])
+        return copy(source, target)
+
+    monkeypatch.setattr('export.triton.shutil.copyfile', copyfile)
+    for name in 'ab':
+        main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path / name)])
+    assert len(set(seen)) == 2 and {path.parent for path in seen} == {tmp_path}
+
+
+def test_repository_that_is_a_mount_gets_its_model_too(files, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def across(source, target):
+        if Path(source).parent == tmp_path and Path(target).parent != tmp_path:
+            raise OSError(errno.EXDEV, 'Invalid cross-device link')
+        return replace(source, target)
+
+    monkeypatch.setattr('export.triton.os.replace', across)
+    main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path / 'repository')])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['repository']
+    assert sorted(p.name for p in (tmp_path / 'repository').rglob('*')) == [
+        '1', 'config.pbtxt', 'labels.txt', 'model.onnx', 'model.onnx.json', 'scores']
 
 
 def test_model_without_versions_gets_its_first_again(files, tmp_path):

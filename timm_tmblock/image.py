@@ -40,7 +40,7 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
         raise InputError(f'{name} is a folder; name the images in it.') from e
     except UnidentifiedImageError as e:
         raise InputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e

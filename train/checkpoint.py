@@ -143,6 +143,7 @@ def load_checkpoint(
         content = json.loads((path / 'state.json').read_text())
         content.pop('files')
         state = TrainState(**content)
+        state.layout = {**layout, **state.layout}  # of runs that did not write all of it down
         if state.layout != layout and state.batch:
             changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
             raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the same.')

@@ -64,6 +64,13 @@ def finite(text: str) -> float:
     return value
 
 
+def gigabytes(text: str) -> float:
+    value = math.inf if text in ('inf', '.inf') else finite(text)  # the latter as YAML has it
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must not be negative, not {text}')
+    return value
+
+
 def from_zero(text: str) -> float:
     value = finite(text)
     if value < 0:
@@ -96,7 +103,7 @@ class KeyValues(ParseKwargs):
             option_string: Optional[str] = None,
     ) -> None:
         for value in values:
-            if '=' not in value:
+            if value and '=' not in value:
                 raise argparse.ArgumentError(self, f'must be KEY=VALUE, not {value}')
         super().__call__(parser, namespace, values, option_string)
 
@@ -128,7 +135,7 @@ def create_parser() -> Parser:
     group.add_argument('--split-seed', type=seed, default=0, help='of the parts that are held out or divided')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
-    group.add_argument('--memory-limit', type=from_zero, default=4., help='decode sets up to this many GB into memory')
+    group.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
     group.add_argument(
         '--workers', type=not_negative, default=4, help='processes that decode larger sets and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')

@@ -45,9 +45,10 @@ class ImageSet(Dataset):
     timm's own datasets put another image in the place of one that cannot be read.
     """
 
-    def __init__(self, dataset: Any, channels: int) -> None:
+    def __init__(self, dataset: Any, channels: int, labelled: bool = True) -> None:
         self.source = getattr(dataset, 'reader', dataset)
         self.mode = 'L' if channels == 1 else 'RGB'
+        self.labelled = labelled
         self.transform: Any = None  # set by timm's create_loader
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class ImageSet(Dataset):
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError) as e:
             raise InputError(f'Image {index} of the dataset cannot be read, remove or replace it: {e}') from e
-        if target < 0:  # as in the test splits of competitions
+        if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {index} of the dataset has no label ({target}); name a split that has.')
         return image if self.transform is None else self.transform(image), int(target)
 
@@ -208,6 +209,7 @@ def decode(
         config: DataConfig,
         progress: bool = True,
         observe: Optional[Callable[[np.ndarray], None]] = None,
+        labelled: bool = True,
 ) -> InMemorySet:
     """Decode every image once, resized as for evaluation where its size differs from the network's input.
 
@@ -216,12 +218,13 @@ def decode(
         config: What the network takes.
         progress: Show a bar.
         observe: Told the pixels (C, H, W) of each image in turn, in the size it is stored in.
+        labelled: Refuse images without a label.
 
     Raises:
         InputError: If an image cannot be read.
     """
     class_names = get_class_names(dataset)
-    source = ImageSet(dataset, config.input_size[0])
+    source = ImageSet(dataset, config.input_size[0], labelled)
     resize = create_transform(
         config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct, normalize=False)
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import Parser, positive
+from train.config import Parser, gigabytes, positive
 from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -44,7 +44,7 @@ def create_parser() -> Parser:
     parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
     add_data_options(parser)
-    parser.add_argument('--memory-limit', type=float, default=4., help='decode sets up to this many GB into memory')
+    parser.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
     parser.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
     parser.add_argument('--batch-size', type=positive, default=256)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
