@@ -85,9 +85,17 @@ def test_measures_by_which_a_map_is_better_than_another_images():
     assert (
         f"map of `rn38_tm` is better than another image's on {better['rn38_tm']} of the four measures, that of "
         f"`wrn16_tm` on {better['wrn16_tm']}, that of `dn100_tm` on {better['dn100_tm']} (") in told
+    better_than = tuple(better)
     maps = read('train', 'results', 'rn38_tm.cifar10', 'analysis', 'trust_blur.json')['maps']
     better = len(compare_maps(maps["another image's class map"])['better'])
     assert f"By the blurred image that of `rn38_tm` is better than another image's on {better}." in PLAIN
+    found = {
+        name: read('train', 'results', f'{name}.cifar100', 'analysis', 'trust.json')['maps'] for name in better_than}
+    own = [len(compare_maps(maps["another image's class map"])['better']) for maps in found.values()]
+    cam = [len(compare_maps(maps['Grad-CAM'])['worse']) for maps in found.values()]
+    assert own[0] == own[1] and (
+        f"On CIFAR-100 the maps of `rn38_tm` and `wrn16_tm` are better than another image's on {own[0]}, that of "
+        f"`dn100_tm` on {own[2]}; Grad-CAM is better on {cam[0]}, {cam[1]} and {cam[2]}.") in told
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
