@@ -86,16 +86,19 @@ def test_measures_by_which_a_map_is_better_than_another_images():
         f"map of `rn38_tm` is better than another image's on {better['rn38_tm']} of the four measures, that of "
         f"`wrn16_tm` on {better['wrn16_tm']}, that of `dn100_tm` on {better['dn100_tm']} (") in told
     better_than = tuple(better)
-    maps = read('train', 'results', 'rn38_tm.cifar10', 'analysis', 'trust_blur.json')['maps']
-    better = len(compare_maps(maps["another image's class map"])['better'])
-    assert f"By the blurred image that of `rn38_tm` is better than another image's on {better}." in PLAIN
+    other = "another image's class map"
+    blurred = {name: len(compare_maps(
+        read('train', 'results', name, 'analysis', 'trust_blur.json')['maps'][other])['better']) for name in (
+            'rn38_tm.cifar10', 'wrn16_tm.cifar10', 'rn38_tm.cifar100', 'wrn16_tm.cifar100')}
+    assert list(blurred.values()) == [0, 0, 4, 4]
+    assert "By the blurred image those of `rn38_tm` and `wrn16_tm` are better than another image's on 0." in PLAIN
     found = {
         name: read('train', 'results', f'{name}.cifar100', 'analysis', 'trust.json')['maps'] for name in better_than}
-    own = [len(compare_maps(maps["another image's class map"])['better']) for maps in found.values()]
+    own = [len(compare_maps(maps[other])['better']) for maps in found.values()]
     cam = [len(compare_maps(maps['Grad-CAM'])['worse']) for maps in found.values()]
     assert own[0] == own[1] and (
-        f"On CIFAR-100 the maps of `rn38_tm` and `wrn16_tm` are better than another image's on {own[0]}, that of "
-        f"`dn100_tm` on {own[2]}; Grad-CAM is better on {cam[0]}, {cam[1]} and {cam[2]}.") in told
+        f"On CIFAR-100 the maps of `rn38_tm` and `wrn16_tm` are better than another image's on {own[0]} by both masks, "
+        f"that of `dn100_tm` on {own[2]} by the mean colour; Grad-CAM is better on {cam[0]}, {cam[1]} and {cam[2]}.") in told
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
