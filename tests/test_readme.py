@@ -98,7 +98,8 @@ def test_measures_by_which_a_map_is_better_than_another_images():
     cam = [len(compare_maps(maps['Grad-CAM'])['worse']) for maps in found.values()]
     assert own[0] == own[1] and (
         f"On CIFAR-100 the maps of `rn38_tm` and `wrn16_tm` are better than another image's on {own[0]} by both masks, "
-        f"that of `dn100_tm` on {own[2]} by the mean colour; Grad-CAM is better on {cam[0]}, {cam[1]} and {cam[2]}.") in told
+        f"that of `dn100_tm` on {own[2]} by the mean colour; Grad-CAM is better on {cam[0]}, {cam[1]} and {cam[2]}."
+    ) in told
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
