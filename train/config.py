@@ -4,7 +4,7 @@ import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
@@ -26,70 +26,34 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f'{message}; see {self.prog} --help.')
 
 
-def whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a whole number, not {text!r}') from None
+def number(
+        kind: type,
+        low: float,
+        high: float = math.inf,
+        above: bool = False,
+        endless: bool = False,
+) -> Callable[[str], Any]:
+    """The type of a flag that is an int or a float from `low` to `high`, or `above` low; infinity if `endless`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value != value or value in (math.inf, -math.inf) and not endless:
+            raise argparse.ArgumentTypeError(f'must be a {"whole " if kind is int else ""}number, not {text!r}')
+        if not (low < value if above else low <= value <= high):
+            bound = f'above {low:g}' if above else f'at least {low:g}' if high == math.inf else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'must be {bound}, not {text}')
+        return value
+
+    return parse
 
 
-def positive(text: str) -> int:
-    value = whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
-    return value
-
-
-def not_negative(text: str) -> int:
-    value = whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'must not be negative, not {value}')
-    return value
-
-
-def seed(text: str) -> int:
-    value = whole(text)
-    if not 0 <= value < 2 ** 31:  # NumPy takes 32 bits, and each process adds its number
-        raise argparse.ArgumentTypeError(f'must be from 0 to {2 ** 31 - 1}, not {value}')
-    return value
-
-
-def finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f'must be a number, not {text!r}')
-    return value
-
-
-def gigabytes(text: str) -> float:
-    value = math.inf if text in ('inf', '.inf') else finite(text)  # the latter as YAML has it
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'must not be negative, not {text}')
-    return value
-
-
-def from_zero(text: str) -> float:
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'must not be negative, not {text}')
-    return value
-
-
-def above_zero(text: str) -> float:
-    value = finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f'must be above 0, not {text}')
-    return value
-
-
-def fraction(text: str) -> float:
-    value = finite(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'must be from 0 to 1, not {text}')
-    return value
+positive, not_negative = number(int, 1), number(int, 0)
+seed = number(int, 0, 2 ** 31 - 1)  # NumPy takes 32 bits, and each process adds its number
+finite, fraction = number(float, -math.inf), number(float, 0, 1)
+from_zero, above_zero = number(float, 0), number(float, 0, above=True)
+gigabytes = number(float, 0, endless=True)
 
 
 class KeyValues(ParseKwargs):
