@@ -181,6 +181,11 @@ def compare_others(evidence: Evidence) -> List[str]:
 Judgement = Tuple[str, List[str]]
 
 
+def introduce(what: str, lines: List[str]) -> List[str]:
+    """Say once, before the first line, what all of them are of."""
+    return [f'{what}: {lines[0]}', *lines[1:]] if lines else []
+
+
 def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     pairs = [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')]
@@ -190,7 +195,7 @@ def judge_baselines(evidence: Evidence) -> Judgement:
         return UNTESTED, exceptions
     if not lines:
         return UNDECIDED, ["not run with the paper's protocol", *others, *exceptions]
-    return verdict, [*lines, *([f'with other recipes: {others[0]}', *others[1:]] if others else []), *exceptions]
+    return verdict, [*lines, *introduce('with other recipes', others), *exceptions]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:
@@ -242,8 +247,8 @@ def judge_constants(evidence: Evidence) -> Judgement:
         near = abs(measured[key] / measured['paper'][key] - 1) <= 0.25
         words.append(f'{symbol} = {measured[key]:.{digits}f}, {"" if near else "not "}within a quarter of that')
     return UNTESTED, [
-        "these are numbers of one network, and none was trained by the paper's recipe; one after 5 epochs of Muon has "
-        + ', and '.join(words)]
+        f"these are numbers of one network, and none was trained by the paper's recipe; one after {measured['epochs']} "
+        f'epochs of {measured["opt"].capitalize()} has {", and ".join(words)}']
 
 
 def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Difference:
@@ -300,7 +305,7 @@ BEFORE = {'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
 def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
     verdict, lines = judge_spaces(evidence.geometry, f'{label}_neighbour_rate', OUTPUT, BEFORE, {}, label)
-    return verdict, [f'neighbours of the {label} at the output: {lines[0]}', *lines[1:]] if lines else []
+    return verdict, introduce(f'neighbours of the {label} at the output', lines)
 
 
 def judge_value_vectors(evidence: Evidence) -> Judgement:
@@ -309,13 +314,13 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
         evidence.geometry, 'class_neighbour_rate', OUTPUT, {'shortcut': ' without them, in the projected input'},
         {'values': ' in the value vectors alone',
          'patch mean': ' in the mean of the input over patches, with no template'})
-    return verdict, [f'neighbours of the class at the output: {lines[0]}', *lines[1:]] if lines else []
+    return verdict, introduce('neighbours of the class at the output', lines)
 
 
 def judge_values(evidence: Evidence) -> Judgement:
     verdict, lines = judge_spaces(
         evidence.mosaic, 'superclass_silhouette', 'value embeddings', {'class scores': ' by scores'}, {})
-    return verdict, [f'silhouette of the superclasses by values: {lines[0]}', *lines[1:]] if lines else []
+    return verdict, introduce('silhouette of the superclasses by values', lines)
 
 
 def judge_mixing(evidence: Evidence) -> Judgement:
@@ -325,8 +330,7 @@ def judge_mixing(evidence: Evidence) -> Judgement:
         share, error = (100 * found[key] for key in ('agreement', 'agreement_error'))
         verdicts.append(Difference(share - 50, error).verdict)
         lines.append(f'{tag}: {share:.1f} ± {error:.1f} %')
-    return combine_all(verdicts), [f'regions whose best match has the largest coefficient: {lines[0]}', *lines[1:]] \
-        if lines else []
+    return combine_all(verdicts), introduce('regions whose best match has the largest coefficient', lines)
 
 
 def judge_words(evidence: Evidence) -> Judgement:

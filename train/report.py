@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import yaml
+
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
 from train.claims import Evidence, judge
-from train.config import Parser
+from train.config import SETTINGS, Parser
 from train.files import write_text
 from train.lineage import count_epochs, has_teacher, read_runs, uses_erasing
 from train.tables import TITLES, read_results, say_provenance, tabulate
@@ -42,6 +44,11 @@ def collect(root: Path) -> Evidence:
         found = {tag: read_json(results / tag / 'analysis' / f'{name}.json') for tag in tags}
         return {tag: value for tag, value in found.items() if value}
 
+    rn20 = results / 'rn20.cifar10'
+    maximizer = read_json(rn20 / 'analysis' / 'maximizer.json')
+    if maximizer:
+        settings = yaml.safe_load((rn20 / SETTINGS).read_text())
+        maximizer.update(epochs=settings['epochs'], opt=settings['opt'])
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
     tested = {r['data']: r['images']['test'] for found, _ in paper.values() for r in found}
     return Evidence(
@@ -53,7 +60,7 @@ def collect(root: Path) -> Evidence:
         mosaic=read_analyses('mosaic'),
         mixing=read_analyses('mixing'),
         words=read_analyses('words').get('rn26_tm.cifar10'),
-        maximizer=read_json(results / 'rn20.cifar10' / 'analysis' / 'maximizer.json'),
+        maximizer=maximizer,
     )
 
 

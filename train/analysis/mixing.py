@@ -23,28 +23,22 @@ def measure_mixing(model: Any, batches: Iterable[torch.Tensor]) -> Dict[str, flo
         matched_off: regions where its coefficient is 0. And value_spread: root of the variance of the summed value
         vectors over that of what they are added to or concatenated with, both over regions and summed over channels.
     """
-    inputs: List[torch.Tensor] = []
-    handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     found: Dict[str, List[torch.Tensor]] = {name: [] for name in MEASURES}
     spreads = {'values': Spread(), 'rest': Spread()}
-    try:
-        for images in batches:
-            model(images)
-            f = inputs.pop()
-            logits = model.tm.patch_logits(f)
-            p = model.tm.mix(logits)  # (B, K, H, W)
-            matched = logits.argmax(1, keepdim=True)
-            own, total, largest = p.gather(1, matched), p.sum(1, keepdim=True), p.amax(1, keepdim=True)
-            regions = dict(
-                agreement=(own == largest) & (own > 0),
-                matched_share=own / total.where(total > 0, torch.ones_like(total)),
-                matched_off=own == 0)
-            for name, x in regions.items():
-                found[name].append(x.float().mean(dim=(1, 2, 3)).cpu().double())
-            spreads['values'].add(model.tm.value(p))
-            spreads['rest'].add(f if model.tm.shortcut is None else model.tm.shortcut(f))
-    finally:
-        handle.remove()
+    for images in batches:
+        f = model._forward_trunk(images)
+        logits = model.tm.patch_logits(f)
+        p = model.tm.mix(logits)  # (B, K, H, W)
+        matched = logits.argmax(1, keepdim=True)
+        own, total, largest = p.gather(1, matched), p.sum(1, keepdim=True), p.amax(1, keepdim=True)
+        regions = dict(
+            agreement=(own == largest) & (own > 0),
+            matched_share=own / total.where(total > 0, torch.ones_like(total)),
+            matched_off=own == 0)
+        for name, x in regions.items():
+            found[name].append(x.float().mean(dim=(1, 2, 3)).cpu().double())
+        spreads['values'].add(model.tm.value(p))
+        spreads['rest'].add(f if model.tm.shortcut is None else model.tm.shortcut(f))
     values = {}
     for name, parts in found.items():
         means = torch.cat(parts)
