@@ -57,14 +57,19 @@ def add_onnx(commands: argparse._SubParsersAction) -> None:
 def run_onnx(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
-    from export.onnx import OnnxOptions, export_onnx
+    from export.onnx import OnnxOptions, export_onnx, name_failed
+    from export.parity import ParityError
     model = load(args.model, args.checkpoint)
     options = OnnxOptions(
         args.precision, args.target, args.patch_logits, args.method, args.softmax, args.preprocessing,
         args.dynamic_size, args.opset)
     options.validate(model)
     images = load_images(args, model, calibrate=args.precision == 'int8')
-    print_parity(export_onnx(model, args.output, options, images)['parity'])
+    try:
+        parity = export_onnx(model, args.output, options, images)['parity']
+    except ParityError as e:
+        raise ParityError(f'{e} The file is kept as {name_failed(args.output)}.') from e
+    print_parity(parity)
     print(f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json')
 
 
@@ -213,6 +218,9 @@ def run_bench(args: argparse.Namespace) -> None:
     from timm_tmblock.errors import InputError
     if not args.files and not args.torch:
         raise InputError('There is nothing to time; name files, or networks with --torch.')
+    if not args.torch and (args.compile or args.precision != 'fp32'):
+        raise InputError(
+            f'{"--compile" if args.compile else "--precision"} is of networks in PyTorch; name some with --torch.')
     if min(args.batch_sizes) < 1 or args.seconds <= 0:
         raise InputError('--batch-sizes and --seconds must be positive.')
     contestants: List[Contestant] = []

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from timm.data.model_config import resolve_input_data_config
 
 from export.images import Images
-from export.metadata import hash_weights, load_metadata
+from export.metadata import describe_model, find_difference, load_metadata
 from export.onnx import OnnxOptions, create_inputs, create_larger_input, create_reference, create_run
 from export.parity import BATCH_SIZES, ParityError, check, check_batch
 from export.runtime import load
@@ -41,13 +41,17 @@ def check_file(
         The report of `export.parity`, and what the file fails in, if it does.
 
     Raises:
-        InputError: If the file is of other weights.
+        InputError: If the file is of other weights, or has other class names or preprocessing.
         RuntimeInputError: If it cannot run here.
     """
     metadata = load_metadata(path)
-    if metadata['weights_sha256'] != hash_weights(model):
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    different = find_difference(describe_model(model, config), metadata)
+    if different == 'weights':
         raise InputError(
             f'{path} was exported from {metadata["model"]} with other weights; name those with --checkpoint.')
+    if different:
+        raise InputError(f'{path} was exported with other {different} than the model has now; export it again.')
     height = metadata['input']['shape'][1 if metadata['input']['layout'] == 'NHWC' else 2]
     options = OnnxOptions(
         precision=metadata['precision'],
@@ -65,7 +69,6 @@ def check_file(
         run = create_run(onnx.load(path), options)
     else:
         run = load(path, 'auto' if engine else device).session.run
-    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     prepare, random_input = create_inputs(config, options)
     precision = metadata['precision']
     if precision == 'fp32' and engine and engine['options']['tf32']:

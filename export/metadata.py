@@ -31,7 +31,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
 import safetensors.torch
 import timm
@@ -53,8 +53,16 @@ REQUIRED = ('model', 'weights_sha256', 'class_names', 'input', 'preprocessing', 
 
 
 def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
-    """The metadata that do not depend on the format."""
+    """The metadata that do not depend on the format.
+
+    Raises:
+        InputError: For a network whose images are not to be cropped in the centre.
+    """
     cfg = model.pretrained_cfg
+    if config.get('crop_mode', 'center') != 'center':
+        raise InputError(
+            f"The network takes images by crop_mode {config['crop_mode']!r}, and an exported file crops the centre; "
+            f"set pretrained_cfg['crop_mode'] to 'center' if that will do.")
     names = list(cfg.get('label_names') or ())
     return dict(
         metadata_version=METADATA_VERSION,
@@ -72,6 +80,12 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
             std=list(config['std']),
         ),
     )
+
+
+def find_difference(described: Dict[str, Any], other: Dict[str, Any]) -> Optional[str]:
+    """In what two descriptions are of different networks, if they are."""
+    names = dict(weights_sha256='weights', class_names='class names', preprocessing='preprocessing')
+    return next((name for key, name in names.items() if described.get(key) != other.get(key)), None)
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -123,11 +123,15 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     with writing(path, unique=True) as tmp:
         tmp.write_bytes(serialize(proto, metadata))
         if failure is not None:
-            failed = path.with_name(f'{path.stem}.failed.onnx')
-            replace_with_sidecar(tmp, failed, metadata)
-            raise type(failure)(f'{failure} The file is kept as {failed}.')
+            replace_with_sidecar(tmp, name_failed(path), metadata)
+            raise failure
         replace_with_sidecar(tmp, path, metadata)
     return metadata
+
+
+def name_failed(path: Path) -> Path:
+    """Where a file is kept that does not give what PyTorch gives."""
+    return path.with_name(f'{path.stem}.failed.onnx')
 
 
 def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx.ModelProto', Dict[str, Any]]:

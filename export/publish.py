@@ -11,8 +11,9 @@ import torch
 from timm.models import save_for_hf
 
 from export.images import Images
-from export.metadata import describe_model, hash_weights, load_metadata, sidecar, write_sidecar
+from export.metadata import describe_model, find_difference, load_metadata, sidecar, write_sidecar
 from export.onnx import OnnxOptions, export_onnx
+from export.parity import ParityError
 from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
 from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
@@ -70,20 +71,23 @@ def create_files(
     for key in dict.fromkeys(('fp32', *precisions)):
         precision, _, target = key.partition('-')
         options = OnnxOptions(precision, target or 'cpu', patch_logits=patches)
-        export_onnx(model, folder / FILES[key], options, images)
+        try:
+            export_onnx(model, folder / FILES[key], options, images)
+        except ParityError as e:
+            raise ParityError(f'In {key}, {e}{"" if key == "fp32" else " Leave it out of --precisions."}') from e
         if precision != 'bf16':  # which ONNX Runtime has no kernels for
             _open_again(folder / FILES[key])
         exports[key] = json.loads(sidecar(folder / FILES[key]).read_text())
-    weights = hash_weights(model)
+    network = exports['fp32']
     for path in engines:
-        add_engine(folder, path, weights)
+        add_engine(folder, path, network)
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     readme = folder / 'README.md'
     if card is not None:
         readme.write_text(card.read_text())
     else:
-        name = find_card(weights)
-        theirs = {k: v for k, v in (published or {}).items() if _is_engine_of(weights, v)}
+        name = find_card(network['weights_sha256'])
+        theirs = {k: v for k, v in (published or {}).items() if _is_engine_of(network, v)}
         ours = {
             path.relative_to(folder).as_posix(): load_metadata(path)
             for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
@@ -129,12 +133,14 @@ def _open_again(path: Path) -> None:
         raise InputError(f'What was written does not load back: {e}') from e
 
 
-def add_engine(folder: Path, path: Path, weights: str) -> None:
+def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
+    """Put an engine of the network that an ONNX file's metadata describe into the folder."""
     if path.suffix not in ENGINE_SUFFIXES:
         raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}.')
     metadata = load_metadata(path)
-    if metadata['weights_sha256'] != weights:
-        raise InputError(f'{path} was built from other weights; build it again.')
+    different = find_difference(network, metadata)
+    if different:
+        raise InputError(f'{path} was built from other {different}; build it again.')
     built: Dict[str, Any] = metadata['engine']
     gpu = 'any'
     if built['gpu']:  # its name too, as of one compute capability there are several that want engines of their own
@@ -150,13 +156,13 @@ def add_engine(folder: Path, path: Path, weights: str) -> None:
     write_sidecar(target, metadata)
 
 
-def _is_engine_of(weights: str, metadata: Any) -> bool:
-    """Whether what was found in a repository is a whole sidecar of an engine of these weights."""
+def _is_engine_of(network: Dict[str, Any], metadata: Any) -> bool:
+    """Whether what was found in a repository is a whole sidecar of an engine of this network."""
     try:
         check_built(metadata, Path('engine'))
     except (RuntimeInputError, AttributeError):
         return False
-    return bool(metadata.get('weights_sha256') == weights and {'precision', 'file_bytes'} <= metadata.keys())
+    return bool(find_difference(network, metadata) is None and {'precision', 'file_bytes'} <= metadata.keys())
 
 
 def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:

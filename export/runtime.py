@@ -9,9 +9,9 @@
         print(prediction.top(3))                         # [('ship', 0.98), ...]
         prediction.patch_probabilities                   # (templates, H/r, W/r), None if the file has no patch scores
 
-This file stands alone, so that it can be copied beside a model: it needs numpy, Pillow, and onnxruntime for .onnx files
-or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the file's metadata, see
-export/metadata.py.
+This file stands alone, so that it can be copied beside a model: it needs numpy, Pillow ≥ 10.1, and onnxruntime for
+.onnx files or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the file's metadata,
+see export/metadata.py.
 """
 import argparse
 import colorsys
@@ -75,30 +75,40 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """Read an image in 8 bits, upright, and on white where it is transparent.
 
     Args:
-        source: Path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        source: Path, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
         mode: 'RGB' or 'L'.
 
     Raises:
         RuntimeInputError: If it cannot be read.
     """
     name = str(source) if isinstance(source, (str, Path)) else 'The image'
+    if not hasattr(Image.Image, 'has_transparency_data'):
+        raise NotInstalledError('Images are read with Pillow 10.1 or newer; pip install --upgrade pillow.')
     try:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8:
                 raise RuntimeInputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
+            if source.ndim == 3 and source.shape[2] == 1:
+                source = source[..., 0]
+            if source.ndim != 2 and (source.ndim != 3 or source.shape[2] not in (3, 4)):
+                raise RuntimeInputError(
+                    f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             source = Image.fromarray(source)
         if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
             raise RuntimeInputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.format == 'EPS':
+        file_format = image.format
+        if file_format == 'EPS':
             raise RuntimeInputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
         image = ImageOps.exif_transpose(image)
         if 0 in image.size:
             raise RuntimeInputError(f'{name} has no pixels.')
-        if image.mode[0] == 'I':  # 16 bits, which Pillow would clip at 255
+        if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
+            # 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        if image.mode == 'F':
-            raise RuntimeInputError(f'{name} has floating-point pixels of unknown range; convert it to 8 bits.')
+        if image.mode in ('I', 'F'):
+            kind = 'floating-point' if image.mode == 'F' else '32-bit'
+            raise RuntimeInputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')
         if image.has_transparency_data:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

@@ -277,13 +277,17 @@ def test_precisions_keep_their_limits_and_size(
     assert all(o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for o in proto.graph.output)
 
 
-def test_file_is_checked_again_by_command(exported, tmp_path, capsys, monkeypatch):
+def test_file_is_checked_again_by_command(exported, images, tmp_path, capsys, monkeypatch):
     _, weights, plain, patches = exported
     for path in (plain, patches):
         main(['check', str(path), str(weights), *FEW])
         assert 'logits: differs from PyTorch by at most' in capsys.readouterr().out
     with pytest.raises(InputError, match='was exported from rn26_tm with other weights; name those with --checkpoint'):
         main(['check', str(plain), 'rn26_tm', *FEW])
+    other = load(str(weights))
+    other.pretrained_cfg['label_names'] = other.pretrained_cfg['label_names'][::-1]
+    with pytest.raises(InputError, match='was exported with other class names than the model has now; export it again'):
+        check_file(plain, other, images(other))
     proto = onnx.load(plain)
     bias = next(t for t in proto.graph.initializer if t.name == 'model.fc.bias')
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1), bias.name))
@@ -381,12 +385,20 @@ def test_perturbed_maximizers_do_not_export_and_say_why(trained_like, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize('mode', ['squash', 'border'])
+def test_network_that_is_not_to_crop_the_centre_is_refused(images, tmp_path, mode):
+    model = timm.create_model('rn20', pretrained_cfg_overlay=dict(crop_mode=mode)).eval()
+    with pytest.raises(InputError, match=f"takes images by crop_mode '{mode}', and an exported file crops the centre"):
+        export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(), images(model))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_file_that_fails_is_kept_under_another_name(exported, tmp_path, monkeypatch):
     _, weights, _, _ = exported
     limits = dict(export.parity.LIMITS, fp32=export.parity.Limits(1e-12, 1., 1., 0., 1., 1.))
     monkeypatch.setattr(export.parity, 'LIMITS', limits)
     (tmp_path / 'x.onnx').write_bytes(b'of before')
-    message = r'logits differs from PyTorch by .*, worst for image \d+ of those of sample test'
+    message = r'logits differs .*, worst for image \d+ of those of sample test.* is kept as .*x\.failed\.onnx\.'
     with pytest.raises(InputError, match=message):
         main(['onnx', str(weights), '--output', str(tmp_path / 'x.onnx'), *FEW])
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.failed.onnx', 'x.failed.onnx.json', 'x.onnx']

@@ -1,4 +1,5 @@
 """Images of every mode become 8-bit RGB; what is no image is named."""
+import re
 import struct
 
 import numpy as np
@@ -53,6 +54,24 @@ def test_arrays_and_pil_images_are_taken():
     np.testing.assert_array_equal(np.asarray(read_image(Image.fromarray(GREY), 'L')), GREY)
 
 
+@pytest.mark.parametrize('read', [read_image, runtime.read_image])
+def test_arrays_of_one_channel_are_grey(read):
+    np.testing.assert_array_equal(np.asarray(read(GREY[..., None], 'L')), GREY)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 1), (5, 3, 32), (3, 4, 2), (4,)])
+@pytest.mark.parametrize('read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+def test_arrays_of_another_shape_are_refused(read, error, shape):
+    with pytest.raises(error, match=re.escape(f'has shape {shape}; give (H, W), (H, W, 3) or (H, W, 4).')):
+        read(np.zeros(shape, dtype=np.uint8))
+
+
+def test_old_pillow_is_named(monkeypatch):
+    monkeypatch.delattr(Image.Image, 'has_transparency_data')
+    with pytest.raises(runtime.RuntimeInputError, match='Pillow 10.1 or newer; pip install --upgrade pillow'):
+        runtime.read_image(GREY)
+
+
 def make_bad(tmp_path, kind):
     path = tmp_path / 'bad.png'
     if kind == 'empty':
@@ -64,15 +83,16 @@ def make_bad(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:3000])
     elif kind == 'folder':
         path.mkdir()
-    elif kind == 'float':
+    elif kind in ('float', 'integers'):
         path = path.with_suffix('.tiff')
-        Image.fromarray(GREY.astype(np.float32)).save(path)
+        Image.fromarray(GREY.astype(np.float32 if kind == 'float' else np.int32)).save(path)
     return path
 
 
 @pytest.mark.parametrize('kind, message', [
     ('missing', 'There is no image'), ('empty', 'empty or no image'), ('text', 'empty or no image'),
     ('truncated', 'cannot be decoded'), ('folder', 'is a folder'), ('float', 'floating-point'),
+    ('integers', '32-bit pixels of unknown range'),
 ])
 def test_what_is_no_image_is_named(tmp_path, kind, message):
     path = make_bad(tmp_path, kind)

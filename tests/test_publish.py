@@ -11,6 +11,7 @@ import timm
 import yaml
 
 import export.__main__ as export
+from export import parity
 from export.onnx import OnnxOptions, export_onnx
 from export.publish import _is_engine_of, add_engine, create_files
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
@@ -71,16 +72,18 @@ def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, 
 def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tmp_path):
     for name in ('pixels.engine', 'pixels.engine.json'):
         shutil.copy(engines[1].with_name(name), tmp_path)
-    weights = json.loads(Path(f'{engines[1]}.json').read_text())['weights_sha256']
+    network = json.loads(Path(f'{engines[1]}.json').read_text())
+    renamed = dict(network, class_names=network['class_names'][::-1])
     (tmp_path / 'cut.engine').write_bytes(engines[1].read_bytes()[:-1])
     shutil.copy(f'{engines[1]}.json', tmp_path / 'cut.engine.json')
-    for path, sha256, message in (
-            (tmp_path / 'pixels.engine', weights, r'pixels\.engine was built from .*pixels\.onnx, which is gone'),
-            (tmp_path / 'cut.engine', weights, r'cut\.engine is not the engine its sidecar is of, or is cut short'),
-            (engines[0], 64 * '0', r'same\.engine was built from other weights; build it again'),
-            (tmp_path / 'a.onnx', weights, r'a\.onnx must end in \.engine or \.plan')):
+    for path, of, message in (
+            (tmp_path / 'pixels.engine', network, r'pixels\.engine was built from .*pixels\.onnx, which is gone'),
+            (tmp_path / 'cut.engine', network, r'cut\.engine is not the engine its sidecar is of, or is cut short'),
+            (engines[0], dict(network, weights_sha256=64 * '0'), r'same\.engine was built from other weights'),
+            (engines[0], renamed, r'same\.engine was built from other class names; build it again'),
+            (tmp_path / 'a.onnx', network, r'a\.onnx must end in \.engine or \.plan')):
         with pytest.raises(InputError, match=message):
-            add_engine(tmp_path / 'out', path, sha256)
+            add_engine(tmp_path / 'out', path, of)
 
 
 def test_onnx_file_that_does_not_load_back_is_not_published(model, images, tmp_path, monkeypatch):
@@ -94,10 +97,17 @@ def test_onnx_file_that_does_not_load_back_is_not_published(model, images, tmp_p
         create_files(tmp_path, model, 'me/net', (), (), images(model, 8, 8))
 
 
+def test_file_that_fails_is_named_by_its_precision(model, images, tmp_path, monkeypatch):
+    """Where it lay is gone with the folder."""
+    monkeypatch.setitem(parity.LIMITS, 'fp16', parity.Limits(1e-12, 1., 1., 0., 1., 1.))
+    with pytest.raises(InputError, match='^In fp16, logits differs from PyTorch .* Leave it out of --precisions.$'):
+        create_files(tmp_path, model, 'me/net', ('fp16',), (), images(model, 8, 8))
+
+
 @pytest.mark.parametrize('found', [
     [], {}, {'foo': 1}, {'engine': None}, {'engine': {'backend': 'tensorrt'}}])
 def test_what_lies_on_the_hub_and_is_no_sidecar_of_an_engine_is_passed_over(found):
-    assert not _is_engine_of(64 * '0', found)
+    assert not _is_engine_of(dict(weights_sha256=64 * '0'), found)
 
 
 def test_repository_is_looked_at_before_the_training():

@@ -12,23 +12,29 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
     """Read an image and convert it to 8 bits in `mode`, upright and on white where it is transparent.
 
     Args:
-        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
         mode: 'RGB' or 'L'.
 
     Raises:
         InputError: If the source is missing, empty, damaged, or no image.
     """
     name = str(source) if isinstance(source, (str, Path)) else getattr(source, 'name', 'The image')
+    file_format = None
     try:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8:
                 raise InputError(f'The image array has dtype {source.dtype}; give uint8 values from 0 to 255.')
+            if source.ndim == 3 and source.shape[2] == 1:
+                source = source[..., 0]
+            if source.ndim != 2 and (source.ndim != 3 or source.shape[2] not in (3, 4)):
+                raise InputError(f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             image = Image.fromarray(source)
         elif not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
             raise InputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
-            if image.format == 'EPS':  # Pillow has Ghostscript run it
+            file_format = image.format
+            if file_format == 'EPS':  # Pillow has Ghostscript run it
                 raise InputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -44,10 +50,12 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
         raise
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
-    if image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion clips it at 255
+    if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
+        # 16-bit grey; Pillow's own conversion clips it at 255
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == 'F':
-        raise InputError(f'{name} has floating-point pixels of unknown range; convert it to 8 bits.')
+    if image.mode in ('I', 'F'):
+        kind = 'floating-point' if image.mode == 'F' else '32-bit'
+        raise InputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
