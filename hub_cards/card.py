@@ -11,8 +11,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
-from train.lineage import find_legs, read_runs, uses_erasing
-from train.report import compare_maps, say_erasing
+from train.lineage import find_fillings, find_legs, read_runs
+from train.report import compare_maps, say_fillings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -346,7 +346,7 @@ def render(
         mixing=mixing,
         leads=_count_leads(trust),
         blurred_leads=_count_leads(blurred),
-        erasing=say_erasing(uses_erasing(run, runs)),
+        fillings=say_fillings(find_fillings(run, runs)),
         has_words='words' in data['pictures'],
         trust_command=tell_command(trust, dataset['id']) if trust else '',
         continued=continued,

@@ -127,7 +127,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['rn27_tm'], "rn27_tm is no model with weights"),
-    (['dn100_tm_cat'], 'or give a weight file of training'),
+    (['wrn16'], 'or give a weight file of training'),
     (['missing.onnx'], 'no file missing.onnx'),
     (['missing.safetensors'], 'no file missing.safetensors'),
     (['rn26_tm', '--split', 'nothing'], 'nothing'),

@@ -359,6 +359,25 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
     assert result['last']['train_kd_loss'] > 0
 
 
+def test_teacher_is_compiled_with_the_student_and_teaches_the_same(tmp_path):
+    teach = ('--model', 'rn20', '--kd-model-name', 'rn26_tm')
+    plain, compiled = (create_trainer(tmp_path, *teach, *flags) for flags in ((), ('--torchcompile', 'eager')))
+    assert isinstance(compiled.task.teacher.model, torch._dynamo.OptimizedModule)
+    images, _ = next(plain.train_loader.epoch(0))
+    torch.testing.assert_close(compiled.task.teach(images), plain.task.teach(images))
+
+
+def test_measuring_needs_no_teacher(tmp_path):
+    trainer = create_trainer(tmp_path, '--kd-checkpoint', 'gone.safetensors', '--eval-only')
+    assert not hasattr(trainer.task, 'teacher')
+
+
+def test_teacher_by_name_goes_before_that_of_a_recipe(tmp_path):
+    (tmp_path / 'r.yaml').write_text('kd_checkpoint: a.safetensors\n')
+    args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--kd-model-name', 'rn26_tm'])
+    assert (args.kd_model_name, args.kd_checkpoint) == ('rn26_tm', None)
+
+
 def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     names = list(reversed(CIFAR10_LABELS))
     weights = tmp_path / 'teacher.safetensors'
@@ -369,14 +388,19 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
-    (['--kd-model-name', 'dn100_tm_cat'], 'teacher dn100_tm_cat cannot be loaded'),
+    (['--kd-model-name', 'wrn16'], 'teacher wrn16 cannot be loaded'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
     (['--report-to', 'clearml'], "'clearml' is not installed; pip install clearml"),
     (['--torchcompile', 'slowly'], "compiler 'slowly' cannot be used"),
     (['--sync-bn'], 'needs GPUs'),
-    (['--torchcompile-mode', 'reduce-overhead', '--grad-accum-steps', '2'], 'leave out one of the two'),
+    (['--torchcompile', '--torchcompile-mode', 'reduce-overhead', '--grad-accum-steps', '2'], 'leave out one of the'),
+    (['--torchcompile', '--torchcompile-mode', 'max-autotune', '--grad-accum-steps', '2'], 'leave out one of the two'),
+    (['--torchcompile', 'cudagraphs', '--grad-accum-steps', '2'], 'leave out one of the two'),
+    (['--torchcompile-mode', 'max-autotune'], 'is of a compiler; add --torchcompile'),
+    (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
+    (['--distill-loss-weight', '1'], '--distill-loss-weight is of distillation; name a teacher with --kd-model-name'),
     (['--aa', 'zzz'], "augmentation 'zzz'"),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),

@@ -19,7 +19,7 @@ from train.claims import (
     combine_most,
     judge,
 )
-from train.lineage import count_epochs
+from train.lineage import count_epochs, count_taught_epochs
 
 ROOT = Path(__file__).parent.parent
 IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)
@@ -275,6 +275,12 @@ def test_epochs_of_all_runs_are_counted():
         first=run(13, 'a'), second=run(24, 'b', 'output/a/last.safetensors'),
         third=run(23, 'c', '/elsewhere/b/best.safetensors', dataset='hfds/here/cifar10'),
         other=run(5, 'd', 'output/a/last.safetensors', 'rn26_tm'),
-        unknown=run(5, 'e', 'weights.safetensors'), itself=run(5, 'f', 'output/f/last.safetensors'))
-    expected = dict(another_set=7, first=13, second=37, third=60, other=None, unknown=None, itself=None)
+        unknown=run(5, 'e', 'weights.safetensors'), shipped=run(5, 'g', 'timm_tmblock/weights/third.safetensors'),
+        itself=run(5, 'f', 'output/f/last.safetensors'))
+    expected = dict(another_set=7, first=13, second=37, third=60, other=None, unknown=None, shipped=65, itself=None)
     assert {tag: count_epochs(tag, runs) for tag in runs} == expected
+    runs['second']['settings']['kd_checkpoint'] = 'output/teacher/last.safetensors'
+    assert {tag: count_taught_epochs(tag, runs) for tag in runs} == {
+        **dict.fromkeys(runs, 0), 'second': 24, 'third': 24, 'shipped': 24}
+    runs['first']['settings']['pretrained'] = True
+    assert count_epochs('first', runs) is None

@@ -137,7 +137,8 @@ def test_set_that_will_not_do_is_refused_and_leaves_nothing(finished_run, elsewh
     assert not (elsewhere / 'weights').exists() and not (elsewhere / 'results').exists()
 
 
-@pytest.mark.parametrize('settings', [dict(pool=[65, 15, 20]), dict(train_split='test'), dict(val_split='test')])
+@pytest.mark.parametrize('settings', [
+    dict(pool=[65, 15, 20]), dict(train_split='test'), dict(val_split='test'), dict(train_split='train+test[:5]')])
 def test_run_that_has_seen_the_images_is_refused(finished_run, elsewhere, tmp_path, settings):
     shutil.copytree(finished_run, tmp_path / 'run')
     path = tmp_path / 'run' / 'args.yaml'

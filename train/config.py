@@ -16,7 +16,7 @@ INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # settings that say the same as others; where one is given, those of a recipe below it go
 INSTEAD = dict(
     lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
-    pool=('val_fraction',))
+    pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
 
 
 class Parser(argparse.ArgumentParser):

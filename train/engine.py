@@ -26,7 +26,9 @@ def create_accelerator(args: Namespace) -> Accelerator:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     plugins = {}
-    if args.torchcompile_mode == 'reduce-overhead' and args.grad_accum_steps > 1:
+    if args.torchcompile_mode and not args.torchcompile:
+        raise InputError('--torchcompile-mode is of a compiler; add --torchcompile.')
+    if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
             'CUDA graphs overwrite the gradients that --grad-accum-steps adds up; leave out one of the two.')
     if args.torchcompile:
@@ -88,6 +90,14 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
     config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
+
+
+def _captures_graphs(args: Namespace) -> bool:
+    """Whether the compiler replays CUDA graphs."""
+    if args.torchcompile != 'inductor':
+        return args.torchcompile == 'cudagraphs'
+    from torch._inductor import list_mode_options  # takes its time
+    return bool(list_mode_options().get(args.torchcompile_mode, {}).get('triton.cudagraphs'))
 
 
 def _resolve_trackers(names: List[str]) -> List[str]:

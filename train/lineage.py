@@ -28,16 +28,18 @@ def read_runs(results: Path) -> Dict[str, Dict[str, Any]]:
 def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[str, Any]]]:
     """A run and those it continues, the first one first; None if it began with weights of which there is no record.
 
-    The run before is the one of that network and dataset whose experiment folder the first weights lay in.
+    The run before is the one of that network and dataset whose experiment folder the first weights lay in, or whose tag
+    they ship as.
     """
     run = runs[tag]
     start = run['settings'].get('initial_checkpoint')
     if start is None:
-        return [run]
+        return None if run['settings'].get('pretrained') else [run]
     others = {k: v for k, v in runs.items() if k != tag}
     for other, earlier in others.items():
-        experiment = earlier['settings'].get('experiment')
-        if (*_identify(earlier), experiment) == (*_identify(run), Path(start).parent.name):
+        if _identify(earlier) != _identify(run):
+            continue
+        if Path(start).parent.name == earlier['settings'].get('experiment') or Path(start).stem == other:
             before = find_legs(other, others)
             return None if before is None else [*before, run]
     return None
@@ -48,9 +50,16 @@ def _identify(run: Dict[str, Any]) -> Tuple[str, str]:
     return run['model'], Path(run['dataset']).name
 
 
-def uses_erasing(tag: str, runs: Dict[str, Dict[str, Any]]) -> bool:
-    """Whether a run, or one it continues, was trained with random erasing."""
-    return any((leg['settings'].get('reprob') or 0) > 0 for leg in find_legs(tag, runs) or [runs[tag]])
+def find_fillings(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[str]]:
+    """What put the mean colour into training images; None if a run it continues has no record."""
+    legs = find_legs(tag, runs)
+    if legs is None:
+        return None
+    settings = [leg['settings'] for leg in legs]
+    fillings = ['random erasing' for s in settings if s.get('reprob') and s.get('remode', 'const') == 'const']
+    fillings += ['TrivialAugment' if s['aa'] == 'trivial' else s['aa'] for s in settings if s.get('aa')]
+    fillings += ['the padding' for s in settings if s.get('padding_mode') == 'constant' and s.get('padding')]
+    return list(dict.fromkeys(fillings))
 
 
 def has_teacher(run: Dict[str, Any]) -> bool:
@@ -62,3 +71,8 @@ def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
     """Epochs of a run and of those it continues; None if it began with weights of which there is no record."""
     legs = find_legs(tag, runs)
     return None if legs is None else sum(int(run['epochs']) for run in legs)
+
+
+def count_taught_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> int:
+    """How many of them were with a teacher."""
+    return sum(int(run['epochs']) for run in find_legs(tag, runs) or [runs[tag]] if has_teacher(run))

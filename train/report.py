@@ -23,7 +23,7 @@ from train.analysis import FILLS
 from train.claims import Evidence, judge
 from train.config import SETTINGS, Parser
 from train.files import write_text
-from train.lineage import count_epochs, has_teacher, read_runs, uses_erasing
+from train.lineage import count_epochs, count_taught_epochs, find_fillings, read_runs
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,8 +119,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
         run = evidence.runs[tag]
         regions = f'{e["patch_accuracy"]:.1f} %' if e.get('patch_accuracy') is not None else '–'
         epochs = count_epochs(tag, evidence.runs) or f'{run["epochs"]} more'
-        if has_teacher(run):
-            epochs = f'{epochs}, with a teacher'
+        taught = count_taught_epochs(tag, evidence.runs)
+        if taught:
+            epochs = f'{epochs}, {"" if taught == epochs else f"{taught} "}with a teacher'
         size = run['settings'].get('img_size')
         size = f' at {size}×{size}' if size not in (None, 32) else ''
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
@@ -148,15 +149,21 @@ def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def render_analysis(tag: str, found: Dict[str, Any], shipped: bool = True, erased: bool = False) -> str:
-    """The page on the regions of one network, trained with random erasing if `erased`."""
+def render_analysis(
+        tag: str,
+        found: Dict[str, Any],
+        shipped: bool = True,
+        fillings: Optional[List[str]] = None,
+) -> str:
+    """The page on the regions of one network, into whose training images `fillings` put the mean colour."""
     settings = list(dict.fromkeys(map(say_setting, found.values())))
     lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
     if not shipped:
         lines += ['Of weights that do not ship any more; the commands measure those that do.', '']
     if 'trust' in found:
-        lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '', say_erasing(erased),
-                  '', '![Deletion and insertion curves](trust.png)', '', f'`{found["trust"]["command"]}`', '']
+        lines += ['## Does the class map show the evidence?', '', *say_trust(found['trust']), '',
+                  say_fillings(fillings), '', '![Deletion and insertion curves](trust.png)', '',
+                  f'`{found["trust"]["command"]}`', '']
     if 'trust_blur' in found:
         lines += ['## The same, masked by a blurred image', '', *say_trust(found['trust_blur']), '',
                   '![Deletion and insertion curves](trust_blur.png)', '', f'`{found["trust_blur"]["command"]}`', '']
@@ -230,12 +237,18 @@ def say_mixing(mixing: Dict[str, float]) -> List[str]:
         'added to.']
 
 
-def say_erasing(erased: bool) -> str:
-    """What training has to do with what a network makes of masked images."""
-    if erased:
+def say_fillings(fillings: Optional[List[str]]) -> str:
+    """What training has to do with what a network makes of images masked by the mean colour."""
+    if fillings is None:
+        return 'Whether training had the mean colour in its images is not recorded.'
+    if not fillings:
+        return ('The network was trained without random erasing: parts of the mean colour are unlike all that it has '
+                'seen.')
+    if fillings == ['random erasing']:
         return ('The network was trained with random erasing, which puts the same mean colour in the place of '
                 'rectangles: it has learnt to do without parts that are masked.')
-    return ('The network was trained without random erasing: parts of the mean colour are unlike all that it has seen.')
+    return (f'Training put the same mean colour into images ({" and ".join(fillings)}): the network has seen parts of '
+            f'it.')
 
 
 def compare_maps(row: Dict[str, float]) -> Dict[str, List[str]]:
@@ -266,7 +279,7 @@ def render_pages(root: Path) -> Dict[Path, str]:
         found = find_analyses(root, tag)
         if found:
             pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(
-                tag, found, tag in index, uses_erasing(tag, evidence.runs))
+                tag, found, tag in index, find_fillings(tag, evidence.runs))
     # the runs had copies of the Hub's sets, which a reader does not have
     return {path: re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text) for path, text in pages.items()}
 

@@ -34,7 +34,7 @@ from timm_tmblock.checkpoint import read_description, remove, save_weights, writ
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
 from train.config import SETTINGS, Parser
-from train.data import add_data_options
+from train.data import add_data_options, open_named, share_images
 from train.files import hash_file, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,12 @@ def choose_precision(top1: Dict[str, float]) -> str:
     return 'float16' if abs(top1['float16'] - top1['float32']) <= TOLERANCE + 1e-9 else 'float32'
 
 
+def shares_images(args: argparse.Namespace, splits: List[str]) -> bool:
+    """Whether the split to measure on has images of one of these, of the same set."""
+    tested = open_named(args)
+    return any(share_images(tested, open_named(argparse.Namespace(**{**vars(args), 'split': name}))) for name in splits)
+
+
 def copy(source: Path, target: Path) -> None:
     with writing(target) as tmp:
         shutil.copyfile(source, tmp)
@@ -93,7 +99,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         raise InputError(f'{args.run} has no {missing[0]}; give the folder of a run that has finished.')
     result = json.loads((args.run / 'result.json').read_text())
     settings = yaml.safe_load((args.run / SETTINGS).read_text())
-    if settings.get('pool') or args.split in (settings['train_split'], settings.get('val_split')):
+    seen = [name for name in (settings['train_split'], settings.get('val_split')) if name]
+    same_set = Path(settings['dataset']).name == Path(args.dataset).name
+    if settings.get('pool') or args.split in seen or (same_set and shares_images(args, seen)):
         raise InputError(f'{args.run} was trained or chosen on images of the split {args.split!r}; name another.')
     weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
     model = read_description(weights)['model']

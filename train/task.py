@@ -78,6 +78,23 @@ class DistillationTask(TrainingTask):
         return {**result, 'loss': loss, 'task_loss': result['loss'], 'kd_loss': kd_loss}
 
 
+def check_loss_weights(args: Namespace) -> None:
+    """
+    Raises:
+        InputError: If there is no teacher to weigh, or nothing would be left for it.
+    """
+    if not args.kd_model_name and not args.kd_checkpoint:
+        for flag in ('task_loss_weight', 'distill_loss_weight'):
+            if getattr(args, flag) is not None:
+                raise InputError(
+                    f'--{flag.replace("_", "-")} is of distillation; name a teacher with --kd-model-name or '
+                    f'--kd-checkpoint.')
+    elif args.distill_loss_weight is None and (args.task_loss_weight or 0) >= 1:
+        raise InputError(
+            f'--task-loss-weight {args.task_loss_weight:g} leaves nothing for the teacher; give --distill-loss-weight '
+            f'too.')
+
+
 def create_teacher(args: Namespace, class_names: Sequence[str], device: torch.device) -> DistillationTeacher:
     """The teacher the settings name, with its weights.
 
@@ -105,7 +122,10 @@ def create_teacher(args: Namespace, class_names: Sequence[str], device: torch.de
         check_classes('The teacher', labels, 'the data', class_names)
     if args.channels_last:  # as the images
         model = model.to(memory_format=torch.channels_last)
-    return DistillationTeacher(model.to(device), device=device)
+    teacher = DistillationTeacher(model.to(device), device=device)
+    if args.torchcompile:
+        teacher.compile(args.torchcompile, args.torchcompile_mode, dynamic=False)
+    return teacher
 
 
 def create_task(

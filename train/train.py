@@ -74,7 +74,7 @@ from train.optim import clip_gradients, create_optimizer, create_schedule, resol
 from train.publish import check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
-from train.task import create_task, create_teacher
+from train.task import check_loss_weights, create_task, create_teacher
 
 
 def create_data_config(args: Namespace) -> DataConfig:
@@ -126,6 +126,7 @@ class Trainer:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         check_model_name(args.model)
+        check_loss_weights(args)
         self.accelerator = accelerator = create_accelerator(args)
         take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
@@ -143,7 +144,7 @@ class Trainer:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         teacher = None
-        if args.kd_model_name or args.kd_checkpoint:
+        if (args.kd_model_name or args.kd_checkpoint) and not args.eval_only:
             teacher = create_teacher(args, self.class_names, accelerator.device)
 
         parts = load_parts(splits, args, config, progress=self.main_process)
