@@ -328,6 +328,7 @@ def render(
         class_names=first['class_names'],
         preprocessing=first['preprocessing'],
         has_patches=has_patches,
+        concat=has_patches and model.tm.shortcut is None,
         has_bf16='bf16' in sidecars,
         for_tensorrt=FILES['fp16' if 'fp16' in sidecars else 'fp32'],
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',

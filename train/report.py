@@ -233,8 +233,8 @@ def say_mixing(mixing: Dict[str, float]) -> List[str]:
         f'{mixing["images"]:,} images the class that matches',
         f'best has the largest coefficient too; it has {shares["matched_share"]} of the sum of them, and in '
         f'{shares["matched_off"]} of the regions it is 0.',
-        f'Over the regions the value vectors, mixed, vary {mixing["value_spread"]:.2f} times as much as what they are',
-        'added to.']
+        f'Over the regions the value vectors, mixed, vary {mixing["value_spread"]:.2f} times as much as what they',
+        'join.']
 
 
 def say_fillings(fillings: Optional[List[str]]) -> str:

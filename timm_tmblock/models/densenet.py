@@ -17,7 +17,6 @@ from ..layers import can_share_features, forward_shared, fuse_conv_norm
 from ._base import (
     TemplateMatchingNet,
     count_extra_halvings,
-    create_cfg,
     create_cifar10_cfg,
     create_cifar100_cfg,
     create_mini_imagenet_cfg,
@@ -260,10 +259,11 @@ default_cfgs = generate_default_cfgs({
     'dn100.cifar10': create_cifar10_cfg('dn100.cifar10'),
     'dn100.cifar100': create_cifar100_cfg('dn100.cifar100'),
     'dn100.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
+    'dn100_tm.dist_cifar10': create_cifar10_cfg('dn100_tm.dist_cifar10'),
     'dn100_tm.cifar10': create_cifar10_cfg('dn100_tm.cifar10'),
     'dn100_tm.cifar100': create_cifar100_cfg('dn100_tm.cifar100'),
     'dn100_tm.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
-    'dn100_tm_cat.untrained': create_cfg(),
+    'dn100_tm_cat.cifar10': create_cifar10_cfg('dn100_tm_cat.cifar10'),
     'dn100_tm_cat.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
 })
 
