@@ -502,14 +502,15 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     card = files['README.md']['content'].decode()
     assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'Compared on\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
-    # engines of another machine stay, and stay on the card; those of other weights and what is no sidecar do not
-    weights = json.loads(files['onnx/model.onnx.json']['content'])['weights_sha256']
+    # engines of another machine stay, and stay on the card; those of another network and what is no sidecar do not
+    network = json.loads(files['onnx/model.onnx.json']['content'])
     built = dict(
         backend='tensorrt', version='10.16.0', version_compatible=False, hardware_compatibility='none', command='',
         options={}, onnx='../onnx/model.onnx', onnx_sha256='0' * 64,
         gpu=dict(name='NVIDIA L4', compute_capability='8.9'), profiles=[[[n, 3, 32, 32] for n in (1, 16, 64)]])
-    about = dict(weights_sha256=weights, engine=built, precision='fp16', file_bytes=2_000_000)
-    for name, content in dict(a=about, b=dict(about, weights_sha256='0' * 64), c=[]).items():
+    about = dict(network, engine=built, precision='fp16', file_bytes=2_000_000)
+    others = [dict(about, weights_sha256='0' * 64), [], dict(about, class_names=about['class_names'][::-1])]
+    for name, content in zip('abcd', [about, *others]):
         text = json.dumps(content).encode()
         for path, data in ((f'engines/{name}/x.engine', b'plan'), (f'engines/{name}/x.engine.json', text)):
             files[path] = dict(oid=hashlib.sha1(data).hexdigest(), size=len(data), lfs=False, content=data)
