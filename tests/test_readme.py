@@ -89,9 +89,9 @@ def test_measures_by_which_a_map_is_better_than_another_images():
     other = "another image's class map"
     blurred = {name: len(compare_maps(
         read('train', 'results', name, 'analysis', 'trust_blur.json')['maps'][other])['better']) for name in (
-            'rn38_tm.cifar10', 'wrn16_tm.cifar10', 'rn38_tm.cifar100', 'wrn16_tm.cifar100')}
-    assert list(blurred.values()) == [0, 0, 4, 4]
-    assert "By the blurred image those of `rn38_tm` and `wrn16_tm` are better than another image's on 0." in PLAIN
+            *better, 'rn38_tm.cifar100', 'wrn16_tm.cifar100')}
+    assert list(blurred.values()) == [0, 0, 0, 0, 4, 4]
+    assert "By the blurred image all four are better than another image's on 0." in PLAIN
     found = {
         name: read('train', 'results', f'{name}.cifar100', 'analysis', 'trust.json')['maps']
         for name in ('rn38_tm', 'wrn16_tm', 'dn100_tm')}
@@ -138,6 +138,13 @@ def test_neighbours_of_regions():
         f'{100 * found["chance"]["class"]:.0f} % by chance. The increase comes in with the value vectors: of the two '
         f'summands it is {rates["rn26_tm: values"]} in these and {rates["rn26_tm: shortcut"]} in the projected input. '
         f'But the mean of the input over patches, with no template, has {rates["rn26_tm: patch mean"]} too.') in PLAIN
+    found = read('train', 'results', 'rn26_tm.cifar100', 'analysis', 'geometry.json')
+    spaces = ('rn26.cifar100: stage 3', *(f'rn26_tm.cifar100: {name}' for name in (
+        'stage 3', 'block output', 'values', 'patch mean')))
+    shares = [f'{100 * found["spaces"][name]["class_neighbour_rate"]:.0f} %' for name in spaces]
+    assert (
+        f'the shares are {shares[0]}, {shares[1]}, {shares[2]} and, by chance, {100 * found["chance"]["class"]:.0f} %; '
+        f'{shares[3]} in the value vectors and {shares[4]} in the mean over patches.') in PLAIN
 
 
 def test_what_the_block_mixes():
