@@ -65,7 +65,7 @@ def choose_precision(top1: Dict[str, float]) -> str:
     return 'float16' if abs(top1['float16'] - top1['float32']) <= TOLERANCE + 1e-9 else 'float32'
 
 
-def shares_images(args: argparse.Namespace, splits: List[str]) -> bool:
+def is_of_images_in(args: argparse.Namespace, splits: List[str]) -> bool:
     """Whether the split to measure on has images of one of these, of the same set."""
     tested = open_named(args)
     return any(share_images(tested, open_named(argparse.Namespace(**{**vars(args), 'split': name}))) for name in splits)
@@ -101,7 +101,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     settings = yaml.safe_load((args.run / SETTINGS).read_text())
     seen = [name for name in (settings['train_split'], settings.get('val_split')) if name]
     same_set = Path(settings['dataset']).name == Path(args.dataset).name
-    if settings.get('pool') or args.split in seen or (same_set and shares_images(args, seen)):
+    if settings.get('pool') or args.split in seen or (same_set and is_of_images_in(args, seen)):
         raise InputError(f'{args.run} was trained or chosen on images of the split {args.split!r}; name another.')
     weights = args.run / ('best.safetensors' if result['best'] else 'last.safetensors')
     model = read_description(weights)['model']
