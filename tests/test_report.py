@@ -1,6 +1,7 @@
 """Pages of results: none is stale, and verdicts are those that the numbers give by hand."""
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from train.claims import (
     combine_most,
     judge,
 )
-from train.lineage import count_epochs, count_taught_epochs
+from train.lineage import count_epochs, count_taught_epochs, find_fillings
 
 ROOT = Path(__file__).parent.parent
 IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)
@@ -284,3 +285,23 @@ def test_epochs_of_all_runs_are_counted():
         **dict.fromkeys(runs, 0), 'second': 24, 'third': 24, 'shipped': 24}
     runs['first']['settings']['pretrained'] = True
     assert count_epochs('first', runs) is None
+
+
+@pytest.mark.parametrize('settings, fillings, said', [
+    ({}, [], 'trained without random erasing'),
+    (dict(reprob=0.2), ['random erasing'], 'trained with random erasing'),
+    (dict(reprob=0.2, remode='pixel'), [], 'trained without random erasing'),
+    (dict(aa='trivial'), ['TrivialAugment'], r'into images \(TrivialAugment\): the network has seen parts'),
+    (dict(aa='rand-m9', reprob=0.1), ['random erasing', 'rand-m9'], r'\(random erasing and rand-m9\)'),
+    (dict(padding=4, padding_mode='constant'), ['the padding'], r'\(the padding\)'),
+    (dict(padding=4, padding_mode='reflect'), [], 'trained without random erasing'),
+])
+def test_what_put_the_mean_colour_into_training_images_is_of_all_runs(settings, fillings, said):
+    def run(**kwargs):
+        return dict(model='rn26', epochs=1, dataset='hfds/uoft-cs/cifar10', settings=kwargs)
+
+    runs = dict(
+        first=run(experiment='a', **settings), second=run(initial_checkpoint='output/a/last.safetensors'),
+        unknown=run(initial_checkpoint='elsewhere.safetensors', **settings))
+    assert find_fillings('second', runs) == fillings and re.search(said, report.say_fillings(fillings))
+    assert find_fillings('unknown', runs) is None and 'is not recorded' in report.say_fillings(None)
