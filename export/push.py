@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from export.metadata import find_difference
 from timm_tmblock.errors import InputError
 
 T = TypeVar('T')
@@ -28,7 +29,7 @@ TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
 WEIGHTS = 'model.safetensors'
-MADE_FROM_WEIGHTS = ('onnx/', 'engines/')  # folders on the Hub
+EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
 FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
 
@@ -237,7 +238,7 @@ class _Push:
         if options.tag in tags:
             head = self._find_head(options.revision)
             tree = self._list_tree(head)
-            if tags[options.tag] != head or self._find_different(tree) or self._find_stale(tree):
+            if tags[options.tag] != head or self._find_different(tree) or self._find_stale(tree, head):
                 raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.')
 
     def _find_head(self, revision: Optional[str]) -> str:
@@ -258,19 +259,31 @@ class _Push:
         content = (self.folder / file).read_bytes()
         return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
-    def _find_stale(self, tree: Dict[str, str]) -> List[str]:
-        """Exports of other weights, of an earlier push; those of the same weights, of another machine say, stay."""
-        if WEIGHTS not in tree or Path(WEIGHTS) not in self.files or tree[WEIGHTS] in self._hash(Path(WEIGHTS)):
-            return []
+    def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
+        """Exports of another network, of an earlier push; those of the same one, of another machine say, stay."""
         kept = {file.as_posix() for file in self.files}
-        return [path for path in tree if path.startswith(MADE_FROM_WEIGHTS) and path not in kept]
+        exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
+        return exports if exports and self._is_of_another_network(tree, revision) else []
+
+    def _is_of_another_network(self, tree: Dict[str, str], revision: str) -> bool:
+        different = {file.as_posix() for file in self._find_different(tree) if file.as_posix() in tree}
+        if WEIGHTS in different:
+            return True
+        for path in different:  # the weights say nothing of class names and preprocessing
+            if path.startswith(EXPORTS) and path.endswith('.json'):
+                theirs = self.api.hf_hub_download(self.options.repo, path, revision=revision)
+                with contextlib.suppress(ValueError, AttributeError):  # not one of ours
+                    if find_difference(json.loads((self.folder / path).read_text()), json.loads(
+                            Path(theirs).read_text())):
+                        return True
+        return False
 
     def _commit(self) -> CommitInfo:
         options = self.options
         head = self._find_head(options.revision)
-        stale = self._find_stale(self._list_tree(head))
+        stale = self._find_stale(self._list_tree(head), head)
         for path in stale:
-            self.say(f'removing {path}, which is of other weights')
+            self.say(f'removing {path}, which is of another network')
         operations: List[Any] = [
             *(CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=self.folder / file)
               for file in self.files),
@@ -288,7 +301,7 @@ class _Push:
 
         def is_done(revision: str) -> bool:
             tree = self._list_tree(revision)
-            return not self._find_different(tree) and not self._find_stale(tree)
+            return not self._find_different(tree) and not self._find_stale(tree, revision)
 
         if is_done(self._find_head(self.options.revision)):
             self.say(f'{repo} has these files already, so there is nothing to open a pull request for')

@@ -888,6 +888,10 @@ def load(
     """
     path = _find(source, device, revision, engine, rebuild)
     if path.suffix not in ENGINE_SUFFIXES:
+        if rebuild:
+            raise RuntimeInputError(
+                f'{path} is no engine, and engines alone are built again; name one, ask for the engine of a folder, or '
+                f'leave rebuild out.')
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu':
         raise RuntimeInputError('Engines run on NVIDIA GPUs alone; give the ONNX file for the CPU.')

@@ -30,7 +30,7 @@ class ServingOptions:
     """How the server runs a model."""
     max_batch: int = 64  # of ONNX files; engines have their own
     instances: int = 1  # on each device
-    kind: str = 'auto'  # of KINDS; engines are on the GPU
+    kind: str = 'auto'  # of KINDS; engines are on the GPU, and refused for 'cpu'
     max_delay: int = 500  # microseconds a request may wait for others to make a batch
 
 
@@ -147,6 +147,8 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     """
     backend, filename = BACKENDS[path.suffix]
     engine = metadata.get('engine')
+    if engine and options.kind == 'cpu':
+        raise InputError(f'{path} is an engine, which runs on GPUs alone; give the ONNX file for the CPU.')
     max_batch, preferred, profiles = options.max_batch, '', ''
     if engine:
         smallest, best, largest = zip(*([shape[0] for shape in profile] for profile in engine['profiles']))

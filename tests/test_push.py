@@ -165,6 +165,22 @@ def test_exports_of_other_weights_are_removed_and_those_of_the_same_stay(hub, fo
     assert 'notes.txt' in hub.repositories['me/net'].find('main')['files'] and count(hub) == 3
 
 
+@pytest.mark.parametrize('changed, stays', [
+    (dict(class_names=['a', 'c']), False), (dict(preprocessing=dict(crop_pct=0.9)), False), (dict(versions={}), True)])
+def test_exports_with_other_class_names_or_preprocessing_are_removed(hub, folder, changed, stays):
+    said = folder / 'onnx' / 'model.onnx.json'
+    network = dict(weights_sha256='0', class_names=['a', 'b'], preprocessing=dict(crop_pct=1.0))
+    said.write_text(json.dumps(network))
+    other = folder / 'onnx' / 'model_int8.onnx'
+    other.write_bytes(b'of the first push alone')
+    assert run(hub, folder)[0] == ''
+    other.unlink()
+    said.write_text(json.dumps({**network, **changed}))
+    assert run(hub, folder, tag='v1')[0] == ''
+    assert ('onnx/model_int8.onnx' in hub.repositories['me/net'].find('main')['files']) == stays
+    assert run(hub, folder, tag='v1')[0] == '' and count(hub) == 2
+
+
 def test_branch_and_pull_request(hub, folder):
     hub.create('me/net')
     assert run(hub, folder, revision='next')[0] == ''

@@ -365,6 +365,8 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
     assert runtime.load(tmp_path, 'cpu').session.provider == 'CPUExecutionProvider'  # unless asked, an ONNX file
     with pytest.raises(runtime.RuntimeInputError, match='is no engine; name one'):
         runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)
+    with pytest.raises(runtime.RuntimeInputError, match='patches.onnx is no engine, and engines alone are built again'):
+        runtime.load(tmp_path, 'cpu', rebuild=True)
     (path.parent / 'x.engine').unlink()  # its sidecar alone is no engine
     assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'y6'
     monkeypatch.setattr(runtime, 'query_gpu', lambda: dict(T4))
