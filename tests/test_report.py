@@ -18,6 +18,7 @@ from train.claims import (
     Evidence,
     combine_all,
     combine_most,
+    compare_others,
     judge,
 )
 from train.lineage import count_epochs, count_taught_epochs, find_fillings
@@ -122,7 +123,7 @@ def test_networks_of_one_recipe_are_compared():
 
     verdict, evidence = compare()
     assert verdict == UNDECIDED and 'wrn16' not in evidence
-    assert 'rn26_tm.cifar10 against rn26.cifar10: +2.00 ± 0.38 points (one run each, 13 epochs)' in evidence
+    assert 'with other recipes, one run each: +2.00 ± 0.38 (rn26_tm.cifar10) points, 1 in all' in evidence
     protocol = dict(table1={('rn26', 'cifar10'): [90., 90.1], ('rn26_tm', 'cifar10'): [88., 88.1]})
     decided, both = compare(scores=protocol)
     assert decided == FAILS and 'RN26-Ours against RN26, CIFAR-10: -2.00' in both
@@ -147,9 +148,10 @@ def test_networks_of_one_recipe_are_compared():
         evaluations[tag] = dict(evaluations['rn26.cifar10'], top1=top1)
         runs[tag] = run(
             model, epochs=5, lr=0.05, experiment='longer', initial_checkpoint=f'output/{model}/last.safetensors')
-    evidence = compare()[1]
-    assert evidence.index('+2.00') < evidence.index('rn26_tm.longer against rn26.longer: +0.10')
-    assert '(one run each, 18 epochs)' in evidence
+    found = compare_others(Evidence({}, IMAGES, evaluations, runs))
+    assert [(c.tag, c.baseline, c.epochs) for c in found] == [
+        ('rn26_tm.cifar10', 'rn26.cifar10', 13), ('rn26_tm.longer', 'rn26.longer', 18)]
+    assert '+0.10 ± 0.35 (rn26_tm.longer) to +2.00 ± 0.38 (rn26_tm.cifar10) points, 2 in all' in compare()[1]
     assert 'longer' not in compare_with(run('rn26', opt='sgd'))[1]  # which trained the first 13 of them
     evaluations['rn26.cifar10']['images'] = evaluations['rn26_tm.longer']['images'] = 500
     assert compare() == (UNTESTED, EXCEPTION)

@@ -17,6 +17,7 @@ NO_RECIPE = (
     'torchcompile_mode', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
     'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
     'report_to', 'project')
+TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it
 MARGIN = 1.  # points of accuracy that networks as good as others may be below them
 HOLDS, FAILS, UNDECIDED, UNTESTED = 'holds', 'does not hold', 'undecided', 'not tested'
 
@@ -81,6 +82,18 @@ class Difference:
 
     def __str__(self) -> str:
         return f'{self.points:+.2f} ± {self.error:.2f}'
+
+
+@dataclass
+class Comparison:
+    """A network with template matching beside its baseline, trained alike."""
+    tag: str
+    baseline: str  # tag
+    epochs: int
+    difference: Difference
+
+    def __str__(self) -> str:
+        return f'{self.difference} ({self.tag})'
 
 
 def combine_all(verdicts: List[str]) -> str:
@@ -150,8 +163,8 @@ def is_chosen_by(run: Dict[str, Any], split: str) -> bool:
     return split == run['settings'].get('val_split') and best is not None and best['epoch'] + 1 != run['epochs']
 
 
-def compare_others(evidence: Evidence) -> List[str]:
-    """The same of networks that another recipe trained, the same for baseline and template matching.
+def compare_others(evidence: Evidence) -> List[Comparison]:
+    """Networks that another recipe trained, the same for baseline and template matching.
 
     One run each, which decides nothing; pairs of longer training come later.
     """
@@ -173,9 +186,17 @@ def compare_others(evidence: Evidence) -> List[str]:
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
             epochs = sum(run['epochs'] for run in legs)
-            found.append((model, dataset, epochs, (
-                f'{tag} against {other}: {difference} points (one run each, {epochs} epochs)')))
-    return [line for *_, line in sorted(found)]
+            found.append((model, dataset, epochs, tag, Comparison(tag, other, epochs, difference)))
+    return [comparison for *_, comparison in sorted(found, key=lambda entry: entry[:-1])]
+
+
+def summarize(comparisons: List[Comparison]) -> List[str]:
+    """How far apart the differences lie; the table has all of them."""
+    if not comparisons:
+        return []
+    ordered = sorted(comparisons, key=lambda c: c.difference.points)
+    ends = ' to '.join(dict.fromkeys(map(str, (ordered[0], ordered[-1]))))
+    return [f'with other recipes, one run each: {ends} points, {len(ordered)} in all ([table]({TABLE}))']
 
 
 Judgement = Tuple[str, List[str]]
@@ -194,8 +215,8 @@ def judge_baselines(evidence: Evidence) -> Judgement:
     if not lines and not others:
         return UNTESTED, exceptions
     if not lines:
-        return UNDECIDED, ["not run with the paper's protocol", *others, *exceptions]
-    return verdict, [*lines, *introduce('with other recipes', others), *exceptions]
+        return UNDECIDED, ["not run with the paper's protocol", *summarize(others), *exceptions]
+    return verdict, [*lines, *summarize(others), *exceptions]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:

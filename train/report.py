@@ -20,7 +20,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
-from train.claims import Evidence, judge
+from train.claims import Evidence, compare_others, judge
 from train.config import SETTINGS, Parser
 from train.files import write_text
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, read_runs
@@ -28,6 +28,7 @@ from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur', 'mixing')
+TRUST = dict(trust='mean colour', trust_blur='blurred image')  # analyses, and what masks in them
 TEST_IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)  # 20 % of 60,000
 
 
@@ -109,6 +110,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
             empty.append(f'- {title}: `python train/reproduce.py {name} --output train/results/paper`')
     if empty:
         lines += ['Not run yet:', '', *empty, '']
+    lines += say_comparisons(evidence)
     lines += [
         '## Trained weights, shipped and intermediate', '',
         '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | measured on |',
@@ -122,8 +124,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
         taught = count_taught_epochs(tag, evidence.runs)
         if taught:
             epochs = f'{epochs}, {"" if taught == epochs else f"{taught} "}with a teacher'
-        size = run['settings'].get('img_size')
-        size = f' at {size}×{size}' if size not in (None, 32) else ''
+        size = say_size(run)
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
         lines.append(
             f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images{size} '
@@ -138,9 +139,67 @@ def render_results(root: Path, evidence: Evidence) -> str:
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
     analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
-        lines += ['## What the regions show', '']
-        lines += [f'- [{tag}](train/results/{tag}/analysis/README.md)' for tag in analysed] + ['']
+        lines += say_regions({tag: find_analyses(root, tag) for tag in analysed})
     return '\n'.join(lines)
+
+
+def say_size(run: Dict[str, Any]) -> str:
+    size = run['settings'].get('img_size')
+    return f' at {size}×{size}' if size not in (None, 32) else ''
+
+
+def say_comparisons(evidence: Evidence) -> List[str]:
+    """The table of networks with template matching and their baselines."""
+    found = compare_others(evidence)
+    if not found:
+        return []
+    lines = [
+        '## With and without template matching', '',
+        '| network | data | epochs | top-1 | baseline | top-1 | difference |', '|---|---|---|---|---|---|---|']
+    for c in found:
+        run, ours, theirs = evidence.runs[c.tag], evidence.evaluations[c.tag], evidence.evaluations[c.baseline]
+        lines.append(
+            f'| [{c.tag}](train/results/{c.tag}) | {Path(ours["dataset"]).name}{say_size(run)} | {c.epochs} '
+            f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
+            f'| {c.difference} |')
+    beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
+    return [*lines, '',
+            'Network and baseline were trained by the same recipes, one run each; top-1 on the test images, ± one',
+            f'standard error over these. Of {len(found)} differences {sum(beyond)} are more than two such errors above zero and',
+            f'{len(beyond) - sum(beyond)} more than two below it. These errors leave out how much two runs of one network differ, so',
+            'no difference says which of the two is better.', '']
+
+
+def count_measures(row: Dict[str, float]) -> str:
+    found = compare_maps(row)
+    return f'{len(found["better"])}+ {len(found["worse"])}−'
+
+
+MAPS = ("another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
+
+
+def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
+    """The table of all networks' class maps beside other maps."""
+    lines = [
+        '## What the regions show', '',
+        f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most |',
+        '|---|---|---|' + '---|' * len(MAPS) + '---|']
+    for tag, found in analyses.items():
+        mixed = f'{100 * found["mixing"]["agreement"]:.0f} %' if 'mixing' in found else '–'
+        link = f'[{tag}](train/results/{tag}/analysis/README.md)'
+        rows = [(fill, found[name]) for name, fill in TRUST.items() if name in found]
+        for fill, trust in rows:
+            cells = [count_measures(trust['maps'][other]) if other in trust['maps'] else '–' for other in MAPS]
+            lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
+        if not rows:
+            lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
+    return [*lines, '',
+            'Does a network lose the class when the regions are masked that its class map calls evident? By four',
+            "measures (areas under deletion and insertion curves, accuracy without the more and the less evident half)",
+            'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and',
+            "worse by one, by more than two standard errors. Another image's map is the control. Grad-CAM is",
+            'what `method="cam"` shows, CAM probabilities are the same after a soft-max over the classes. Last column:',
+            'the share of regions whose best match has the largest coefficient in what the block mixes.', '']
 
 
 def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
