@@ -5,10 +5,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset, share_images
+from train.data import (
+    InMemorySet,
+    check_classes,
+    decode,
+    fits_in_memory,
+    get_class_names,
+    open_dataset,
+    share_images,
+)
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
 
@@ -196,6 +205,58 @@ def test_split_that_a_folder_does_not_have_is_not_another(folder, kind, split, k
     kwargs = dict(root=str(folder)) if kind else kwargs
     with pytest.raises(InputError, match=message):
         open_dataset(kind or str(folder), split, **kwargs)
+
+
+@pytest.mark.parametrize('parts', [('Training', 'Testing'), ('Test', 'other'), ('dev', 'holdout')])
+def test_parts_by_other_names_are_not_read_as_one(tmp_path, parts):
+    for part in parts:
+        for name in 'ab':
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(tmp_path / part / name / '0.png')
+    with pytest.raises(InputError, match=f"has no split 'train', it has {', '.join(sorted(parts))}"):
+        open_dataset(str(tmp_path), 'train')
+    assert len(open_dataset(str(tmp_path), parts[0])) == 2
+
+
+def test_groups_of_classes_are_no_splits(tmp_path):
+    for group, name in (('animals', 'cat'), ('animals', 'dog'), ('vehicles', 'car')):
+        (tmp_path / group / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / group / name / '0.png')
+    assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['car', 'cat', 'dog']
+
+
+@pytest.mark.parametrize('image, label, message', [
+    (None, 0, 'cannot be read'), ('x', None, 'has no label')])
+def test_empty_cell_of_a_table_is_named(tmp_path, image, label, message):
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+    Image.new('RGB', (8, 8)).save(tmp_path / 'x.png')
+    good = dict(bytes=(tmp_path / 'x.png').read_bytes(), path=None)
+    table = Dataset.from_dict(
+        dict(image=[good, good if image == 'x' else image], label=[1, label]),
+        Features(image=ImageColumn(), label=ClassLabel(names=['a', 'b'])))
+    (tmp_path / 'set').mkdir()
+    table.to_parquet(tmp_path / 'set' / 'train.parquet')
+    with pytest.raises(InputError, match=f'Image 1 of the dataset {message}'):
+        decode(open_dataset(f'hfds/{tmp_path / "set"}', 'train'), CONFIG, progress=False)
+
+
+def test_images_are_made_square_as_the_network_has_it(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 96, 3), dtype=np.uint8))
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / '0.png')
+    for mode in ('center', 'squash', 'border'):
+        reference = create_transform((3, 8, 8), interpolation='bicubic', crop_pct=1., crop_mode=mode, normalize=False)
+        found = decode(open_dataset(str(tmp_path), 'train'), replace(CONFIG, crop_mode=mode), progress=False)
+        assert torch.equal(found.images[0], reference(image))
+
+
+def test_classes_of_one_name_have_one_number():
+    check_classes('net', ['airplane', 'bird', 'car'], 'set', ['plane', 'bird', 'auto'])
+    for other in (['airplane', 'car', 'bird'], ['bird', 'airplane', 'monkey'], ['x', 'y', 'bird']):
+        with pytest.raises(InputError, match='net and set have classes in another order'):
+            check_classes('net', ['airplane', 'bird', 'car'], 'set', other)
 
 
 def test_folder_of_classes_alone_is_one_split(folder):

@@ -263,6 +263,45 @@ def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path, 
     assert not (tmp_path / 'new').exists()
 
 
+def test_what_measures_pretrained_weights_is_named():
+    with pytest.raises(InputError, match='which the weights may have seen; name a split with --test-split'):
+        main(['--pretrained', '--eval-only', '--device', 'cpu', '--report-to', 'none'])
+
+
+def save_sample(path, names=CIFAR10_LABELS):
+    """A copy of those of 40 images of the sample that are of the first classes, under these names."""
+    from datasets import ClassLabel, load_dataset
+    sample = load_dataset(str(ROOT / 'train' / 'sample'), split='test[:40]')
+    sample = sample.filter(lambda row: row['label'] < len(names)).cast_column('label', ClassLabel(names=list(names)))
+    path.mkdir()
+    sample.to_parquet(path / 'test.parquet')
+    return ['--dataset', f'hfds/{path}', '--input-key', 'img', '--train-split', 'test[:50%]', '--val-fraction', '0',
+            '--test-split', 'test[50%:]', '--device', 'cpu', '--report-to', 'none']
+
+
+@pytest.mark.parametrize('start', ['--pretrained', '--initial-checkpoint', '--resume'])
+def test_weights_of_other_classes_are_not_measured_nor_gone_on_with(tmp_path, start):
+    mixed = [*CIFAR10_LABELS[:6], CIFAR10_LABELS[8], CIFAR10_LABELS[7], CIFAR10_LABELS[6], CIFAR10_LABELS[9]]
+    flags = [start]
+    if start == '--initial-checkpoint':
+        flags.append(str(ROOT / 'timm_tmblock' / 'weights' / 'rn26_tm.cifar10.safetensors'))
+    if start == '--resume':
+        flags.append(str(tmp_path / 'run'))
+        main([*(f for f in TINY if f not in ('--val-split', 'test[:15]')), '--output', str(tmp_path)])
+    for name, names, message in (
+            ('mixed', mixed, 'have classes in another order .class 6 is frog and ship'),
+            ('two', 'ab', 'tells 10 classes apart and .*two has 2')):
+        data = save_sample(tmp_path / name, names)
+        for more in [['--eval-only'], ['--epochs', '2']][:1 + (start == '--resume')]:
+            with pytest.raises(InputError, match=message):
+                main([*flags, *data, *more])
+
+
+def test_few_images_are_measured_too(tmp_path):
+    measured = main([*save_sample(tmp_path / 'few'), '--pretrained', '--eval-only'])  # no batch of training has so few
+    assert measured['weights'] == 'pretrained' and measured['test']['top1'] > 80
+
+
 def test_initial_checkpoint_is_where_training_starts(tmp_path):
     main([*TINY, '--output', str(tmp_path)])
     best = tmp_path / 'run' / 'best.safetensors'
@@ -307,6 +346,8 @@ def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
     assert measured['validation']['loss'] == pytest.approx(result['best']['loss'], rel=1e-6)
     trainer = create_trainer(tmp_path / 'new', *flags)
     assert trainer.data_config.input_size == (3, 24, 24) and trainer.data_config.mean == (0.2, 0.3, 0.4)
+    trainer = create_trainer(tmp_path / 'new', *flags, '--model-kwargs', 'img_size=96')
+    assert trainer.data_config.input_size == (3, 96, 96)
     others = ['--mean', '0.5', '0.5', '0.5', '--img-size', '64']
     trainer = create_trainer(tmp_path / 'new', *flags, *others)  # unless told otherwise
     assert trainer.data_config.mean == (0.5, 0.5, 0.5) and trainer.data_config.crop_pct == 0.9
@@ -382,7 +423,7 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     names = list(reversed(CIFAR10_LABELS))
     weights = tmp_path / 'teacher.safetensors'
     save_weights(weights, timm.create_model('rn20').state_dict(), dict(model='rn20', num_classes=10, label_names=names))
-    with pytest.raises(InputError, match='The teacher and the data have the same classes in another order'):
+    with pytest.raises(InputError, match='The teacher and the data have classes in another order'):
         main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
 
 
@@ -424,6 +465,10 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     (['--opt', 'adahessian'], 'needs second derivatives'),
     (['--train-split', 'train[:36]', '--test-split', 'train[20:40]'], "'train.*36.*' and 'train.*40.*' .* in common"),
     (['--dataset', 'wds/somewhere'], 'is a stream'),
+    (['--dataset', 'TFDS/somewhere'], 'is a stream'),
+    (['--opt-args', 'lr=5'], 'has flags of its own, --lr and --lr-base'),
+    (['--model-kwargs', 'in_chans=4'], 'in_chans=4 is no image'),
+    (['--model-kwargs', 'num_templates=7'], 'leaves no template for each of the 10 classes'),
 ])
 def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, flags, message):
     with pytest.raises(InputError, match=message) as error:

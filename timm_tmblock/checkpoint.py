@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save
 from .errors import InputError
 
 # fields of the description that timm keeps in pretrained_cfg under the same name
-_PRETRAINED_CFG_KEYS = ('num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'label_names')
+_PRETRAINED_CFG_KEYS = (
+    'num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'label_names')
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], de
         path: File to write, `*.safetensors`.
         state_dict: Weights.
         description: `model` and `model_args` for `timm.create_model`, and `num_classes`, `input_size`, `mean`, `std`,
-            `interpolation`, `crop_pct`, `label_names` as in timm's pretrained_cfg. JSON-serialisable.
+            `interpolation`, `crop_pct`, `crop_mode`, `label_names` as in timm's pretrained_cfg. JSON-serialisable.
 
     Raises:
         InputError: If the file cannot be written.

@@ -210,7 +210,7 @@ class Explainer:
                 f'{path} was exported with the map of the method {self.method!r}; export it again with --method '
                 f'{method}.')
         outputs = {output.name: output for output in session.get_outputs()}
-        self._name(class_names, len(class_names), outputs['patch_logits'].shape[1])
+        self._name(class_names, outputs['logits'].shape[1], outputs['patch_logits'].shape[1])
         input_name = session.get_inputs()[0].name
         self.run = lambda x: tuple(session.run(['logits', 'patch_logits'], {input_name: x}))
 

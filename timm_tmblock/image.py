@@ -44,6 +44,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
         raise InputError(f'There is no image {name}.') from e
     except IsADirectoryError as e:
         raise InputError(f'{name} is a folder; name the images in it.') from e
+    except PermissionError as e:
+        raise InputError(f'{name} may not be read here.') from e
     except UnidentifiedImageError as e:
         raise InputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (InputError, MemoryError):

@@ -33,6 +33,7 @@ class DataConfig:
     std: Tuple[float, ...]
     interpolation: str = 'bicubic'
     crop_pct: float = 1.0
+    crop_mode: str = 'center'  # or 'squash', 'border'
     padding: int = 4  # random crop of the image padded by this many pixels on each side
     padding_mode: str = 'reflect'
     hflip: float = 0.5

@@ -12,7 +12,7 @@ from train.tables import Scores, label
 
 # settings that two runs of one recipe may differ in: the network, and where and how it ran
 NO_RECIPE = (
-    'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'memory_limit', 'workers',
+    'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
     'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing', 'torchcompile',
     'torchcompile_mode', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
     'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
@@ -150,7 +150,7 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
     recipe = {key: value for key, value in settings.items() if key not in NO_RECIPE}
     images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
-    if settings['sched'] != 'step':
+    if settings['sched'] not in ('step', 'wsd', 'rsqrt'):
         del recipe['decay_epochs']  # which no other schedule heeds
     fraction = 0.1 if settings['val_fraction'] is None else settings['val_fraction']
     held_out = 0. if settings['val_split'] else fraction  # of the images to train on

@@ -109,6 +109,9 @@ def create_parser() -> Parser:
     group.add_argument('--crop-pct', type=above_zero, help=(
         "share of a resized image that is kept; the model's if not given"))
 
+    group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
+        "how images that are no squares become some; the model's if not given"))
+
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
     group.add_argument('--pretrained', action=boolean, default=False)

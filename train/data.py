@@ -1,6 +1,7 @@
 """Image sets: opened by timm, and decoded once to a uint8 tensor where they fit in memory."""
 import math
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
@@ -22,6 +23,7 @@ from train.augment import DataConfig
 # what timm's create_dataset does with the names of splits
 HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
+KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
 
@@ -58,8 +60,10 @@ class ImageSet(Dataset):
         try:
             image, target = self.source[index]
             image = read_image(image, self.mode)
-        except (InputError, OSError, KeyError) as e:
-            raise InputError(f'Image {index} of the dataset cannot be read, remove or replace it: {e}') from e
+        except (InputError, OSError, KeyError, TypeError, AssertionError) as e:  # the last two of empty cells
+            reason = str(e) or 'it is empty'
+            raise InputError(f'Image {index} of the dataset cannot be read, remove or replace it: {reason}') from e
+        target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {index} of the dataset has no label ({target}); name a split that has.')
         return image if self.transform is None else self.transform(image), int(target)
@@ -83,7 +87,10 @@ def open_dataset(
         if root:
             raise InputError('The sample comes with the project; --dataset names a folder of images, not --data-dir.')
         name, input_key, target_key = f'hfds/{SAMPLE}', 'img', 'label'
-    kind = name.partition('/')[0]
+    kind, slash, rest = name.partition('/')
+    if slash and kind.lower() in KINDS:
+        kind = kind.lower()
+        name = f'{kind}/{rest}'
     if kind in ('hfids', 'tfds', 'wds') and '/' in name:
         raise InputError(f'Dataset {name!r} is a stream, whose images have no numbers; name it with hfds/ or torch/.')
     kwargs = dict(root=root, split=split, download=download, input_img_mode='L' if channels == 1 else 'RGB')
@@ -125,7 +132,10 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
     # where timm finds no folder of the split, it takes all images under the root
     source = getattr(dataset, 'reader', dataset)
     if isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root:
-        splits = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name in SPLIT_NAMES)
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        classes = Counter(path.name for folder in folders for path in folder.iterdir() if path.is_dir())
+        repeated = any(count > 1 for count in classes.values())  # by whatever names, parts with the same classes
+        splits = [path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES]
         if splits:
             raise InputError(f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}.')
 
@@ -188,15 +198,15 @@ def get_class_names(dataset: Any) -> List[str]:
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
     """
     Raises:
-        InputError: If a network and a set have other numbers of classes, or the same ones in another order.
+        InputError: If a network and a set have other numbers of classes, or one of both has another number in each.
     """
     if len(known) != len(found):
         raise InputError(f'{name} tells {len(known)} classes apart and {dataset} has {len(found)}.')
-    if list(known) != list(found) and sorted(known) == sorted(found):
-        first = next(i for i, pair in enumerate(zip(known, found)) if pair[0] != pair[1])
-        raise InputError(
-            f'{name} and {dataset} have the same classes in another order (class {first} is {known[first]} and '
-            f'{found[first]}); order the labels of the set as the network has them.')
+    for i, (ours, theirs) in enumerate(zip(known, found)):
+        if ours != theirs and (ours in found or theirs in known):
+            raise InputError(
+                f'{name} and {dataset} have classes in another order (class {i} is {ours} and {theirs}); order the '
+                f'labels of the set as the network has them.')
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:
@@ -226,7 +236,8 @@ def decode(
     class_names = get_class_names(dataset)
     source = ImageSet(dataset, config.input_size[0], labelled)
     resize = create_transform(
-        config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct, normalize=False)
+        config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode,
+        normalize=False)
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
     for i in tqdm(range(len(source)), desc='Decoding', unit='img', disable=not progress, leave=False):

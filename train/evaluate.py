@@ -68,6 +68,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         std=tuple(runner.config['std']),
         interpolation=runner.config['interpolation'],
         crop_pct=runner.config['crop_pct'],
+        crop_mode=runner.config.get('crop_mode', 'center'),
     )
     dataset = open_named(args, channels)
     names = get_class_names(dataset)

@@ -214,6 +214,7 @@ class StreamingLoader:
             mean=config.mean,
             std=config.std,
             crop_pct=config.crop_pct,
+            crop_mode=config.crop_mode,
             num_workers=max(num_workers, training),  # in training not this process: its random numbers go on
             distributed=distributed,
             device=device,

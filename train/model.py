@@ -1,5 +1,6 @@
 """The network to train: its name, its image size, and what is left of it after training."""
 from argparse import Namespace
+from pathlib import Path
 from typing import Dict, List, Tuple
 
 import timm
@@ -13,6 +14,7 @@ from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import check_model, read_description
 from timm_tmblock.errors import InputError
 from train.config import refusing
+from train.data import check_classes
 
 
 def check_model_name(name: str) -> None:
@@ -49,15 +51,34 @@ def take_up_checkpoint(args: Namespace) -> None:
     description = read_description(args.initial_checkpoint)
     check_model(args.initial_checkpoint, description, args.model)
     # templates are of the classes, which may be others now
+    sized = 'img_size' in args.model_kwargs
     kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
     args.model_kwargs = {**kept, **args.model_kwargs}
-    for key in ('mean', 'std', 'interpolation', 'crop_pct'):
+    for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
         if getattr(args, key) is None:
             setattr(args, key, description.get(key))
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     _, height, width = description.get('input_size', cfg.input_size)
-    if args.img_size is None and height == width and height != cfg.input_size[-1]:
+    if args.img_size is None and not sized and height == width and height != cfg.input_size[-1]:
         args.img_size = height
+
+
+def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None:
+    """Refuse weights of other classes where they go on or are measured; elsewhere a new classifier takes their place.
+
+    Raises:
+        InputError: For those.
+    """
+    file = folder / 'last.safetensors' if args.resume else args.initial_checkpoint if args.eval_only else None
+    if file is not None and Path(file).is_file():
+        description = read_description(file)
+    elif args.eval_only and args.pretrained:
+        description, file = vars(timm.get_pretrained_cfg(args.model) or PretrainedCfg()), args.model
+    else:
+        return
+    names = description.get('label_names') or [f'class {i}' for i in range(description.get('num_classes') or 0)]
+    if names:
+        check_classes(str(file), names, args.dataset, class_names)
 
 
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
@@ -66,6 +87,11 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         description = read_description(args.initial_checkpoint)
         # the classifier is kept where the number of classes is the same, as with any weights of timm
         overlay = dict(file=args.initial_checkpoint, num_classes=description.get('num_classes', len(class_names)))
+    templates = args.model_kwargs.get('num_templates', len(class_names))
+    if templates != len(class_names):
+        raise InputError(
+            f'num_templates={templates} leaves no template for each of the {len(class_names)} classes, which the patch '
+            f'loss compares; leave it out.')
     with refusing(f'These settings of {args.model}'):
         model = timm.create_model(
             args.model,

@@ -26,6 +26,8 @@ def resolve_lr(args: Namespace, images_per_update: int) -> float:
 
 
 def create_optimizer(args: Namespace, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    if 'lr' in args.opt_args:
+        raise InputError('The learning rate has flags of its own, --lr and --lr-base; leave it out of --opt-args.')
     with refusing(f'These settings of the optimizer {args.opt!r}'):
         optimizer = create_optimizer_v2(
             model, **{**optimizer_kwargs(args), 'lr': lr}, filter_bias_and_bn=args.filter_bias_and_bn)

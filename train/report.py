@@ -113,8 +113,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
     lines += say_comparisons(evidence)
     lines += [
         '## Trained weights, shipped and intermediate', '',
-        '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | measured on |',
-        '|---|---|---|---|---|---|---|---|---|',
+        '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | recipe of the last stage '
+        '| measured on |', '|---|---|---|---|---|---|---|---|---|---|',
     ]
     index = read_json(root / 'timm_tmblock' / 'weights' / 'index.json') or {}
     for tag, e in evidence.evaluations.items():
@@ -129,7 +129,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
         lines.append(
             f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images{size} '
             f'| {epochs} | {run["parameters"]:,} | {e["top1"]:.2f} % | {e["flip_top1"]:.2f} % | {regions} '
-            f'| {100 * e["ece"]:.1f} % | {say_setting(e)} |')
+            f'| {100 * e["ece"]:.1f} % | {say_recipe(root, tag)} | {say_setting(e)} |')
     precisions = sorted({e['precision'] for e in evidence.evaluations.values()})
     lines += [
         '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
@@ -141,6 +141,15 @@ def render_results(root: Path, evidence: Evidence) -> str:
     if analysed:
         lines += say_regions({tag: find_analyses(root, tag) for tag in analysed})
     return '\n'.join(lines)
+
+
+def say_recipe(root: Path, tag: str) -> str:
+    """Link to the recipe that the card of shipped weights names; its header has the commands of all stages."""
+    path = root / 'hub_cards' / 'models' / f'{tag}.yaml'
+    if not path.is_file():
+        return '–'
+    recipe = yaml.safe_load(path.read_text())['recipe']
+    return f'[{Path(recipe).name}]({recipe})'
 
 
 def say_size(run: Dict[str, Any]) -> str:
@@ -165,9 +174,9 @@ def say_comparisons(evidence: Evidence) -> List[str]:
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     return [*lines, '',
             'Network and baseline were trained by the same recipes, one run each; top-1 on the test images, ± one',
-            f'standard error over these. Of {len(found)} differences {sum(beyond)} are more than two such errors above zero and',
-            f'{len(beyond) - sum(beyond)} more than two below it. These errors leave out how much two runs of one network differ, so',
-            'no difference says which of the two is better.', '']
+            f'standard error over these. Of {len(found)} differences {sum(beyond)} are more than two such errors above',
+            f'zero and {len(beyond) - sum(beyond)} more than two below it. These errors leave out how much two runs of',
+            'one network differ, so no difference says which of the two is better.', '']
 
 
 def count_measures(row: Dict[str, float]) -> str:

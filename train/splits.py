@@ -69,6 +69,10 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
             raise InputError(
                 f'Split {names["test"]!r} is named for {part} and for test; what measures the network must not take '
                 f'part in its training or choice.')
+    if args.eval_only and args.pretrained and not (args.resume or args.val_split or args.test_split or args.pool):
+        raise InputError(
+            'A part of the training images would be measured, which the weights may have seen; name a split with '
+            '--test-split.')
     if args.val_fraction is not None and (args.val_split or args.pool):
         raise InputError(
             f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')
@@ -94,6 +98,10 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
         if classes[part] != classes['train']:
             raise InputError(
                 f'The classes of splits {names["train"]!r} and {names[part]!r} differ; they must be the same.')
+    if len(classes['train']) < 2:
+        raise InputError(
+            f'Dataset {args.dataset!r} has one class alone, {classes["train"][0]!r}; put the images of each class into '
+            f'a folder of its name.')
     return splits
 
 

@@ -64,6 +64,7 @@ from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
 from train.model import (
     check_model_name,
+    check_weights,
     create_model,
     network,
     network_weights,
@@ -85,6 +86,7 @@ def create_data_config(args: Namespace) -> DataConfig:
         std=tuple(args.std or cfg.std),
         interpolation=args.interpolation or cfg.interpolation,
         crop_pct=args.crop_pct or cfg.crop_pct,
+        crop_mode=args.crop_mode or cfg.crop_mode,
         padding=args.padding,
         padding_mode=args.padding_mode,
         hflip=args.hflip,
@@ -93,6 +95,8 @@ def create_data_config(args: Namespace) -> DataConfig:
         re_mode=args.remode,
         re_count=args.recount,
     )
+    if config.input_size[0] not in (1, 3):
+        raise InputError(f'in_chans={config.input_size[0]} is no image; those are decoded to 1 channel or 3.')
     if not len(config.mean) == len(config.std) == config.input_size[0]:
         raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
     return config
@@ -135,6 +139,7 @@ class Trainer:
         self.data_config = config = create_data_config(args)
         splits = open_splits(args, config.input_size[0], accelerator)
         self.class_names = get_class_names(splits['train'])
+        check_weights(args, self.folder, self.class_names)
 
         set_seed(args.seed)  # the same initial weights on every process
         model = create_model(args, self.class_names).to(accelerator.device)
@@ -148,7 +153,7 @@ class Trainer:
             teacher = create_teacher(args, self.class_names, accelerator.device)
 
         parts = load_parts(splits, args, config, progress=self.main_process)
-        train_loader = create_loader(parts.train, config, args, accelerator, training=True)
+        train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
         assert train_loader is not None
         self.train_loader = train_loader
         self.val_loader = create_loader(parts.validation, config, args, accelerator)
@@ -214,6 +219,7 @@ class Trainer:
             std=data.std,
             interpolation=data.interpolation,
             crop_pct=data.crop_pct,
+            crop_mode=data.crop_mode,
         )
 
     def start_record(self) -> None:

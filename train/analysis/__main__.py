@@ -35,6 +35,7 @@ from train.hardware import describe_hardware, describe_versions
 from train.runner import resolve_device
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
+FIRST = 'the first of the split, or a draw where it lies sorted by class'
 
 
 def create_parser() -> Parser:
@@ -77,7 +78,7 @@ def create_parser() -> Parser:
     sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, of as many images')
     sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
-    sub.add_argument('--images', type=positive, default=1000, help='the first of the split, two at least')
+    sub.add_argument('--images', type=positive, default=1000, help=f'{FIRST}; two at least')
     sub.add_argument('--steps', type=positive, default=16)
     sub.add_argument('--fill', choices=FILLS, default='mean', help=(
         'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
@@ -86,7 +87,7 @@ def create_parser() -> Parser:
             ('mixing', 'does the block mix the values of the classes that match?'),
             ('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')):
         sub = add(command, description)
-        sub.add_argument('--images', type=positive, default=2000, help='the first of the split')
+        sub.add_argument('--images', type=positive, default=2000, help=FIRST)
     return parser
 
 
@@ -112,11 +113,19 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     cfg = model.pretrained_cfg
     config = DataConfig(
         tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
-        crop_pct=cfg['crop_pct'])
+        crop_pct=cfg['crop_pct'], crop_mode=cfg.get('crop_mode', 'center'))
     data = decode(open_named(args, config.input_size[0]), config)
     names = cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
     check_classes(args.model, names, args.dataset, data.class_names)
     return data
+
+
+def take_images(args: argparse.Namespace, model: Any) -> InMemorySet:
+    """As many as the settings say: the first, or a draw where the split lies sorted by class, as folders do."""
+    data = open_images(args, model)
+    if len(data) > args.images and bool((data.targets.diff() >= 0).all()):
+        return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.images])
+    return data.subset(torch.arange(min(args.images, len(data))))
 
 
 def colors_of(num_classes: int) -> np.ndarray:
@@ -235,8 +244,8 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     check_templates(args.model, model)
     if args.images < 2:
         raise InputError('Errors are over images; take two at least.')
-    data = open_images(args, model)
-    images, targets = normalize(model, data.images[:args.images]), data.targets[:args.images]
+    data = take_images(args, model)
+    images, targets = normalize(model, data.images), data.targets
     targets = targets.to(images.device)
     with torch.inference_mode():
         outputs = [model.forward_patch_logits(x) for x in images.split(200)]
@@ -267,12 +276,12 @@ def run_mixing(args: argparse.Namespace, model: Any) -> Outcome:
 
     if args.images < 2:
         raise InputError('Errors are over images; take two at least.')
-    images = normalize(model, open_images(args, model).images[:args.images])
+    images = normalize(model, take_images(args, model).images)
     return dict(images=len(images), **measure_mixing(model, images.split(200))), None
 
 
 def run_maximizer(args: argparse.Namespace, model: Any) -> Outcome:
-    images = normalize(model, open_images(args, model).images[:args.images])
+    images = normalize(model, take_images(args, model).images)
     try:
         constants = measure_maximizer(model, images.split(200))
     except ValueError as e:
