@@ -320,8 +320,10 @@ def _push(args: argparse.Namespace) -> None:
 
     from export.images import load_images
     from export.load import load
+    from export.metadata import hash_weights
     from export.publish import create_files
     from export.push import PushOptions, list_files, push, read_engines, sign_in
+    from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
@@ -333,7 +335,9 @@ def _push(args: argparse.Namespace) -> None:
     model = load(args.model, args.checkpoint)
     if args.license:
         config: Any = model.pretrained_cfg
-        if config.get('license') not in (None, args.license):
+        is_own = (args.checkpoint or args.model.endswith('.safetensors') or args.model.startswith('local-dir:')) and (
+            find_card(hash_weights(model)) is None)
+        if config.get('license') not in (None, args.license) and not is_own:
             raise InputError(
                 f'{args.model} has weights under {config["license"]}; --license is for weights of your own.')
         config['license'] = args.license

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from timm.data.model_config import resolve_input_data_config
 
+from export.metadata import check_preprocessing
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.data import decode, get_class_names, open_dataset, share_images
+from train.data import check_classes, decode, get_class_names, open_dataset, share_images
 
 
 @dataclass
@@ -54,7 +55,9 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     """
     if min(args.calibration_images, args.check_images) < 1:
         raise InputError('--calibration-images and --check-images must be at least 1.')
-    channels = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)['input_size'][0]
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    check_preprocessing(config)
+    channels = config['input_size'][0]
 
     def open_split(split: str) -> Any:
         return open_dataset(
@@ -73,6 +76,8 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
     labels = list(model.pretrained_cfg.get('label_names') or ())
+    if len(labels) == len(names) and (args.dataset != 'sample' or set(labels) == set(names)):
+        check_classes('The network', labels, args.dataset, names)
     if calibrate and args.dataset == 'sample' and (names != labels if labels else len(names) != model.num_classes):
         raise InputError(
             'int8 is calibrated on images of the dataset the network is for, and the sample is of CIFAR-10; name yours '

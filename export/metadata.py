@@ -56,13 +56,10 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
     """The metadata that do not depend on the format.
 
     Raises:
-        InputError: For a network whose images are not to be cropped in the centre.
+        InputError: For a network whose images are not prepared as an exported file does.
     """
     cfg = model.pretrained_cfg
-    if config.get('crop_mode', 'center') != 'center':
-        raise InputError(
-            f"The network takes images by crop_mode {config['crop_mode']!r}, and an exported file crops the centre; "
-            f"set pretrained_cfg['crop_mode'] to 'center' if that will do.")
+    check_preprocessing(config)
     names = list(cfg.get('label_names') or ())
     return dict(
         metadata_version=METADATA_VERSION,
@@ -70,7 +67,8 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
         weights_sha256=hash_weights(model),
         versions=dict(timm_tmblock=__version__, timm=timm.__version__),
         license=cfg.get('license'),
-        class_names=names or [f'class {i}' for i in range(model.num_classes)],
+        # those of other classes stay in pretrained_cfg where a new classifier took the place of theirs
+        class_names=names if len(names) == model.num_classes else [f'class {i}' for i in range(model.num_classes)],
         preprocessing=dict(
             input_size=list(config['input_size']),
             color='L' if config['input_size'][0] == 1 else 'RGB',
@@ -80,6 +78,19 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
             std=list(config['std']),
         ),
     )
+
+
+def check_preprocessing(config: Dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: For images that are neither grey nor in colour, or not to be cropped in the centre.
+    """
+    if config['input_size'][0] not in (1, 3):
+        raise InputError(f'The network takes {config["input_size"][0]} channels; images have 1 or 3.')
+    if config.get('crop_mode', 'center') != 'center':
+        raise InputError(
+            f"The network takes images by crop_mode {config['crop_mode']!r}, and an exported file crops the centre; "
+            f"set pretrained_cfg['crop_mode'] to 'center' if that will do.")
 
 
 def find_difference(described: Dict[str, Any], other: Dict[str, Any]) -> Optional[str]:
@@ -157,9 +168,9 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
             raise InputError(f'{sidecar(path)} is no object of JSON; export the file again.')
     version = metadata.get('metadata_version')
     if version is None:
-        raise InputError(
-            f'{path} does not say its classes and preprocessing; give a file of python -m export onnx, or put its '
-            f'metadata beside it as {sidecar(path).name}.')
+        advice = 'build it with python -m export tensorrt' if path.suffix in ENGINE_SUFFIXES else (
+            f'give a file of python -m export onnx, or put its metadata beside it as {sidecar(path).name}')
+        raise InputError(f'{path} does not say its classes and preprocessing; {advice}.')
     if version != METADATA_VERSION:
         raise InputError(f'{path} has metadata of version {version}, not {METADATA_VERSION}; export it again.')
     missing = [key for key in REQUIRED if key not in metadata]

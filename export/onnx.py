@@ -41,7 +41,7 @@ _TORCH_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 @dataclass(frozen=True)
 class OnnxOptions:
     """Which ONNX file to write."""
-    precision: str = 'fp32'  # of PRECISIONS; inputs and outputs are float32 all the same
+    precision: str = 'fp32'  # of PRECISIONS; inputs and outputs are float32 (or uint8 pixels) all the same
     target: str = 'cpu'  # of int8: 'cpu' or 'tensorrt', which need different files
     patch_logits: bool = False  # add the class scores of each region
     method: str = 'match'  # of timm_tmblock.explanation.METHODS: what those are

@@ -45,6 +45,7 @@ ImageSource = Union[str, Path, Image.Image, np.ndarray]
 METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
+DEVICES = ('auto', 'cpu', 'cuda')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
 BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command', 'options',
          'onnx', 'onnx_sha256')
@@ -115,6 +116,10 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         return image.convert(mode)
     except FileNotFoundError as e:
         raise RuntimeInputError(f'There is no image {name}.') from e
+    except IsADirectoryError as e:
+        raise RuntimeInputError(f'{name} is a folder; name the images in it.') from e
+    except PermissionError as e:
+        raise RuntimeInputError(f'{name} may not be read here.') from e
     except UnidentifiedImageError as e:
         raise RuntimeInputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (RuntimeInputError, MemoryError):
@@ -662,6 +667,8 @@ def _read_sidecar(path: Path) -> Dict[str, Any]:
     except FileNotFoundError as e:
         raise RuntimeInputError(
             f'There is no {sidecar(path)}, which says what {path.name} expects and tells apart.') from e
+    except OSError as e:
+        raise RuntimeInputError(f'Cannot read {sidecar(path)}: {e.strerror}.') from e
     except ValueError as e:
         raise RuntimeInputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
     if not isinstance(metadata, dict):
@@ -743,13 +750,13 @@ class Runner:
         Raises:
             RuntimeInputError: If an image cannot be read.
         """
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
-            return next(self.stream([images], 1))[1]
+        if _is_single(images):
+            return next(self.stream(images, 1))[1]
         return [prediction for _, prediction in self.stream(images, batch_size)]
 
     def stream(
             self,
-            images: Iterable[ImageSource],
+            images: Union[ImageSource, Iterable[ImageSource]],
             batch_size: int = 64,
             on_error: Optional[Callable[[ImageSource, RuntimeInputError], None]] = None,
     ) -> Iterator[Tuple[ImageSource, Prediction]]:
@@ -763,9 +770,10 @@ class Runner:
         Yields:
             Each image with its prediction.
         """
+        sources: Iterable[Any] = [images] if _is_single(images) else images  # type: ignore[assignment]
         with ThreadPoolExecutor(1) as pool:
             pending: Deque[Future] = deque()
-            for batch in _split(images, batch_size):
+            for batch in _split(sources, batch_size):
                 pending.append(pool.submit(self._prepare_all, batch))
                 if len(pending) > 1:
                     yield from self._finish(pending.popleft().result(), on_error)
@@ -844,6 +852,10 @@ class Runner:
                 picture, probabilities, patches[0] if patches else None, *names, next(activations))
 
 
+def _is_single(images: Any) -> bool:
+    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+
+
 def _split(items: Iterable[Any], size: int) -> Iterator[List[Any]]:
     batch: List[Any] = []
     for item in items:
@@ -886,6 +898,10 @@ def load(
     Raises:
         RuntimeInputError: If it cannot be had or cannot run here.
     """
+    if device not in DEVICES:
+        raise RuntimeInputError(
+            f'There is no device {device!r}; take one of {", ".join(DEVICES)}, and set CUDA_VISIBLE_DEVICES to choose '
+            f'among GPUs.')
     path = _find(source, device, revision, engine, rebuild)
     if path.suffix not in ENGINE_SUFFIXES:
         if rebuild:
@@ -939,8 +955,9 @@ def _find(
         return path
     if path.is_dir():
         return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)
-    if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-        raise RuntimeInputError(f'There is no file {source}.')
+    is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source)) and not path.parent.is_dir()
+    if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not is_name:
+        raise RuntimeInputError(f'There is no file or folder {source}.')
     # of the files, which are large, the one alone; of the same commit, should there be another meanwhile
     kinds = ENGINE_SUFFIXES if engine else ['.onnx']
     sidecars = _download(str(source), revision, [f'*{kind}.json' for kind in kinds])
@@ -957,13 +974,16 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     files = [f for f in _list_files(folder, ('*', 'onnx/*'), ('.onnx',), remote) if not f.name.endswith('.failed.onnx')]
     if not files:
         raise RuntimeInputError(f'{source} holds no ONNX file.')
-    order = ['fp16', 'fp32'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16']
-    precisions: Dict[Path, Any] = {}
+    order = ['fp16', 'fp32', 'int8'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16', 'int8']
+    order += ['', 'bf16']  # it does not say; ONNX Runtime cannot run it
+    said: Dict[Path, Dict[str, Any]] = {}
     for file in files:
         with contextlib.suppress(RuntimeInputError):  # no sidecar, or a bad one: the file says itself what it is
-            precisions[file] = _read_sidecar(file).get('precision')
-    ranked = [f for precision in order for f in files if precisions.get(f) == precision]
-    return (ranked or files)[0]
+            said[file] = _read_sidecar(file)
+    if len({metadata.get('weights_sha256') for metadata in said.values()}) > 1:
+        raise RuntimeInputError(f'{source} holds files of several networks; name one: {files[0].name}, say.')
+    precisions = {file: str(said.get(file, {}).get('precision')) for file in files}
+    return min(files, key=lambda file: order.index(precisions[file] if precisions[file] in order else ''))
 
 
 def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, remote: bool = False) -> Path:
@@ -1059,7 +1079,7 @@ def add_run(commands: Any) -> None:
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
     command.add_argument('--top', type=int, default=3, help='classes to print')
     command.add_argument('--batch-size', type=int, default=64)
-    command.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
+    command.add_argument('--device', choices=DEVICES, default='auto')
     command.add_argument('--threads', type=int, help='of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
     command.add_argument(

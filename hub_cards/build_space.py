@@ -10,6 +10,7 @@ The folder has all that the app needs: ONNX files, the runtime, example images. 
 import argparse
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -51,11 +52,10 @@ def build(
         raise InputError(f'Two models are called alike among {", ".join(names)}; rename a file.')
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f'{output} is not an empty folder; name another, or empty it.')
-    with writing(output) as tmp:
-        remove(tmp)  # of a run that was killed
-        shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
-        shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
-        shutil.copytree(EXAMPLES, tmp / 'examples')
+    if not output.name:
+        output = output.resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder)
         for name, model in models:
             if getattr(model, 'has_template_matching', False):
                 options = OnnxOptions(patch_logits=True, method=method)
@@ -63,8 +63,14 @@ def build(
                 options = OnnxOptions(patch_logits=True, method='cam')
             else:
                 options = OnnxOptions()
-            export_onnx(model, tmp / 'models' / f'{name}.onnx', options, load_images(args, model, calibrate=False))
-        os.replace(tmp, output)
+            export_onnx(model, exported / f'{name}.onnx', options, load_images(args, model, calibrate=False))
+        with writing(output) as tmp:
+            remove(tmp)  # of a run that was killed
+            shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
+            shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
+            shutil.copytree(EXAMPLES, tmp / 'examples')
+            shutil.copytree(exported, tmp / 'models')
+            os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ import export.parity
 from export import runtime
 from export.__main__ import main
 from export.check import check_file
-from export.images import name_set
+from export.images import add_image_options, load_images, name_set
 from export.load import load
-from export.metadata import replace_with_sidecar
+from export.metadata import describe_model, replace_with_sidecar
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
 from timm_tmblock.checkpoint import load_model, save_weights, writing
@@ -391,6 +392,33 @@ def test_network_that_is_not_to_crop_the_centre_is_refused(images, tmp_path, mod
     with pytest.raises(InputError, match=f"takes images by crop_mode '{mode}', and an exported file crops the centre"):
         export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(), images(model))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_network_of_other_channels_than_images_have_is_refused(images, tmp_path):
+    model = timm.create_model('rn20', in_chans=4).eval()
+    with pytest.raises(InputError, match='The network takes 4 channels; images have 1 or 3'):
+        images(model)
+    with pytest.raises(InputError, match='The network takes 4 channels; images have 1 or 3'):
+        describe_model(model, timm.data.resolve_model_data_config(model))
+
+
+def test_names_of_the_classes_before_are_not_those_of_a_new_classifier(images, tmp_path, write_unchecked):
+    model = timm.create_model('rn26_tm', pretrained=True, num_classes=5).eval()
+    write_unchecked(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True))
+    about = json.loads((tmp_path / 'x.onnx.json').read_text())
+    assert about['class_names'] == [f'class {i}' for i in range(5)] and len(about['template_names']) == 10
+    ship = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
+    prediction, explanation = runtime.load(tmp_path / 'x.onnx', 'cpu')(ship), explain(tmp_path / 'x.onnx', ship)
+    assert prediction.label == explanation.top(1)[0][0] and prediction.label.startswith('class ')
+
+
+def test_classes_in_another_order_are_noticed(pretrained, tmp_path):
+    parser = ArgumentParser()
+    add_image_options(parser)
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg, label_names=model.pretrained_cfg['label_names'][::-1])
+    with pytest.raises(InputError, match='The network and sample have classes in another order'):
+        load_images(parser.parse_args(['--check-images', '8']), model, calibrate=False)
 
 
 def test_file_that_fails_is_kept_under_another_name(exported, tmp_path, monkeypatch):

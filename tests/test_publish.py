@@ -126,6 +126,18 @@ def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, f
     assert yaml.safe_load(card).get('license') == expected
 
 
+def test_weights_trained_from_others_may_have_another_license(tmp_path, capsys):
+    network = timm.create_model('rn26_tm', pretrained=True, num_classes=2).eval()
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    flags = ['--repo', 'me/net', '--precisions', 'fp32', '--check-images', '8', '--dry-run', '--license', 'mit']
+    export.main(['push', f'local-dir:{tmp_path}', *flags])
+    card = capsys.readouterr().out.partition('---\n')[2].partition('---\n')[0]
+    assert yaml.safe_load(card)['license'] == 'mit'
+    timm.models.save_for_hf(timm.create_model('rn26_tm', pretrained=True), tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match='has weights under apache-2.0; --license is for weights of your own'):
+        export.main(['push', f'local-dir:{tmp_path}', *flags])
+
+
 def test_license_of_the_shipped_weights_is_what_it_is():
     with pytest.raises(InputError, match='rn26_tm has weights under apache-2.0; --license is for weights of your own'):
         export.main(['push', 'rn26_tm', '--repo', 'me/net', '--dry-run', '--license', 'mit'])

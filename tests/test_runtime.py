@@ -102,6 +102,8 @@ def test_paths_images_and_arrays_give_the_same(folder):
     with Image.open(path) as image:
         array = np.array(image)
         single = [runner(source) for source in (path, str(path), image, array)]
+        single += [prediction for source in (path, str(path), image, array) for _, prediction in runner.stream(source)]
+    assert len(single) == 8
     several = runner([path, array]) + runner(np.stack([array] * 3))
     assert isinstance(single[0], runtime.Prediction) and len(several) == 5
     for prediction in single + several:
@@ -193,6 +195,36 @@ def test_folder_gives_the_file_for_the_machine(folder, monkeypatch):
     assert runtime._find(folder, 'auto', None).name == 'half.onnx'
 
 
+def test_folder_gives_a_file_that_runs_and_of_one_network(folder, tmp_path):
+    for name in ('brain', 'plain', 'half'):
+        for suffix in ('onnx', 'onnx.json'):
+            shutil.copy(folder / f'{name}.{suffix}', tmp_path)
+    (tmp_path / 'half.onnx').rename(tmp_path / 'small.onnx')
+    said = json.loads((tmp_path / 'half.onnx.json').read_text())
+    (tmp_path / 'half.onnx.json').unlink()
+    (tmp_path / 'small.onnx.json').write_text(json.dumps(dict(said, precision='int8')))
+    assert runtime._find(tmp_path, 'cpu', None).name == 'plain.onnx'
+    (tmp_path / 'plain.onnx').unlink()
+    assert runtime._find(tmp_path, 'cpu', None).name == 'small.onnx'  # not brain.onnx, which comes first by name
+    (tmp_path / 'small.onnx.json').write_text(json.dumps(dict(said, weights_sha256='0')))
+    with pytest.raises(runtime.RuntimeInputError, match='holds files of several networks; name one'):
+        runtime.load(tmp_path, 'cpu')
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:1', 'CPU'])
+def test_unknown_device_is_refused(folder, device):
+    with pytest.raises(runtime.RuntimeInputError, match=f"There is no device '{device}'; .*CUDA_VISIBLE_DEVICES"):
+        runtime.load(folder / 'plain.onnx', device)
+
+
+def test_folder_that_is_not_here_is_no_repository_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / 'output').mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in ('output/missing', './missing', '../missing'):
+        with pytest.raises(runtime.RuntimeInputError, match=f'There is no file or folder {source}'):
+            runtime.load(source, 'cpu')
+
+
 def test_bad_sidecar_hides_no_onnx_file(folder, tmp_path):
     for name in ('half', 'plain'):
         shutil.copy(folder / f'{name}.onnx', tmp_path)
@@ -210,7 +242,7 @@ def with_properties(source, target, **properties):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda f, t: t / 'missing.onnx', 'There is no file .*missing.onnx'),
+    (lambda f, t: t / 'missing.onnx', 'There is no file or folder .*missing.onnx'),
     (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.bin'), 'neither an .onnx file nor an .engine or .plan'),
     (lambda f, t: t, 'holds no ONNX file'),
     (lambda f, t: f / 'brain.onnx', 'no kernels for this precision here .*export it in fp32 or fp16'),
@@ -220,10 +252,12 @@ def with_properties(source, target, **properties):
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'says only a part of what is needed'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'says only a part of what'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', 'There is no .*x.engine.json, which'),
+    (lambda f, t: (t / 'x.engine.json').mkdir() or (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine',
+     'Cannot read .*x.engine.json: Is a directory'),
 ])
 def test_bad_file_is_one_sentence(folder, tmp_path, make, message):
     with pytest.raises(runtime.RuntimeInputError, match=message) as error:
-        runtime.load(make(folder, tmp_path), 'cpu' if not message.startswith('There is no .*x.engine') else 'auto')
+        runtime.load(make(folder, tmp_path), 'auto' if 'x.engine' in message else 'cpu')
     assert '\n' not in str(error.value)
 
 
@@ -295,6 +329,8 @@ def test_wrong_input_to_a_session_is_one_sentence(folder):
     session = runtime.load(folder / 'plain.onnx', 'cpu').session
     with pytest.raises(runtime.RuntimeInputError, match='ONNX Runtime failed'):
         session.run(np.zeros((1, 3, 31, 32), dtype=np.float32))
+    with pytest.raises(runtime.RuntimeInputError, match='images is a folder; name the images in it'):
+        runtime.read_image(IMAGES)
     with pytest.raises(runtime.RuntimeInputError, match='dtype float32; give uint8'):
         runtime.read_image(np.zeros((4, 4, 3), dtype=np.float32))
     with pytest.raises(runtime.RuntimeInputError, match='The image has no pixels'):

@@ -266,6 +266,20 @@ def test_space_without_models_says_so(folder, tmp_path):
     assert out.stderr.startswith('There are no models: put ONNX files into models/')
 
 
+@needs_gradio
+def test_second_of_the_named_models_is_what_the_first_is_compared_with(folder, tmp_path):
+    for name in ('app.py', 'runtime.py'):
+        shutil.copy(folder / name, tmp_path)
+    for name, file in dict(a='rn26_tm', b='rn26_tm.few', c='rn26').items():
+        (tmp_path / name).mkdir()
+        for suffix in ('onnx', 'onnx.json'):
+            shutil.copy(folder / 'models' / f'{file}.{suffix}', tmp_path / name)
+    code = 'import app; print([b.value for b in app.build().blocks.values() if type(b).__name__ == "Dropdown"])'
+    environment = dict(os.environ, MODELS=', '.join(str(tmp_path / name) for name in 'abc'))
+    out = subprocess.run([PYTHON, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1:] == ["['a', 'b']"], out.stderr[-2000:]
+
+
 def test_folder_is_complete(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
     names = ('rn26', 'rn26.max', 'rn26_tm', 'rn26_tm.few')
@@ -283,6 +297,15 @@ def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path):
     add_image_options(parser)
     build(tmp_path / 'space', [], parser.parse_args([]))
     assert [p.name for p in tmp_path.iterdir()] == ['space']
+
+
+def test_folder_one_is_in_will_do(tmp_path, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    parser = ArgumentParser()
+    add_image_options(parser)
+    build(Path('.'), [], parser.parse_args([]))
+    assert (tmp_path / 'here' / 'app.py').is_file()
 
 
 def test_folder_is_never_overwritten(tmp_path):

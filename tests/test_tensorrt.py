@@ -195,6 +195,7 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
     ('patches', dict(size=(32, 32, 32)), 'Height and width of the file are fixed; leave out --size'),
     ('dynamic', {}, 'name their range with --size MIN OPT MAX'),
     ('dynamic', dict(size=(64, 32, 96)), '--size 64 32 96 must rise'),
+    ('dynamic', dict(size=(48, 64, 96)), 'Images are made 32×32 for this network, which --size 48 ... 96 leaves out'),
     ('patches', dict(version_compatible=True), 'leave out --version-compatible'),
     ('patches', dict(workspace=-1), '--workspace must be at least 1 MB'),
     ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),

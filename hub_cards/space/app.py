@@ -1,7 +1,7 @@
 """Drop an image: its class, and which regions matched which class. ONNX Runtime on a CPU, without PyTorch.
 
     python app.py                                 # the ONNX files in models/
-    MODELS="user/rn26_tm, user/rn26" python app.py    # repositories on the Hugging Face Hub
+    MODELS="user/rn26_tm, user/rn38_tm" python app.py    # repositories on the Hugging Face Hub
 """
 import base64
 import io
@@ -199,7 +199,9 @@ except runtime.RuntimeInputError as error:
 def build() -> gr.Blocks:
     """The page."""
     names = list(MODELS)
-    baselines = [name for name in names[1:] if find_method(MODELS[name]) != 'match'] or [*names[1:], NOTHING]
+    baselines = [*names[1:], NOTHING]
+    if not os.environ.get('MODELS'):  # whose second is what the first is compared with
+        baselines = [name for name in names[1:] if find_method(MODELS[name]) != 'match'] or baselines
     with gr.Blocks(title='Which class did each region match?') as page:
         gr.Markdown(
             '# Which class did each region match?\n'
