@@ -1,4 +1,4 @@
-"""Write trained networks in deployment formats.
+"""Export trained networks, check, run, time and publish them.
 
     python -m export onnx rn26_tm --output rn26_tm.onnx --patch-logits
     python -m export onnx rn26_tm --output rn26_tm.int8.onnx --precision int8

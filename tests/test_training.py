@@ -259,7 +259,10 @@ def test_bad_recipes_are_one_sentence(tmp_path, text, message):
 
 
 def test_every_setting_has_a_help_text_that_renders():
-    assert '--patch-loss-weight' in create_parser().format_help()
+    parser = create_parser()
+    assert all(action.help for action in parser._actions)
+    text = parser.format_help()
+    assert '--patch-loss-weight' in text and '(default: None)' not in text and '(default: 0.5)' in text
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -19,6 +19,13 @@ INSTEAD = dict(
     pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """With the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return action.help if action.default in (None, {}) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose complaint is one sentence, without the usage."""
 
@@ -76,7 +83,8 @@ def create_parser() -> Parser:
     parser = Parser(
         prog='train.py',
         description='Train an image classifier registered with timm on small images.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage='%(prog)s [-c RECIPE] [--flag value ...]',
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     boolean = argparse.BooleanOptionalAction
@@ -89,21 +97,21 @@ def create_parser() -> Parser:
         'folder with train/ and validation/ class folders'))
     group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
-    group.add_argument('--train-split', default='train')
+    group.add_argument('--train-split', default='train', help='images to train on')
     group.add_argument('--val-split', help='images that choose the best weights; by default a part of the train split')
     group.add_argument('--val-fraction', type=finite, help=(
         'part of the train split held out for that choice, 0.1 if not given; 0: train on all, keep the last weights'))
     group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
-    group.add_argument('--split-seed', type=seed, default=0, help='of the parts that are held out or divided')
+    group.add_argument('--split-seed', type=seed, default=0, help='of the division of --val-fraction and --pool')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
     group.add_argument(
         '--workers', type=not_negative, default=4, help='processes that decode larger sets and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
-    group.add_argument('--val-batch-size', type=positive, default=256)
+    group.add_argument('--val-batch-size', type=positive, default=256, help='images per process, to measure')
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
     group.add_argument('--crop-pct', type=above_zero, help=(
@@ -114,16 +122,17 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
-    group.add_argument('--pretrained', action=boolean, default=False)
+    group.add_argument('--pretrained', action=boolean, default=False, help="start from the model's pretrained weights")
     group.add_argument('--initial-checkpoint', metavar='FILE', help='safetensors weights to start from')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
+        'arguments of timm.create_model'))
     group.add_argument('--img-size', type=positive, help=(
         "side the images are resized to and the model is laid out for; the model's if not given"))
     group.add_argument('--aux-head', action=boolean, default=False, help=(
         'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
     group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
     group.add_argument('--patch-loss-weight', type=fraction, default=0.5, help='lambda of equation 3.1')
-    group.add_argument('--channels-last', action=boolean, default=True)
+    group.add_argument('--channels-last', action=boolean, default=True, help='memory layout of images and weights')
     group.add_argument('--grad-checkpointing', action=boolean, default=False, help=(
         'less memory for more time; batch norms count each batch twice, as PyTorch has it'))
     group.add_argument('--sync-bn', action=boolean, default=False, help='batch statistics over all processes, on GPUs')
@@ -132,77 +141,82 @@ def create_parser() -> Parser:
         "the last batch made of them"))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
-    group.add_argument('--mean', type=finite, nargs='+', help="of the set's pixels in [0, 1]; the model's if not given")
-    group.add_argument('--std', type=above_zero, nargs='+')
+    group.add_argument('--mean', type=finite, nargs='+', help=(
+        "mean pixel of the set by channel, in [0, 1]; the model's if not given"))
+    group.add_argument('--std', type=above_zero, nargs='+', help='standard deviation of its pixels, likewise')
 
     group = parser.add_argument_group('optimizer, by timm')
-    group.add_argument('--opt', default='adam')
+    group.add_argument('--opt', default='adam', help="name of one of timm's optimizers")
     group.add_argument('--lr', type=from_zero, help='learning rate, 0.001 if neither this nor --lr-base is given')
     group.add_argument('--lr-base', type=from_zero, help='learning rate at --lr-base-size images an update')
-    group.add_argument('--lr-base-size', type=positive, default=256)
+    group.add_argument('--lr-base-size', type=positive, default=256, help='images an update that --lr-base is for')
     group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help='how it grows with images')
-    group.add_argument('--weight-decay', type=from_zero, default=1e-4)
-    group.add_argument('--momentum', type=from_zero, default=0.9)
-    group.add_argument('--opt-eps', type=from_zero)
-    group.add_argument('--opt-betas', type=fraction, nargs='+')
-    group.add_argument('--opt-args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    group.add_argument('--weight-decay', type=from_zero, default=1e-4, help='weight decay')
+    group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum of optimizers that have one')
+    group.add_argument('--opt-eps', type=from_zero, help="epsilon; the optimizer's if not given")
+    group.add_argument('--opt-betas', type=fraction, nargs='+', help="betas; the optimizer's if not given")
+    group.add_argument('--opt-args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
+        'other arguments of the optimizer'))
     group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
     group.add_argument('--layer-decay', type=above_zero, help=(
         'factor of the learning rate from a layer to the one below'))
-    group.add_argument('--layer-decay-min-scale', type=from_zero)
+    group.add_argument('--layer-decay-min-scale', type=from_zero, help='bound of that factor')
     group.add_argument('--clip-grad', type=above_zero, help='bound of the gradients')
-    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm')
-    group.add_argument('--grad-accum-steps', type=positive, default=1)
+    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad bounds')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches of each process an update')
 
     group = parser.add_argument_group('schedule, by timm, stepped each update')
-    group.add_argument('--epochs', type=positive, default=30)
+    group.add_argument('--epochs', type=positive, default=30, help='length of the schedule')
     group.add_argument('--max-steps', type=positive, help='length of the schedule in updates, in place of --epochs')
     group.add_argument('--sched', default='cosine', help='cosine, poly, step, multistep, tanh, wsd, rsqrt, constant')
-    group.add_argument('--warmup-epochs', type=from_zero, default=0.)
-    group.add_argument('--warmup-lr', type=from_zero, default=1e-5)
+    group.add_argument('--warmup-epochs', type=from_zero, default=0., help='epochs of rising learning rate')
+    group.add_argument('--warmup-lr', type=from_zero, default=1e-5, help='where it rises from')
     group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to the epochs')
-    group.add_argument('--cooldown-epochs', type=from_zero, default=0.)
-    group.add_argument('--min-lr', type=from_zero, default=0.)
+    group.add_argument('--cooldown-epochs', type=from_zero, default=0., help='epochs at the lowest rate, added')
+    group.add_argument('--min-lr', type=from_zero, default=0., help='lowest learning rate')
     group.add_argument('--decay-rate', type=from_zero, default=0.1, help="factor of 'step', power of 'poly'")
     group.add_argument('--decay-epochs', type=above_zero, help="between steps (90 if not given), or the decay of 'wsd'")
-    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=[90, 180, 270])
+    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=[90, 180, 270], help=(
+        "epochs of 'multistep'"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
         'fractions of the schedule where noise starts, ends'))
-    group.add_argument('--lr-noise-pct', type=from_zero, default=0.67)
-    group.add_argument('--lr-noise-std', type=from_zero, default=1.)
-    group.add_argument('--lr-cycle-mul', type=above_zero, default=1.)
-    group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5)
-    group.add_argument('--lr-cycle-limit', type=positive, default=1)
-    group.add_argument('--lr-k-decay', type=above_zero, default=1.)
+    group.add_argument('--lr-noise-pct', type=from_zero, default=0.67, help='largest change of the rate by the noise')
+    group.add_argument('--lr-noise-std', type=from_zero, default=1., help='standard deviation of the noise')
+    group.add_argument('--lr-cycle-mul', type=above_zero, default=1., help='length of a cycle over the last one')
+    group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5, help='highest rate over that of the last one')
+    group.add_argument('--lr-cycle-limit', type=positive, default=1, help='number of cycles')
+    group.add_argument('--lr-k-decay', type=above_zero, default=1., help='exponent of k-decay')
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
-    group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect')
-    group.add_argument('--hflip', type=fraction, default=0.5)
+    group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
+        "what it is filled with: the image mirrored, or the mean colour"))
+    group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a mirror image')
     group.add_argument('--aa', metavar='POLICY', help=(
         "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', ..."))
     group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')
-    group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const')
+    group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const', help=(
+        'what erases: the mean colour, a random one, or noise'))
     group.add_argument('--recount', type=positive, default=1, help='largest number of rectangles erased')
     group.add_argument('--mixup', type=from_zero, default=0., help='alpha of mixup, 0 for none')
     group.add_argument('--cutmix', type=from_zero, default=0., help='alpha of cutmix, 0 for none')
     group.add_argument('--cutmix-minmax', type=fraction, nargs=2, help='range of the side of the part that is cut')
     group.add_argument('--mixup-prob', type=fraction, default=1., help='of a batch to be mixed at all')
     group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='of cutmix where both are on')
-    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch')
+    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help='what has one mixture')
     group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help='first epoch without mixing; 0: none')
     group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
 
     group = parser.add_argument_group('EMA of the weights, by timm')
     group.add_argument('--model-ema', action=boolean, default=False, help='validate and keep the averaged weights')
-    group.add_argument('--model-ema-decay', type=fraction, default=0.998)
-    group.add_argument('--model-ema-warmup', action=boolean, default=True)
+    group.add_argument('--model-ema-decay', type=fraction, default=0.998, help='share of the old average an update')
+    group.add_argument('--model-ema-warmup', action=boolean, default=True, help='let it rise at the beginning')
 
     group = parser.add_argument_group('distillation')
     group.add_argument('--kd-model-name', metavar='NAME', help='teacher: a model of timm or of the Hub, with weights')
     group.add_argument('--kd-checkpoint', metavar='FILE', help='weights of the teacher; those of this script name it')
-    group.add_argument('--kd-temperature', type=above_zero, default=4.)
+    group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both soft-maxes')
     group.add_argument('--task-loss-weight', type=from_zero, help='of the loss without the teacher, 1 if not given')
     group.add_argument('--distill-loss-weight', type=from_zero, help=(
         "of the teacher's part; if not given, 1 - task-loss-weight where that is given, else 1"))
@@ -221,8 +235,8 @@ def create_parser() -> Parser:
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
         "'flip': report accuracy averaged with the mirrored image too"))
     group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
-    group.add_argument('--seed', type=seed, default=42)
-    group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
+    group.add_argument('--seed', type=seed, default=42, help='of weights, order and augmentation')
+    group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='where to train')
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')
     group.add_argument('--hub-private', action=boolean, default=False, help='in a private repository')

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import Parser, gigabytes, positive
+from train.config import HelpFormatter, Parser, gigabytes, positive
 from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -40,7 +40,7 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': t
 def create_parser() -> Parser:
     parser = Parser(
         prog='evaluate.py', description='Measure a classifier on a labelled set.', allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
     add_data_options(parser)

@@ -33,7 +33,7 @@ from export.images import name_set
 from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
-from train.config import SETTINGS, Parser
+from train.config import SETTINGS, HelpFormatter, Parser
 from train.data import add_data_options, open_named, share_images
 from train.files import hash_file, write_json
 
@@ -48,7 +48,7 @@ EXECUTION = ('memory_efficient',)  # arguments of networks that change how they 
 def create_parser() -> Parser:
     parser = Parser(
         prog='ship.py', description='Make the weights of a run those of a pretrained tag.', allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     parser.add_argument('run', type=Path, help='experiment folder of train.py, finished')
     parser.add_argument('--tag', required=True, help='what the weights are of: cifar10, cifar100, ...')
     add_data_options(parser)

@@ -27,7 +27,7 @@ from timm_tmblock.explanation import class_color
 from train.analysis import FILLS
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
-from train.config import Parser, positive, seed
+from train.config import HelpFormatter, Parser, positive, seed
 from train.data import InMemorySet, add_data_options, check_classes, decode, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -53,7 +53,7 @@ def create_parser() -> Parser:
     ) -> Any:
         sub = commands.add_parser(
             command, help=description, description=description, allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            formatter_class=HelpFormatter)
         sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
         sub.add_argument('--output', metavar='NAME', help=(
             f'without suffix; output/analysis/MODEL.{command} if not given'))
