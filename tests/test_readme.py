@@ -166,8 +166,9 @@ def test_differences_from_the_baselines():
         'cifar10', 'cifar100')}
     for end, top1 in best.items():
         assert index[f'rn26_tm.dist_{end}']['top1'] == top1
-    assert (f'The most accurate, `rn26_tm.dist_cifar10` and `.dist_cifar100`, have a million, and {best["cifar10"]:.2f} % '
-            f'on CIFAR-10 and {best["cifar100"]:.2f} % on CIFAR-100.') in PLAIN
+    assert (
+        f'The most accurate, `rn26_tm.dist_cifar10` and `.dist_cifar100`, have a million, and {best["cifar10"]:.2f} % '
+        f'on CIFAR-10 and {best["cifar100"]:.2f} % on CIFAR-100.') in PLAIN
     section = RESULTS[RESULTS.index('## With and without template matching'):]
     rows = re.findall(
         r'\| \[([\w.]+)\]\(\S+\) \| \S+(?: at 24×24)? \| \d+ \| ([\d.]+) % \| \[([\w.]+)\]\(\S+\) \| ([\d.]+) % '

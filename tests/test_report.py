@@ -136,7 +136,8 @@ def test_networks_of_one_recipe_are_compared():
     assert compare_with(run('rn26', processes=2, batch_size=32))[0] == UNDECIDED  # as many images an update
     on_test = dict(val_split='test', val_fraction=0.1)
     assert compare_with(run('rn26', best=dict(epoch=12), **on_test))[0] == UNDECIDED  # and those are the last weights
-    others = [run('rn26', best=dict(epoch=11), **on_test), run('rn26', processes=2), run('rn26', val_fraction=None)]
+    others = [run('rn26', best=dict(epoch=11), **on_test), run('rn26', best=dict(epoch=1), val_split='train+test[:9]'),
+              run('rn26', processes=2), run('rn26', val_fraction=None)]
     for settings in (dict(opt='sgd'), dict(mixup=0.2), dict(initial_checkpoint='x'), dict(kd_checkpoint='x'),
                      dict(drop=0.1), dict(pretrained=True), dict(seed=1)):
         others.append(run('rn26', **settings))

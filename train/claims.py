@@ -3,7 +3,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from train.config import create_parser
 from train.lineage import find_legs
@@ -159,8 +159,12 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
 
 def is_chosen_by(run: Dict[str, Any], split: str) -> bool:
     """Whether the images of a split chose the weights of a run."""
+    def name_sources(splits: str) -> Set[str]:  # of 'train+test[:50%]', say
+        return {part.partition('[')[0] for part in splits.split('+')}
+
     best = run.get('best')
-    return split == run['settings'].get('val_split') and best is not None and best['epoch'] + 1 != run['epochs']
+    chosen = best is not None and best['epoch'] + 1 != run['epochs']
+    return chosen and bool(name_sources(split) & name_sources(run['settings'].get('val_split') or ''))
 
 
 def compare_others(evidence: Evidence) -> List[Comparison]:
