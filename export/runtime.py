@@ -980,7 +980,7 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     for file in files:
         with contextlib.suppress(RuntimeInputError):  # no sidecar, or a bad one: the file says itself what it is
             said[file] = _read_sidecar(file)
-    if len({metadata.get('weights_sha256') for metadata in said.values()}) > 1:
+    if len({metadata['weights_sha256'] for metadata in said.values() if 'weights_sha256' in metadata}) > 1:
         raise RuntimeInputError(f'{source} holds files of several networks; name one: {files[0].name}, say.')
     precisions = {file: str(said.get(file, {}).get('precision')) for file in files}
     return min(files, key=lambda file: order.index(precisions[file] if precisions[file] in order else ''))

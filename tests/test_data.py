@@ -220,9 +220,11 @@ def test_parts_by_other_names_are_not_read_as_one(tmp_path, parts):
 
 def test_groups_of_classes_are_no_splits(tmp_path):
     for group, name in (('animals', 'cat'), ('animals', 'dog'), ('vehicles', 'car')):
-        (tmp_path / group / name).mkdir(parents=True)
+        (tmp_path / group / '.cache').mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / name).mkdir()
         Image.new('RGB', (8, 8)).save(tmp_path / group / name / '0.png')
     assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['car', 'cat', 'dog']
+    assert get_class_names(open_dataset('torch/folder', 'train', str(tmp_path))) == ['animals', 'vehicles']
 
 
 @pytest.mark.parametrize('image, label, message', [

@@ -133,8 +133,10 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
     source = getattr(dataset, 'reader', dataset)
     if isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root:
         folders = sorted(path for path in root.iterdir() if path.is_dir())
-        classes = Counter(path.name for folder in folders for path in folder.iterdir() if path.is_dir())
-        repeated = any(count > 1 for count in classes.values())  # by whatever names, parts with the same classes
+        classes = Counter(
+            path.name for folder in folders for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')
+        # parts with the same classes, whatever they are called; torchvision takes the outer folders for classes
+        repeated = isinstance(source, ReaderImageFolder) and any(count > 1 for count in classes.values())
         splits = [path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES]
         if splits:
             raise InputError(f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}.')
