@@ -399,7 +399,7 @@ def test_network_of_other_channels_than_images_have_is_refused(images, tmp_path)
     with pytest.raises(InputError, match='The network takes 4 channels; images have 1 or 3'):
         images(model)
     with pytest.raises(InputError, match='The network takes 4 channels; images have 1 or 3'):
-        describe_model(model, timm.data.resolve_model_data_config(model))
+        describe_model(model, dict(timm.data.resolve_model_data_config(model), input_size=(4, 32, 32)))
 
 
 def test_names_of_the_classes_before_are_not_those_of_a_new_classifier(images, tmp_path, write_unchecked):
