@@ -45,6 +45,7 @@ def test_halves_of_images_that_are_masked():
     found = [read('train', 'results', TAG, 'analysis', f'{name}.json') for name in ('trust', 'trust_blur')]
     assert len({trust['images'] for trust in found}) == len({trust['weights_sha256'] for trust in found}) == 1
     assert f'We mask half of the regions of {found[0]["images"]} test images of CIFAR-10' in PLAIN
+    assert f'({found[0]["top1"]:.1f} % are without masking)' in PLAIN
     for name in found[0]['maps']:
         cells = [f'{trust["maps"][name][key]:.1f} %' for trust in found for key in ('without_most', 'without_least')]
         assert f'\n| {name} | {" | ".join(cells)} |\n' in TEXT
@@ -64,6 +65,9 @@ def test_pixels_a_region_depends_on():
     assert (
         f'depends on {seen[0]} pixels of the image in `rn20_tm`, {seen[1]} in `rn26_tm`, {seen[2]} in `rn38_tm`, '
         f'{seen[3]} in `wrn16_tm`') in PLAIN
+    matched = [read('train', 'results', tag, 'evaluation.json')['patch_accuracy'] for tag in (
+        'wrn16_tm.cifar10', 'dn100_tm.dist_cifar10')]
+    assert f'on CIFAR-10 {matched[0]:.1f} % do in `wrn16_tm` and {matched[1]:.1f} % in `dn100_tm`.' in PLAIN
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
@@ -101,23 +105,26 @@ def test_neighbours_of_regions():
     found = read('train', 'results', TAG, 'analysis', 'geometry.json')
     before, after, taught = share('cifar10', 'stage 3'), share('cifar10', 'block output'), 'dist_cifar10'
     assert (
-        f'{100 * found["spaces"]["rn26: stage 3"]["class_neighbour_rate"]:.0f} % have its class in `rn26`, {before} '
-        f'before the block of `rn26_tm`, {after} after it ({share(taught, "stage 3")} and '
-        f'{share(taught, "block output")} in `rn26_tm.{taught}`), {share("cifar10", "patch mean")} in the mean over '
-        f'patches with no template, and {100 * found["chance"]["class"]:.0f} % by chance.') in PLAIN
+        f'{100 * found["spaces"]["rn26: stage 3"]["class_neighbour_rate"]:.0f} % have its class in `rn26`; in '
+        f'`rn26_tm` {before} before the block, {share("cifar10", "patch mean")} after averaging over patches alone, '
+        f'{after} after the block; in `rn26_tm.{taught}` {share(taught, "stage 3")} before and '
+        f'{share(taught, "block output")} after; '
+        f'{100 * found["chance"]["class"]:.0f} % by chance.') in PLAIN
 
 
 def test_what_the_block_mixes():
     index = read('timm_tmblock', 'weights', 'index.json')
     share = {tag: f'{100 * read("train", "results", tag, "analysis", "mixing.json")["agreement"]:.0f}'
              for tag in index if '_tm' in tag}
-    for tags, told in ((('cifar10', 'cifar100'), 'in {} % and {} % of the regions'),
-                       (('dist_cifar10', 'dist_cifar100'), 'in {} % and {} %')):
+    for tags, told in ((('cifar10', 'cifar100'), '{} % and {} %'),
+                       (('dist_cifar10', 'dist_cifar100'), '{} % and {} %')):
         names = [f'rn26_tm.{tag}' for tag in tags]
         assert re.search(
             rf'\| `{names[0]}`, `{names[1]}`[^|]*\|[^|]*\| {told.format(*map(share.get, names))} \|', TEXT)
-    others = [int(value) for tag, value in share.items() if not tag.startswith('rn26_tm.')]
-    assert f'| in {min(others)} to {max(others)} % |' in TEXT
+    others = [int(value) for tag, value in share.items() if not tag.startswith(('rn26_tm.', 'dn100_tm_cat'))]
+    assert f'| {min(others)} to {max(others)} % |' in TEXT
+    concatenated = [f'{value} %' for tag, value in share.items() if tag.startswith('dn100_tm_cat')]
+    assert f'`dn100_tm_cat` has {" and ".join(concatenated)} in the third column' in PLAIN
 
 
 def test_cost_of_the_block():
@@ -128,8 +135,8 @@ def test_cost_of_the_block():
         ROOT / 'benchmarks' / 'results' / 'cuda_stopped.txt').read_text())
     on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}
     assert (
-        f'up to {inference} times as long as its baseline in inference on a CPU and up to {on_gpu["inference"]} times '
-        f'on an H100, in training up to {training} and {on_gpu["training"]} times') in PLAIN
+        f'up to {inference} times as long as its baseline in inference and {training} times in training on a CPU, up '
+        f'to {on_gpu["inference"]} and {on_gpu["training"]} times on an H100') in PLAIN
 
 
 @pytest.mark.parametrize('tag', sorted(read('timm_tmblock', 'weights', 'index.json')))
@@ -169,6 +176,8 @@ def test_differences_from_the_baselines():
     assert (
         f'The most accurate, `rn26_tm.dist_cifar10` and `.dist_cifar100`, have a million, and {best["cifar10"]:.2f} % '
         f'on CIFAR-10 and {best["cifar100"]:.2f} % on CIFAR-100.') in PLAIN
+    short = read('train', 'results', 'rn26_tm_24_epochs.cifar100', 'evaluation.json')['top1']
+    assert f'after 24 epochs `rn26_tm` has {short:.2f} % on CIFAR-100' in PLAIN
     section = RESULTS[RESULTS.index('## With and without template matching'):]
     rows = re.findall(
         r'\| \[([\w.]+)\]\(\S+\) \| \S+(?: at 24×24)? \| \d+ \| ([\d.]+) % \| \[([\w.]+)\]\(\S+\) \| ([\d.]+) % '
@@ -201,10 +210,12 @@ def test_int8_of_a_hundred_classes():
 def test_rates_of_exported_files():
     rows = {(name.strip(), int(batch)): f'{int(rate):,}' for name, batch, rate in re.findall(
         r'\| (.+?) \| (\d+) \|.*\| (\d+) \|', (ROOT / 'benchmarks' / 'results' / 'deployment_cpu.md').read_text())}
-    ours, int8, eager = ((rows[name, 1], rows[name, 64]) for name in ('rn26_tm fp32', 'rn26_tm int8', 'eager'))
+    ours, int8, eager, compiled = (
+        (rows[name, 1], rows[name, 64]) for name in ('rn26_tm fp32', 'rn26_tm int8', 'eager', 'compiled'))
     assert (
         f'{ours[0]} images/s one at a time and {ours[1]} in batches of 64 with `rn26_tm` in float32, {int8[0]} and '
-        f'{int8[1]} in int8, PyTorch {eager[0]} and {eager[1]}') in PLAIN
+        f'{int8[1]} in int8, PyTorch {eager[0]} and {eager[1]} as created, {compiled[0]} and {compiled[1]} by '
+        f'`torch.compile`') in PLAIN
 
 
 def find_anchors(text):

@@ -135,7 +135,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
         '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
         'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.',
         'Test images [influenced some choices](train/README.md#the-shipped-weights): optimizer and learning rate,',
-        'chosen for `rn26_tm`, and that networks were trained on.', '']
+        'chosen for `rn26_tm`, and whether training went on.', '']
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
     analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
@@ -173,10 +173,12 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             f'| {c.difference} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     return [*lines, '',
-            'Network and baseline were trained by the same recipes, one run each; top-1 on the test images, ± one',
+            'Network and baseline were trained by the same recipes, one run each; later rows of a network may go on with',
+            'the run of an earlier one; top-1 on the test images, ± one',
             f'standard error over these. Of {len(found)} differences {sum(beyond)} are more than two such errors above',
             f'zero and {len(beyond) - sum(beyond)} more than two below it. These errors leave out how much two runs of',
-            'one network differ, so no difference says which of the two is better.', '']
+            'one network differ, so no difference says which of the two is better. Optimizer and learning rate were',
+            'chosen for `rn26_tm`, partly on test images.', '']
 
 
 def count_measures(row: Dict[str, float]) -> str:
@@ -191,6 +193,13 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
         '## What the regions show', '',
+        'Does a network lose the class when the regions are masked that its class map calls evident? By four',
+        'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half)',
+        'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and',
+        "worse by one, by more than two standard errors. Another image's map is the control. Grad-CAM is",
+        'what `method="cam"` shows, CAM probabilities are the same after a soft-max over the classes. Insertion',
+        'uncovers a blurred image in both rows of a network, which differ in three measures. Last column: the share of',
+        'regions whose best match has the largest weight in what the block mixes.', '',
         f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most |',
         '|---|---|---|' + '---|' * len(MAPS) + '---|']
     for tag, found in analyses.items():
@@ -202,13 +211,7 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
         if not rows:
             lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
-    return [*lines, '',
-            'Does a network lose the class when the regions are masked that its class map calls evident? By four',
-            "measures (areas under deletion and insertion curves, accuracy without the more and the less evident half)",
-            'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and',
-            "worse by one, by more than two standard errors. Another image's map is the control. Grad-CAM is",
-            'what `method="cam"` shows, CAM probabilities are the same after a soft-max over the classes. Last column:',
-            'the share of regions whose best match has the largest coefficient in what the block mixes.', '']
+    return [*lines, '']
 
 
 def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
