@@ -173,12 +173,11 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             f'| {c.difference} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     return [*lines, '',
-            'Network and baseline were trained by the same recipes, one run each; later rows of a network may go on with',
-            'the run of an earlier one; top-1 on the test images, ± one',
-            f'standard error over these. Of {len(found)} differences {sum(beyond)} are more than two such errors above',
-            f'zero and {len(beyond) - sum(beyond)} more than two below it. These errors leave out how much two runs of',
-            'one network differ, so no difference says which of the two is better. Optimizer and learning rate were',
-            'chosen for `rn26_tm`, partly on test images.', '']
+            'Network and baseline were trained by the same recipes, one run each, of which later rows of a network may be',
+            f'later stages; top-1 on the test images, ± one standard error over these. Of {len(found)} differences',
+            f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below',
+            'it. These errors leave out how much two runs of one network differ, so no difference says which of the two',
+            'is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', '']
 
 
 def count_measures(row: Dict[str, float]) -> str:
