@@ -10,6 +10,7 @@ them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -172,12 +173,12 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
             f'| {c.difference} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
-    return [*lines, '',
-            'Network and baseline were trained by the same recipes, one run each, of which later rows of a network may be',
-            f'later stages; top-1 on the test images, ± one standard error over these. Of {len(found)} differences',
-            f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below',
-            'it. These errors leave out how much two runs of one network differ, so no difference says which of the two',
-            'is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', '']
+    return [*lines, '', *textwrap.wrap(
+        f'Network and baseline were trained by the same recipes, one run each; later rows of a network may be later '
+        f'stages of one run. Top-1 is on the test images, ± one standard error over these. Of {len(found)} differences '
+        f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below it. '
+        f'These errors leave out how much two runs of one network differ, so no difference says which of the two is '
+        f'better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', 110), '']
 
 
 def count_measures(row: Dict[str, float]) -> str:
