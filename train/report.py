@@ -176,9 +176,9 @@ def say_comparisons(evidence: Evidence) -> List[str]:
     return [*lines, '', *textwrap.wrap(
         f'Network and baseline were trained by the same recipes, one run each; later rows of a network may be later '
         f'stages of one run. Top-1 is on the test images, ± one standard error over these. Of {len(found)} differences '
-        f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below it.'
-        f' These errors leave out how much two runs of one network differ, so no difference says which of the two is '
-        f'better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', 110), '']
+        f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below'
+        f' it. These errors leave out how much two runs of one network differ, so no difference says which of the two'
+        f' is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', 110), '']
 
 
 def count_measures(row: Dict[str, float]) -> str:
