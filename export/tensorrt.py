@@ -121,7 +121,8 @@ def build_engine(
     model, metadata = read_onnx(onnx_path, OPSETS_BEFORE_10_13 if is_old else OPSETS)
     with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
-    check_size(options, metadata['preprocessing']['input_size'])
+    if options.size:
+        check_size(options.size, metadata['preprocessing']['input_size'])
     start = time.perf_counter()
     plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
     # an engine may move to another system; `..` is of the folder that a link leads to; a file that is a link, as in the
@@ -151,15 +152,15 @@ def build_engine(
     return metadata
 
 
-def check_size(options: EngineOptions, input_size: Sequence[int]) -> None:
+def check_size(size: Sequence[int], input_size: Sequence[int]) -> None:
     """
     Raises:
         ProfileError: If the range of heights and widths leaves out the size that images are made for the network.
     """
-    if options.size and not options.size[0] <= min(input_size[1:]) <= max(input_size[1:]) <= options.size[2]:
+    if not size[0] <= min(input_size[1:]) <= max(input_size[1:]) <= size[-1]:
         raise ProfileError(
-            f'Images are made {input_size[1]}×{input_size[2]} for this network, which --size {options.size[0]} ... '
-            f'{options.size[2]} leaves out; let the range include it.')
+            f'Images are made {input_size[1]}×{input_size[2]} for this network, which --size {size[0]} ... {size[-1]} '
+            f'leaves out; let the range include it.')
 
 
 def check_before_export(path: Path, options: EngineOptions) -> Any:

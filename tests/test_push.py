@@ -516,7 +516,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
         'words.png', 'onnx/model.onnx', 'onnx/model.onnx.json'}
     card = files['README.md']['content'].decode()
-    assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'Compared on\n20 images of' in card
+    assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'comparison:\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
     # engines of another machine stay, and stay on the card; those of another network and what is no sidecar do not
     network = json.loads(files['onnx/model.onnx.json']['content'])
