@@ -212,6 +212,7 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
     (['table2'], 'invalid choice'), (['table1', '--data', 'mnist=x'], '--data takes'),
     (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
     (['table1', '--', '--pool', '80', '20', '0'], 'of the test part, which --pool leaves empty'),
+    (['table1', '--', '--pool', '80', '20', '0.0'], 'of the test part, which --pool leaves empty'),
 ])
 def test_bad_input_is_one_sentence(flags, message):
     with pytest.raises(InputError, match=message) as error:

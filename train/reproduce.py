@@ -113,7 +113,8 @@ def check_test_part(flags: List[str]) -> None:
     Raises:
         InputError: If the flags leave no images to test on, of which the table is.
     """
-    if '--pool' in flags and float(''.join(flags[flags.index('--pool') + 3:][:1]) or 'nan') == 0:
+    third = flags[flags.index('--pool') + 3:][:1] if '--pool' in flags else []
+    if third and not third[0].strip('0.'):  # 0, 0.0, ...
         raise InputError('The table is of the test part, which --pool leaves empty; give it a third size above 0.')
 
 
