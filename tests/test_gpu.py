@@ -11,6 +11,7 @@ from test_template_matching import patch_mean_loop
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.layers import PatchMean
 from timm_tmblock.task import TemplateMatchingTask
+from train.train import main
 
 DEVICE = torch.device('cuda')
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -51,3 +52,21 @@ def test_gradients_of_a_network_are_those_on_the_cpu(name, kwargs, memory_format
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-9 * value.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize('flags', [
+    ['--opt', 'muon', '--warmup-epochs', '1'],
+    ['--opt', 'nadamw', '--clip-grad', '1', '--cutmix', '1', '--model-ema', '--mixed-precision', 'bf16'],
+    ['--opt', 'adam', '--torchcompile', '--model', 'rn26', '--aux-head'],
+])
+def test_steps_of_a_graph_are_those_without_one(tmp_path, flags, fresh_accelerate):
+    def train(folder, *more):
+        return main([
+            '--train-split', 'train[:600]', '--val-split', 'test[:100]', '--batch-size', '64', '--epochs', '3',
+            '--report-to', 'none', '--experiment', folder, '--output', str(tmp_path), *flags, *more])
+
+    plain, graphed = train('plain'), train('graphed', '--cuda-graph')
+    for key, atol in dict(lr=1e-12, train_loss=2e-2, train_top1=2., eval_loss=5e-2).items():
+        expected, actual = (torch.tensor([epoch[key] for epoch in run['history']]) for run in (plain, graphed))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+    assert main(['--resume', str(tmp_path / 'graphed'), '--epochs', '4'])['updates'] == 36

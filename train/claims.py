@@ -14,7 +14,7 @@ from train.tables import Scores, label
 NO_RECIPE = (
     'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
     'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'torchcompile_mode', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
+    'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
     'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
     'report_to', 'project')
 TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it

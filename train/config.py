@@ -141,6 +141,8 @@ def create_parser() -> Parser:
         "the last batch made of them"))
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
+    group.add_argument('--cuda-graph', action=boolean, default=False, help=(
+        'capture whole training steps, the optimizer among them, as a CUDA graph: the faster the smaller the kernels'))
     group.add_argument('--mean', type=finite, nargs='+', help=(
         "mean pixel of the set by channel, in [0, 1]; the model's if not given"))
     group.add_argument('--std', type=above_zero, nargs='+', help='standard deviation of its pixels, likewise')

@@ -31,6 +31,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
             'CUDA graphs overwrite the gradients that --grad-accum-steps adds up; leave out one of the two.')
+    if args.cuda_graph:
+        _check_cuda_graph(args)
     if args.torchcompile:
         with refusing(f'The compiler {args.torchcompile!r}'):
             plugins['dynamo_plugin'] = TorchDynamoPlugin(
@@ -51,6 +53,13 @@ def create_accelerator(args: Namespace) -> Accelerator:
         args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
+    if args.cuda_graph and not args.eval_only:
+        if accelerator.device.type != 'cuda':
+            raise InputError(f'--cuda-graph needs a GPU of NVIDIA or AMD; leave it out on {accelerator.device.type}.')
+        if accelerator.num_processes > 1 or accelerator.mixed_precision == 'fp16':
+            raise InputError(
+                '--cuda-graph is for one process without the scaled losses of fp16; leave it out, or launch one process '
+                'with --mixed-precision bf16.')
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     if accelerator.distributed_type == DistributedType.FSDP and args.mixed_precision != 'no':
@@ -90,6 +99,13 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
     config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
+
+
+def _check_cuda_graph(args: Namespace) -> None:
+    if args.grad_accum_steps > 1:
+        raise InputError('--cuda-graph captures one kind of step; leave out --grad-accum-steps.')
+    if _captures_graphs(args):
+        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; leave out --cuda-graph.')
 
 
 def _captures_graphs(args: Namespace) -> bool:

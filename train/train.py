@@ -59,6 +59,7 @@ from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import write_json
+from train.graph import GraphedStep
 from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
@@ -184,6 +185,8 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
         self.task = create_task(args, self.model, accelerator, config, teacher)
+        graphed = args.cuda_graph and not args.eval_only
+        self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device) if graphed else self._learn
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
 
         self.layout = dict(
@@ -317,18 +320,23 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(state.update)
         with self.accelerator.accumulate(self.model):
-            result = self.task(images, targets)
-            self.accelerator.backward(result['loss'])
-            if self.accelerator.sync_gradients and args.clip_grad is not None:
-                clip_gradients(self.accelerator, self.model, args)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            result = self.learn(images, targets)
         self.meter.update(result, hard_targets, state.update, self.lr)
         state.batch += 1
         if self.accelerator.sync_gradients:
             state.update += 1
             if self.ema is not None:
                 self.ema.update(self.plain_model, step=state.update)
+
+    def _learn(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Forward, backward and, where gradients are complete, an update, which may all be captured."""
+        result = self.task(images, targets)
+        self.accelerator.backward(result['loss'])
+        if self.accelerator.sync_gradients and self.args.clip_grad is not None:
+            clip_gradients(self.accelerator, self.model, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
 
     @property
     def plain_model(self) -> torch.nn.Module:

@@ -1,0 +1,107 @@
+"""A training step as a CUDA graph."""
+import warnings
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, Optional
+
+import torch
+
+from timm_tmblock.errors import InputError
+from train.config import refusing
+
+Step = Callable[[torch.Tensor, torch.Tensor], Dict[str, torch.Tensor]]
+WARMUP_STEPS = 3  # in which the optimizer makes its state, cuDNN chooses kernels and a compiler compiles
+
+
+class GraphedStep:
+    """A training step (forward, backward and update) that is captured once and then replayed.
+
+    Networks of small images have hundreds of small kernels, and Muon has dozens more for each weight; to launch them
+    takes longer than to run them. The first steps, and batches of another shape, run as they are.
+    """
+
+    def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        """
+        Args:
+            step: Takes images and targets, updates the weights, leaves no gradients, and returns tensors. It must not
+                wait for the device.
+            optimizer: Optimizer of the step.
+            device: GPU the step runs on.
+
+        Raises:
+            InputError: If the optimizer cannot be captured.
+        """
+        if 'capturable' not in optimizer.defaults:
+            raise InputError(
+                '--cuda-graph needs an optimizer that keeps its state on the GPU; use --opt muon, nadamw, adamw or '
+                'adam.')
+        self.step = step
+        self.optimizer = optimizer
+        self.device = device
+        self.steps = 0
+        self.stream = torch.cuda.Stream(device)
+        self.graph: Optional[torch.cuda.CUDAGraph] = None
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """
+        Raises:
+            InputError: If the step cannot be captured.
+        """
+        if self.steps == 0:
+            self._make_capturable()
+        if self.steps == WARMUP_STEPS:
+            self.images, self.targets = images.clone(), targets.clone()
+            self._capture()
+        self.steps += 1
+        for rate, group in zip(self.rates, self.optimizer.param_groups):
+            rate.fill_(group['lr'])
+        if self.graph is None or images.shape != self.images.shape or targets.shape != self.targets.shape:
+            return self._run(images, targets)
+        self.images.copy_(images)
+        self.targets.copy_(targets)
+        self.graph.replay()
+        return self.result
+
+    def _make_capturable(self) -> None:
+        # here, as a checkpoint brings settings of its own
+        for group in self.optimizer.param_groups:
+            group['capturable'] = True
+        for state in self.optimizer.state.values():
+            if isinstance(state.get('step'), torch.Tensor):
+                state['step'] = state['step'].to(self.device)
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Learning rates as tensors: a schedule writes numbers, which a graph would hold for good."""
+        groups = self.optimizer.param_groups
+        numbers = [group['lr'] for group in groups]
+        for group, rate in zip(groups, self.rates):
+            group['lr'] = rate
+        try:
+            yield
+        finally:
+            for group, number in zip(groups, numbers):
+                group['lr'] = number
+
+    def _run(self, images: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
+        # on another stream, as what the default one began cannot be captured
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream), self._rates_on_device(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*capturable=True')  # PyTorch wants to see it captured at once
+            result = self.step(images, targets)
+        current.wait_stream(self.stream)
+        return result
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that pins the next batches goes on
+            capturing = torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local')
+            with refusing('--cuda-graph'), self._rates_on_device(), capturing:
+                self.result = {k: v.detach() for k, v in self.step(self.images, self.targets).items()}
+        except InputError as e:
+            if isinstance(e.__cause__, torch.OutOfMemoryError):
+                raise e.__cause__ from None
+            raise
+        self.graph = graph
