@@ -58,7 +58,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
             raise InputError(f'--cuda-graph needs a GPU of NVIDIA or AMD; leave it out on {accelerator.device.type}.')
         if accelerator.num_processes > 1 or accelerator.mixed_precision == 'fp16':
             raise InputError(
-                '--cuda-graph is for one process without the scaled losses of fp16; leave it out, or launch one process '
+                '--cuda-graph is for one process without the scaled losses of fp16; leave it out, or launch one '
                 'with --mixed-precision bf16.')
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
