@@ -101,8 +101,8 @@ def test_commands_of_the_training_lead_from_one_to_the_next(name):
     runs = [parse_args(command[command.index('train/train.py') + 1:]) for command in commands]
     assert commands[-1][commands[-1].index('-c') + 1] == cards.load_data(name)['recipe']
     written = [f'output/{run.experiment}/last.safetensors' for run in runs]
-    teachers = {run.kd_checkpoint for run in runs if run.kd_checkpoint}
-    assert all(run.kd_checkpoint in (None, *written[:i]) for i, run in enumerate(runs))
+    assert all(file in written[:i] for i, run in enumerate(runs) for file in run.kd_checkpoint or ())
+    teachers = {file for run in runs for file in run.kd_checkpoint or ()}
     runs = [run for run, path in zip(runs, written) if path not in teachers]
     start, *then = (run.initial_checkpoint for run in runs)
     assert then == [f'output/{run.experiment}/last.safetensors' for run in runs[:-1]]

@@ -387,7 +387,7 @@ def test_distillation_adds_the_divergence_from_the_teacher(tmp_path, student, we
     if student == 'rn26_tm':
         torch.testing.assert_close(result['task_loss'], (result['class_loss'] + result['patch_loss']) / 2)
     result['loss'].backward()
-    assert all(p.grad is None for p in trainer.task.teacher.parameters())
+    assert all(p.grad is None for p in trainer.task.teachers.parameters())
     names = {n for n, _ in trainer.plain_model.named_parameters()}
     assert names == {n for n, _ in timm.create_model(student).named_parameters()}  # nothing of the teacher
 
@@ -403,20 +403,34 @@ def test_teacher_from_a_checkpoint_sees_images_of_its_own_size(tmp_path):
 def test_teacher_is_compiled_with_the_student_and_teaches_the_same(tmp_path):
     teach = ('--model', 'rn20', '--kd-model-name', 'rn26_tm')
     plain, compiled = (create_trainer(tmp_path, *teach, *flags) for flags in ((), ('--torchcompile', 'eager')))
-    assert isinstance(compiled.task.teacher.model, torch._dynamo.OptimizedModule)
+    assert isinstance(compiled.task.teachers[0].model, torch._dynamo.OptimizedModule)
     images, _ = next(plain.train_loader.epoch(0))
     torch.testing.assert_close(compiled.task.teach(images), plain.task.teach(images))
 
 
+def test_several_teachers_teach_the_mean_of_their_logits(tmp_path):
+    names = ['rn26_tm.cifar10', 'rn26.cifar10']
+    trainer = create_trainer(tmp_path, '--model', 'rn20', '--mean', '0.4', '0.5', '0.6', '--kd-model-name', *names)
+    images, _ = next(trainer.train_loader.epoch(0))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (trainer.data_config.mean, trainer.data_config.std))
+    expected = torch.zeros(len(images), 10, dtype=torch.float64)
+    for name in names:
+        teacher = timm.create_model(name, pretrained=True).eval()
+        t_mean, t_std = (torch.tensor(teacher.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+        with torch.no_grad():
+            expected += teacher((images * std + mean - t_mean) / t_std).double() / len(names)
+    torch.testing.assert_close(trainer.task.teach(images).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_measuring_needs_no_teacher(tmp_path):
     trainer = create_trainer(tmp_path, '--kd-checkpoint', 'gone.safetensors', '--eval-only')
-    assert not hasattr(trainer.task, 'teacher')
+    assert not hasattr(trainer.task, 'teachers')
 
 
 def test_teacher_by_name_goes_before_that_of_a_recipe(tmp_path):
     (tmp_path / 'r.yaml').write_text('kd_checkpoint: a.safetensors\n')
     args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--kd-model-name', 'rn26_tm'])
-    assert (args.kd_model_name, args.kd_checkpoint) == ('rn26_tm', None)
+    assert (args.kd_model_name, args.kd_checkpoint) == (['rn26_tm'], None)
 
 
 def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
@@ -431,6 +445,7 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
     (['--kd-model-name', 'wrn16'], 'teacher wrn16 cannot be loaded'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
+    (['--kd-checkpoint', 'a.safetensors', 'b.safetensors', '--kd-model-name', 'rn26'], '2 weights .* have 1 models'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
     (['--report-to', 'clearml'], "'clearml' is not installed; pip install clearml"),

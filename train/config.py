@@ -216,8 +216,10 @@ def create_parser() -> Parser:
     group.add_argument('--model-ema-warmup', action=boolean, default=True, help='let it rise at the beginning')
 
     group = parser.add_argument_group('distillation')
-    group.add_argument('--kd-model-name', metavar='NAME', help='teacher: a model of timm or of the Hub, with weights')
-    group.add_argument('--kd-checkpoint', metavar='FILE', help='weights of the teacher; those of this script name it')
+    group.add_argument('--kd-model-name', nargs='+', metavar='NAME', help=(
+        'teacher: a model of timm or of the Hub, with weights; the logits of several are averaged'))
+    group.add_argument('--kd-checkpoint', nargs='+', metavar='FILE', help=(
+        'weights of the teacher, or of several; those of this script name their model'))
     group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both soft-maxes')
     group.add_argument('--task-loss-weight', type=from_zero, help='of the loss without the teacher, 1 if not given')
     group.add_argument('--distill-loss-weight', type=from_zero, help=(

@@ -1,6 +1,6 @@
 """The loss of a run: cross-entropy or equation 3.1, with or without a teacher."""
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -23,13 +23,14 @@ class DistillationTask(TrainingTask):
 
         loss = task_loss_weight * task loss + distill_loss_weight * temperature^2 * KL(teacher || student)
 
-    The teacher sees the student's images, normalised and resized as it was trained.
+    The logits of several teachers are averaged. Each sees the student's images, normalised and resized as it was
+    trained.
     """
 
     def __init__(
             self,
             task: TrainingTask,
-            teacher: DistillationTeacher,
+            teachers: Sequence[DistillationTeacher],
             config: DataConfig,
             temperature: float,
             task_loss_weight: Optional[float],
@@ -39,17 +40,17 @@ class DistillationTask(TrainingTask):
         """
         Args:
             task: Task of the student.
-            teacher: Teacher, on the task's device.
+            teachers: Teachers, on the task's device.
             config: What the student expects of its input.
             temperature: Temperature of both soft-maxes.
             task_loss_weight: Weight of the task's own loss.
             distill_loss_weight: Weight of the divergence; both as in timm's LogitDistillationTask where None.
-            autocast: Context the teacher runs in.
+            autocast: Context the teachers run in.
         """
         super().__init__(device=task.device)
         self.task = task
         self.trainable_module = task.trainable_module
-        self.teacher = teacher.requires_grad_(False)
+        self.teachers = torch.nn.ModuleList(teacher.requires_grad_(False) for teacher in teachers)
         self.temperature = temperature
         complementary = distill_loss_weight is None and task_loss_weight is not None
         self.task_loss_weight = 1. if task_loss_weight is None else task_loss_weight
@@ -58,16 +59,21 @@ class DistillationTask(TrainingTask):
         self.autocast = autocast
         self.register_buffer('mean', torch.tensor(config.mean, device=task.device).view(1, -1, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(config.std, device=task.device).view(1, -1, 1, 1), persistent=False)
-        self.size = tuple(unwrap_model(teacher.model).pretrained_cfg['input_size'][-2:])
+        # here, as comparing tensors waits for the device
+        self.same_pixels = [torch.equal(self.mean, t.mean_kd) and torch.equal(self.std, t.std_kd) for t in teachers]
+        self.sizes = [tuple(unwrap_model(t.model).pretrained_cfg['input_size'][-2:]) for t in teachers]
 
     @torch.no_grad()
     def teach(self, input: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits [B, num_classes] for the student's input [B, C, H, W]."""
-        input = self.teacher.normalize_input(input, self.mean, self.std)
-        if input.shape[-2:] != self.size:
-            input = F.interpolate(input, self.size, mode='bicubic', antialias=True)
-        with self.autocast():
-            return self.teacher.eval()(input).float()
+        """Mean of the teachers' logits [B, num_classes] for the student's input [B, C, H, W]."""
+        logits = []
+        for teacher, same_pixels, size in zip(self.teachers, self.same_pixels, self.sizes):
+            x = input if same_pixels else (input * self.std + self.mean - teacher.mean_kd) / teacher.std_kd
+            if x.shape[-2:] != size:
+                x = F.interpolate(x, size, mode='bicubic', antialias=True)
+            with self.autocast():
+                logits.append(teacher.eval()(x).float())
+        return torch.stack(logits).mean(0)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         result = self.task(input, target)
@@ -95,23 +101,40 @@ def check_loss_weights(args: Namespace) -> None:
             f'too.')
 
 
-def create_teacher(args: Namespace, class_names: Sequence[str], device: torch.device) -> DistillationTeacher:
-    """The teacher the settings name, with its weights.
+def create_teachers(args: Namespace, class_names: Sequence[str], device: torch.device) -> List[DistillationTeacher]:
+    """The teachers the settings name, with their weights; none if they name none.
 
     Raises:
-        InputError: If there is none of this name, it has no weights, or they are for other classes.
+        InputError: If there is none of a name, it has no weights, or they are for other classes.
     """
-    name = args.kd_model_name
-    if args.kd_checkpoint:
-        model = load_model(args.kd_checkpoint, name)
+    names, files = args.kd_model_name or [], args.kd_checkpoint or []
+    if names and files and len(names) != len(files):
+        raise InputError(
+            f'{len(files)} weights of --kd-checkpoint have {len(names)} models of --kd-model-name; name one for each, '
+            f'or none where the weights tell theirs.')
+    if files:
+        models = [load_model(file, name) for file, name in zip(files, names or [None] * len(files))]
     else:
-        if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
-            raise InputError(f'timm has no model {name!r} to be the teacher.')
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as e:  # the network, the Hub and timm have errors of their own
-            reason = str(e).strip().split('\n')[0] or type(e).__name__
-            raise InputError(f'The teacher {name} cannot be loaded: {reason}') from e
+        models = [_load_pretrained(name) for name in names]
+    return [_prepare_teacher(model, args, class_names, device) for model in models]
+
+
+def _load_pretrained(name: str) -> torch.nn.Module:
+    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+        raise InputError(f'timm has no model {name!r} to be the teacher.')
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as e:  # the network, the Hub and timm have errors of their own
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise InputError(f'The teacher {name} cannot be loaded: {reason}') from e
+
+
+def _prepare_teacher(
+        model: torch.nn.Module,
+        args: Namespace,
+        class_names: Sequence[str],
+        device: torch.device,
+) -> DistillationTeacher:
     if model.num_classes != len(class_names):
         raise InputError(
             f'The teacher tells {model.num_classes} classes apart and the data has {len(class_names)}; '
@@ -133,7 +156,7 @@ def create_task(
         model: torch.nn.Module,
         accelerator: Accelerator,
         config: DataConfig,
-        teacher: Optional[DistillationTeacher],
+        teachers: Sequence[DistillationTeacher],
 ) -> TrainingTask:
     """The task of a model, which may be prepared by Accelerate."""
     soft_targets = args.mixup > 0 or args.cutmix > 0
@@ -145,8 +168,8 @@ def create_task(
                 model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
         else:
             task = ClassificationTask(model, criterion_kwargs=criterion_kwargs, device=device)
-    if teacher is None:
+    if not teachers:
         return task
     return DistillationTask(
-        task, teacher, config, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight,
+        task, teachers, config, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight,
         accelerator.autocast)

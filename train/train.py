@@ -76,7 +76,7 @@ from train.optim import clip_gradients, create_optimizer, create_schedule, resol
 from train.publish import check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
-from train.task import check_loss_weights, create_task, create_teacher
+from train.task import check_loss_weights, create_task, create_teachers
 
 
 def create_data_config(args: Namespace) -> DataConfig:
@@ -149,9 +149,7 @@ class Trainer:
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        teacher = None
-        if (args.kd_model_name or args.kd_checkpoint) and not args.eval_only:
-            teacher = create_teacher(args, self.class_names, accelerator.device)
+        teachers = [] if args.eval_only else create_teachers(args, self.class_names, accelerator.device)
 
         parts = load_parts(splits, args, config, progress=self.main_process)
         train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
@@ -184,7 +182,7 @@ class Trainer:
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
-        self.task = create_task(args, self.model, accelerator, config, teacher)
+        self.task = create_task(args, self.model, accelerator, config, teachers)
         graphed = args.cuda_graph and not args.eval_only
         self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device) if graphed else self._learn
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
