@@ -187,3 +187,18 @@ with exiting_on_input_error():
     assert 'error: The loss was not finite in update 3' in run.stderr
     weights = load_file(find_checkpoints(tmp_path / 'run')[-1] / 'model.safetensors')
     assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_workers_killed_at_the_end_disturb_nothing_else_that_ends():
+    code = '''if True:
+        import atexit, time
+        atexit.register(time.sleep, 1)  # runs after what is registered later
+        import torch.utils.data
+        import train.signals
+        loader = torch.utils.data.DataLoader(range(8), num_workers=2, persistent_workers=True,
+                                             worker_init_fn=train.signals.outlive_sigterm)
+        iterator = iter(loader)
+        next(iterator)
+    '''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert (run.returncode, run.stderr) == (0, '')

@@ -39,6 +39,8 @@ def outlive_sigterm(worker: int) -> None:
 @atexit.register
 def _kill_workers() -> None:
     # multiprocessing, whose turn comes next, would send them SIGTERM and wait for ever
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise an error in whatever runs then
     for process in multiprocessing.active_children():
         if process.daemon:  # it waits for the others
             process.kill()
