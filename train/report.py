@@ -50,7 +50,8 @@ def collect(root: Path) -> Evidence:
     maximizer = read_json(rn20 / 'analysis' / 'maximizer.json')
     if maximizer:
         settings = yaml.safe_load((rn20 / SETTINGS).read_text())
-        maximizer.update(epochs=settings['epochs'], opt=settings['opt'])
+        by_protocol = settings['pool'] == [65, 15, 20] and settings['opt'] == 'adam'
+        maximizer.update(epochs=settings['epochs'], opt=settings['opt'], by_protocol=by_protocol)
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
     tested = {r['data']: r['images']['test'] for found, _ in paper.values() for r in found}
     return Evidence(
