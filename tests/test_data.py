@@ -1,5 +1,8 @@
 """Batches: the right pixels, each image as often as it should be, the same again after a restart."""
+import multiprocessing
+import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from timm_tmblock.errors import InputError
+from train import data
 from train.augment import DataConfig
 from train.data import (
     InMemorySet,
@@ -20,6 +24,7 @@ from train.data import (
 )
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
+from train.splits import hash_pixels
 
 CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -131,6 +136,24 @@ def test_stored_images_are_decoded_exactly():
         image, target = dataset[i]  # by timm
         np.testing.assert_array_equal(decoded.images[i].permute(1, 2, 0).numpy(), np.asarray(image))
         assert decoded.targets[i] == target
+
+
+def test_processes_decode_the_same_in_the_same_order(monkeypatch):
+    dataset = open_dataset('sample', 'test')
+    config = DataConfig((3, 24, 24), (0, 0, 0), (1, 1, 1))
+    digest = partial(hash_pixels, seed=0)  # of the images of 32x32
+    alone = decode(dataset, config, progress=False, digest=digest)
+    monkeypatch.setattr(data, 'WORTH_A_PROCESS', 100)
+    monkeypatch.setattr(data, 'CHUNK', 30)
+    state = torch.get_rng_state()
+    processes = set()
+    create = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', lambda p: (processes.add(p), create(p)))
+    shared = decode(dataset, config, progress=False, digest=digest, num_workers=2)
+    assert len(processes) == min(2, os.cpu_count())
+    assert torch.equal(shared.images, alone.images) and torch.equal(shared.targets, alone.targets)
+    assert list(shared.digests) == list(alone.digests) and len(set(alone.digests)) == len(dataset)
+    assert torch.equal(torch.get_rng_state(), state)  # a run goes on with the numbers it would have had
 
 
 def test_sample_is_stratified():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import train.data
 import train.loader
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
@@ -136,6 +137,14 @@ def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():
 def test_unreadable_image_of_a_streamed_set_is_named(tmp_path, images):
     (images / 'train' / 'bee' / '2.png').write_bytes(b'not an image')
     assert_stops(tmp_path, r'Image 6 of the dataset cannot be read.*bee/2\.png', '--dataset', str(images), *STREAM)
+
+
+def test_unreadable_image_that_another_process_decodes_is_named(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(train.data, 'WORTH_A_PROCESS', 1)
+    (images / 'train' / 'bee' / '2.png').write_bytes(b'not an image')
+    flags = ['--train-split', 'train', '--val-split', 'validation', '--batch-size', '2', '--workers', '1']
+    assert_stops(tmp_path, r'^Image 6 of the dataset cannot be read.*bee/2\.png', '--dataset', str(images), *flags)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_set_that_is_lost_while_training_is_named(tmp_path, images, monkeypatch):

@@ -24,7 +24,8 @@ def make_set(sizes=(60, 20, 33), seed=0) -> InMemorySet:
 
 
 def divide(dataset, fractions, seed=0):
-    return stratified_split(dataset, fractions, [hash_pixels(image, seed) for image in dataset.images.numpy()])
+    digests = [hash_pixels(image, seed) for image in dataset.images.numpy()]
+    return stratified_split(replace(dataset, digests=digests), fractions)
 
 
 def fingerprints(dataset: InMemorySet):

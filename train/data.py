@@ -1,5 +1,6 @@
 """Image sets: opened by timm, and decoded once to a uint8 tensor where they fit in memory."""
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
@@ -12,18 +13,21 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import read_image
 from train.augment import DataConfig
+from train.signals import outlive_sigterm
 
 # what timm's create_dataset does with the names of splits
 HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
+CHUNK = 256  # images that a process decodes at a time
+WORTH_A_PROCESS = 5000  # images; fewer are decoded before another process has begun
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
 
@@ -33,6 +37,7 @@ class InMemorySet:
     images: torch.Tensor  # (N, C, H, W) uint8
     targets: torch.Tensor  # (N,) int64
     class_names: List[str]
+    digests: Sequence[bytes] = ()  # of the images as they are stored, where they were asked for
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -216,12 +221,45 @@ def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:
     return size * math.prod(config.input_size) <= limit_gb * 1e9
 
 
+class _Chunks(Dataset):
+    """Images as they are kept, CHUNK at a time: pixels (N, C, H, W) uint8, targets (N,) and digests."""
+
+    def __init__(
+            self,
+            source: ImageSet,
+            config: DataConfig,
+            digest: Optional[Callable[[np.ndarray], bytes]],
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.digest = digest
+        self.resize = create_transform(
+            config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct,
+            crop_mode=config.crop_mode, normalize=False)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / CHUNK)
+
+    def __getitem__(self, number: int) -> Tuple[torch.Tensor, torch.Tensor, List[bytes]]:
+        rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.source)))
+        images = torch.empty(len(rows), *self.config.input_size, dtype=torch.uint8)
+        targets = torch.empty(len(rows), dtype=torch.int64)
+        digests = []
+        for i, row in enumerate(rows):
+            image, targets[i] = self.source[row]
+            if self.digest is not None:
+                digests.append(self.digest(_to_pixels(image)))
+            images[i] = _to_uint8(image, self.config, self.resize)
+        return images, targets, digests
+
+
 def decode(
         dataset: Any,
         config: DataConfig,
         progress: bool = True,
-        observe: Optional[Callable[[np.ndarray], None]] = None,
+        digest: Optional[Callable[[np.ndarray], bytes]] = None,
         labelled: bool = True,
+        num_workers: int = 0,
 ) -> InMemorySet:
     """Decode every image once, resized as for evaluation where its size differs from the network's input.
 
@@ -229,25 +267,29 @@ def decode(
         dataset: Split as opened by timm.
         config: What the network takes.
         progress: Show a bar.
-        observe: Told the pixels (C, H, W) of each image in turn, in the size it is stored in.
+        digest: What is kept of the pixels (C, H, W) of each image beside them, in the size it is stored in.
         labelled: Refuse images without a label.
+        num_workers: Most processes to share the work with, of a set that is large enough.
 
     Raises:
-        InputError: If an image cannot be read.
+        InputError: If an image cannot be read; if a process read it, the sentence is the last line.
     """
     class_names = get_class_names(dataset)
     source = ImageSet(dataset, config.input_size[0], labelled)
-    resize = create_transform(
-        config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode,
-        normalize=False)
+    workers = min(num_workers, os.cpu_count() or 1, len(source) // WORTH_A_PROCESS)
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
-    for i in tqdm(range(len(source)), desc='Decoding', unit='img', disable=not progress, leave=False):
-        image, targets[i] = source[i]
-        if observe is not None:
-            observe(_to_pixels(image))
-        images[i] = _to_uint8(image, config, resize)
-    return InMemorySet(images, targets, class_names)
+    digests: List[bytes] = []
+    chunks = DataLoader(
+        _Chunks(source, config, digest), batch_size=None, num_workers=workers,
+        worker_init_fn=outlive_sigterm, generator=torch.Generator())  # or it would draw from the process's
+    with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
+        for number, (pixels, labels, names) in enumerate(chunks):
+            rows = slice(number * CHUNK, (number + 1) * CHUNK)
+            images[rows], targets[rows] = pixels, labels
+            digests += names
+            bar.update(len(labels))
+    return InMemorySet(images, targets, class_names, digests)
 
 
 def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:

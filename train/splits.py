@@ -6,6 +6,7 @@ images pooled and split 65/15/20.
 import hashlib
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, combinations
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -32,17 +33,18 @@ def hash_pixels(pixels: np.ndarray, seed: int) -> bytes:
     return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=key).digest()
 
 
-def stratified_split(dataset: InMemorySet, fractions: Sequence[float], digests: Sequence[bytes]) -> List[InMemorySet]:
+def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[InMemorySet]:
     """Split a set so that every class is divided in the same proportions.
 
     Images are ordered by their digests: the parts depend on nothing else, neither on the order in which a copy of the
     set stores its images nor on a random number generator, and copies of an image lie side by side.
 
     Args:
-        dataset: Set to split.
+        dataset: Set to split, with `hash_pixels` of each image as it is stored for digests, so that networks of all
+            input sizes have the same parts.
         fractions: Size of each part relative to their sum.
-        digests: `hash_pixels` of each image as it is stored, so that networks of all input sizes have the same parts.
     """
+    digests = dataset.digests
     order = sorted(range(len(digests)), key=digests.__getitem__)
     ends = [total / sum(fractions) for total in accumulate(fractions)]
     parts: List[List[int]] = [[] for _ in fractions]
@@ -124,25 +126,23 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             'The training images do not fit in memory, so no part can be held out; name a --val-split, '
             'set --val-fraction 0, or raise --memory-limit.')
     divided = list(splits) if args.pool else ['train'] if fraction else []
-    digests: Dict[str, List[bytes]] = {part: [] for part in divided}
+    digest = partial(hash_pixels, seed=args.split_seed)
 
     def load(part: str) -> InMemorySet:
-        if part not in divided:
-            return decode(splits[part], config, progress)
         return decode(
-            splits[part], config, progress,
-            lambda pixels: digests[part].append(hash_pixels(pixels, args.split_seed)))
+            splits[part], config, progress, digest if part in divided else None, num_workers=args.workers)
 
     loaded = {part: load(part) if fits[part] else split for part, split in splits.items()}
     if args.pool:
         if len(args.pool) != 3 or min(args.pool) < 0 or args.pool[0] <= 0:
             raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
-        whole = InMemorySet(images, targets, loaded['train'].class_names)
-        train, validation, test = stratified_split(whole, args.pool, sum((digests[part] for part in loaded), []))
+        digests = [digest for part in loaded.values() for digest in part.digests]
+        whole = InMemorySet(images, targets, loaded['train'].class_names, digests)
+        train, validation, test = stratified_split(whole, args.pool)
         return Parts(train, validation if len(validation) else None, test if len(test) else None)
     if fraction:
-        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction], digests['train'])
+        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction])
         if len(validation) == 0:
             raise InputError(
                 f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
