@@ -78,6 +78,11 @@ def test_dense_networks_can_take_less_memory_of_a_gpu(monkeypatch, model, on_gpu
     assert ('--model-kwargs memory_efficient=True' in advice) is told and '--grad-checkpointing' in advice
 
 
+def test_advice_on_memory_can_be_followed_with_graphs():
+    advice = advise_on_memory(parse_args(['--cuda-graph', '--batch-size', '8']))
+    assert '--batch-size 4 --grad-accum-steps 2 --no-cuda-graph, which' in advice
+
+
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):
     """Killed for real, as the kernel does it when memory is short."""
     parent = os.getpid()

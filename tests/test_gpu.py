@@ -1,5 +1,6 @@
 """What is computed on a GPU is what is computed on the CPU."""
 import copy
+import shutil
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from test_template_matching import patch_mean_loop
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.layers import PatchMean
 from timm_tmblock.task import TemplateMatchingTask
+from train.graph import WARMUP_STEPS
 from train.train import main
 
 DEVICE = torch.device('cuda')
@@ -59,14 +61,22 @@ def test_gradients_of_a_network_are_those_on_the_cpu(name, kwargs, memory_format
     ['--opt', 'nadamw', '--clip-grad', '1', '--cutmix', '1', '--model-ema', '--mixed-precision', 'bf16'],
     ['--opt', 'adam', '--torchcompile', '--model', 'rn26', '--aux-head'],
 ])
-def test_steps_of_a_graph_are_those_without_one(tmp_path, flags, fresh_accelerate):
+def test_steps_of_a_graph_are_those_without_one(tmp_path, monkeypatch, flags, fresh_accelerate):
     def train(folder, *more):
         return main([
             '--train-split', 'train[:600]', '--val-split', 'test[:100]', '--batch-size', '64', '--epochs', '3',
             '--report-to', 'none', '--experiment', folder, '--output', str(tmp_path), *flags, *more])
 
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, 'replay', lambda graph: (replays.append(graph), replay(graph)))
     plain, graphed = train('plain'), train('graphed', '--cuda-graph')
+    assert len(replays) == 27 - WARMUP_STEPS and len(set(replays)) == 1
     for key, atol in dict(lr=1e-12, train_loss=2e-2, train_top1=2., eval_loss=5e-2).items():
         expected, actual = (torch.tensor([epoch[key] for epoch in run['history']]) for run in (plain, graphed))
         torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-    assert main(['--resume', str(tmp_path / 'graphed'), '--epochs', '4'])['updates'] == 36
+    for start, flag in (('plain', '--cuda-graph'), ('graphed', '--cuda-graph'), ('graphed', '--no-cuda-graph')):
+        shutil.copytree(tmp_path / start, tmp_path / f'{start}{flag}')
+        resumed = main(['--resume', str(tmp_path / f'{start}{flag}'), '--epochs', '4', flag])
+        assert len(resumed['history']) == 4
+        assert resumed['history'][-1]['train_loss'] == pytest.approx(plain['history'][-1]['train_loss'], abs=0.3)

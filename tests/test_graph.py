@@ -1,12 +1,14 @@
 """Steps as CUDA graphs: what is captured, with what rates, and what is not; test_gpu.py has real ones."""
+import copy
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 
 from timm_tmblock.errors import InputError
-from train.graph import WARMUP_STEPS, GraphedStep
+from train.graph import WARMUP_STEPS, GraphedStep, set_capturable
 
 
 @pytest.fixture
@@ -58,24 +60,68 @@ def test_steps_are_replayed_on_their_batches_at_the_rates_of_the_schedule(step):
     assert not graphed.result['loss'].requires_grad
 
 
-def test_optimizer_of_a_checkpoint_becomes_capturable(step):
-    graphed, optimizer, _ = step
-    assert not optimizer.param_groups[0]['capturable']
-    graphed(torch.zeros(2, 3), torch.zeros(2))
+@pytest.mark.parametrize('name', ['muon', 'nadamw', 'nadam', 'adamw', 'adam'])
+def test_checkpoint_of_a_graph_goes_on_without_one(name):
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    bias = torch.nn.Parameter(torch.ones(8))
+
+    def create():
+        return create_optimizer_v2([weight, bias], opt=name, lr=0.1)
+
+    def take_step(optimizer):
+        weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+        optimizer.step()
+
+    plain = create()
+    take_step(plain)
+    state = copy.deepcopy(plain.state_dict())
+    take_step(plain)
+    expected = weight.detach().clone(), bias.detach().clone()
+    weight.data.fill_(1.)
+    bias.data.fill_(1.)
+    take_step(create())
+    for group in state['param_groups']:
+        group['capturable'] = True
+    resumed = create()
+    resumed.load_state_dict(state)
+    with pytest.raises((AssertionError, RuntimeError), match='capturable'):  # on the CPU
+        take_step(resumed)
+    weight.data.fill_(1.)
+    bias.data.fill_(1.)
+    take_step(create())
+    resumed = create()
+    resumed.load_state_dict(state)
+    set_capturable(resumed, False, torch.device('cpu'))
+    take_step(resumed)
+    torch.testing.assert_close((weight.detach(), bias.detach()), expected)
+
+
+def test_state_of_a_checkpoint_goes_to_the_device():
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.NAdam([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    set_capturable(optimizer, True, torch.device('meta'))
     assert optimizer.param_groups[0]['capturable']
+    state, = optimizer.state.values()
+    assert {k: v.device.type for k, v in state.items()} == dict(
+        step='meta', mu_product='meta', exp_avg='cpu', exp_avg_sq='cpu')
 
 
-def test_optimizers_with_their_state_elsewhere_are_refused(step):
+@pytest.mark.parametrize('name', ['sgd', 'lookahead_adam', 'lookahead_muon', 'rmsprop'])
+def test_optimizers_that_cannot_be_captured_are_refused(step, name):
     graphed, _, _ = step
-    with pytest.raises(InputError, match='--cuda-graph needs an optimizer that keeps its state on the GPU'):
-        GraphedStep(graphed.step, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), torch.device('cpu'))
+    optimizer = create_optimizer_v2([torch.nn.Parameter(torch.zeros(8, 8))], opt=name, lr=0.1)
+    for wrapped in (optimizer, SimpleNamespace(optimizer=optimizer)):
+        with pytest.raises(InputError, match='--cuda-graph needs an optimizer whose steps can be captured'):
+            GraphedStep(graphed.step, wrapped, torch.device('cpu'))
 
 
 @pytest.mark.parametrize('error, kind, message', [
-    (RuntimeError('operation not permitted when stream is capturing\nmore'), InputError, '--cuda-graph cannot be used'),
+    (RuntimeError('not permitted while capturing\nmore'), InputError, r'captured \(not permitted .*\); use --no-cuda'),
     (torch.OutOfMemoryError('no memory'), torch.OutOfMemoryError, 'no memory'),
 ])
-def test_what_cannot_be_captured_is_told(step, error, kind, message):
+def test_what_cannot_be_captured_is_told(step, monkeypatch, error, kind, message):
     graphed, _, _ = step
     for _ in range(WARMUP_STEPS):
         graphed(torch.zeros(2, 3), torch.zeros(2))
@@ -83,6 +129,14 @@ def test_what_cannot_be_captured_is_told(step, error, kind, message):
     def fail(images, targets):
         raise error
 
+    @contextmanager
+    def capture(graph, **kwargs):
+        try:
+            yield
+        finally:  # as PyTorch's
+            raise RuntimeError('operation failed due to a previous error during capture')
+
+    monkeypatch.setattr(torch.cuda, 'graph', capture)
     graphed.step = fail
     with pytest.raises(kind, match=message) as raised:
         graphed(torch.zeros(2, 3), torch.zeros(2))

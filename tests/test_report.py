@@ -19,6 +19,7 @@ from train.claims import (
     combine_all,
     combine_most,
     compare_others,
+    find_recipe,
     judge,
 )
 from train.lineage import count_epochs, count_taught_epochs, find_fillings
@@ -134,6 +135,7 @@ def test_networks_of_one_recipe_are_compared():
 
     assert compare_with(run('rn26', val_fraction=0.1, val_split='validation'))[0] == UNDECIDED  # all images, too
     assert compare_with(run('rn26', processes=2, batch_size=32))[0] == UNDECIDED  # as many images an update
+    assert find_recipe(run('rn26', kd_checkpoint='x')) == find_recipe(run('rn26', kd_checkpoint=['x']))
     on_test = dict(val_split='test', val_fraction=0.1)
     assert compare_with(run('rn26', best=dict(epoch=12), **on_test))[0] == UNDECIDED  # and those are the last weights
     others = [run('rn26', best=dict(epoch=11), **on_test), run('rn26', best=dict(epoch=1), val_split='train+test[:9]'),

@@ -149,6 +149,8 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     """What two runs of different networks must share to be compared."""
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
     recipe = {key: value for key, value in settings.items() if key not in NO_RECIPE}
+    for key in ('kd_model_name', 'kd_checkpoint'):  # one name, before there could be several
+        recipe[key] = [recipe[key]] if isinstance(recipe[key], str) else recipe[key]
     images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
     if settings['sched'] not in ('step', 'wsd', 'rsqrt'):
         del recipe['decay_epochs']  # which no other schedule heeds

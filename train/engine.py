@@ -55,10 +55,11 @@ def create_accelerator(args: Namespace) -> Accelerator:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
     if args.cuda_graph and not args.eval_only:
         if accelerator.device.type != 'cuda':
-            raise InputError(f'--cuda-graph needs a GPU of NVIDIA or AMD; leave it out on {accelerator.device.type}.')
-        if accelerator.num_processes > 1 or accelerator.mixed_precision == 'fp16':
             raise InputError(
-                '--cuda-graph is for one process without the scaled losses of fp16; leave it out, or launch one '
+                f'--cuda-graph needs a GPU of NVIDIA or AMD, not {accelerator.device}; use --no-cuda-graph.')
+        if accelerator.distributed_type != DistributedType.NO or accelerator.mixed_precision not in ('no', 'bf16'):
+            raise InputError(
+                '--cuda-graph is for one process, and neither fp16 nor fp8; use --no-cuda-graph, or launch one process '
                 'with --mixed-precision bf16.')
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
@@ -103,9 +104,9 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
 
 def _check_cuda_graph(args: Namespace) -> None:
     if args.grad_accum_steps > 1:
-        raise InputError('--cuda-graph captures one kind of step; leave out --grad-accum-steps.')
+        raise InputError('--cuda-graph captures steps of one kind; use --no-cuda-graph or --grad-accum-steps 1.')
     if _captures_graphs(args):
-        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; leave out --cuda-graph.')
+        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
 
 
 def _captures_graphs(args: Namespace) -> bool:

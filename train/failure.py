@@ -25,7 +25,7 @@ def advise_on_memory(args: Namespace) -> str:
         return f'use a smaller model or image size, or {other}'
     return (
         f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half} '
-        f'--grad-accum-steps {2 * args.grad_accum_steps}, '
+        f'--grad-accum-steps {2 * args.grad_accum_steps}{" --no-cuda-graph" if args.cuda_graph else ""}, '
         f'which makes the same updates, or {other}')
 
 

@@ -1,15 +1,31 @@
 """A training step as a CUDA graph."""
 import warnings
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
+from timm.optim import Muon, NAdamW
 
 from timm_tmblock.errors import InputError
-from train.config import refusing
 
+# others read numbers in Python that change from step to step, or wait for the GPU
+CAPTURABLE = (Muon, NAdamW, torch.optim.NAdam, torch.optim.AdamW, torch.optim.Adam)
 Step = Callable[[torch.Tensor, torch.Tensor], Dict[str, torch.Tensor]]
 WARMUP_STEPS = 3  # in which the optimizer makes its state, cuDNN chooses kernels and a compiler compiles
+
+
+def set_capturable(optimizer: Any, capturable: bool, device: torch.device) -> None:
+    """Let an optimizer count its steps on the GPU, where a graph can, or on the CPU.
+
+    Its state may be of a checkpoint that was written with the other setting.
+    """
+    for group in optimizer.param_groups:
+        if 'capturable' in group:
+            group['capturable'] = capturable
+    for state in optimizer.state.values():
+        for key in ('step', 'mu_product'):
+            if isinstance(state.get(key), torch.Tensor):
+                state[key] = state[key].to(device if capturable else 'cpu')
 
 
 class GraphedStep:
@@ -24,15 +40,15 @@ class GraphedStep:
         Args:
             step: Takes images and targets, updates the weights, leaves no gradients, and returns tensors. It must not
                 wait for the device.
-            optimizer: Optimizer of the step.
+            optimizer: Optimizer of the step, set capturable.
             device: GPU the step runs on.
 
         Raises:
             InputError: If the optimizer cannot be captured.
         """
-        if 'capturable' not in optimizer.defaults:
+        if type(getattr(optimizer, 'optimizer', optimizer)) not in CAPTURABLE:  # Accelerate's has one in it
             raise InputError(
-                '--cuda-graph needs an optimizer that keeps its state on the GPU; use --opt muon, nadamw, adamw or '
+                '--cuda-graph needs an optimizer whose steps can be captured; use --opt muon, nadamw, nadam, adamw or '
                 'adam.')
         self.step = step
         self.optimizer = optimizer
@@ -47,8 +63,6 @@ class GraphedStep:
         Raises:
             InputError: If the step cannot be captured.
         """
-        if self.steps == 0:
-            self._make_capturable()
         if self.steps == WARMUP_STEPS:
             self.images, self.targets = images.clone(), targets.clone()
             self._capture()
@@ -61,14 +75,6 @@ class GraphedStep:
         self.targets.copy_(targets)
         self.graph.replay()
         return self.result
-
-    def _make_capturable(self) -> None:
-        # here, as a checkpoint brings settings of its own
-        for group in self.optimizer.param_groups:
-            group['capturable'] = True
-        for state in self.optimizer.state.values():
-            if isinstance(state.get('step'), torch.Tensor):
-                state['step'] = state['step'].to(self.device)
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
@@ -95,13 +101,18 @@ class GraphedStep:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that pins the next batches goes on
+        capturing = torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local')
         try:
-            # thread_local: the thread that pins the next batches goes on
-            capturing = torch.cuda.graph(graph, stream=self.stream, capture_error_mode='thread_local')
-            with refusing('--cuda-graph'), self._rates_on_device(), capturing:
+            with self._rates_on_device(), capturing:
                 self.result = {k: v.detach() for k, v in self.step(self.images, self.targets).items()}
-        except InputError as e:
-            if isinstance(e.__cause__, torch.OutOfMemoryError):
-                raise e.__cause__ from None
-            raise
+        except RuntimeError as e:
+            errors: List[BaseException] = [e]  # the end of a capture that failed is an error too
+            while errors[-1].__context__ is not None:
+                errors.append(errors[-1].__context__)
+            for error in errors:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise error from None
+            reason = str(errors[-1]).strip().split('\n')[0]
+            raise InputError(f'This step cannot be captured ({reason}); use --no-cuda-graph.') from e
         self.graph = graph

@@ -33,7 +33,7 @@ import uuid
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -59,7 +59,7 @@ from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import write_json
-from train.graph import GraphedStep
+from train.graph import GraphedStep, set_capturable
 from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader, Loader, StreamingLoader
 from train.meter import Meter
@@ -183,8 +183,9 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
         self.task = create_task(args, self.model, accelerator, config, teachers)
-        graphed = args.cuda_graph and not args.eval_only
-        self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device) if graphed else self._learn
+        self.learn: Callable[[torch.Tensor, torch.Tensor], Dict[str, torch.Tensor]] = self._learn
+        if args.cuda_graph and not args.eval_only:
+            self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device)
         set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
 
         self.layout = dict(
@@ -202,6 +203,7 @@ class Trainer:
                     f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
                     f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
+        set_capturable(self.optimizer, args.cuda_graph, accelerator.device)
         hardware = describe_hardware(accelerator.device, accelerator.num_processes)
         if hardware not in self.state.hardware:
             self.state.hardware.append(hardware)
