@@ -341,6 +341,15 @@ def test_command_writes_the_same_pictures_and_numbers_again(tmp_path, command, f
     assert str(tmp_path) not in (tmp_path / '0' / f'{command}.json').read_text()
 
 
+def test_masks_of_two_kinds_are_written_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ['--fill', 'blur']):
+        main(['trust', 'rn26_tm', '--images', '2', '--steps', '2', *flags])
+    names = ('rn26_tm.cifar10.trust', 'rn26_tm.cifar10.trust_blur')
+    found = [json.loads((tmp_path / 'output' / 'analysis' / f'{name}.json').read_text()) for name in names]
+    assert [result['settings']['fill'] for result in found] == ['mean', 'blur']
+
+
 def test_constants_are_measured_and_set_beside_the_paper(tmp_path):
     values = main(['maximizer', 'rn26_tm', '--images', '20', '--output', str(tmp_path / 'm')])
     assert values['paper'] == dict(mu=2.5, eta=17.) and values['eta'] > 0 and len(values['layer_mu']) == 8

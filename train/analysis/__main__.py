@@ -56,7 +56,8 @@ def create_parser() -> Parser:
             formatter_class=HelpFormatter)
         sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
         sub.add_argument('--output', metavar='NAME', help=(
-            f'without suffix; output/analysis/MODEL.{command} if not given'))
+            f'without suffix; output/analysis/MODEL.{command} if not given' +
+            (', .trust_blur with --fill blur' if command == 'trust' else '')))
         add_data_options(sub)
         sub.add_argument('--seed', type=seed, default=0)
         sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
@@ -313,7 +314,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
-    args.output = args.output or f'output/analysis/{label(args.model)}.{args.command}'
+    name = f'{args.command}_blur' if getattr(args, 'fill', None) == 'blur' else args.command
+    args.output = args.output or f'output/analysis/{label(args.model)}.{name}'
     device = resolve_device(args.device)
     with naming_failures('take fewer images or regions'):
         model = load_network(args.model, device, None if args.command == 'maximizer' else True)
