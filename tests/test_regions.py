@@ -345,7 +345,7 @@ def test_masks_of_two_kinds_are_written_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags in ([], ['--fill', 'blur']):
         main(['trust', 'rn26_tm', '--images', '2', '--steps', '2', *flags])
-    names = ('rn26_tm.cifar10.trust', 'rn26_tm.cifar10.trust_blur')
+    names = ('rn26_tm.trust', 'rn26_tm.trust_blur')
     found = [json.loads((tmp_path / 'output' / 'analysis' / f'{name}.json').read_text()) for name in names]
     assert [result['settings']['fill'] for result in found] == ['mean', 'blur']
 
