@@ -20,12 +20,14 @@ def set_capturable(optimizer: Any, capturable: bool, device: torch.device) -> No
     Its state may be of a checkpoint that was written with the other setting.
     """
     for group in optimizer.param_groups:
-        if 'capturable' in group:
-            group['capturable'] = capturable
-    for state in optimizer.state.values():
-        for key in ('step', 'mu_product'):
-            if isinstance(state.get(key), torch.Tensor):
-                state[key] = state[key].to(device if capturable else 'cpu')
+        if group.get('capturable', capturable) == capturable:
+            continue
+        group['capturable'] = capturable
+        on_device = capturable or group.get('fused')
+        for state in (optimizer.state[p] for p in group['params'] if p in optimizer.state):
+            for key in ('step', 'mu_product'):
+                if key in state:
+                    state[key] = state[key].to(device if on_device else 'cpu')
 
 
 class GraphedStep:

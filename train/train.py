@@ -203,7 +203,7 @@ class Trainer:
                     f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
                     f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
-        set_capturable(self.optimizer, args.cuda_graph, accelerator.device)
+        set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
         hardware = describe_hardware(accelerator.device, accelerator.num_processes)
         if hardware not in self.state.hardware:
             self.state.hardware.append(hardware)
