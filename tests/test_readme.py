@@ -90,8 +90,7 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
             worse = [measure.partition(' (')[0] for measure in compare_maps(maps['Grad-CAM'])['worse']]
             assert worse[:3] == ['deletion', 'insertion', 'what is right without the more evident half']
             by = compare_maps(maps['occlusion'])
-            assert len(by['worse']) in (2, 3, 4)
-            assert len(by['better']) == ((tag, name) == ('dist_cifar10', 'trust_blur'))
+            assert len(by['worse']) in (2, 3, 4) and not by['better']
     before = read('train', 'results', 'rn26_tm_37_epochs.cifar10', 'analysis', 'trust.json')['maps']['Grad-CAM']
     assert len(compare_maps(before)['worse']) == 3 and not compare_maps(before)['better']
 
