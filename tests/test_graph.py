@@ -74,23 +74,22 @@ def test_checkpoint_of_a_graph_goes_on_without_one(name):
 
     plain = create()
     take_step(plain)
-    state = copy.deepcopy(plain.state_dict())
+    weights, state = copy.deepcopy([weight.data, bias.data]), copy.deepcopy(plain.state_dict())
     take_step(plain)
     expected = weight.detach().clone(), bias.detach().clone()
-    weight.data.fill_(1.)
-    bias.data.fill_(1.)
-    take_step(create())
     for group in state['param_groups']:
         group['capturable'] = True
-    resumed = create()
-    resumed.load_state_dict(state)
+
+    def resume():
+        weight.data.copy_(weights[0])
+        bias.data.copy_(weights[1])
+        resumed = create()
+        resumed.load_state_dict(state)
+        return resumed
+
     with pytest.raises((AssertionError, RuntimeError), match='capturable'):  # on the CPU
-        take_step(resumed)
-    weight.data.fill_(1.)
-    bias.data.fill_(1.)
-    take_step(create())
-    resumed = create()
-    resumed.load_state_dict(state)
+        take_step(resume())
+    resumed = resume()
     set_capturable(resumed, False, torch.device('cpu'))
     take_step(resumed)
     torch.testing.assert_close((weight.detach(), bias.detach()), expected)

@@ -109,7 +109,7 @@ def create_parser() -> Parser:
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
     group.add_argument(
-        '--workers', type=not_negative, default=4, help='processes that decode larger sets and apply --aa')
+        '--workers', type=not_negative, default=4, help='processes that decode images and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('--val-batch-size', type=positive, default=256, help='images per process, to measure')
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(

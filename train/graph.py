@@ -34,7 +34,7 @@ class GraphedStep:
     """A training step (forward, backward and update) that is captured once and then replayed.
 
     Networks of small images have hundreds of small kernels, and Muon has dozens more for each weight; to launch them
-    takes longer than to run them. The first steps, and batches of another shape, run as they are.
+    can take longer than to run them. The first steps, and batches of another shape, run as they are.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -44,8 +44,7 @@ def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[I
             input sizes have the same parts.
         fractions: Size of each part relative to their sum.
     """
-    digests = dataset.digests
-    order = sorted(range(len(digests)), key=digests.__getitem__)
+    order = sorted(range(len(dataset)), key=dataset.digests.__getitem__)
     ends = [total / sum(fractions) for total in accumulate(fractions)]
     parts: List[List[int]] = [[] for _ in fractions]
     sizes = torch.bincount(dataset.targets, minlength=len(dataset.class_names)).tolist()

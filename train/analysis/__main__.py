@@ -314,7 +314,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
-    name = f'{args.command}_blur' if getattr(args, 'fill', None) == 'blur' else args.command
+    fill = getattr(args, 'fill', 'mean')
+    name = args.command if fill == 'mean' else f'{args.command}_{fill}'
     args.output = args.output or f'output/analysis/{label(args.model)}.{name}'
     device = resolve_device(args.device)
     with naming_failures('take fewer images or regions'):
