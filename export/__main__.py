@@ -282,7 +282,9 @@ def add_push(commands: argparse._SubParsersAction) -> None:
         '--precisions', nargs='+', default=['fp32', 'fp16', 'int8'],
         choices=['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt'], help='of the ONNX files; fp32 is always there')
     command.add_argument('--engines', type=Path, nargs='+', default=[], metavar='FILE', help='engines to go with them')
-    command.add_argument('--card', type=Path, metavar='README.md', help='card to take instead of the rendered one')
+    card = command.add_mutually_exclusive_group()
+    card.add_argument('--card', type=Path, metavar='README.md', help='card to take instead of the rendered one')
+    card.add_argument('--keep-card', action='store_true', help='leave the card that the repository has, if it has one')
     command.add_argument('--license', metavar='ID', help='of weights of your own, as the Hub calls it: apache-2.0, mit')
     command.add_argument('--private', action='store_true')
     command.add_argument('--revision', help='branch, created if need be')
@@ -322,16 +324,19 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.metadata import hash_weights
     from export.publish import create_files
-    from export.push import PushOptions, list_files, push, read_engines, sign_in
+    from export.push import PushOptions, download_card, list_files, push, read_engines, sign_in
     from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
     options.validate()
-    published = {}
+    if args.keep_card and args.dry_run:
+        raise InputError('--dry-run asks the Hub for nothing, so not for the card to keep; leave out one of the two.')
+    published, card = {}, args.card
     if not args.dry_run:
         sign_in()
         published = read_engines(options)
+        card = download_card(options) if args.keep_card else card
     model = load(args.model, args.checkpoint)
     if args.license:
         config: Any = model.pretrained_cfg
@@ -346,8 +351,7 @@ def _push(args: argparse.Namespace) -> None:
         folder = Path(name)
         weights_file = args.checkpoint or (Path(args.model) if args.model.endswith('.safetensors') else None)
         files = create_files(
-            folder, model, args.repo, args.precisions, args.engines, images, args.card, weights_file,
-            published)
+            folder, model, args.repo, args.precisions, args.engines, images, card, weights_file, published)
         print('\n'.join(list_files(folder, files)))
         if args.dry_run:
             print((folder / 'README.md').read_text())

@@ -84,7 +84,7 @@ def create_files(
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     readme = folder / 'README.md'
     if card is not None:
-        readme.write_text(card.read_text())
+        shutil.copyfile(card, readme)
     else:
         name = find_card(network['weights_sha256'])
         theirs = {k: v for k, v in (published or {}).items() if _is_engine_of(network, v)}

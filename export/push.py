@@ -152,6 +152,16 @@ def read_engines(options: PushOptions) -> Dict[str, Dict[str, Any]]:
     return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_engines)
 
 
+def download_card(options: PushOptions) -> Optional[Path]:
+    """A copy of the card that the repository has; None where it has none, or there is no repository.
+
+    Raises:
+        InputError: If the token may not see it.
+        PushError: If the Hub or the network failed.
+    """
+    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).download_card)
+
+
 class _Push:
     def __init__(
             self,
@@ -191,21 +201,30 @@ class _Push:
         return self._retry(self.api.whoami, 'sign in')['name']
 
     def read_engines(self) -> Dict[str, Dict[str, Any]]:
-        head, tree = None, {}
-        for revision in dict.fromkeys((self.options.revision, None)):  # a branch that is yet to be has main's files
-            with contextlib.suppress(_Missing):
-                head = self._retry(partial(self._find_head, revision), 'look for the repository')
-                tree = self._retry(partial(self._list_tree, head), 'list what is there')
-                break
+        head, tree = self._find_published()
         found = {}
         for path in tree:
             engine = path.removesuffix('.json')
             if engine != path and engine in tree and re.fullmatch(r'engines/[^/]+/[^/]+\.(engine|plan)', engine):
-                file = self._retry(
-                    partial(self.api.hf_hub_download, self.options.repo, path, revision=head), f'read {path}')
                 with contextlib.suppress(ValueError):  # not one of ours
-                    found[engine] = json.loads(Path(file).read_text())
+                    found[engine] = json.loads(self._download(path, head).read_text())
         return found
+
+    def download_card(self) -> Optional[Path]:
+        head, tree = self._find_published()
+        return self._download('README.md', head) if 'README.md' in tree else None
+
+    def _find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
+        """Commit and tree that the push goes on from; None and no files where there is no repository."""
+        for revision in dict.fromkeys((self.options.revision, None)):  # a branch that is yet to be has main's files
+            with contextlib.suppress(_Missing):
+                head = self._retry(partial(self._find_head, revision), 'look for the repository')
+                return head, self._retry(partial(self._list_tree, head), 'list what is there')
+        return None, {}
+
+    def _download(self, path: str, revision: Optional[str]) -> Path:
+        return Path(self._retry(
+            partial(self.api.hf_hub_download, self.options.repo, path, revision=revision), f'read {path}'))
 
     def _prepare_repository(self) -> None:
         """Find the repository, or create it; never a public one for a private push."""

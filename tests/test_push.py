@@ -536,6 +536,15 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     card = hub.repositories['me/birds'].find('v2')['files']['README.md']['content'].decode()
     assert [line for line in card.splitlines() if line.startswith('| `engines/')] == [
         '| `engines/a/x.engine` | fp16 | 2.00 | tensorrt 10.16.0 | compute capability 8.9 (NVIDIA L4) | 1 to 64 |']
+    # a card that was edited on the Hub is kept to the byte
+    edited = '---\nlicense: apache-2.0\n---\nAves – by hand.\r\n'.encode()
+    files = hub.repositories['me/birds'].find('v2')['files']
+    files['README.md'] = dict(
+        oid=hashlib.sha1(b'blob %d\0' % len(edited) + edited).hexdigest(), size=len(edited), lfs=False, content=edited)
+    command[command.index('v2')] = 'v3'
+    kept = subprocess.run([*command, '--keep-card'], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert kept.returncode == 0, kept.stderr
+    assert hub.repositories['me/birds'].find('v3')['files']['README.md']['content'] == edited
     hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 422')
