@@ -29,10 +29,11 @@ class Evidence:
     test_images: Dict[str, int]  # of each set, in that protocol
     evaluations: Dict[str, Dict[str, Any]]  # of pretrained tags
     runs: Dict[str, Dict[str, Any]]  # the training runs they are from
-    # train.analysis of the weights of rn26_tm for CIFAR-10, by tag
+    # train.analysis by tag: of the weights of rn26_tm for CIFAR-10, of every network with template matching
     geometry: Dict[str, Dict[str, Any]] = field(default_factory=dict)  # beside rn26
     mosaic: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     mixing: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    taught: Set[str] = field(default_factory=set)  # tags trained with a teacher, of which the paper claims nothing
     words: Optional[Dict[str, Any]] = None
     maximizer: Optional[Dict[str, Any]] = None
 
@@ -142,6 +143,10 @@ def find_exceptions(pairs: List[Tuple[str, str]]) -> List[str]:
         found += [
             f'{label(better)} against {label(worse)}, {DATASET_NAMES[dataset]} ({x - y:+.2f})'
             for dataset, x, y in zip(DATASETS, a, b) if x < y]
+    return tell_exceptions(found)
+
+
+def tell_exceptions(found: List[str]) -> List[str]:
     return [f'not so in the paper\'s own table: {"; ".join(found)}'] if found else []
 
 
@@ -237,7 +242,12 @@ def judge_shallow(evidence: Evidence) -> Judgement:
                 shallow.points - deep.points, math.hypot(shallow.error, deep.error), shallow.decides and deep.decides)
             verdicts.append(gain.verdict)
             lines.append(f'{DATASET_NAMES[dataset]}: {gain} points')
-    return combine_all(verdicts), lines
+    gains = zip(DATASETS, *(
+        [a - b for a, b in zip(TABLE_1[f'{model}_tm'][1:], TABLE_1[model][1:])] for model in ('rn26', 'rn38')))
+    exceptions = [
+        f'{DATASET_NAMES[dataset]} ({shallow:+.2f} and {deep:+.2f})'
+        for dataset, shallow, deep in gains if shallow <= deep]
+    return combine_all(verdicts), [*lines, *tell_exceptions(exceptions)]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
@@ -296,71 +306,82 @@ def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 def judge_spaces(
         analyses: Dict[str, Dict[str, Any]],
+        taught: Set[str],
         key: str,
-        better: str,
-        worse: Dict[str, str],
-        others: Dict[str, str],
+        pairs: List[Tuple[str, str]],
+        told: Dict[str, str],
         chance: str = '',
 ) -> Judgement:
-    """Whether one embedding of the regions has more of a measure than others, in each network.
+    """Whether embeddings of the regions have more of a measure than others, in each network without a teacher.
 
     Args:
         analyses: By tag, as train.analysis writes them.
+        taught: Tags that are told and not judged.
         key: Of the measure.
-        better: Embedding that is to have more.
-        worse: Those that are to have less, and what to say of them.
-        others: The same of those that are told beside them.
+        pairs: An embedding that is to have more, and one that is to have less.
+        told: What to say of each embedding.
         chance: Label whose share by chance is told too.
     """
-    verdicts, lines = [], []
+    verdicts, lines, others = [], [], []
     for tag, analysis in analyses.items():
         found = find_layers(analysis)
-        if not {better, *worse, *others} <= set(found):
+        if not set(told) <= set(found):
             continue
-        verdicts += [compare_spaces(found[better], found[layer], key).verdict for layer in worse]
         factor, digits, unit = (100, 1, ' %') if key.endswith('rate') else (1, 3, '')
         shares = [
             f'{factor * found[layer][key]:.{digits}f} ± {factor * found[layer][f"{key}_error"]:.{digits}f}{unit}{what}'
-            for layer, what in {better: '', **worse, **others}.items()]
+            for layer, what in told.items()]
         if chance:
             shares.append(f'{100 * analysis["chance"][chance]:.0f} % by chance')
-        lines.append(f'{tag}: {", ".join(shares)}')
-    return combine_all(verdicts), lines
+        (others if tag in taught else lines).append(f'{tag}: {", ".join(shares)}')
+        if tag not in taught:
+            verdicts += [compare_spaces(found[better], found[worse], key).verdict for better, worse in pairs]
+    return combine_all(verdicts), [*lines, *introduce(TAUGHT, others)]
 
 
+TAUGHT = 'with a teacher, so not judged'
 OUTPUT = 'block output'
-BEFORE = {'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
+BEFORE = {OUTPUT: '', 'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
 
 
 def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
-    verdict, lines = judge_spaces(evidence.geometry, f'{label}_neighbour_rate', OUTPUT, BEFORE, {}, label)
+    verdict, lines = judge_spaces(
+        evidence.geometry, evidence.taught, f'{label}_neighbour_rate',
+        [(OUTPUT, 'stage 3'), (OUTPUT, 'baseline stage 3')], BEFORE, label)
     return verdict, introduce(f'neighbours of the {label} at the output', lines)
 
 
 def judge_value_vectors(evidence: Evidence) -> Judgement:
-    """By what the output has without them; the patch mean is a control without templates."""
+    """By what the output has without them, and what they have beside averaging over the patch, with no template."""
     verdict, lines = judge_spaces(
-        evidence.geometry, 'class_neighbour_rate', OUTPUT, {'shortcut': ' without them, in the projected input'},
-        {'values': ' in the value vectors alone',
+        evidence.geometry, evidence.taught, 'class_neighbour_rate', [(OUTPUT, 'shortcut'), ('values', 'patch mean')],
+        {OUTPUT: '',
+         'shortcut': ' without them, in the projected input',
+         'values': ' in the value vectors alone',
          'patch mean': ' in the mean of the input over patches, with no template'})
     return verdict, introduce('neighbours of the class at the output', lines)
 
 
 def judge_values(evidence: Evidence) -> Judgement:
     verdict, lines = judge_spaces(
-        evidence.mosaic, 'superclass_silhouette', 'value embeddings', {'class scores': ' by scores'}, {})
+        evidence.mosaic, evidence.taught, 'superclass_silhouette', [('value embeddings', 'class scores')],
+        {'value embeddings': '', 'class scores': ' by scores'})
     return verdict, introduce('silhouette of the superclasses by values', lines)
 
 
 def judge_mixing(evidence: Evidence) -> Judgement:
     """By the regions whose best match has the largest coefficient, too: most of them."""
-    verdicts, lines = [], []
-    for tag, found in evidence.mixing.items():
+    verdicts, lines, others = [], [], []
+    for tag, found in sorted(evidence.mixing.items(), key=lambda item: item[1]['agreement']):
         share, error = (100 * found[key] for key in ('agreement', 'agreement_error'))
-        verdicts.append(Difference(share - 50, error).verdict)
-        lines.append(f'{tag}: {share:.1f} ± {error:.1f} %')
-    return combine_all(verdicts), introduce('regions whose best match has the largest coefficient', lines)
+        (others if tag in evidence.taught else lines).append(f'{share:.1f} ± {error:.1f} % ({tag})')
+        if tag not in evidence.taught:
+            verdicts.append(Difference(share - 50, error).verdict)
+    if len(lines) > 2:
+        lines = [f'{lines[0]} to {lines[-1]}, in {len(lines)} networks']
+    return combine_all(verdicts), introduce(
+        'regions whose best match has the largest coefficient', [*lines, *introduce(TAUGHT, others)])
 
 
 def judge_words(evidence: Evidence) -> Judgement:
@@ -395,7 +416,8 @@ def judge(evidence: Evidence) -> List[Claim]:
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline",
          '4.3, Figure 5', judge_block_output(evidence)),
         ('There animals lie apart from vehicles', '4.3, Figure 5', judge_block_output(evidence, 'superclass')),
-        ('It is the value vectors that cluster them', '4.3, Figure 5', judge_value_vectors(evidence)),
+        ('It is the value vectors that cluster them (here: more than averaging over the patch does)',
+         '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),
         ('Combinations of classes stand for new things, such as wings and tyres', '4.3, Figure 7',
