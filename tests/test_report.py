@@ -154,7 +154,9 @@ def test_networks_of_one_recipe_are_compared():
     found = compare_others(Evidence({}, IMAGES, evaluations, runs))
     assert [(c.tag, c.baseline, c.epochs) for c in found] == [
         ('rn26_tm.cifar10', 'rn26.cifar10', 13), ('rn26_tm.longer', 'rn26.longer', 18)]
-    assert '+0.10 ± 0.35 (rn26_tm.longer) to +2.00 ± 0.38 (rn26_tm.cifar10) points, 2 in all' in compare()[1]
+    assert (
+        'with other recipes, one run each: +0.10 ± 0.35 (rn26_tm.longer) points, 1 in all; +0.10 ± 0.35 '
+        '(rn26_tm.longer) to +2.00 ± 0.38 (rn26_tm.cifar10) points with earlier stages, 2 in all') in compare()[1]
     assert 'longer' not in compare_with(run('rn26', opt='sgd'))[1]  # which trained the first 13 of them
     evaluations['rn26.cifar10']['images'] = evaluations['rn26_tm.longer']['images'] = 500
     assert compare() == (UNTESTED, EXCEPTION)

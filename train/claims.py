@@ -92,6 +92,7 @@ class Comparison:
     baseline: str  # tag
     epochs: int
     difference: Difference
+    pair: Tuple[str, str]  # network and dataset; several of one pair are stages of their training
 
     def __str__(self) -> str:
         return f'{self.difference} ({self.tag})'
@@ -197,17 +198,29 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
             epochs = sum(run['epochs'] for run in legs)
-            found.append((model, dataset, epochs, tag, Comparison(tag, other, epochs, difference)))
+            found.append((model, dataset, epochs, tag, Comparison(
+                tag, other, epochs, difference, (model, dataset))))
     return [comparison for *_, comparison in sorted(found, key=lambda entry: entry[:-1])]
+
+
+def find_last(comparisons: List[Comparison]) -> List[Comparison]:
+    """The longest training of each pair."""
+    return list({c.pair: c for c in comparisons}.values())
 
 
 def summarize(comparisons: List[Comparison]) -> List[str]:
     """How far apart the differences lie; the table has all of them."""
+    def say_range(found: List[Comparison]) -> str:
+        ordered = sorted(found, key=lambda c: c.difference.points)
+        return ' to '.join(dict.fromkeys(map(str, (ordered[0], ordered[-1]))))
+
     if not comparisons:
         return []
-    ordered = sorted(comparisons, key=lambda c: c.difference.points)
-    ends = ' to '.join(dict.fromkeys(map(str, (ordered[0], ordered[-1]))))
-    return [f'with other recipes, one run each: {ends} points, {len(ordered)} in all ([table]({TABLE}))']
+    last = find_last(comparisons)
+    told = f'with other recipes, one run each: {say_range(last)} points, {len(last)} in all'
+    if len(comparisons) > len(last):
+        told += f'; {say_range(comparisons)} points with earlier stages, {len(comparisons)} in all'
+    return [f'{told} ([table]({TABLE}))']
 
 
 Judgement = Tuple[str, List[str]]

@@ -21,10 +21,10 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
-from train.claims import Evidence, compare_others, judge
+from train.claims import Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.files import write_text
-from train.lineage import count_epochs, count_taught_epochs, find_fillings, read_runs
+from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, read_runs
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,14 +176,26 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         lines.append(
             f'| [{c.tag}](train/results/{c.tag}) | {Path(ours["dataset"]).name}{say_size(run)} | {c.epochs} '
             f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
-            f'| {c.difference} |')
+            f'| {c.difference}{" †" if ran_elsewhere(c, evidence) else ""} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
-    return [*lines, '', *textwrap.wrap(
-        f'Network and baseline were trained by the same recipes, one run each; later rows of a network may be later '
-        f'stages of one run. Top-1 is on the test images, ± one standard error over these. Of {len(found)} differences '
-        f'{sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than two below'
-        f' it. These errors leave out how much two runs of one network differ, so no difference says which of the two'
-        f' is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.', 110), '']
+    text = (
+        f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
+        f'pairs: rows of one network and dataset are stages of one training, those at 24×24 first ones whose learning '
+        f'rate had not come down yet. Top-1 is on the test images, ± one standard error over these. Of {len(found)} '
+        f'differences {sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than '
+        f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
+        f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
+    if any(ran_elsewhere(c, evidence) for c in found):
+        text += ' †: the two, or stages of them, ran on other hardware or versions of torch than one another.'
+    return [*lines, '', *textwrap.wrap(text, 110), '']
+
+
+def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
+    """Whether network and baseline were trained on different hardware or versions."""
+    ours, theirs = ([
+        (run['hardware'].partition(',')[0], run['versions']['torch'].partition('+')[0])
+        for run in find_legs(tag, evidence.runs) or []] for tag in (comparison.tag, comparison.baseline))
+    return ours != theirs
 
 
 def count_measures(row: Dict[str, float]) -> str:

@@ -5,7 +5,7 @@
 
 Measures the run's weights on the test split in float32 and rounded to float16, and writes
 
-    timm_tmblock/weights/MODEL.TAG.safetensors    float16 where that costs at most 0.02 points of top-1, else float32
+    timm_tmblock/weights/MODEL.TAG.safetensors    float16 where that changes top-1 by at most 0.02 points, else float32
     timm_tmblock/weights/index.json               sha256, accuracy and source of every such file
     train/results/MODEL.TAG/                      settings, result and summary of the run, evaluation.json and .png
 
