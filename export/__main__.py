@@ -213,7 +213,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    from export.bench import Contestant, describe_machine, draw, measure, open_file, open_torch, to_markdown
+    from export.bench import Contestant, describe_machine, draw, measure, name_apart, open_file, open_torch, to_markdown
     from export.report import write_report
     from timm_tmblock.errors import InputError
     if not args.files and not args.torch:
@@ -227,7 +227,8 @@ def run_bench(args: argparse.Namespace) -> None:
     for name in args.torch:
         for compiled in (False, True)[:1 + args.compile]:
             contestants.append(open_torch(name, compiled, args.device, args.precision))
-    contestants += [open_file(path, args.device) for path in args.files]
+    contestants += [
+        open_file(path, args.device, name) for path, name in zip(args.files, name_apart(args.files))]
     rows = measure(contestants, args.batch_sizes, args.seconds)
     table = to_markdown(rows)
     print(table)

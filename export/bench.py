@@ -31,8 +31,15 @@ class Contestant:
     make_input: Callable[[int], np.ndarray]
 
 
-def open_file(path: Path, device: str) -> Contestant:
-    """An ONNX file on a device, or an engine on the GPU, in the runtime.
+def name_apart(paths: Sequence[Path]) -> List[str]:
+    """Names of files; of those that share one the path, and a number where a file comes again."""
+    names = [path.name for path in paths]
+    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
+    return [f'{name} ({names[:i].count(name) + 1})' if name in names[:i] else name for i, name in enumerate(names)]
+
+
+def open_file(path: Path, device: str, name: str = '') -> Contestant:
+    """An ONNX file on a device, or an engine on the GPU, in the runtime, by the file's name or another.
 
     Raises:
         RuntimeInputError: If it cannot run here.
@@ -46,7 +53,7 @@ def open_file(path: Path, device: str) -> Contestant:
         pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape[1:], shape[0]), dtype=np.uint8)
         return runner.to_input(pixels)
 
-    return Contestant(f'{kind}, {path.name}', runner.session.run, make_input)
+    return Contestant(f'{kind}, {name or path.name}', runner.session.run, make_input)
 
 
 def open_torch(name: str, compiled: bool, device: str, precision: str, prepared: bool = True) -> Contestant:

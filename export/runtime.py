@@ -14,6 +14,7 @@ This file stands alone, so that it can be copied beside a model: it needs numpy,
 see export/metadata.py.
 """
 import argparse
+import codecs
 import colorsys
 import contextlib
 import ctypes
@@ -45,6 +46,7 @@ ImageSource = Union[str, Path, Image.Image, np.ndarray]
 METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
+MAX_PIXELS = 1 << 26  # of an image that is resized before it is cropped
 DEVICES = ('auto', 'cpu', 'cuda')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
 BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command', 'options',
@@ -129,7 +131,11 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.Image:
-    """Resize the shorter side and crop the centre, pixel for pixel as timm's evaluation transform does."""
+    """Resize the shorter side and crop the centre, pixel for pixel as timm's evaluation transform does.
+
+    Raises:
+        RuntimeInputError: For an image so long that resizing it would fill the memory.
+    """
     _, height, width = preprocessing['input_size']
     scaled = [math.floor(size / preprocessing['crop_pct']) for size in (height, width)]
     w, h = image.size
@@ -138,6 +144,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.
     else:
         ratio = min(h / scaled[0], w / scaled[1])
         size = (round(w / ratio), round(h / ratio))
+    if size[0] * size[1] > MAX_PIXELS:  # Pillow's own limit is on what is resized: a few bytes may ask for gigabytes
+        raise RuntimeInputError(f'An image of {w}×{h} pixels is too long to be resized and cropped; cut it.')
     image = image.resize(size, getattr(Image.Resampling, preprocessing['interpolation'].upper()))
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return image.crop((left, top, left + width, top + height))
@@ -264,6 +272,10 @@ class OnnxSession:
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         _check_metadata(self.metadata, path)
+        if 'file_sha256' in self.metadata and not is_described(path.read_bytes(), self.metadata):
+            warnings.warn(
+                f'{path} was changed after {sidecar(path).name} was written, or is not its file; if it is of another '
+                f'network, class names and preprocessing are wrong.', stacklevel=2)
 
     @property
     def provider(self) -> str:
@@ -763,14 +775,22 @@ class Runner:
         """Classify images one after the other; the next batch is read while one runs.
 
         Args:
-            images: As of a call.
+            images: As of a call, or an iterator of any length, which may give one array or PIL image again and again.
+                Up to two batches of it are asked for before the first prediction; for live images call the runner.
             batch_size: Images at a time.
             on_error: Called with an image that cannot be read, which is left out then. The error is raised if None.
 
         Yields:
-            Each image with its prediction.
+            Each image with its prediction; of an iterator's array or PIL image, a copy.
+
+        Raises:
+            RuntimeInputError: If `batch_size` is not positive, an image cannot be read or the file cannot be run.
         """
+        if batch_size < 1:
+            raise RuntimeInputError(f'The batch size is {batch_size}; it must be at least 1.')
         sources: Iterable[Any] = [images] if _is_single(images) else images  # type: ignore[assignment]
+        if not isinstance(sources, (list, tuple, np.ndarray)):
+            sources = map(_copy, sources)
         with ThreadPoolExecutor(1) as pool:
             pending: Deque[Future] = deque()
             for batch in _split(sources, batch_size):
@@ -854,6 +874,18 @@ class Runner:
 
 def _is_single(images: Any) -> bool:
     return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+
+
+def _copy(image: ImageSource) -> ImageSource:
+    """What an iterator gave, before it goes on and writes over it or closes it."""
+    if isinstance(image, np.ndarray):
+        return image.copy()
+    if isinstance(image, Image.Image):
+        with contextlib.suppress(Exception):  # what is wrong with it is told where it is read
+            copy = image.copy()
+            copy.format = image.format  # tells 16 bits
+            return copy
+    return image
 
 
 def _split(items: Iterable[Any], size: int) -> Iterator[List[Any]]:
@@ -955,9 +987,13 @@ def _find(
         return path
     if path.is_dir():
         return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)
-    is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source)) and not path.parent.is_dir()
+    is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source))
     if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not is_name:
         raise RuntimeInputError(f'There is no file or folder {source}.')
+    if path.parent.is_dir():  # a path with a mistake in it, most likely
+        raise RuntimeInputError(
+            f'There is no file or folder {source}; as the folder {path.parent} is here, it is not looked for on the '
+            f'Hub.')
     # of the files, which are large, the one alone; of the same commit, should there be another meanwhile
     kinds = ENGINE_SUFFIXES if engine else ['.onnx']
     sidecars = _download(str(source), revision, [f'*{kind}.json' for kind in kinds])
@@ -1061,7 +1097,9 @@ def list_images(paths: Sequence[str]) -> List[Path]:
     found: List[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(f for f in path.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+            found += sorted(
+                f for f in path.rglob('*')
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.') and f.is_file())
         else:
             found.append(path)
     if not found:
@@ -1153,12 +1191,17 @@ def _write_picture(prediction: Prediction, path: Any, target: Path, several: boo
     return target
 
 
+def is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name == 'utf-8'
+
+
 def run_command_line() -> None:
     """Run the command line and end the process, with code 2 for input that cannot be used."""
     if (Path(__file__).parent / '__main__.py').is_file():  # in a checkout, where a module beside this is tensorrt.py
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='surrogateescape')  # names of files that are not UTF-8, as they are
+        # names of files that are not UTF-8 as they are; where the output is not, what it has no characters for
+        sys.stdout.reconfigure(errors='surrogateescape' if is_utf8(sys.stdout.encoding) else 'backslashreplace')
     try:
         main(sys.argv[1:])
     except RuntimeInputError as e:

@@ -1,6 +1,7 @@
 """The commands that time and test on this machine: what they report is what ran."""
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 import export.bench
 import export.selftest
 from export.__main__ import main
-from export.bench import Contestant, measure
+from export.bench import Contestant, measure, name_apart
 from export.onnx import OnnxOptions
 from export.runtime import RuntimeInputError
 from timm_tmblock.errors import InputError
@@ -45,6 +46,11 @@ def test_every_contestant_is_called_at_every_size_and_its_times_are_its_own(monk
         assert row['images_per_second'] == pytest.approx(1 / per_image)
         assert row['latency_ms']['p99'] == pytest.approx(1e3 * per_image * row['batch_size']) and row['calls'] >= 5
     assert {s[0] for s in shapes} == {1, 4}
+
+
+def test_files_of_one_name_are_told_apart():
+    paths = [Path(p) for p in ('a/model.onnx', 'b/model.onnx', 'a/model.onnx', 'net.onnx', 'a/model.onnx')]
+    assert name_apart(paths) == ['a/model.onnx', 'b/model.onnx', 'a/model.onnx (2)', 'net.onnx', 'a/model.onnx (3)']
 
 
 def test_command_writes_table_json_and_plot(files, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The runtime sees images as PyTorch does, needs no PyTorch, and says what it cannot do."""
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -43,10 +44,11 @@ def folder(write_unchecked, tmp_path_factory):
     return folder
 
 
-def run_script(folder, *arguments):
+def run_script(folder, *arguments, env=None):
     """The copied runtime, from a folder where nothing of the project can be imported."""
     return subprocess.run(
-        [sys.executable, '-P', 'runtime.py', 'run', *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+        [sys.executable, '-P', 'runtime.py', 'run', *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+        env=env)
 
 
 @pytest.fixture(scope='module')
@@ -113,6 +115,55 @@ def test_paths_images_and_arrays_give_the_same(folder):
         single[0].picture()
 
 
+@pytest.mark.parametrize('batch_size', [1, 3, 64])
+def test_stream_takes_what_an_iterator_writes_over_or_closes(folder, batch_size):
+    runner = runtime.load(folder / 'plain.onnx', 'cpu')
+    paths = sorted(IMAGES.glob('*.png'))
+    expected = [p.probabilities for p in runner(paths)]
+    arrays = [np.asarray(Image.open(path).convert('RGB')) for path in paths]
+
+    def reuse():
+        frame = np.empty_like(arrays[0])
+        for array in arrays:
+            frame[...] = array
+            yield frame
+
+    def close():
+        for path in paths:
+            with Image.open(path) as image:
+                yield image
+
+    for images in (reuse(), close()):
+        got = list(runner.stream(images, batch_size))
+        np.testing.assert_allclose([p.probabilities for _, p in got], expected, atol=1e-6)
+        for (seen, _), array in zip(got, arrays):
+            np.testing.assert_array_equal(np.asarray(seen), array)
+    with pytest.raises(runtime.RuntimeInputError, match='The batch size is 0; it must be at least 1'):
+        runner(paths, batch_size=0)
+
+
+@pytest.mark.parametrize('size', [(1, 2_100_000), (2_100_000, 1)])
+def test_image_that_would_fill_the_memory_once_resized_is_left_out(folder, tmp_path, size):
+    Image.new('L', size).save(tmp_path / 'long.png')
+    runner, failed = runtime.load(folder / 'plain.onnx', 'cpu'), []
+    sources = [IMAGES / 'ship.png', tmp_path / 'long.png', IMAGES / 'frog.png']
+    got = [p.label for _, p in runner.stream(sources, 3, lambda image, e: failed.append((image, str(e))))]
+    assert got == ['ship', 'frog']
+    (path, error), = failed
+    assert path == tmp_path / 'long.png' and f'An image of {size[0]}×{size[1]} pixels is too long' in error
+    Image.new('L', (1, 30_000)).save(tmp_path / 'shorter.png')
+    assert runner(tmp_path / 'shorter.png').image.size == (32, 32)
+
+
+def test_sidecar_of_another_file_is_told(folder, tmp_path):
+    model = onnx.load(folder / 'plain.onnx')
+    del model.metadata_props[:]  # as another tool may
+    onnx.save(model, tmp_path / 'plain.onnx')
+    shutil.copy(folder / 'plain.onnx.json', tmp_path)
+    with pytest.warns(UserWarning, match='was changed after plain.onnx.json was written, or is not its file'):
+        assert runtime.load(tmp_path / 'plain.onnx', 'cpu')(IMAGES / 'ship.png').label == 'ship'
+
+
 def test_threads_may_share_a_runner(folder):
     runner = runtime.load(folder / 'patches.onnx', 'cpu', threads=1)
     paths = sorted(IMAGES.iterdir())
@@ -147,6 +198,7 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
     shutil.copy(IMAGES / 'frog.png', tmp_path)
     (tmp_path / 'broken.png').write_bytes((IMAGES / 'cat.png').read_bytes()[:200])
     (tmp_path / 'notes.txt').write_text('no image')
+    (tmp_path / '._frog.png').write_bytes(b'what macOS puts beside a file')
     run = run_script(folder, 'patches.onnx', tmp_path, '--json', '--explain', tmp_path / 'out', '--batch-size', 2)
     assert run.returncode == 2
     results = [json.loads(line) for line in run.stdout.splitlines()]
@@ -158,6 +210,9 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
             assert picture.width > 700
     run = run_script(folder, 'plain.onnx', IMAGES / 'frog.png', '--top', 1)
     assert run.returncode == 0 and run.stdout.startswith(f'{IMAGES / "frog.png"}: frog ') and run.stderr == ''
+    shutil.copy(IMAGES / 'frog.png', tmp_path / '鳥.png')
+    run = run_script(folder, 'plain.onnx', tmp_path / '鳥.png', env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+    assert run.returncode == 0 and r'\u9ce5.png: frog ' in run.stdout
     run = run_script(folder, 'patches.onnx', IMAGES / 'frog.png', '--explain', tmp_path / 'one.png')
     assert run.returncode == 0 and (tmp_path / 'one.png').is_file()
 
@@ -223,6 +278,8 @@ def test_folder_that_is_not_here_is_no_repository_of_the_hub(tmp_path, monkeypat
     for source in ('output/missing', './missing', '../missing'):
         with pytest.raises(runtime.RuntimeInputError, match=f'There is no file or folder {source}'):
             runtime.load(source, 'cpu')
+    with pytest.raises(runtime.RuntimeInputError, match='as the folder output is here, it is not looked for on'):
+        runtime.load('output/missing', 'cpu')
 
 
 def test_bad_sidecar_hides_no_onnx_file(folder, tmp_path):

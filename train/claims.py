@@ -335,7 +335,9 @@ def judge_spaces(
         told: What to say of each embedding.
         chance: Label whose share by chance is told too.
     """
-    verdicts, lines, others = [], [], []
+    verdicts: List[str] = []
+    lines: List[str] = []
+    others: List[str] = []
     for tag, analysis in analyses.items():
         found = find_layers(analysis)
         if not set(told) <= set(found):
@@ -385,7 +387,9 @@ def judge_values(evidence: Evidence) -> Judgement:
 
 def judge_mixing(evidence: Evidence) -> Judgement:
     """By the regions whose best match has the largest coefficient, too: most of them."""
-    verdicts, lines, others = [], [], []
+    verdicts: List[str] = []
+    lines: List[str] = []
+    others: List[str] = []
     for tag, found in sorted(evidence.mixing.items(), key=lambda item: item[1]['agreement']):
         share, error = (100 * found[key] for key in ('agreement', 'agreement_error'))
         (others if tag in evidence.taught else lines).append(f'{share:.1f} ± {error:.1f} % ({tag})')

@@ -62,9 +62,15 @@ def find_fillings(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[st
     return list(dict.fromkeys(fillings))
 
 
-def has_teacher(run: Dict[str, Any]) -> bool:
-    """Whether the network learnt from the soft targets of another."""
-    return bool(run['settings'].get('kd_checkpoint') or run['settings'].get('kd_model_name'))
+def name_teachers(run: Dict[str, Any]) -> List[str]:
+    """Files or names of the networks whose soft targets a run learnt from."""
+    named = run['settings'].get('kd_checkpoint') or run['settings'].get('kd_model_name') or []
+    return [named] if isinstance(named, str) else list(named)  # one name, before there could be several
+
+
+def find_teachers(tag: str, runs: Dict[str, Dict[str, Any]]) -> List[str]:
+    """Those of a run and of the runs it continues."""
+    return list(dict.fromkeys(name for run in find_legs(tag, runs) or [runs[tag]] for name in name_teachers(run)))
 
 
 def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
@@ -75,4 +81,4 @@ def count_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[int]:
 
 def count_taught_epochs(tag: str, runs: Dict[str, Dict[str, Any]]) -> int:
     """How many of them were with a teacher."""
-    return sum(int(run['epochs']) for run in find_legs(tag, runs) or [runs[tag]] if has_teacher(run))
+    return sum(int(run['epochs']) for run in find_legs(tag, runs) or [runs[tag]] if name_teachers(run))

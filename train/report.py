@@ -24,7 +24,7 @@ from train.analysis import FILLS
 from train.claims import Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.files import write_text
-from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, read_runs
+from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
 from train.tables import TITLES, read_results, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,10 +88,10 @@ def render_results(root: Path, evidence: Evidence) -> str:
         "What is measured on the features of shipped networks, which other recipes than the paper's trained, is",
         'decided over images, of one training each: Figures 5 to 7 of `rn26_tm` on CIFAR-10, the last claim of all',
         'of them. Those with a teacher, of which the paper has none, are told beside and not judged; their baseline',
-        'had no teacher and fewer epochs. A verdict says that there is a difference, not that it is large. "Undecided" is',
-        'what was tested and is not that clear. -Ours: with the block (`*_tm`); -Ours-C: its values concatenated',
-        '(`dn100_tm_cat`); -aux: without it, patches supervised alone; λ: weight of the patch loss; μ, η: margin and',
-        'scale of a maximizer.',
+        'had no teacher and fewer epochs. A verdict says that there is a difference, not that it is large.',
+        '"Undecided" is what was tested and is not that clear. -Ours: with the block (`*_tm`); -Ours-C: its values',
+        'concatenated (`dn100_tm_cat`); -aux: without it, patches supervised alone; λ: weight of the patch loss; μ,',
+        'η: margin and scale of a maximizer.',
         '',
         '| claim | section | verdict | evidence |', '|---|---|---|---|',
     ]
@@ -129,7 +129,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
         epochs = count_epochs(tag, evidence.runs) or f'{run["epochs"]} more'
         taught = count_taught_epochs(tag, evidence.runs)
         if taught:
-            epochs = f'{epochs}, {"" if taught == epochs else f"{taught} "}with a teacher'
+            teachers = 'a teacher' if len(find_teachers(tag, evidence.runs)) == 1 else 'teachers'
+            epochs = f'{epochs}, {"" if taught == epochs else f"{taught} "}with {teachers}'
         size = say_size(run)
         name = f'`{tag}`' if tag in index else f'{tag} (not shipped)'
         lines.append(
