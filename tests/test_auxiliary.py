@@ -73,6 +73,16 @@ def test_timm_finds_the_head_where_it_leaves_it_out_of_clipping(supervised):
     assert left_out == set(supervised.model.fc.parameters())
 
 
+def test_compiled_average_is_what_is_evaluated(supervised):
+    task = TemplateMatchingTask(supervised)
+    task.setup_ema()
+    compiled = task.compile_ema(backend='eager')
+    assert compiled is not None and task.get_eval_model(ema=True) is compiled
+    assert set(task.get_checkpoint_state(ema=True)['state_dict_ema']) == set(supervised.model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(compiled(x), task.get_trainable_module(ema=True).module.eval().model(x))
+
+
 @pytest.mark.parametrize('ema', [False, True])
 def test_checkpoints_of_the_task_are_those_of_the_baseline(supervised, tmp_path, ema):
     task = TemplateMatchingTask(supervised)

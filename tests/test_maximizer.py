@@ -260,8 +260,9 @@ def test_unknown_maximizers_are_refused(kwargs, message):
         timm.create_model('rn20', **kwargs)
 
 
-def test_soft_model_works_wherever_others_do(trained_like):
-    model = trained_like('rn20', maximizer='softmax')
+@pytest.mark.parametrize('kwargs', [{}, dict(mu=2, eta=17, epsilon=1)])
+def test_soft_model_works_wherever_others_do(trained_like, kwargs):
+    model = trained_like('rn20', maximizer='softmax', maximizer_kwargs=kwargs)
     x = torch.randn(3, 3, 32, 32)
     for other in (torch.jit.script(model), torch.compile(model, fullgraph=True, backend='eager'),
                   torch.fx.symbolic_trace(model), torch.export.export(model, (x,)).module()):

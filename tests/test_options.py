@@ -219,6 +219,23 @@ def test_max_steps_end_the_run_within_an_epoch(tmp_path):
     assert json.loads((find_checkpoints(tmp_path / 'run')[-1] / 'state.json').read_text())['update'] == 5
 
 
+def test_weights_that_were_never_validated_can_be(tmp_path):
+    flags = [f for f in TINY if f not in ('--val-split', 'test[:15]')]
+    main([*flags, '--val-fraction', '0', '--output', str(tmp_path), '--max-steps', '1'])
+    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only', '--val-split', 'test[:15]'])
+    assert measured['weights'].endswith('last.safetensors') and 0 <= measured['validation']['top1'] <= 100
+
+
+def test_adaptive_clipping_leaves_out_each_of_several_heads(tmp_path, monkeypatch):
+    flags = ['--model', 'deit_tiny_distilled_patch16_224', '--img-size', '32', '--model-kwargs', 'depth=1']
+    plain, _ = gradients_after_clipping(tmp_path, monkeypatch, *flags)
+    clipped, _ = gradients_after_clipping(
+        tmp_path, monkeypatch, *flags, '--clip-grad', '1e-4', '--clip-mode', 'agc')
+    heads = [name for name in plain if name.startswith('head')]
+    assert len(heads) == 4 and all(torch.equal(clipped[name], plain[name]) for name in heads)
+    assert clipped['blocks.0.mlp.fc1.weight'].norm() < plain['blocks.0.mlp.fc1.weight'].norm()
+
+
 def test_validation_interval_history_and_test_part(tmp_path):
     flags = ['--epochs', '4', '--val-interval', '2', '--checkpoint-hist', '1', '--test-split', 'test[15:40]', '--tta',
              'flip']
@@ -438,6 +455,14 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     weights = tmp_path / 'teacher.safetensors'
     save_weights(weights, timm.create_model('rn20').state_dict(), dict(model='rn20', num_classes=10, label_names=names))
     with pytest.raises(InputError, match='The teacher and the data have classes in another order'):
+        main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
+
+
+def test_grey_teacher_of_colour_images_is_refused(tmp_path):
+    weights = tmp_path / 'teacher.safetensors'
+    description = dict(model='rn20', num_classes=10, model_args=dict(in_chans=1))
+    save_weights(weights, timm.create_model('rn20', in_chans=1).state_dict(), description)
+    with pytest.raises(InputError, match='The teacher takes images of 1 channels and the model of 3'):
         main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
 
 

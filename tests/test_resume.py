@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -176,6 +177,25 @@ def test_epochs_are_of_the_images_there_are(tmp_path):
     main([*flags, '--batch-size', '6', '--output', str(tmp_path), '--val-fraction', '0.5'])  # 2 epochs of 3 updates
     result = main(['--resume', str(tmp_path / 'run'), '--val-fraction', '0', '--epochs', '3'])  # then one of 6
     assert [row['epoch'] for row in result['history']] == [0, 1, 2] and result['updates'] == 18
+
+
+@pytest.mark.parametrize('batch_size, steps', [(3, 7), (12, 3)])
+def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, batch_size, steps):
+    main([*FLAGS, '--output', str(tmp_path), '--batch-size', '6', '--max-steps', '2'])  # of 6
+    flags = ['--batch-size', str(batch_size), '--max-steps', str(steps)]
+    trainer = Trainer(parse_args(['--resume', str(tmp_path / 'run'), *flags]))
+    assert trainer.state.update == 2 * 6 // batch_size
+    taken = trainer.state.update
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = find_steps(tmp_path / 'run')
+    assert main(['--resume', str(tmp_path / 'run'), *flags])['updates'] == steps
+    assert find_steps(tmp_path / 'run') == before + steps - taken  # all of them by the optimizer too
+
+
+def find_steps(folder):
+    state = torch.load(find_checkpoints(folder)[-1] / 'optimizer.bin', weights_only=True)['state']
+    step, = {int(s['step']) for s in state.values() if 'step' in s}
+    return step
 
 
 def test_epochs_are_counted_whatever_the_size_of_an_update(tmp_path):

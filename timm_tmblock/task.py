@@ -78,6 +78,8 @@ class TemplateMatchingTask(ClassificationTask):
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """Return the model for validation and checkpoints: of `PatchSupervised(model)`, the model."""
+        if module is None and ema and hasattr(self, 'eval_model_ema'):  # set by compile_ema()
+            return self.eval_model_ema
         supervised = self._find_auxiliary(module, ema)
         return super().get_eval_model(module, ema) if supervised is None else supervised.model
 

@@ -74,5 +74,6 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, args: Names
     else:
         accelerator.unscale_gradients()
         plain: Any = network(model)  # the last two parameters, which timm would leave out, may be of --aux-head
-        head = {id(p) for p in plain.get_classifier().parameters()}
+        heads = plain.get_classifier()  # of some networks of timm several
+        head = {id(p) for m in (heads if isinstance(heads, (tuple, list)) else (heads,)) for p in m.parameters()}
         adaptive_clip_grad([p for p in model.parameters() if id(p) not in head], args.clip_grad)

@@ -101,11 +101,16 @@ def check_loss_weights(args: Namespace) -> None:
             f'too.')
 
 
-def create_teachers(args: Namespace, class_names: Sequence[str], device: torch.device) -> List[DistillationTeacher]:
+def create_teachers(
+        args: Namespace,
+        class_names: Sequence[str],
+        in_chans: int,
+        device: torch.device,
+) -> List[DistillationTeacher]:
     """The teachers the settings name, with their weights; none if they name none.
 
     Raises:
-        InputError: If there is none of a name, it has no weights, or they are for other classes.
+        InputError: If there is none of a name, it has no weights, or they are for other classes or channels.
     """
     names, files = args.kd_model_name or [], args.kd_checkpoint or []
     if names and files and len(names) != len(files):
@@ -116,7 +121,7 @@ def create_teachers(args: Namespace, class_names: Sequence[str], device: torch.d
         models = [load_model(file, name) for file, name in zip(files, names or [None] * len(files))]
     else:
         models = [_load_pretrained(name) for name in names]
-    return [_prepare_teacher(model, args, class_names, device) for model in models]
+    return [_prepare_teacher(model, args, class_names, in_chans, device) for model in models]
 
 
 def _load_pretrained(name: str) -> torch.nn.Module:
@@ -133,6 +138,7 @@ def _prepare_teacher(
         model: torch.nn.Module,
         args: Namespace,
         class_names: Sequence[str],
+        in_chans: int,
         device: torch.device,
 ) -> DistillationTeacher:
     if model.num_classes != len(class_names):
@@ -140,6 +146,9 @@ def _prepare_teacher(
             f'The teacher tells {model.num_classes} classes apart and the data has {len(class_names)}; '
             f'train it on this data first and name its weights with --kd-checkpoint.')
     config: Any = model.pretrained_cfg
+    channels = getattr(model, 'in_chans', config['input_size'][0])
+    if channels != in_chans and in_chans != 1:  # images of one channel are given to teachers of three
+        raise InputError(f'The teacher takes images of {channels} channels and the model of {in_chans}; name another.')
     labels = config.get('label_names')
     if labels:
         check_classes('The teacher', labels, 'the data', class_names)

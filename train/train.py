@@ -149,7 +149,8 @@ class Trainer:
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        teachers = [] if args.eval_only else create_teachers(args, self.class_names, accelerator.device)
+        teachers = [] if args.eval_only else create_teachers(
+            args, self.class_names, config.input_size[0], accelerator.device)
 
         parts = load_parts(splits, args, config, progress=self.main_process)
         train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
@@ -195,8 +196,9 @@ class Trainer:
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
             self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
-            if self.state.layout != self.layout:  # between epochs, which have other numbers of updates now
-                self.state.update, accelerator.step = self.state.epoch * updates_per_epoch, 0
+            if self.state.layout != self.layout:  # between epochs, or after the last of --max-steps, which is part of one
+                done = self.state.update / self.state.layout['updates_per_epoch']
+                self.state.update, accelerator.step = round(done * updates_per_epoch), 0
                 self.state.layout = self.layout
             if self.state.update > self.updates:
                 raise InputError(
@@ -418,8 +420,9 @@ class Trainer:
 
     @property
     def chosen(self) -> str:
-        """Name of the weights the run is for: the best by validation, the last where there is none."""
-        return 'last' if self.val_loader is None else 'best'
+        """Name of the weights the run is for: the best by validation, the last where there is, or was, none."""
+        validated = self.val_loader is not None and (self.folder / 'best.safetensors').is_file()
+        return 'best' if validated else 'last'
 
     def test(self) -> Optional[Dict[str, Any]]:
         """Accuracy of the chosen weights on the test part, which nothing else has looked at."""

@@ -52,9 +52,7 @@ class SoftMaximizer(nn.Module):
             epsilon: Inverse temperature; the larger, the closer to arg-max.
         """
         super().__init__()
-        self.mu = mu
-        self.eta = eta
-        self.epsilon = epsilon
+        self.mu, self.eta, self.epsilon = float(mu), float(eta), float(epsilon)  # F.pad is scripted for floats alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=self.mu)  # (B, K + 1, H, W)

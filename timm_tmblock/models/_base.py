@@ -179,7 +179,7 @@ class TemplateMatchingNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Reset the classifier head; the templates stay.
+        """Reset the classifier head; the templates stay, and match the classes before until they are trained.
 
         Args:
             num_classes: Number of classes for new classifier.
