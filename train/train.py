@@ -196,7 +196,7 @@ class Trainer:
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
             self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
-            if self.state.layout != self.layout:  # between epochs, or after the last of --max-steps, which is part of one
+            if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
                 done = self.state.update / self.state.layout['updates_per_epoch']
                 self.state.update, accelerator.step = round(done * updates_per_epoch), 0
                 self.state.layout = self.layout
