@@ -262,6 +262,7 @@ default_cfgs = generate_default_cfgs({
     'dn100_tm.dist_cifar10': create_cifar10_cfg('dn100_tm.dist_cifar10'),
     'dn100_tm.cifar10': create_cifar10_cfg('dn100_tm.cifar10'),
     'dn100_tm.cifar100': create_cifar100_cfg('dn100_tm.cifar100'),
+    'dn100_tm.dist_cifar100': create_cifar100_cfg('dn100_tm.dist_cifar100'),
     'dn100_tm.mini_imagenet': create_mini_imagenet_cfg(pool_size=10),
     'dn100_tm_cat.cifar10': create_cifar10_cfg('dn100_tm_cat.cifar10'),
     'dn100_tm_cat.cifar100': create_cifar100_cfg('dn100_tm_cat.cifar100'),
