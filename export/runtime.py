@@ -1191,17 +1191,14 @@ def _write_picture(prediction: Prediction, path: Any, target: Path, several: boo
     return target
 
 
-def is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name == 'utf-8'
-
-
 def run_command_line() -> None:
     """Run the command line and end the process, with code 2 for input that cannot be used."""
     if (Path(__file__).parent / '__main__.py').is_file():  # in a checkout, where a module beside this is tensorrt.py
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # names of files that are not UTF-8 as they are; where the output is not, what it has no characters for
-        sys.stdout.reconfigure(errors='surrogateescape' if is_utf8(sys.stdout.encoding) else 'backslashreplace')
+        # names of files that are not UTF-8 come out as they are, and what another encoding lacks is written as its code
+        is_utf8 = codecs.lookup(sys.stdout.encoding).name == 'utf-8'
+        sys.stdout.reconfigure(errors='surrogateescape' if is_utf8 else 'backslashreplace')
     try:
         main(sys.argv[1:])
     except RuntimeInputError as e:

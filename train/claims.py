@@ -19,6 +19,7 @@ NO_RECIPE = (
     'report_to', 'project')
 TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it
 MARGIN = 1.  # points of accuracy that networks as good as others may be below them
+TAUGHT = 'with a teacher, so not judged'
 HOLDS, FAILS, UNDECIDED, UNTESTED = 'holds', 'does not hold', 'undecided', 'not tested'
 
 
@@ -198,9 +199,8 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
                 continue
             difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
             epochs = sum(run['epochs'] for run in legs)
-            found.append((model, dataset, epochs, tag, Comparison(
-                tag, other, epochs, difference, (model, dataset))))
-    return [comparison for *_, comparison in sorted(found, key=lambda entry: entry[:-1])]
+            found.append(Comparison(tag, other, epochs, difference, (model, dataset)))
+    return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 
 
 def find_last(comparisons: List[Comparison]) -> List[Comparison]:
@@ -354,7 +354,6 @@ def judge_spaces(
     return combine_all(verdicts), [*lines, *introduce(TAUGHT, others)]
 
 
-TAUGHT = 'with a teacher, so not judged'
 OUTPUT = 'block output'
 BEFORE = {OUTPUT: '', 'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
 

@@ -187,7 +187,7 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
     if any(ran_elsewhere(c, evidence) for c in found):
-        text += ' †: the two, or stages of them, ran on other hardware or versions of torch than one another.'
+        text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
     return [*lines, '', *textwrap.wrap(text, 110), '']
 
 
