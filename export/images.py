@@ -3,7 +3,7 @@ import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ class Images:
     targets: Optional[np.ndarray]  # (M,) class indices of those, if the set's classes are the network's
     source: str  # set and split of the held-out part
     calibration_source: str = ''
+    rows: Sequence[int] = ()  # of the held-out images in their split, all from the first on if empty
 
     def name(self, index: int) -> str:
-        """What to call a held-out image."""
-        return f'image {index} of those of {self.source}'
+        """What to call a held-out image, by its number in the split."""
+        return f'image {self.rows[index] if self.rows else index} of {self.source}'
 
 
 def add_image_options(parser: ArgumentParser) -> None:
@@ -55,9 +56,10 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     """
     if min(args.calibration_images, args.check_images) < 1:
         raise InputError('--calibration-images and --check-images must be at least 1.')
-    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-    check_preprocessing(config)
-    channels = config['input_size'][0]
+    resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    check_preprocessing(resolved)
+    config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
+    channels = config.input_size[0]
 
     def open_split(split: str) -> Any:
         return open_dataset(
@@ -70,8 +72,10 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
                 f'images in common; a check needs others.')
-        calibration = _decode(train, model, args.calibration_images, labelled=False)[0]
-    held_out, targets, names = _decode(check, model, args.check_images)
+        rows = _choose_rows(train, args.calibration_images)
+        calibration = decode(train, config, progress=len(rows) > 2000, labelled=False, rows=rows).images.numpy()
+    rows, names = _choose_rows(check, args.check_images), get_class_names(check)
+    held_out = decode(check, config, progress=len(rows) > 2000, rows=rows)
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
@@ -84,10 +88,11 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
             'with --dataset, or leave int8 out.')
     same = names == labels if labels or args.dataset == 'sample' else len(names) == model.num_classes
     return Images(
-        calibration=held_out[:0] if calibration is None else calibration,
-        held_out=held_out,
-        targets=targets if same else None,
+        calibration=held_out.images[:0].numpy() if calibration is None else calibration,
+        held_out=held_out.images.numpy(),
+        targets=held_out.targets.numpy() if same else None,
         source=f'{name_set(args.dataset)} {args.check_split}',
+        rows=rows,
         calibration_source=f'{name_set(args.dataset)} {args.calibration_split}',
     )
 
@@ -98,27 +103,7 @@ def name_set(dataset: str) -> str:
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 
-def _decode(
-        dataset: Any, model: Any, limit: int, labelled: bool = True) -> Tuple[np.ndarray, np.ndarray, List[str]]:
-    resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-    config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-    names = get_class_names(dataset)
+def _choose_rows(dataset: Any, limit: int) -> List[int]:
+    """Spread over the whole set, and so over all classes where it is sorted by them."""
     size = len(dataset)
-    taken = torch.linspace(0, size - 1, min(limit, size)).long().tolist()  # of all classes where the set is sorted
-    images = decode(_Subset(dataset, taken), config, progress=len(taken) > 2000, labelled=labelled)
-    return images.images.numpy(), images.targets.numpy(), names
-
-
-class _Subset:
-    """Some of the images of a set of timm's."""
-
-    def __init__(self, dataset: Any, indices: List[int]) -> None:
-        self.source = getattr(dataset, 'reader', dataset)
-        self.class_to_idx = {name: i for i, name in enumerate(get_class_names(dataset))}
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.indices[index]]
+    return torch.linspace(0, size - 1, min(limit, size)).long().tolist()

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._base import TemplateMatchingNet
 
 
 def load_pretrained(name: str) -> nn.Module:
@@ -19,7 +20,7 @@ def load_pretrained(name: str) -> nn.Module:
     """
     try:
         return timm.create_model(name, pretrained=True).eval()
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as e:  # of timm and of the Hub's client
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError, SafetensorError) as e:  # of timm and the Hub
         reason = str(e).strip().split('\n')[0]
         raise InputError(
             f'{name} is no model with weights ({reason}); name one of timm.list_pretrained(), or give a weight file of '
@@ -43,6 +44,14 @@ def load(name: str, checkpoint: Optional[Path] = None) -> nn.Module:
         model = load_model(name)
     else:
         model = load_pretrained(name)
-    if not hasattr(model, 'fuse'):
-        raise InputError(f'{name} is no network of this project; timm\'s onnx_export.py exports it.')
+    check_network(model, name)
     return model
+
+
+def check_network(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        InputError: For other networks than those of this project.
+    """
+    if not isinstance(model, TemplateMatchingNet):
+        raise InputError(f'{name} is no network of this project; timm\'s onnx_export.py exports it.')

@@ -59,6 +59,18 @@ class OnnxGlobalPool(nn.Module):
         return x.flatten(1)
 
 
+def check_deterministic(model: nn.Module) -> None:
+    """
+    Raises:
+        InputError: If the network draws random numbers in evaluation.
+    """
+    for m in model.modules():
+        if isinstance(m, PerturbedMaximizer):
+            raise InputError(
+                f'The model has perturbed maximizers, which draw {m.num_samples} random samples in each forward pass, '
+                f'so no ONNX file can repeat its results; export a model with maximizer=softmax.')
+
+
 def fold(model: Any, opset: int, patch_logits: bool, norms_as_convolutions: bool = False) -> Any:
     """A copy of a network for export: norms folded where they can be, pooling in ONNX's own operators.
 
@@ -75,11 +87,7 @@ def fold(model: Any, opset: int, patch_logits: bool, norms_as_convolutions: bool
     Raises:
         InputError: If the network draws random numbers in evaluation.
     """
-    for m in model.modules():
-        if isinstance(m, PerturbedMaximizer):
-            raise InputError(
-                f'The model has perturbed maximizers, which draw {m.num_samples} random samples in each forward pass, '
-                f'so no ONNX file can repeat its results; export a model with maximizer=softmax.')
+    check_deterministic(model)
     model = deepcopy(model).float().cpu().eval()
     tm, model.tm = model.tm, nn.Identity()
     model.fuse()

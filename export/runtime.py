@@ -174,8 +174,8 @@ class Prediction:
     def evidence(self, index: int) -> np.ndarray:
         """How much each region speaks for a template or class, (H/r, W/r) in [0, 1].
 
-        The probability that it matches. Of class activation maps the score, as a part of the highest of any class and
-        region, and 0 where it is negative, as Grad-CAM shows it; of a file with a soft-max the probability.
+        The probability that it matches. Of class activation maps the score divided by the largest score of any class
+        and region, 0 where it is negative; of a file with a soft-max the probability.
 
         Raises:
             RuntimeInputError: If the file has no patch scores.
@@ -763,7 +763,8 @@ class Runner:
             RuntimeInputError: If an image cannot be read.
         """
         if _is_single(images):
-            return next(self.stream(images, 1))[1]
+            batch: List[Any] = [images]
+            return next(self._finish(self._prepare_all(batch), None))[1]  # no thread to hand it to and fro
         return [prediction for _, prediction in self.stream(images, batch_size)]
 
     def stream(

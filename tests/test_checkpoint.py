@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_tmblock.checkpoint import load_model, read_description, save_weights
+from timm_tmblock.checkpoint import load_model, read_description, save_weights, writing
 from timm_tmblock.errors import InputError
 
 
@@ -65,6 +65,19 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, description, a
     with pytest.raises(InputError, match=message) as error:
         load_model(path, asked)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('error, raised', [
+    (torch.OutOfMemoryError('CUDA out of memory'), torch.OutOfMemoryError),
+    (RuntimeError('NCCL error: unhandled system error'), RuntimeError),
+    (RuntimeError('[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed'), InputError),
+    (OSError(28, 'No space left on device'), InputError),
+])
+def test_only_what_the_disk_refuses_is_told_as_such(tmp_path, error, raised):
+    with pytest.raises((RuntimeError, InputError)) as caught, writing(tmp_path / 'file') as tmp:
+        tmp.write_text('half')
+        raise error
+    assert type(caught.value) is raised and not list(tmp_path.iterdir())
 
 
 def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from export.__main__ import main as export
 from export.onnx import OnnxOptions, export_onnx
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
@@ -101,6 +102,12 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out.json', 'out.png']
 
 
+def test_class_activation_maps_have_no_patch_accuracy(tmp_path):
+    path = tmp_path / 'cam.onnx'
+    export(['onnx', 'rn26', '--output', str(path), '--patch-logits', '--method', 'cam', '--check-images', '8'])
+    assert main([str(path), *FLAGS]).keys() == main(['rn26', *FLAGS]).keys()
+
+
 @pytest.mark.parametrize('name', ['logits', 'pixels'])
 def test_onnx_file_measures_as_the_network_does(onnx_folder, name):
     a, b = main(['rn26_tm', *FLAGS]), main([str(onnx_folder / f'{name}.onnx'), *FLAGS])
@@ -151,7 +158,7 @@ def test_set_of_other_classes_is_refused(tmp_path):
     for name in ('ant', 'bee'):
         (tmp_path / 'test' / name).mkdir(parents=True)
         Image.new('RGB', (32, 32)).save(tmp_path / 'test' / name / '0.png')
-    with pytest.raises(InputError, match='tells 10 classes apart and .* has 2'):
+    with pytest.raises(InputError, match='has 10 classes and .* has 2'):
         main(['rn26_tm', '--dataset', str(tmp_path), '--split', 'test', '--device', 'cpu'])
 
 

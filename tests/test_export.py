@@ -507,7 +507,26 @@ def test_images_of_another_set_are_named_without_their_place(pretrained, images,
     assert (given.source, given.calibration_source) == ('birds test', 'birds train') and given.targets is None
     assert given.calibration.shape == (9, 3, 32, 32) and given.held_out.shape == (5, 3, 32, 32)
     assert (given.calibration[:, 0] == 255).all() and (given.held_out[:, 2] == 255).all()
-    assert given.name(3) == 'image 3 of those of birds test'
+    assert given.name(3) == 'image 6 of birds test'  # of 10, each second one
+
+
+def test_unreadable_image_is_named_by_its_number_in_the_split(pretrained, images, tmp_path):
+    for split, color in (('train', 'red'), ('test', 'blue')):
+        for k in range(10):
+            (tmp_path / 'birds' / split / f'bird{k}').mkdir(parents=True)
+            Image.new('RGB', (32, 32), color).save(tmp_path / 'birds' / split / f'bird{k}' / '0.png')
+    (tmp_path / 'birds' / 'test' / 'bird6' / '0.png').write_bytes(b'none')
+    with pytest.raises(InputError, match='Image 6 of the dataset cannot be read'):
+        images(pretrained, 1, 5, '--dataset', str(tmp_path / 'birds'))
+
+
+def test_network_of_timm_that_has_a_fuse_of_its_own_is_refused(tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    network = timm.create_model('iformer_t')
+    assert hasattr(network, 'fuse')
+    save_weights(path, network.state_dict(), dict(model='iformer_t', num_classes=1000))
+    with pytest.raises(InputError, match='is no network of this project'):
+        load(str(path))
 
 
 @pytest.mark.parametrize('name, precision, softmax', [

@@ -115,6 +115,18 @@ def test_repository_is_looked_at_before_the_training():
         train.main(['--push-to-hub', 'run'])
 
 
+@pytest.mark.parametrize('flags, message', [
+    (['--model', 'resnet18'], "The model is no network of this project; timm's onnx_export.py exports it"),
+    (['--model-kwargs', 'maximizer=perturbed'], 'The model has perturbed maximizers'),
+    (['--crop-mode', 'border'], "The network takes images by crop_mode 'border'"),
+])
+def test_network_that_cannot_be_exported_is_refused_before_the_training(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(train, 'check_push', lambda repo: None)  # without a token
+    with pytest.raises(InputError, match=f'--push-to-hub cannot export this network: {message}'):
+        train.main([*flags, '--epochs', '1', '--output', str(tmp_path), '--push-to-hub', 'me/net', '--workers', '0'])
+    assert not list(tmp_path.rglob('*.safetensors'))
+
+
 @pytest.mark.parametrize('flags, expected', [([], None), (['--license', 'mit'], 'mit')])
 def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, flags, expected):
     network = timm.create_model('rn26_tm', num_classes=2)

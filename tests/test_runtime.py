@@ -115,6 +115,16 @@ def test_paths_images_and_arrays_give_the_same(folder):
         single[0].picture()
 
 
+def test_image_alone_is_classified_without_another_thread(folder, monkeypatch):
+    runner = runtime.load(folder / 'plain.onnx', 'cpu')
+    image = IMAGES / 'cat.png'
+    expected = runner([image])[0].probabilities
+    monkeypatch.setattr(runtime, 'ThreadPoolExecutor', lambda n: pytest.fail('a thread'))
+    np.testing.assert_array_equal(runner(image).probabilities, expected)
+    with pytest.raises(runtime.RuntimeInputError, match='missing.png'):
+        runner(IMAGES / 'missing.png')
+
+
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
 def test_stream_takes_what_an_iterator_writes_over_or_closes(folder, batch_size):
     runner = runtime.load(folder / 'plain.onnx', 'cpu')

@@ -42,10 +42,17 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+    except (OSError, SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not _is_of_writing(e):
+            raise
         raise InputError(f'Cannot write {path}: {_reason(e)}; files already there are intact.') from e
     finally:
         remove(tmp)
+
+
+def _is_of_writing(error: RuntimeError) -> bool:
+    """Whether torch.save raises it on a full disk or a folder that is gone, and no GPU or other process does."""
+    return any(words in str(error) for words in ('PytorchStreamWriter', 'No space left', 'Parent directory'))
 
 
 def _reason(error: Exception) -> str:

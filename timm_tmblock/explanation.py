@@ -87,8 +87,8 @@ class Explanation:
     def heat_map(self, class_name: Optional[str] = None) -> np.ndarray:
         """How much each pixel's region speaks for a class, upsampled to the image, (H, W) in [0, 1].
 
-        By the method 'match' the probability that it matches the class; by 'cam' its score for the class, as a part of
-        the highest of any class and region, and 0 where it is negative: what Grad-CAM shows.
+        By the method 'match' the probability that it matches the class; by 'cam' its score for the class divided by the
+        largest score of any class and region, 0 where it is negative. Grad-CAM ranks regions alike (it has no bias).
 
         Args:
             class_name: The predicted class if None.

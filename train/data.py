@@ -47,30 +47,33 @@ class InMemorySet:
 
 
 class ImageSet(Dataset):
-    """The images of a timm or torchvision dataset, none left out.
+    """The images of a timm or torchvision dataset, or those of some rows, none left out.
 
     timm's own datasets put another image in the place of one that cannot be read.
     """
 
-    def __init__(self, dataset: Any, channels: int, labelled: bool = True) -> None:
+    def __init__(
+            self, dataset: Any, channels: int, labelled: bool = True, rows: Optional[Sequence[int]] = None) -> None:
         self.source = getattr(dataset, 'reader', dataset)
+        self.rows = range(len(self.source)) if rows is None else rows  # of the dataset, by which errors name images
         self.mode = 'L' if channels == 1 else 'RGB'
         self.labelled = labelled
         self.transform: Any = None  # set by timm's create_loader
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
+        row = self.rows[index]
         try:
-            image, target = self.source[index]
+            image, target = self.source[row]
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError, TypeError, AssertionError) as e:  # the last two of empty cells
             reason = str(e) or 'it is empty'
-            raise InputError(f'Image {index} of the dataset cannot be read, remove or replace it: {reason}') from e
+            raise InputError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
         target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
-            raise InputError(f'Image {index} of the dataset has no label ({target}); name a split that has.')
+            raise InputError(f'Image {row} of the dataset has no label ({target}); name a split that has.')
         return image if self.transform is None else self.transform(image), int(target)
 
 
@@ -205,10 +208,10 @@ def get_class_names(dataset: Any) -> List[str]:
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
     """
     Raises:
-        InputError: If a network and a set have other numbers of classes, or one of both has another number in each.
+        InputError: If the numbers of classes differ, or a class name they share has a different index in each.
     """
     if len(known) != len(found):
-        raise InputError(f'{name} tells {len(known)} classes apart and {dataset} has {len(found)}.')
+        raise InputError(f'{name} has {len(known)} classes and {dataset} has {len(found)}.')
     for i, (ours, theirs) in enumerate(zip(known, found)):
         if ours != theirs and (ours in found or theirs in known):
             raise InputError(
@@ -260,6 +263,7 @@ def decode(
         digest: Optional[Callable[[np.ndarray], bytes]] = None,
         labelled: bool = True,
         num_workers: int = 0,
+        rows: Optional[Sequence[int]] = None,
 ) -> InMemorySet:
     """Decode every image once, resized as for evaluation where its size differs from the network's input.
 
@@ -270,12 +274,13 @@ def decode(
         digest: What is kept of the pixels (C, H, W) of each image beside them, in the size it is stored in.
         labelled: Refuse images without a label.
         num_workers: Most processes to share the work with, of a set that is large enough.
+        rows: Images to decode, all if None.
 
     Raises:
         InputError: If an image cannot be read; if a process read it, the sentence is the last line.
     """
     class_names = get_class_names(dataset)
-    source = ImageSet(dataset, config.input_size[0], labelled)
+    source = ImageSet(dataset, config.input_size[0], labelled, rows)
     workers = min(num_workers, os.cpu_count() or 1, len(source) // WORTH_A_PROCESS)
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
@@ -285,8 +290,8 @@ def decode(
         worker_init_fn=outlive_sigterm, generator=torch.Generator())  # or it would draw from the process's
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
         for number, (pixels, labels, names) in enumerate(chunks):
-            rows = slice(number * CHUNK, (number + 1) * CHUNK)
-            images[rows], targets[rows] = pixels, labels
+            part = slice(number * CHUNK, (number + 1) * CHUNK)
+            images[part], targets[part] = pixels, labels
             digests += names
             bar.update(len(labels))
     return InMemorySet(images, targets, class_names, digests)

@@ -7,7 +7,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import List, Optional
 
+import torch.nn as nn
+
 from timm_tmblock.errors import InputError
+from train.augment import DataConfig
 
 PRECISIONS = ('fp32', 'fp16')
 INSTALL = 'pip install "timm-tmblock[export,ort,hub]"'
@@ -31,6 +34,23 @@ def check_push(name: str) -> None:
         sign_in()
     except PushError as e:
         print(f'The Hub could not be asked about the token ({e}); the push at the end will be tried.', file=sys.stderr)
+
+
+def check_exportable(model: nn.Module, config: DataConfig) -> None:
+    """Ask before a run whether its network can become the ONNX files that are pushed beside the weights.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    from export.load import check_network
+    from export.metadata import check_preprocessing
+    from export.network import check_deterministic
+    try:
+        check_network(model, 'The model')
+        check_deterministic(model)
+        check_preprocessing(vars(config))
+    except InputError as e:
+        raise InputError(f'--push-to-hub cannot export this network: {e}') from e
 
 
 def publish(weights: Path, args: Namespace) -> Optional[str]:

@@ -19,7 +19,7 @@ class Runner(Protocol):
     """Logits (B, num_classes) and, where there are any, patch logits (B, num_templates, H/r, W/r), both float32."""
     kind: str
     weights: Optional[str]  # file they come from, if known
-    config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
+    config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, perhaps crop_mode
     class_names: List[str]  # empty if not known
     device: torch.device  # of the arrays that go in and come out
     hardware: str  # what computes
@@ -110,6 +110,8 @@ class ExportedRunner:
             self.config.update(mean=[0.] * channels, std=[1.] * channels)
         self.layout = metadata['input']['layout']
         self.probabilities = 'probabilities' in metadata['outputs'][0]['meaning']
+        # class activation maps take the place of patch logits and are none
+        self.has_patches = len(metadata['outputs']) > 1 and metadata['outputs'][1].get('method', 'match') == 'match'
         self.class_names = metadata['class_names']
         self.device = torch.device('cpu')  # arrays go in and out through main memory
         gpu = runtime.query_gpu() if on_gpu or runner.session.provider != 'CPUExecutionProvider' else None
@@ -126,4 +128,4 @@ class ExportedRunner:
             raise InputError(str(e)) from e
         if self.probabilities:
             outputs = [y.clamp_min(torch.finfo(y.dtype).tiny).log() for y in outputs]
-        return outputs[0], outputs[1] if len(outputs) > 1 else None
+        return outputs[0], outputs[1] if self.has_patches else None

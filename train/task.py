@@ -143,7 +143,7 @@ def _prepare_teacher(
 ) -> DistillationTeacher:
     if model.num_classes != len(class_names):
         raise InputError(
-            f'The teacher tells {model.num_classes} classes apart and the data has {len(class_names)}; '
+            f'The teacher has {model.num_classes} classes and the data has {len(class_names)}; '
             f'train it on this data first and name its weights with --kd-checkpoint.')
     config: Any = model.pretrained_cfg
     channels = getattr(model, 'in_chans', config['input_size'][0])

@@ -73,7 +73,7 @@ from train.model import (
     take_up_checkpoint,
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from train.publish import check_push, leave_hanging, publish
+from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import check_loss_weights, create_task, create_teachers
@@ -281,8 +281,9 @@ class Trainer:
         """The rest of the epoch in progress."""
         args, state = self.args, self.state
         self.model.train()
+        end = state.batch + (self.updates - state.update) * args.grad_accum_steps  # of a run that ends in the epoch
         bar = tqdm(
-            desc=f'Epoch {state.epoch + 1}/{self.epochs}', total=self.batches_per_epoch, initial=state.batch,
+            desc=f'Epoch {state.epoch + 1}/{self.epochs}', total=min(end, self.batches_per_epoch), initial=state.batch,
             unit='batch', disable=not self.main_process, mininterval=1., dynamic_ncols=True)
         start, images_seen, shown, before = time.perf_counter(), 0, 0., state.running_seconds
         with bar:
@@ -509,6 +510,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         trainer = Trainer(args)
     if args.eval_only:
         return trainer.evaluate()
+    if args.push_to_hub:
+        check_exportable(trainer.plain_model, trainer.data_config)
     result = trainer.run()
     if args.push_to_hub and trainer.accelerator.is_main_process:
         result['pushed'] = publish(trainer.folder / f'{trainer.chosen}.safetensors', args)

@@ -151,7 +151,7 @@ def check_templates(name: str, model: Any) -> None:
     """
     if model.tm.num_templates != model.num_classes:
         raise InputError(
-            f'{name} matches {model.tm.num_templates} templates and tells {model.num_classes} classes apart; give a '
+            f'{name} matches {model.tm.num_templates} templates and has {model.num_classes} classes; give a '
             f'network with a template for each class.')
 
 
