@@ -75,7 +75,7 @@ class OnnxOptions:
         if self.patch_method == 'cam' and not has_class_activation(model):
             raise InputError(f'{name} does not end in average pooling and a linear classifier; leave out --method cam.')
         if self.method != 'match' and not self.patch_logits:
-            raise InputError('--method is of the patch logits; add --patch-logits.')
+            raise InputError('--method only applies with --patch-logits; add it.')
         if not OPSETS[0] <= self.resolved_opset <= OPSETS[1]:
             raise InputError(
                 f'--opset must be {OPSETS[0]} to {OPSETS[1]}: torch.onnx writes no older, TensorRT reads no newer.')

@@ -464,7 +464,7 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'does not hold weights of rn26_tm'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'TRUNCATED'], 'not a whole safetensors file'),
     (['rn26', '--output', 'x.onnx', '--checkpoint', 'BASELINE', '--patch-logits'], 'no template matching block'),
-    (['rn26_tm', '--output', 'x.onnx', '--method', 'cam'], 'is of the patch logits; add --patch-logits'),
+    (['rn26_tm', '--output', 'x.onnx', '--method', 'cam'], '--method only applies with --patch-logits'),
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'must be 18 to 25'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '18', '--precision', 'bf16'], 'from opset 22'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '0'], 'must be 18 to 25'),

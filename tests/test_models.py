@@ -240,7 +240,7 @@ def test_model_without_classifier_keeps_the_default_templates():
     ('rn26_tm', dict(layers=(2,) * 5, mid_channels=(16,) * 5, channels=(64,) * 5), 'must be of 3 or of 4 stages'),
     ('rn26', dict(channels=(16, 16, 16)), 'must be of 3 or of 4 stages, got 4, 4 and 3'),
     ('dn100', dict(layers=(2, 2, 2)), 'must be of 4 stages, got 3'),
-    ('dn100', dict(concat=True), 'concat is of template matching'),
+    ('dn100', dict(concat=True), 'concat requires template_matching=True'),
 ])
 def test_impossible_arguments_are_refused(name, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -370,7 +370,7 @@ def test_mixing_command_writes_its_measures(tmp_path):
     (['trust', 'rn26_tm', '--images', '1'], 'take two at least'),
     (['mixing', 'rn26_tm', '--images', '1'], 'take two at least'),
     (['words', 'SEVEN'], 'matches 7 templates and has 10 classes'),
-    (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'tell different classes apart'),
+    (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'have different classes'),
     (['geometry', 'rn26_tm', '--max-regions', '79'], '8 regions of one image of each of 10 classes are more than 79'),
     (['geometry', 'rn26_tm', '--seed', '-1'], 'must be from 0 to 2147483647, not -1'),
     (['geometry', 'rn26_tm', '--perplexity', '0'], 'must be at least 1'),

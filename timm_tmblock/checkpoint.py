@@ -151,7 +151,7 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
 
 
 def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:
-    """Refuse weights of another network than `name`; a pretrained tag makes no other one.
+    """Refuse weights of another network than `name`, whatever the pretrained tag.
 
     Raises:
         InputError: For those.

@@ -13,8 +13,8 @@ from timm_tmblock.errors import InputError
 
 SETTINGS = 'args.yaml'  # in the experiment folder
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
-# settings that say the same as others; where one is given, those of a recipe below it go
-INSTEAD = dict(
+# giving a setting discards these of any source of less precedence, which say the same in another way
+OVERRIDES = dict(
     lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
     pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
 
@@ -306,7 +306,7 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
 
 
 def _override(below: Dict[str, Any], above: Dict[str, Any]) -> Dict[str, Any]:
-    replaced = {other for key, others in INSTEAD.items() if above.get(key) is not None for other in others}
+    replaced = {other for key, others in OVERRIDES.items() if above.get(key) is not None for other in others}
     return {**{k: v for k, v in below.items() if k not in replaced}, **above}
 
 

@@ -27,7 +27,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     plugins = {}
     if args.torchcompile_mode and not args.torchcompile:
-        raise InputError('--torchcompile-mode is of a compiler; add --torchcompile.')
+        raise InputError('--torchcompile-mode only applies with --torchcompile; add it.')
     if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
             'CUDA graphs overwrite the gradients that --grad-accum-steps adds up; leave out one of the two.')

@@ -215,7 +215,7 @@ class StreamingLoader:
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
-            num_workers=max(num_workers, training),  # in training not this process: its random numbers go on
+            num_workers=max(num_workers, training),  # augmenting here would advance the generators that checkpoints save
             distributed=distributed,
             device=device,
             pin_memory=self.pinned,

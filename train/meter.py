@@ -56,6 +56,6 @@ class Meter:
         return {k: v.item() for k, v in self.sums.items()}
 
     def load_state_dict(self, states: List[Dict[str, float]], process: int) -> None:
-        """Take up this process's sums, or all on the first where the number of processes has changed."""
+        """Restore this process's sums; there are none between epochs, after which the number of processes may change."""
         state = states[process] if process < len(states) else {}
         self.sums = {k: torch.tensor(v, dtype=self.dtype, device=self.device) for k, v in state.items()}

@@ -93,7 +93,7 @@ def check_loss_weights(args: Namespace) -> None:
         for flag in ('task_loss_weight', 'distill_loss_weight'):
             if getattr(args, flag) is not None:
                 raise InputError(
-                    f'--{flag.replace("_", "-")} is of distillation; name a teacher with --kd-model-name or '
+                    f'--{flag.replace("_", "-")} only applies to distillation; name a teacher with --kd-model-name or '
                     f'--kd-checkpoint.')
     elif args.distill_loss_weight is None and (args.task_loss_weight or 0) >= 1:
         raise InputError(

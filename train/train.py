@@ -162,7 +162,7 @@ class Trainer:
         if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
             low, high = args.cutmix_minmax or (0., 1.)
             if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
-                raise InputError('--cutmix-minmax is of cutmix; give --cutmix too.')
+                raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
             if args.batch_size < 2:
                 raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
             if not 0 <= int(low * config.input_size[1]) < int(high * config.input_size[1]) <= config.input_size[1]:
@@ -421,7 +421,7 @@ class Trainer:
 
     @property
     def chosen(self) -> str:
-        """Name of the weights the run is for: the best by validation, the last where there is, or was, none."""
+        """Name of the weights the run is for: the best by validation, the last if nothing was validated."""
         validated = self.val_loader is not None and (self.folder / 'best.safetensors').is_file()
         return 'best' if validated else 'last'
 

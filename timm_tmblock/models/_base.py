@@ -224,7 +224,8 @@ class TemplateMatchingNet(nn.Module):
     def fuse(self) -> 'TemplateMatchingNet':
         """Fold, in place, each batch norm that directly follows a convolution into it, for inference.
 
-        What `timm.utils.reparameterize_model` does, which treats one module at a time, and the norm after the stem.
+        Same as `timm.utils.reparameterize_model`, and also the norm after the stem, which that cannot reach as it
+        handles one module at a time.
         Template matching becomes one convolution of its input. Norms that follow an addition or a concatenation stay.
 
         Returns:

@@ -202,7 +202,7 @@ class DenseNetSmall(TemplateMatchingNet):
         if len(layers) != 4:
             raise ValueError(f'layers must be of 4 stages, got {len(layers)}.')
         if concat and not template_matching:
-            raise ValueError('concat is of template matching; set template_matching=True.')
+            raise ValueError('concat requires template_matching=True.')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
         reduction = 2 if self.extra_halvings > 1 else 1

@@ -142,7 +142,8 @@ class PreActStage(nn.Module):
     ) -> None:
         """
         Args:
-            block: PreActBottleneck, whose first one projects its shortcut, or PreActBasic, where channels change.
+            block: PreActBottleneck, the first of which always projects its shortcut, or PreActBasic, which does where
+                channels change.
             in_chs: Input channels.
             mid_chs: Channels inside the blocks.
             out_chs: Output channels.

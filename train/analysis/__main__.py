@@ -173,7 +173,7 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
             raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
         classes = [list(network.pretrained_cfg.get('label_names') or ()) for network in (baseline, model)]
         if classes[0] != classes[1]:
-            raise InputError(f'{args.baseline} and {args.model} tell different classes apart.')
+            raise InputError(f'{args.baseline} and {args.model} have different classes.')
         networks = {args.baseline: baseline, args.model: model}
     if len(set(map(label, networks))) == len(networks):  # files of two runs are called alike
         networks = {label(name): network for name, network in networks.items()}
