@@ -70,7 +70,7 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, description, a
 @pytest.mark.parametrize('error, raised', [
     (torch.OutOfMemoryError('CUDA out of memory'), torch.OutOfMemoryError),
     (RuntimeError('NCCL error: unhandled system error'), RuntimeError),
-    (RuntimeError('[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed'), InputError),
+    (RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 8'), InputError),
     (OSError(28, 'No space left on device'), InputError),
 ])
 def test_only_what_the_disk_refuses_is_told_as_such(tmp_path, error, raised):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
+from export.runtime import IMAGE_SUFFIXES
 from timm_tmblock.errors import InputError
 from train import data
 from train.augment import DataConfig
@@ -127,6 +128,17 @@ def test_folder_of_images_is_decoded_to_the_input_size(folder):
     assert sorted(decoded.targets.tolist()) == [0] * 4 + [1] * 4
     for image, target in zip(decoded.images[::4], (0, 1)):  # the two of the input's size, in RGB
         assert image.unique(dim=1).squeeze().unique(dim=1).flatten().tolist() == [60 * target, 100, 0]
+
+
+@pytest.mark.parametrize('suffix', IMAGE_SUFFIXES)
+def test_folders_are_read_whatever_the_format_of_their_images(tmp_path, suffix):
+    for name, level in (('dark', 40), ('light', 200)):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        kind = '.png' if name == 'dark' else suffix.upper()
+        Image.new('RGB', (32, 32), (level,) * 3).save(tmp_path / 'train' / name / f'0{kind}')
+    decoded = decode(open_dataset(str(tmp_path), 'train'), CONFIG, progress=False)
+    assert decoded.class_names == ['dark', 'light'] and decoded.targets.tolist() == [0, 1]
+    assert decoded.images.float().mean((1, 2, 3)).tolist() == pytest.approx([40, 200], abs=2)
 
 
 def test_stored_images_are_decoded_exactly():

@@ -426,7 +426,7 @@ def test_file_that_fails_is_kept_under_another_name(exported, tmp_path, monkeypa
     limits = dict(export.parity.LIMITS, fp32=export.parity.Limits(1e-12, 1., 1., 0., 1., 1.))
     monkeypatch.setattr(export.parity, 'LIMITS', limits)
     (tmp_path / 'x.onnx').write_bytes(b'of before')
-    message = r'logits differs .*, worst for image \d+ of those of sample test.* is kept as .*x\.failed\.onnx\.'
+    message = r'logits differs .*, worst for image \d+ of sample test.* is kept as .*x\.failed\.onnx\.'
     with pytest.raises(InputError, match=message):
         main(['onnx', str(weights), '--output', str(tmp_path / 'x.onnx'), *FEW])
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.failed.onnx', 'x.failed.onnx.json', 'x.onnx']

@@ -484,7 +484,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--cuda-graph'], 'needs a GPU of NVIDIA or AMD, not cpu; use --no-cuda-graph'),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode only applies with --torchcompile'),
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
-    (['--distill-loss-weight', '1'], '--distill-loss-weight only applies to distillation; name a teacher with --kd-model-name'),
+    (['--distill-loss-weight', '1'], 'only applies to distillation; name a teacher with --kd-model-name'),
     (['--aa', 'zzz'], "augmentation 'zzz'"),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),

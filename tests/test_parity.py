@@ -118,7 +118,7 @@ def test_failure_names_the_output_and_the_worst_image():
 
     report, failure = run_check(run, images=images)
     assert str(failure).startswith('patch_logits differs from PyTorch by 0.0')
-    assert 'worst for image 93 of those of a set; at most 0.0001 is allowed' in str(failure)
+    assert 'worst for image 93 of a set; at most 0.0001 is allowed' in str(failure)
     assert report['outputs']['patch_logits']['max_relative_difference'] > 1e-3
 
 

@@ -110,7 +110,7 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
     full = run(script, '--resume', str(folder), '--max-steps', '6', '--checkpoint-interval', '1', preexec_fn=limit)
     assert full.returncode == 2
     assert full.stderr.splitlines()[-1].startswith(f'error: Cannot write {folder}/checkpoints')
-    assert 'full' in full.stderr.splitlines()[-1]
+    assert 'the disk is full' in full.stderr.splitlines()[-1]
     assert find_checkpoints(folder) == before
     assert [p.name for p in (folder / 'checkpoints').iterdir()] == [before[0].name]
 
@@ -236,6 +236,16 @@ def test_run_that_goes_on_is_not_finished(tmp_path):
     assert trainer.state.epoch_seconds[1] > 500 > trainer.state.epoch_seconds[0]
     with pytest.raises(InputError, match='has 5 updates behind it, more than the 2 of these settings'):
         main(['--resume', str(folder), '--max-steps', '2'])
+
+
+def test_finished_run_keeps_the_record_of_how_it_was_trained(tmp_path):
+    main([*FLAGS, '--batch-size', '12', '--epochs', '1', '--output', str(tmp_path)])
+    folder = tmp_path / 'run'
+    before = {name: (folder / name).read_bytes() for name in ('args.yaml', 'result.json', 'last.safetensors')}
+    with pytest.raises(InputError, match='is trained to its end, where --lr, --opt, --seed can change nothing'):
+        main(['--resume', str(folder), '--lr', '0.5', '--opt', 'sgd', '--seed', '3'])
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert 'flip_top1' in main(['--resume', str(folder), '--tta', 'flip'])['test']  # measured in another way
 
 
 def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):

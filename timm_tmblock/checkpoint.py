@@ -51,13 +51,17 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
 
 
 def _is_of_writing(error: RuntimeError) -> bool:
-    """Whether torch.save raises it on a full disk or a folder that is gone, and no GPU or other process does."""
-    return any(words in str(error) for words in ('PytorchStreamWriter', 'No space left', 'Parent directory'))
+    """Whether torch.save raises it, and no GPU or other process does."""
+    return _is_of_a_full_disk(str(error)) or 'Parent directory' in str(error)
+
+
+def _is_of_a_full_disk(text: str) -> bool:
+    return any(words in text for words in ('No space left', 'PytorchStreamWriter', 'inline_container'))
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text or 'PytorchStreamWriter' in text:
+    if getattr(error, 'errno', None) == errno.ENOSPC or _is_of_a_full_disk(text):
         return 'the disk is full, free some space'
     return getattr(error, 'strerror', None) or text.split('\n')[0]
 

@@ -159,8 +159,8 @@ class Explainer:
                 f"{type(model).__name__} has no template matching block; use a *_tm model, or the method 'cam'.")
         if self.method == 'cam' and not has_class_activation(model):
             raise InputError(
-                f"The method 'cam' needs a network of this package that ends in average pooling and a linear classifier, "
-                f'which {type(model).__name__} is not.')
+                f"The method 'cam' needs a network of this package that ends in average pooling and a linear "
+                f'classifier, which {type(model).__name__} is not.')
         if not hasattr(model, 'pretrained_cfg'):
             raise InputError('The model does not say how images are prepared for it; make it with timm.create_model().')
         if model.num_classes < 1:

@@ -5,18 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from train.config import create_parser
+from train.config import NO_RECIPE, create_parser
 from train.lineage import find_legs
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import Scores, label
 
-# settings that two runs of one recipe may differ in: the network, and where and how it ran
-NO_RECIPE = (
-    'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
-    'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
-    'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
-    'report_to', 'project')
 TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it
 MARGIN = 1.  # points of accuracy that networks as good as others may be below them
 TAUGHT = 'with a teacher, so not judged'

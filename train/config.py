@@ -18,6 +18,14 @@ OVERRIDES = dict(
     lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
     pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
 
+# settings that two runs of one recipe may differ in: the network, and where and how it ran
+NO_RECIPE = (
+    'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
+    'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing', 'torchcompile',
+    'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
+    'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
+    'report_to', 'project')
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """With the default of each flag that has one."""
@@ -281,6 +289,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         settings = _override(settings, _read_known(parser, Path(recipe)))
     settings = {k: v for k, v in _override(settings, given).items() if k not in given}
     return parser.parse_args(_make_flags(parser, settings) + argv)
+
+
+def find_changes(args: argparse.Namespace, path: Path) -> List[str]:
+    """Flags of the recipe that differ from those `dump_args` wrote, by which a finished run was trained."""
+    before = yaml.safe_load(path.read_text())
+    now = yaml.safe_load(dump_args(args))
+    return [f'--{k.replace("_", "-")}' for k in now if k in before and k not in NO_RECIPE and now[k] != before[k]]
 
 
 def dump_args(args: argparse.Namespace) -> str:

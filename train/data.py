@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
+from export.runtime import IMAGE_SUFFIXES
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import read_image
 from train.augment import DataConfig
@@ -111,6 +112,8 @@ def open_dataset(
             raise InputError(f'Only hfds/ sets have parts of splits as {split!r}; use --val-fraction, or name a split.')
         if kind != 'torch':
             kwargs['root'] = root or name
+            if Path(root or name).is_dir():  # timm reads png and jpg unless told otherwise, and leaves out the rest
+                kwargs['input_key'] = ';'.join(IMAGE_SUFFIXES)
         elif name[6:].lower() in HALVED and split not in SPLIT_NAMES:
             raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
     try:

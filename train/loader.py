@@ -215,7 +215,7 @@ class StreamingLoader:
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
-            num_workers=max(num_workers, training),  # augmenting here would advance the generators that checkpoints save
+            num_workers=max(num_workers, training),  # here it would advance the generators that are saved
             distributed=distributed,
             device=device,
             pin_memory=self.pinned,

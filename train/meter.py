@@ -56,6 +56,6 @@ class Meter:
         return {k: v.item() for k, v in self.sums.items()}
 
     def load_state_dict(self, states: List[Dict[str, float]], process: int) -> None:
-        """Restore this process's sums; there are none between epochs, after which the number of processes may change."""
+        """Restore this process's sums; between epochs, where the number of processes may change, there are none."""
         state = states[process] if process < len(states) else {}
         self.sums = {k: torch.tensor(v, dtype=self.dtype, device=self.device) for k, v in state.items()}

@@ -53,7 +53,7 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
 from train.checkpoint import TrainState
-from train.config import SETTINGS, dump_args, parse_args, refusing
+from train.config import SETTINGS, dump_args, find_changes, parse_args, refusing
 from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
@@ -233,6 +233,10 @@ class Trainer:
             check_disk_space(self.folder, network(self.model), args)
             if self.state.update < self.updates:
                 remove(self.folder / 'result.json')  # of a run that was shorter
+            elif changes := find_changes(args, self.folder / SETTINGS):
+                raise InputError(
+                    f'{self.folder} is trained to its end, where {", ".join(changes)} can change nothing; raise '
+                    f'--epochs, or start another run with --initial-checkpoint.')
             with writing(self.folder / SETTINGS) as tmp:
                 tmp.write_text(dump_args(args))
                 tmp.replace(self.folder / SETTINGS)
