@@ -14,7 +14,7 @@ from train.report import compare_maps
 ROOT = Path(__file__).parent.parent
 TAG = 'rn26_tm.cifar10'
 PAGES = ['README.md', 'train/README.md', 'export/README.md', 'benchmarks/README.md']
-TEXT, _, EXPORT, _ = ((ROOT / page).read_text() for page in PAGES)
+TEXT, TRAIN, EXPORT, _ = ((ROOT / page).read_text() for page in PAGES)
 PLAIN = ' '.join(TEXT.split())
 RESULTS = (ROOT / 'RESULTS.md').read_text()
 
@@ -49,6 +49,21 @@ def test_halves_of_images_that_are_masked():
     for name in found[0]['maps']:
         cells = [f'{trust["maps"][name][key]:.1f} %' for trust in found for key in ('without_most', 'without_least')]
         assert f'\n| {name} | {" | ".join(cells)} |\n' in TEXT
+
+
+def test_network_of_ones_own_trains_with_the_block():
+    code = re.search(r'```python\n(import timm, timm_tmblock\nfrom torch import nn\n.*?)```', TRAIN, re.DOTALL)[1]
+    scope = {}
+    exec(code, scope)
+    task = scope['task'].train()
+    targets = torch.tensor([0, 4, 2])
+    result = task(torch.randn(3, 3, 64, 64), targets)
+    logits, patch_logits = task.model(torch.randn(3, 3, 64, 64))
+    assert logits.shape == (3, 5) and patch_logits.shape == (3, 5, 8, 8)
+    assert result['loss'].item() == pytest.approx(0.5 * (result['class_loss'] + result['patch_loss']).item())
+    result['loss'].backward()
+    assert all(p.grad is not None for p in task.model.tm.parameters())
+    assert task.eval().model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_pixels_a_region_depends_on():

@@ -150,7 +150,9 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
         repeated = isinstance(source, ReaderImageFolder) and any(count > 1 for count in classes.values())
         splits = [path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES]
         if splits:
-            raise InputError(f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}.')
+            raise InputError(
+                f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}; name one of these with the flag '
+                f'for it (--split of evaluate.py, --check-split of exports).')
 
 
 def share_images(a: Any, b: Any) -> bool:
