@@ -56,14 +56,15 @@ def test_network_of_ones_own_trains_with_the_block():
     scope = {}
     exec(code, scope)
     task = scope['task'].train()
+    network = task.get_trainable_module()
     targets = torch.tensor([0, 4, 2])
     result = task(torch.randn(3, 3, 64, 64), targets)
-    logits, patch_logits = task.model(torch.randn(3, 3, 64, 64))
+    logits, patch_logits = network(torch.randn(3, 3, 64, 64))
     assert logits.shape == (3, 5) and patch_logits.shape == (3, 5, 8, 8)
     assert result['loss'].item() == pytest.approx(0.5 * (result['class_loss'] + result['patch_loss']).item())
     result['loss'].backward()
-    assert all(p.grad is not None for p in task.model.tm.parameters())
-    assert task.eval().model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+    assert all(p.grad is not None for p in network.tm.parameters())
+    assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_pixels_a_region_depends_on():
