@@ -189,6 +189,9 @@ class Prediction:
     def picture(self, size: int = 256) -> Image.Image:
         """The image, what each region matched, and where the predicted class was matched, side by side.
 
+        Args:
+            size: Width of each of the three panels, in pixels.
+
         Raises:
             RuntimeInputError: If the file has no patch scores.
         """
@@ -198,15 +201,16 @@ class Prediction:
         shown = templates.index(label) if label in templates else int(self.patch_probabilities.mean((1, 2)).argmax())
         classes = self.patch_probabilities.argmax(axis=0)
         palette = np.array([_color(i) for i in range(len(templates))], dtype=np.uint8)
-        base = self.image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+        height = max(1, round(size * self.image.height / self.image.width))
+        base = self.image.convert('RGB').resize((size, height), Image.Resampling.BICUBIC)
         grey = base.convert('L').convert('RGB')
-        regions = Image.fromarray(palette[classes]).resize((size, size), Image.Resampling.NEAREST)
+        regions = Image.fromarray(palette[classes]).resize((size, height), Image.Resampling.NEAREST)
         heat = Image.fromarray(np.uint8(255 * self.evidence(shown).clip(0, 1)))
-        heat = heat.resize((size, size), Image.Resampling.BILINEAR)
+        heat = heat.resize((size, height), Image.Resampling.BILINEAR)
         gold = Image.composite(Image.new('RGB', heat.size, 'gold'), grey, heat)
         present, counts = np.unique(classes, return_counts=True)
         legend = [present[i] for i in counts.argsort()[::-1][:4]]
-        canvas = Image.new('RGB', (3 * size + 40, size + 70), 'white')
+        canvas = Image.new('RGB', (3 * size + 40, height + 70), 'white')
         draw = ImageDraw.Draw(canvas)
         best = '   '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
         titles = (best, 'class of each region', f'where it is {templates[shown]}')
@@ -214,7 +218,7 @@ class Prediction:
             canvas.paste(panel, (10 + i * (size + 10), 30))
             draw.text((10 + i * (size + 10), 10), title, fill='black')
         for i, k in enumerate(legend):
-            x, y = 20 + size + (i % 2) * size // 2, size + 36 + (i // 2) * 16
+            x, y = 20 + size + (i % 2) * size // 2, height + 36 + (i // 2) * 16
             draw.rectangle((x, y, x + 10, y + 10), fill=_color(int(k)))
             draw.text((x + 15, y), templates[k], fill='black')
         return canvas

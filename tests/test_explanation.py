@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
+from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
 from timm_tmblock.explanation import forward_class_activation
@@ -158,6 +159,21 @@ def test_picture_colours_each_region_by_its_class(regions):
     legend = picture[36 + size:, 2 * 16 + size:2 * 16 + 2 * size].reshape(-1, 3)
     assert {(31, 119, 180), (255, 127, 14)} <= set(map(tuple, legend))  # both classes
     assert (44, 160, 44) not in set(map(tuple, legend))  # no region matched it
+
+
+@pytest.mark.parametrize('width, height', [(56, 40), (40, 56), (100, 5)])
+def test_pictures_have_the_shape_of_the_image(width, height):
+    p = np.full((3, 5, 7), 0.1)
+    p[0], p[:, 4, 6] = 0.8, (0.1, 0.8, 0.1)  # bee at the lower right
+    explanation = make_explanation(p, size=(width, height))
+    by_file = Prediction(explanation.image, explanation.probabilities, p.astype(np.float32), NAMES, NAMES)
+    tall = round(140 * height / width)
+    for picture, left, top in ((explanation.picture(size=140), 16 + 140 + 16, 36), (by_file.picture(140), 160, 30)):
+        panel = np.asarray(picture).astype(int)[top:top + tall, left:left + 140]
+        assert picture.height > tall and panel.shape[0] == tall
+        at = panel[tall - 1, 139]
+        assert np.array_equal(at, panel[tall * 4 // 5 + 1, 6 * 20 + 1])  # a fifth of the height, a seventh of the width
+        assert not np.array_equal(at, panel[tall * 4 // 5 - 2, 139]) and not np.array_equal(at, panel[tall - 1, 118])
 
 
 def test_third_panel_is_the_heat_map_of_the_class_one_names():

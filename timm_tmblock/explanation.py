@@ -109,7 +109,7 @@ class Explanation:
 
         Args:
             class_name: Class of the heat map, the predicted class if None.
-            size: Side of each of the three panels, in pixels.
+            size: Width of each of the three panels, in pixels.
 
         Raises:
             InputError: If there is no such class.
@@ -331,11 +331,12 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     present, counts = np.unique(classes, return_counts=True)
     order = counts.argsort()[::-1]
 
-    base = explanation.image.resize((size, size), Image.Resampling.BICUBIC)
+    height = max(1, round(size * explanation.image.height / explanation.image.width))
+    base = explanation.image.resize((size, height), Image.Resampling.BICUBIC)
     colors = np.array([class_color(i) for i in range(len(explanation.template_names))], dtype=np.uint8)
-    regions = Image.fromarray(colors[classes]).resize((size, size), Image.Resampling.NEAREST)
+    regions = Image.fromarray(colors[classes]).resize((size, height), Image.Resampling.NEAREST)
     heat = Image.fromarray(explanation.heat_map(explanation.template_names[index])).resize(
-        (size, size), Image.Resampling.BILINEAR)
+        (size, height), Image.Resampling.BILINEAR)
     heat_image = Image.fromarray(_heat_color(np.asarray(heat)))
     grey = base.convert('L').convert('RGB')
     panels = (base, Image.blend(grey, regions, 0.55), Image.blend(grey, heat_image, 0.6))
@@ -349,9 +350,9 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
         unit = 'of the highest score'
 
     rows = max(len(top3), (len(present) + 1) // 2, 2)
-    canvas = Image.new('RGB', (3 * size + 4 * gap, size + 3 * gap + line * (rows + 1)), 'white')
+    canvas = Image.new('RGB', (3 * size + 4 * gap, height + 3 * gap + line * (rows + 1)), 'white')
     draw = ImageDraw.Draw(canvas)
-    below = gap + line + size + gap // 2
+    below = gap + line + height + gap // 2
     lefts = [gap + i * (size + gap) for i in range(3)]
     for left, panel, title in zip(lefts, panels, titles):
         draw.text((left, gap // 2), title, fill='black', font=font)
