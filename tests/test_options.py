@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.models import group_parameters
 
-from timm_tmblock import PatchSupervised
+from timm_tmblock import PatchSupervised, explain
 from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import CIFAR10_LABELS
@@ -456,6 +457,19 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     save_weights(weights, timm.create_model('rn20').state_dict(), dict(model='rn20', num_classes=10, label_names=names))
     with pytest.raises(InputError, match='The teacher and the data have classes in another order'):
         main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
+
+
+def test_grey_networks_have_the_mean_of_the_colours(tmp_path):
+    flags = [*TINY, '--max-steps', '1', '--experiment', 'grey', '--model', 'rn26_tm', '--pretrained']
+    main([*flags, '--output', str(tmp_path), '--model-kwargs', 'in_chans=1'])
+    model = load_model(tmp_path / 'grey' / 'last.safetensors')
+    colour = timm.get_pretrained_cfg('rn26_tm')
+    for key in ('mean', 'std'):
+        assert model.pretrained_cfg[key] == pytest.approx([np.mean(getattr(colour, key))], abs=1e-4)
+    assert model.pretrained_cfg['input_size'][0] == 1
+    assert explain(model, ROOT / 'train' / 'sample' / 'images' / 'ship.png').image.size == (32, 32)
+    with pytest.raises(InputError, match='--mean and --std need 1 values each'):
+        main([*flags, '--output', str(tmp_path / 'b'), '--model-kwargs', 'in_chans=1', '--mean', '.5', '.5', '.5'])
 
 
 def test_grey_teacher_of_colour_images_is_refused(tmp_path):

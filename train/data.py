@@ -216,7 +216,8 @@ def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence
         InputError: If the numbers of classes differ, or a class name they share has a different index in each.
     """
     if len(known) != len(found):
-        raise InputError(f'{name} has {len(known)} classes and {dataset} has {len(found)}.')
+        raise InputError(
+            f'{name} has {len(known)} classes and {dataset} has {len(found)}; name the set it is for with --dataset.')
     for i, (ours, theirs) in enumerate(zip(known, found)):
         if ours != theirs and (ours in found or theirs in known):
             raise InputError(

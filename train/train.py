@@ -33,7 +33,7 @@ import uuid
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -81,10 +81,16 @@ from train.task import check_loss_weights, create_task, create_teachers
 
 def create_data_config(args: Namespace) -> DataConfig:
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
+    channels = args.model_kwargs.get('in_chans', cfg.input_size[0])
+
+    def fit(values: Sequence[float]) -> Tuple[float, ...]:
+        """Of grey images those of the colours, averaged."""
+        return (round(sum(values) / len(values), 4),) if channels == 1 else tuple(values)
+
     config = DataConfig(
-        input_size=(args.model_kwargs.get('in_chans', cfg.input_size[0]), *resolve_img_size(args, cfg)),
-        mean=tuple(args.mean or cfg.mean),
-        std=tuple(args.std or cfg.std),
+        input_size=(channels, *resolve_img_size(args, cfg)),
+        mean=tuple(args.mean or fit(cfg.mean)),
+        std=tuple(args.std or fit(cfg.std)),
         interpolation=args.interpolation or cfg.interpolation,
         crop_pct=args.crop_pct or cfg.crop_pct,
         crop_mode=args.crop_mode or cfg.crop_mode,
