@@ -102,6 +102,13 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out.json', 'out.png']
 
 
+def test_result_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr('train.evaluate.create_runner', lambda *args: pytest.fail('the work'))
+    with pytest.raises(InputError, match='Cannot write .*result.json'):
+        main(['rn26_tm', *FLAGS, '--output', str(tmp_path / 'file' / 'result')])
+
+
 def test_class_activation_maps_have_no_patch_accuracy(tmp_path):
     path = tmp_path / 'cam.onnx'
     export(['onnx', 'rn26', '--output', str(path), '--patch-logits', '--method', 'cam', '--check-images', '8'])

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import HelpFormatter, Parser, gigabytes, positive
@@ -154,6 +155,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For a model, a set or a device that cannot be used.
     """
     args = create_parser().parse_args(argv)
+    if args.output:
+        with writing(Path(f'{args.output}.json')) as tmp:
+            tmp.touch()  # what cannot be written is told before the work
     runner = create_runner(args.model, args.checkpoint, args.device, PRECISIONS[args.precision])
     with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
