@@ -220,8 +220,8 @@ def run_bench(args: argparse.Namespace) -> None:
         raise InputError('There is nothing to time; name files, or networks with --torch.')
     if not args.torch and (args.compile or args.precision != 'fp32'):
         raise InputError(
-            f'{"--compile" if args.compile else "--precision"} only applies to networks of '
-            f'PyTorch; name some with --torch.')
+            f'{"--compile" if args.compile else "--precision"} only applies to PyTorch networks; '
+            f'name some with --torch.')
     if min(args.batch_sizes) < 1 or args.seconds <= 0:
         raise InputError('--batch-sizes and --seconds must be positive.')
     contestants: List[Contestant] = []

@@ -71,8 +71,8 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, message', [
     ([], 'There is nothing to time'),
-    (['x.onnx', '--compile'], '--compile only applies to networks of PyTorch; name some with --torch'),
-    (['x.onnx', '--precision', 'fp16'], '--precision only applies to networks of PyTorch; name some with --torch'),
+    (['x.onnx', '--compile'], '--compile only applies to PyTorch networks; name some with --torch'),
+    (['x.onnx', '--precision', 'fp16'], '--precision only applies to PyTorch networks; name some with --torch'),
     (['missing.onnx'], 'There is no file or folder missing.onnx'),
     (['--torch', 'rn26', '--device', 'cuda'], 'finds no GPU'),
     (['--torch', 'rn27'], "no model 'rn27'"),
