@@ -104,7 +104,7 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
 
 def test_result_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     (tmp_path / 'file').touch()
-    monkeypatch.setattr('train.evaluate.create_runner', lambda *args: pytest.fail('the work'))
+    monkeypatch.setattr('train.evaluate.measure', lambda *args: pytest.fail('the work'))
     with pytest.raises(InputError, match='Cannot write .*result.json'):
         main(['rn26_tm', *FLAGS, '--output', str(tmp_path / 'file' / 'result')])
 

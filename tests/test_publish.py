@@ -12,6 +12,7 @@ import yaml
 
 import export.__main__ as export
 from export import parity
+from export.load import load
 from export.onnx import OnnxOptions, export_onnx
 from export.publish import _is_engine_of, add_engine, create_files
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
@@ -125,6 +126,15 @@ def test_network_that_cannot_be_exported_is_refused_before_the_training(tmp_path
     with pytest.raises(InputError, match=f'--push-to-hub cannot export this network: {message}'):
         train.main([*flags, '--epochs', '1', '--output', str(tmp_path), '--push-to-hub', 'me/net', '--workers', '0'])
     assert not list(tmp_path.rglob('*.safetensors'))
+
+
+def test_network_with_auxiliary_supervision_is_pushed_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'check_push', lambda repo: None)
+    monkeypatch.setattr(train, 'publish', lambda weights, args: type(load(str(weights))).__name__)
+    result = train.main([
+        '--model', 'rn26', '--aux-head', '--max-steps', '1', '--batch-size', '8', '--train-split', 'train[:40]',
+        '--val-fraction', '0', '--output', str(tmp_path), '--push-to-hub', 'me/net', '--device', 'cpu'])
+    assert result['pushed'] == 'PreActResNet'
 
 
 @pytest.mark.parametrize('flags, expected', [([], None), (['--license', 'mit'], 'mit')])

@@ -155,12 +155,12 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For a model, a set or a device that cannot be used.
     """
     args = create_parser().parse_args(argv)
-    if args.output:
-        with writing(Path(f'{args.output}.json')) as tmp:
-            tmp.touch()  # what cannot be written is told before the work
     runner = create_runner(args.model, args.checkpoint, args.device, PRECISIONS[args.precision])
     with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
+        if args.output:
+            with writing(Path(f'{args.output}.json')) as tmp:
+                tmp.touch()  # what cannot be written is told before the work
         values = measure(runner, loader, args.tta == 'flip', args.bins)
     reliability, confusion = values.pop('reliability'), values.pop('confusion')
     result = dict(

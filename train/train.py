@@ -521,7 +521,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     if args.eval_only:
         return trainer.evaluate()
     if args.push_to_hub:
-        check_exportable(trainer.plain_model, trainer.data_config)
+        check_exportable(network(trainer.model), trainer.data_config)
     result = trainer.run()
     if args.push_to_hub and trainer.accelerator.is_main_process:
         result['pushed'] = publish(trainer.folder / f'{trainer.chosen}.safetensors', args)
