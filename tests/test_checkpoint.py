@@ -80,6 +80,18 @@ def test_only_what_the_disk_refuses_is_told_as_such(tmp_path, error, raised):
     assert type(caught.value) is raised and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('value', [
+    dict(interpolation='nearest'), dict(crop_mode='squash'), dict(crop_pct=0.8), dict(mean=[.1, .2, .3]),
+    dict(std=[.4, .5, .6]), dict(input_size=[3, 24, 40])])
+def test_weights_come_with_the_preprocessing_they_were_trained_with(tmp_path, value):
+    path = tmp_path / 'weights.safetensors'
+    state = timm.create_model('rn20', num_classes=2).state_dict()
+    save_weights(path, state, dict(model='rn20', num_classes=2, **value))
+    (key, expected), = value.items()
+    found = load_model(path).pretrained_cfg[key]
+    assert (list(found) if isinstance(expected, list) else found) == expected
+
+
 def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):
     for num_classes in (3, 10):
         model = timm.create_model('rn26_tm', num_classes=num_classes)

@@ -188,6 +188,29 @@ def test_larger_sets_stream(folder):
     torch.testing.assert_close(images, (expected.images / 255 - mean) / std, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('changes', [
+    dict(hflip=1.), dict(policy='rand-m9-n4-inc1'), dict(re_prob=1., re_mode='pixel')])
+def test_streamed_training_images_are_augmented_as_configured(tmp_path, changes):
+    ramp = np.broadcast_to(np.arange(0, 256, 32, dtype=np.uint8)[None, :, None], (8, 8, 3))
+    for name in ('ant', 'bee'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(ramp.copy()).save(tmp_path / 'train' / name / f'{i}.png')
+    plain = replace(CONFIG, hflip=0., mean=(0., 0., 0.), std=(1., 1., 1.))
+
+    def draw(config):
+        loader = StreamingLoader(
+            open_dataset(str(tmp_path), 'train'), config, 8, torch.device('cpu'), training=True, seed=0, num_workers=1)
+        return next(loader.epoch(0))[0]
+
+    def rises(x):  # to the right, each row alike: what is left of the ramp in any crop
+        return bool((x.diff(dim=3) >= -1e-4).all() and (x.diff(dim=2).abs() < 1e-2).all())
+
+    images = draw(replace(plain, **changes))
+    assert rises(draw(plain)) and not rises(images)
+    assert rises(images.flip(3)) == ('hflip' in changes)
+
+
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_streamed_epoch_taken_up_in_the_middle_goes_on_the_same(folder, num_workers):
     def make():

@@ -1,5 +1,6 @@
 """Explanations say what the network computed, at the right place, for any image."""
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -11,13 +12,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from timm.data import create_transform, resolve_data_config
 
 from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
-from timm_tmblock.explanation import forward_class_activation
+from timm_tmblock.explanation import class_color, forward_class_activation
 from timm_tmblock.models import PreActResNet
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,30 @@ def test_picture_colours_each_region_by_its_class(regions):
     legend = picture[36 + size:, 2 * 16 + size:2 * 16 + 2 * size].reshape(-1, 3)
     assert {(31, 119, 180), (255, 127, 14)} <= set(map(tuple, legend))  # both classes
     assert (44, 160, 44) not in set(map(tuple, legend))  # no region matched it
+
+
+def test_legend_names_the_classes_there_are_most_frequent_first(monkeypatch):
+    p = np.full((3, 4, 4), 0.1)
+    p[2], p[1, 0, 0] = 0.5, 0.9  # cow, but for one region of bee; nowhere ant
+    written = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, xy, text, *args, **kwargs: (
+        written.append((xy, text)), draw(self, xy, text, *args, **kwargs))[1])
+    size = 140
+    picture = np.asarray(make_explanation(p).picture('bee', size=size))
+    legend = [(xy, text) for xy, text in written if re.fullmatch(r'\w+ \d+ %', text)]
+    assert [text for _, text in legend] == [f'{NAMES[2]} 94 %', f'{NAMES[1]} 6 %']
+    for (x, y), index in zip((xy for xy, _ in legend), (2, 1)):
+        assert tuple(picture[y + 8, x - 10]) == class_color(index)
+    assert len({class_color(i) for i in range(100)}) == 100
+
+
+def test_command_explains_by_the_method_it_is_told(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr('timm_tmblock.__main__.Explainer', lambda model, method=None: asked.append(method) or Explainer(
+        model, method))
+    main(['explain', 'rn26', str(ROOT / 'train/sample/images/ship.png'), '--method', 'cam', '--output', str(tmp_path)])
+    assert asked == ['cam']
 
 
 @pytest.mark.parametrize('width, height', [(56, 40), (40, 56), (100, 5)])

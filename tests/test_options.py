@@ -1,5 +1,6 @@
 """Settings of the training script: each has the effect its name says."""
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -457,6 +458,31 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     save_weights(weights, timm.create_model('rn20').state_dict(), dict(model='rn20', num_classes=10, label_names=names))
     with pytest.raises(InputError, match='The teacher and the data have classes in another order'):
         main([*TINY, '--output', str(tmp_path), '--kd-checkpoint', str(weights)])
+
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--hflip', '0.3'], dict(hflip=0.3)),
+    (['--reprob', '0.25', '--remode', 'pixel', '--recount', '2'], dict(re_prob=0.25, re_mode='pixel', re_count=2)),
+    (['--aa', 'trivial'], dict(policy='trivial')),
+])
+def test_flags_of_augmentation_reach_the_images(tmp_path, flags, expected):
+    trainer = create_trainer(tmp_path, *flags)
+    found = vars(trainer.train_loader.config)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_flags_of_mixup_reach_it(tmp_path):
+    mixup = create_trainer(
+        tmp_path, '--mixup', '0.3', '--cutmix', '0.7', '--mixup-prob', '0.6', '--mixup-switch-prob', '0.2',
+        '--mixup-mode', 'pair').mixup
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob, mixup.mode) == (
+        0.3, 0.7, 0.6, 0.2, 'pair')
+
+
+@pytest.mark.parametrize('flag', ['--mixup', '--cutmix'])
+def test_mixed_images_have_mixed_labels(tmp_path, flag):
+    result = main([*TINY, '--output', str(tmp_path), flag, '1', '--max-steps', '1'])
+    assert math.isfinite(result['last']['train_loss'])
 
 
 def test_grey_networks_have_the_mean_of_the_colours(tmp_path):

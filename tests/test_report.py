@@ -51,6 +51,21 @@ def test_difference_of_seeds_and_of_single_runs():
     assert Difference.of([90., 90.1], [91., 91.1], 10000).verdict == FAILS
 
 
+def test_two_standard_errors_decide():
+    assert Difference(1.9, 1.).verdict == Difference(-1.9, 1.).verdict == UNDECIDED
+    assert Difference(2.1, 1.).verdict == HOLDS and Difference(-2.1, 1.).verdict == FAILS
+
+
+def test_errors_of_both_gains_decide_which_is_larger():
+    def judge_with(spread):
+        scores = {('rn26', 'cifar10'): [88., 88.], ('rn26_tm', 'cifar10'): [91., 91.],
+                  ('rn38', 'cifar10'): [89. - spread, 89. + spread], ('rn38_tm', 'cifar10'): [89., 89.]}
+        claims = verdicts(scores=dict(table1=scores))
+        return next(found for text, found in claims.items() if text.startswith('It improves shallow networks more'))
+
+    assert judge_with(0.)[0] == HOLDS and judge_with(3.)[0] == UNDECIDED  # only the deeper baseline is uncertain
+
+
 def test_several_tests_of_a_claim():
     assert combine_all([]) == combine_most([]) == UNTESTED
     assert combine_all([HOLDS, HOLDS]) == HOLDS and combine_all([HOLDS, UNDECIDED]) == UNDECIDED
