@@ -385,3 +385,26 @@ def test_options_reach_the_layers(name):
         dropped = model.train().forward_head(torch.ones_like(f), pre_logits=True)
         assert 0.2 < (dropped == 0).double().mean() < 0.4
         model.reset_classifier(4)  # keeps the pooling
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'wrn16'])
+def test_stochastic_depth_skips_residual_branches_more_often_the_deeper_they_are(name):
+    torch.manual_seed(0)
+    model, plain = timm.create_model(name, drop_path_rate=0.5), timm.create_model(name)
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage.blocks]
+    for i, block in enumerate(blocks):
+        rate = 0.5 * i / (len(blocks) - 1)
+        x = torch.randn(200, block.conv1.in_channels, 4, 4)
+        with torch.no_grad():
+            y = block.train()(x)
+            block.drop_path = nn.Identity()
+            whole = block(x)
+            block.drop_path = timm.layers.DropPath(1.)
+            shortcut = block(x)
+        skipped = (y == shortcut).flatten(1).all(1)
+        assert abs(skipped.double().mean() - rate) <= 4 * (rate * (1 - rate) / 200) ** 0.5
+        expected = shortcut + (whole - shortcut) / (1 - rate)
+        torch.testing.assert_close(y[~skipped], expected[~skipped], rtol=1e-4, atol=1e-5)

@@ -607,8 +607,10 @@ def test_loss_is_of_the_weight_and_smoothing_one_asks_for(tmp_path, model):
 
 
 def test_settings_of_the_network_and_the_optimizer_reach_them(tmp_path):
-    trainer = create_trainer(tmp_path, '--drop', '0.4', '--grad-checkpointing', '--weight-decay', '0.1')
+    trainer = create_trainer(
+        tmp_path, '--drop', '0.4', '--drop-path', '0.2', '--grad-checkpointing', '--weight-decay', '0.1')
     assert trainer.plain_model.head_drop.p == 0.4
+    assert trainer.plain_model.layer4.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
     assert all(m.grad_checkpointing for m in trainer.plain_model.modules() if hasattr(m, 'grad_checkpointing'))
     for flag, decayed in ((), 0.), (('--no-filter-bias-and-bn',), 0.1):
         trainer = create_trainer(tmp_path, '--weight-decay', '0.1', *flag)

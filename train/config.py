@@ -139,6 +139,7 @@ def create_parser() -> Parser:
     group.add_argument('--aux-head', action=boolean, default=False, help=(
         'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
     group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
+    group.add_argument('--drop-path', type=fraction, help='stochastic depth rate of the last block, of ResNets')
     group.add_argument('--patch-loss-weight', type=fraction, default=0.5, help='lambda of equation 3.1')
     group.add_argument('--channels-last', action=boolean, default=True, help='memory layout of images and weights')
     group.add_argument('--grad-checkpointing', action=boolean, default=False, help=(

@@ -99,6 +99,7 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
             pretrained_cfg_overlay=overlay,
             num_classes=len(class_names),
             drop_rate=args.drop,
+            drop_path_rate=args.drop_path,  # left out where it is None, for networks without
             **args.model_kwargs,
         )
         if getattr(model, 'has_template_matching', False) and 'num_templates' not in args.model_kwargs:

@@ -8,11 +8,11 @@ Papers:
 The networks have four stages, RN20 three; template matching sits before the last and takes the raw output of the one
 before it.
 """
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, get_norm_act_layer
+from timm.layers import BatchNormAct2d, DropPath, calculate_drop_path_rates, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from ..layers import fuse_conv_norm, get_maximizer_layer
@@ -40,6 +40,7 @@ class PreActBottleneck(nn.Module):
             project: bool = False,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
             maximizer_layer: Optional[Callable[[], nn.Module]] = None,
+            drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
@@ -52,6 +53,7 @@ class PreActBottleneck(nn.Module):
             project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
             norm_act_layer: Norm + activation layer.
             maximizer_layer: What follows the (first) 3x3 convolution instead of norm + activation.
+            drop_path_rate: Probability that an image skips the residual branch in training (stochastic depth).
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -61,6 +63,7 @@ class PreActBottleneck(nn.Module):
         self.conv2 = nn.Conv2d(mid_chs, mid_chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.norm3 = maximizer_layer() if maximizer_layer else norm_act_layer(mid_chs, **dd)
         self.conv3 = nn.Conv2d(mid_chs, out_chs, 1, bias=False, **dd)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0. else nn.Identity()
         self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if project else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ class PreActBottleneck(nn.Module):
         y = self.conv1(y)
         y = self.conv2(self.norm2(y))
         y = self.conv3(self.norm3(y))
-        return y + shortcut
+        return self.drop_path(y) + shortcut
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -90,6 +93,7 @@ class PreActBasic(nn.Module):
             project: bool = False,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
             maximizer_layer: Optional[Callable[[], nn.Module]] = None,
+            drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
@@ -102,6 +106,7 @@ class PreActBasic(nn.Module):
             project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
             norm_act_layer: Norm + activation layer.
             maximizer_layer: What follows the (first) 3x3 convolution instead of norm + activation.
+            drop_path_rate: Probability that an image skips the residual branch in training (stochastic depth).
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -109,6 +114,7 @@ class PreActBasic(nn.Module):
         self.conv1 = nn.Conv2d(in_chs, mid_chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.norm2 = maximizer_layer() if maximizer_layer else norm_act_layer(mid_chs, **dd)
         self.conv2 = nn.Conv2d(mid_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0. else nn.Identity()
         self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if project else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +122,7 @@ class PreActBasic(nn.Module):
         shortcut = x if self.shortcut is None else self.shortcut(y)
         y = self.conv1(y)
         y = self.conv2(self.norm2(y))
-        return y + shortcut
+        return self.drop_path(y) + shortcut
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -137,6 +143,7 @@ class PreActStage(nn.Module):
             stride: int = 1,
             norm_act_layer: Type[nn.Module] = BatchNormAct2d,
             maximizer_layer: Optional[Callable[[], nn.Module]] = None,
+            drop_path_rates: Optional[List[float]] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -151,6 +158,7 @@ class PreActStage(nn.Module):
             stride: Stride of the first block.
             norm_act_layer: Norm + activation layer.
             maximizer_layer: What follows 3x3 convolutions inside the blocks instead of norm + activation.
+            drop_path_rates: Stochastic depth rate of each block.
         """
         super().__init__()
         self.grad_checkpointing = False
@@ -164,6 +172,7 @@ class PreActStage(nn.Module):
                 project=project and i == 0,
                 norm_act_layer=norm_act_layer,
                 maximizer_layer=maximizer_layer,
+                drop_path_rate=drop_path_rates[i] if drop_path_rates else 0.,
                 device=device,
                 dtype=dtype,
             )
@@ -206,6 +215,7 @@ class PreActResNet(TemplateMatchingNet):
             act_layer: str = 'relu',
             norm_layer: str = 'batchnorm2d',
             drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
@@ -231,6 +241,7 @@ class PreActResNet(TemplateMatchingNet):
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
+            drop_path_rate: Stochastic depth rate of the last residual block, from 0 at the first rising linearly.
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be told; for an
@@ -244,6 +255,7 @@ class PreActResNet(TemplateMatchingNet):
                 f'{len(mid_channels)} and {len(channels)}.')
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
         maximizer_layer = get_maximizer_layer(maximizer, **maximizer_kwargs or {})
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
 
         reduction = 2 if self.extra_halvings > 1 else 1
         self.conv1 = nn.Conv2d(in_chans, stem_width, 3, stride=reduction, padding=1, bias=False, **dd)
@@ -263,7 +275,7 @@ class PreActResNet(TemplateMatchingNet):
                     norm_act_layer=norm_act_layer, **dd)
             self.add_module(name, PreActStage(
                 block, in_chs, mid_chs, out_chs, depth, stride, norm_act_layer=norm_act_layer,
-                maximizer_layer=maximizer_layer, **dd))
+                maximizer_layer=maximizer_layer, drop_path_rates=drop_path_rates[i], **dd))
             in_chs = out_chs
             reduction *= stride
             if i < 2:
