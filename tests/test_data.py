@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from export.runtime import IMAGE_SUFFIXES
 from timm_tmblock.errors import InputError
+from timm_tmblock.image import IMAGE_SUFFIXES
 from train import data
 from train.augment import DataConfig
 from train.data import (

@@ -140,7 +140,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['rn27_tm'], "rn27_tm is no model with weights"),
+    (['rn27_tm'], "rn27_tm is no model with pretrained weights"),
     (['wrn16'], 'or give a weight file of training'),
     (['missing.onnx'], 'no file missing.onnx'),
     (['missing.safetensors'], 'no file missing.safetensors'),

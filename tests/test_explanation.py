@@ -13,12 +13,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
+from export import runtime
 from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
 from timm_tmblock.explanation import class_color, forward_class_activation
+from timm_tmblock.image import IMAGE_SUFFIXES, list_images
 from timm_tmblock.models import PreActResNet
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +187,33 @@ def test_command_explains_by_the_method_it_is_told(tmp_path, capsys, monkeypatch
         model, method))
     main(['explain', 'rn26', str(ROOT / 'train/sample/images/ship.png'), '--method', 'cam', '--output', str(tmp_path)])
     assert asked == ['cam']
+
+
+def test_command_explains_the_images_of_a_folder_by_the_weights_it_is_told(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model('rn26', num_classes=7).state_dict(), tmp_path / 'w.safetensors')  # of another origin
+    for name in ('b.png', 'a/c.JPG', 'a/.hidden.png', 'note.txt'):
+        path = tmp_path / 'images' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / 'train/sample/images/ship.png').read_bytes())
+    main(['explain', 'rn26', str(tmp_path / 'images'), '--checkpoint', str(tmp_path / 'w.safetensors'), '--json',
+          '--method', 'cam', '--output', str(tmp_path / 'explained')])
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r['image'] for r in results] == [str(tmp_path / 'images' / name) for name in ('a/c.JPG', 'b.png')]
+    assert all(Path(r['picture']).is_file() and r['top'] == results[0]['top'] for r in results)
+    assert all(re.fullmatch('class [0-6]', name) for name, _ in results[0]['top'])
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(InputError, match='There are no images in .*empty'):
+        main(['explain', 'rn26_tm', str(tmp_path / 'empty')])
+
+
+def test_package_and_runtime_find_the_same_images(tmp_path):
+    for name in (f'{i}/x{suffix.upper() if i else suffix}' for i in range(2) for suffix in IMAGE_SUFFIXES):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / '.x.png').touch()
+    found = list_images([tmp_path, 'missing.png'])
+    assert len(found) == 2 * len(IMAGE_SUFFIXES) + 1 and found == runtime.list_images([str(tmp_path), 'missing.png'])
 
 
 @pytest.mark.parametrize('width, height', [(56, 40), (40, 56), (100, 5)])

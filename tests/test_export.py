@@ -448,9 +448,9 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pretrained.state_dict().values(), model.state_dict().values()))
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match='local-dir:.* is no model with weights'):
+    with pytest.raises(InputError, match='local-dir:.* is no model with pretrained weights'):
         load(f'local-dir:{tmp_path}')
-    with pytest.raises(InputError, match='hf-hub:nobody/nothing is no model with weights') as error:
+    with pytest.raises(InputError, match='hf-hub:nobody/nothing is no model with pretrained weights') as error:
         load('hf-hub:nobody/nothing')
     assert '\n' not in str(error.value)
 

@@ -510,8 +510,8 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--kd-model-name', 'no_such'], "no model 'no_such' to be the teacher"),
-    (['--kd-model-name', 'wrn16'], 'teacher wrn16 cannot be loaded'),
+    (['--kd-model-name', 'no_such'], 'no_such is no model with pretrained weights'),
+    (['--kd-model-name', 'wrn16'], 'wrn16 is no model with pretrained weights'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--kd-checkpoint', 'a.safetensors', 'b.safetensors', '--kd-model-name', 'rn26'], '2 weights .* have 1 models'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),

@@ -315,6 +315,6 @@ def test_folder_is_never_overwritten(tmp_path):
         main(['rn26_tm', '--output', str(tmp_path / 'mine')])
     with pytest.raises(InputError, match='Two models are called alike'):
         main(['rn26_tm', 'rn26_tm', '--output', str(tmp_path / 'new')])
-    with pytest.raises(InputError, match='no_model is no model with weights'):
+    with pytest.raises(InputError, match='no_model is no model with pretrained weights'):
         main(['no_model', '--output', str(tmp_path / 'new')])
     assert [path.name for path in tmp_path.rglob('*')] == ['mine', 'a.txt']

@@ -1,6 +1,6 @@
 """Explain images, or run a script that knows the models, from the command line.
 
-    python -m timm_tmblock explain rn26_tm IMAGE ... --output pictures
+    python -m timm_tmblock explain rn26_tm IMAGE FOLDER ... --output pictures
     python -m timm_tmblock explain rn26_tm.onnx IMAGE ... --class-name ship
     python -m timm_tmblock run validate.py --model rn26_tm ...
 """
@@ -12,9 +12,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import List, Optional, Set
 
-from .checkpoint import writing
+from .checkpoint import load_pretrained, writing
 from .errors import InputError, exiting_on_input_error
 from .explanation import METHODS, Explainer
+from .image import list_images
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -29,7 +30,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         'explain', help='classify images and show which class each region matched',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('model', help='pretrained model, or .onnx or .safetensors file')
-    command.add_argument('images', nargs='+', metavar='IMAGE')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
+    command.add_argument('--checkpoint', metavar='FILE', help='weights of the model, in place of its own')
     command.add_argument('--method', choices=METHODS, help=(
         "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package; if "
         "not given, what a file was exported with, and of a model 'match'"))
@@ -56,10 +58,12 @@ def run_script(args: argparse.Namespace) -> None:
 
 
 def explain(args: argparse.Namespace) -> None:
-    explainer = Explainer(args.model, args.method)
+    model = load_pretrained(args.model, args.checkpoint) if args.checkpoint else args.model
+    explainer = Explainer(model, args.method)
+    images = list_images(args.images)
     failed = []
     written: Set[str] = set()
-    for path in map(Path, args.images):
+    for path in images:
         try:
             explanation = explainer(path)
         except InputError as e:  # the other images may be fine
@@ -83,7 +87,7 @@ def explain(args: argparse.Namespace) -> None:
             best = ', '.join(f'{name} {100 * p:.1f} %' for name, p in explanation.top())
             print(f'{path}: {best}' + (f' -> {result["picture"]}' if args.output else ''))
     if failed:
-        raise InputError(f'{len(failed)} of {len(args.images)} images could not be read.')
+        raise InputError(f'{len(failed)} of {len(images)} images could not be read.')
 
 
 if __name__ == '__main__':

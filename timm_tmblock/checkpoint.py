@@ -154,6 +154,30 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
     return model.eval()
 
 
+def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) -> torch.nn.Module:
+    """Create a model with its weights, in evaluation mode.
+
+    Args:
+        source: Name of any model of timm's with pretrained weights, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or a weight
+            file that training wrote.
+        checkpoint: Weight file for a registered name, in place of its pretrained weights.
+
+    Raises:
+        InputError: If there is no such model, it has no weights, or the file is of another one.
+    """
+    if checkpoint is not None:
+        return load_model(checkpoint, source)
+    if source.endswith('.safetensors'):
+        return load_model(source)
+    try:
+        return timm.create_model(source, pretrained=True).eval()
+    except Exception as e:  # the network, the Hub, safetensors and timm have errors of their own
+        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        raise InputError(
+            f'{source} is no model with pretrained weights ({reason}); name one of timm.list_pretrained(), or give a '
+            f'weight file of training (*.safetensors) in its place.') from e
+
+
 def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:
     """Refuse weights of another network than `name`, whatever the pretrained tag.
 

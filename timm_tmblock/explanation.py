@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 from timm.utils import unwrap_model
 
-from .checkpoint import load_model
+from .checkpoint import load_pretrained
 from .errors import InputError
 from .image import read_image
 from .mode import evaluating
@@ -138,15 +136,8 @@ class Explainer:
             self._use_torch(unwrap_model(source))  # compiled, or of DataParallel
         elif str(source).endswith('.onnx'):
             self._use_onnx(Path(source), method)
-        elif str(source).endswith('.safetensors'):
-            self._use_torch(load_model(source))
         else:
-            try:
-                model = timm.create_model(str(source), pretrained=True)
-            except (RuntimeError, ValueError, TypeError, OSError, KeyError, SafetensorError) as e:  # of timm or the Hub
-                raise InputError(f'{source!r} is no model with pretrained weights, nor a .onnx or .safetensors file '
-                                 f'({e}).') from e
-            self._use_torch(model.eval())
+            self._use_torch(load_pretrained(str(source)))
         channels = self.data_config['input_size'][0]
         if channels not in (1, 3):
             raise InputError(f'The model takes images of {channels} channels; only grey and RGB ones can be explained.')

@@ -1,11 +1,32 @@
 """Reading images of any size and mode."""
 from pathlib import Path
-from typing import IO, Union
+from typing import IO, List, Sequence, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
+
+
+def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
+    """Files as they are, and the images in folders and in the folders in those, sorted.
+
+    Raises:
+        InputError: If there are none.
+    """
+    found: List[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(
+                f for f in path.rglob('*')
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.') and f.is_file())
+        else:
+            found.append(path)
+    if not found:
+        raise InputError(f'There are no images in {", ".join(map(str, paths))}.')
+    return found
 
 
 def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:

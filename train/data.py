@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from export.runtime import IMAGE_SUFFIXES
 from timm_tmblock.errors import InputError
-from timm_tmblock.image import read_image
+from timm_tmblock.image import IMAGE_SUFFIXES, read_image
 from train.augment import DataConfig
 from train.signals import outlive_sigterm
 

@@ -7,8 +7,7 @@ import torch
 from timm.data.model_config import resolve_input_data_config
 
 from export import runtime
-from export.load import load_pretrained
-from timm_tmblock.checkpoint import load_model
+from timm_tmblock.checkpoint import load_pretrained
 from timm_tmblock.errors import InputError
 from train.hardware import describe_hardware
 
@@ -59,11 +58,7 @@ def create_runner(source: str, checkpoint: Optional[str], device: str, dtype: to
         raise InputError(f'There is no file {source}.')
     if suffix in ('.onnx', *runtime.ENGINE_SUFFIXES):
         return ExportedRunner(Path(source), device)
-    if suffix == '.safetensors' or checkpoint:
-        model = load_model(checkpoint, source) if checkpoint else load_model(source)
-    else:
-        model = load_pretrained(source)
-    return TorchRunner(model, resolve_device(device), dtype)
+    return TorchRunner(load_pretrained(source, checkpoint), resolve_device(device), dtype)
 
 
 class TorchRunner:

@@ -2,7 +2,6 @@
 from argparse import Namespace
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -10,7 +9,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from timm.utils import unwrap_model
 
-from timm_tmblock.checkpoint import load_model
+from timm_tmblock.checkpoint import load_model, load_pretrained
 from timm_tmblock.errors import InputError
 from timm_tmblock.task import TemplateMatchingTask
 from train.augment import DataConfig
@@ -120,18 +119,8 @@ def create_teachers(
     if files:
         models = [load_model(file, name) for file, name in zip(files, names or [None] * len(files))]
     else:
-        models = [_load_pretrained(name) for name in names]
+        models = [load_pretrained(name) for name in names]
     return [_prepare_teacher(model, args, class_names, in_chans, device) for model in models]
-
-
-def _load_pretrained(name: str) -> torch.nn.Module:
-    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
-        raise InputError(f'timm has no model {name!r} to be the teacher.')
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as e:  # the network, the Hub and timm have errors of their own
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
-        raise InputError(f'The teacher {name} cannot be loaded: {reason}') from e
 
 
 def _prepare_teacher(
