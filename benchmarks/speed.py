@@ -34,7 +34,7 @@ from torch.utils.benchmark import Timer
 
 import timm_tmblock
 from timm_tmblock import TemplateMatchingTask
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import write_text
 from train.hardware import describe_hardware
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
@@ -305,10 +305,7 @@ def main() -> None:
         print(render(result))
         return
     for suffix, text in (('.json', json.dumps(result, indent=1) + '\n'), ('.md', render(result))):
-        path = args.output.with_suffix(suffix)
-        with writing(path) as tmp:
-            tmp.write_text(text)
-            tmp.replace(path)
+        write_text(args.output.with_suffix(suffix), text)
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 import timm_tmblock
 from timm_tmblock import TemplateMatchingTask
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import write_text
 from train.augment import DataConfig
 from train.config import parse_args
 from train.data import decode, open_dataset
@@ -257,10 +257,7 @@ def main() -> None:
         rows=rows)
     if args.output:
         for suffix, text in (('.json', json.dumps(result, indent=1) + '\n'), ('.md', render(result))):
-            path = Path(args.output + suffix)
-            with writing(path) as tmp:
-                tmp.write_text(text)
-                tmp.replace(path)
+            write_text(Path(args.output + suffix), text)
 
 
 if __name__ == '__main__':

@@ -5,11 +5,10 @@
     python -m hub_cards --check               # fails when one is stale
 """
 import argparse
-import os
 from typing import List, Optional
 
 from hub_cards.card import RENDERED, list_cards, render
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 
 
@@ -29,9 +28,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             if not path.is_file() or path.read_text() != text:
                 raise InputError(f'{path.name} is stale; run python -m hub_cards and commit it.')
             continue
-        with writing(path) as tmp:
-            tmp.write_text(text)
-            os.replace(tmp, path)
+        write_text(path, text)
         print(f'wrote {path}')
 
 

@@ -50,6 +50,17 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
         remove(tmp)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        InputError: If the disk is full or not writable.
+    """
+    with writing(path) as tmp:
+        tmp.write_text(text)
+        os.replace(tmp, path)
+
+
 def _is_of_writing(error: RuntimeError) -> bool:
     """Whether torch.save raises it, and no GPU or other process does."""
     return _is_of_a_full_disk(str(error)) or 'Parent directory' in str(error)

@@ -6,13 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Optional
 
-from timm_tmblock.checkpoint import writing
-
-
-def write_text(path: Path, text: str) -> None:
-    with writing(path) as tmp:
-        tmp.write_text(text)
-        os.replace(tmp, path)
+from timm_tmblock.checkpoint import write_text, writing
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,11 +19,11 @@ import yaml
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
 from train.claims import Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
-from train.files import write_text
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
 from train.tables import TITLES, read_results, say_provenance, tabulate
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from train.files import save_figure, write_text
+from timm_tmblock.checkpoint import write_text
+from train.files import save_figure
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 
 Scores = Dict[Tuple[str, str], List[float]]  # (setting, set) -> test accuracy of each seed, in %

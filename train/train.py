@@ -48,7 +48,7 @@ from timm.models import PretrainedCfg
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import load_model, remove, save_weights, writing
+from timm_tmblock.checkpoint import load_model, remove, save_weights, write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
@@ -243,9 +243,7 @@ class Trainer:
                 raise InputError(
                     f'{self.folder} is trained to its end, where {", ".join(changes)} can change nothing; raise '
                     f'--epochs, or start another run with --initial-checkpoint.')
-            with writing(self.folder / SETTINGS) as tmp:
-                tmp.write_text(dump_args(args))
-                tmp.replace(self.folder / SETTINGS)
+            write_text(self.folder / SETTINGS, dump_args(args))
             processes = self.accelerator.num_processes
             print(
                 f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
