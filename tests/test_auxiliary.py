@@ -20,6 +20,11 @@ def test_parameter_count_is_the_papers(num_classes):
     assert sum(p.numel() for p in model.parameters()) == 961_488 + 386 * num_classes
 
 
+def test_head_is_where_the_model_is():
+    model = timm.create_model('rn26', device='meta', dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in PatchSupervised(model).parameters()} == {('meta', torch.bfloat16)}
+
+
 @pytest.mark.parametrize('batch_size', [1, 2, 5])
 def test_patch_logits_are_those_of_stage_3(supervised, batch_size):
     x = torch.randn(batch_size, 3, 32, 32)

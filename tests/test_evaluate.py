@@ -19,8 +19,10 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.augment import DataConfig
 from train.data import decode, open_dataset
-from train.evaluate import main
+from train.evaluate import draw, main, measure
+from train.loader import InMemoryLoader
 from train.metrics import count_confusions, measure_accuracy, measure_reliability, softmax
+from train.runner import TorchRunner
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ['--split', 'test[:37]', '--batch-size', '16', '--device', 'cpu']
@@ -66,6 +68,11 @@ def test_metrics_agree_with_loops_in_float64():
 
     confusion = count_confusions(p.argmax(1), targets, 7)
     assert all(confusion[t, k] == sum((p.argmax(1) == k) & (targets == t)) for t in range(7) for k in range(7))
+
+
+def test_confidence_on_an_edge_counts_to_the_bin_below():
+    p = np.array([[0.5, 0.5], [0.75, 0.25], [0.8, 0.2]])
+    assert measure_reliability(p, np.zeros(3, dtype=int), bins=4).counts.tolist() == [0, 1, 1, 1]
 
 
 def test_perfect_confidence_is_perfectly_calibrated():
@@ -159,6 +166,29 @@ def test_what_cannot_be_measured_is_one_sentence(flags, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         main([*flags[:1], *FLAGS, *flags[1:]])
     assert '\n' not in str(error.value)
+
+
+def test_rows_of_the_picture_are_shares_of_a_class(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('train.evaluate.save_figure', lambda figure, path: drawn.append(figure))
+    confusion = [[3, 1], [0, 2]]
+    draw(dict(model='x', top1=0., ece=0., images=6, class_names=['a', 'b'], confusion=confusion),
+         measure_reliability(np.eye(2), np.arange(2)), tmp_path / 'x.png')
+    np.testing.assert_allclose(drawn[0].axes[0].images[0].get_array(), [[0.75, 0.25], [0, 1]])
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda model: torch.nn.init.constant_(model.fc.bias, float('nan')), 'gives logits that are not finite'),
+    (lambda model: model.reset_classifier(5), 'has 5 outputs and the set has a label [5-9]'),
+])
+def test_outputs_that_mean_nothing_are_refused(change, message):
+    model = timm.create_model('rn20')
+    change(model)
+    runner = TorchRunner(model, torch.device('cpu'), torch.float32)
+    config = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
+    dataset = decode(open_dataset('sample', 'test[:40]'), config)
+    with pytest.raises(InputError, match=message):
+        measure(runner, InMemoryLoader(dataset, config, 8, torch.device('cpu')), False, 15)
 
 
 def test_set_of_other_classes_is_refused(tmp_path):

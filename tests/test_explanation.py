@@ -298,6 +298,22 @@ def test_what_is_no_image_is_one_sentence(trained_like, image):
         explain(trained_like('rn26_tm'), image)
 
 
+def test_heat_map_is_of_the_template_most_regions_match_where_none_is_of_the_class(regions):
+    explanation = make_explanation(regions)
+    explanation.template_names = ['template 0', 'template 1', 'template 2']  # of other classes
+    regions[:, 0, 3] = 0, 0, 1
+    assert explanation.template_index() == 0
+    regions[:, 1:] = np.array([0.2, 0.5, 0.3])[:, None, None]
+    assert explanation.template_index() == 1 and explanation.picture().width > 0
+
+
+def test_heat_map_of_no_evidence_is_cold(regions):
+    explanation = make_explanation(regions)
+    for activations in (np.zeros((3, 4, 4)), np.full((3, 4, 4), -1.)):
+        explanation.activations = activations
+        assert not explanation.heat_map('ant').any()
+
+
 def test_unknown_class_is_refused(regions):
     with pytest.raises(InputError, match="'cow'.*ant, bee, cat"):
         make_explanation(regions).picture('cow')

@@ -4,11 +4,13 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import make_trained_like
 from test_models import MODELS
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 
 from timm_tmblock.layers import TemplateMatching
+from timm_tmblock.models.resnet import PreActBasic, PreActResNet
 
 # those that follow an addition or a concatenation: the first of each block and the last of the network, but for the
 # ResNets' first, which follows the stem alone; in the DenseNets also those of the transitions
@@ -39,6 +41,23 @@ def test_fused_network_equals_the_unfused(trained_like, name, kwargs):
     for batch_size in (1, 2, 5):
         x = torch.randn(batch_size, 3, *model.img_size, generator=torch.Generator().manual_seed(batch_size))
         assert_equal(outputs(fused, x), outputs(model, x))
+
+
+def test_norm_whose_input_is_needed_too_is_not_folded_into_the_stem():
+    torch.manual_seed(0)
+    model = PreActResNet(block=PreActBasic, channels=(16, 64, 128, 256), template_matching=True)
+    model = make_trained_like(model).eval()
+    assert model.layer1.blocks[0].shortcut is None
+    x = torch.randn(3, 3, 32, 32)
+    assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
+
+
+def test_epsilon_of_each_norm_is_its_own(trained_like):
+    model = trained_like('rn26_tm')
+    for norm in (m for m in model.modules() if isinstance(m, BatchNormAct2d)):
+        norm.eps = 0.1
+    x = torch.randn(3, 3, 32, 32)
+    assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
 
 
 def test_pretrained_network_equals_the_unfused():

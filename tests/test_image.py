@@ -27,8 +27,9 @@ def test_modes_keep_the_pixels(tmp_path, mode):
     np.testing.assert_allclose(pixels, GREY[..., None].repeat(3, -1), atol=1)
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    path = save(Image.fromarray(GREY.astype(np.uint16) << 8), tmp_path / 'x.png')
+@pytest.mark.parametrize('suffix', ['png', 'pgm', 'tiff'])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    path = save(Image.fromarray(GREY.astype(np.uint16) << 8), tmp_path / f'x.{suffix}')
     assert Image.open(path).mode.startswith('I')
     np.testing.assert_array_equal(np.asarray(read_image(path))[..., 0], GREY)
 

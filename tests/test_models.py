@@ -80,6 +80,13 @@ def test_oblong_images_get_patches_of_their_shorter_side():
     assert (model.img_size, model.patch_reduction, model.patch_size) == ((48, 160), 4, 6)
 
 
+def test_pooled_map_of_the_config_is_that_of_the_image_size():
+    assert timm.create_model('rn26_tm').pretrained_cfg['pool_size'] == (8, 8)
+    assert timm.create_model('rn26_tm', img_size=48).pretrained_cfg['pool_size'] is None  # not that of another size
+    cfg = timm.create_model('rn26_tm.mini_imagenet').pretrained_cfg
+    assert (cfg['mean'], cfg['std']) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+
+
 def test_other_image_size_is_announced(caplog):
     with caplog.at_level('INFO', logger='timm_tmblock'):
         timm.create_model('rn26_tm', img_size=84)
@@ -225,6 +232,9 @@ def test_reset_classifier_keeps_templates():
     assert torch.equal(model.tm.match.weight, before)
     logits, patch_logits = model.forward_patch_logits(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 4) and patch_logits.shape == (2, 10, 8, 8)
+    model.reset_classifier(4, 'catavgmax')
+    features = model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)), pre_logits=True)
+    assert model.head_hidden_size == features.shape[1] == 512
 
 
 def test_model_without_classifier_keeps_the_default_templates():

@@ -150,16 +150,21 @@ def test_networks_of_one_recipe_are_compared():
 
     assert compare_with(run('rn26', val_fraction=0.1, val_split='validation'))[0] == UNDECIDED  # all images, too
     assert compare_with(run('rn26', processes=2, batch_size=32))[0] == UNDECIDED  # as many images an update
+    assert compare_with(run('rn26', grad_accum_steps=2, batch_size=32))[0] == UNDECIDED
     assert find_recipe(run('rn26', kd_checkpoint='x')) == find_recipe(run('rn26', kd_checkpoint=['x']))
     on_test = dict(val_split='test', val_fraction=0.1)
     assert compare_with(run('rn26', best=dict(epoch=12), **on_test))[0] == UNDECIDED  # and those are the last weights
     others = [run('rn26', best=dict(epoch=11), **on_test), run('rn26', best=dict(epoch=1), val_split='train+test[:9]'),
-              run('rn26', processes=2), run('rn26', val_fraction=None)]
+              run('rn26', processes=2), run('rn26', grad_accum_steps=2), run('rn26', val_fraction=None),
+              run('rn26', epochs=14)]
     for settings in (dict(opt='sgd'), dict(mixup=0.2), dict(initial_checkpoint='x'), dict(kd_checkpoint='x'),
-                     dict(drop=0.1), dict(pretrained=True), dict(seed=1)):
+                     dict(aa='trivial'), dict(weight_decay=0.1), dict(drop=0.1), dict(pretrained=True), dict(seed=1)):
         others.append(run('rn26', **settings))
     for other in others:
         assert compare_with(other) == (UNTESTED, EXCEPTION)
+    for key, value in (('split', 'train'), ('dataset', 'hfds/uoft-cs/cifar100')):
+        moved = {**evaluations, 'rn26.cifar10': dict(evaluations['rn26.cifar10'], **{key: value})}
+        assert compare(evaluations=moved) == (UNTESTED, EXCEPTION)
 
     for tag, top1 in (('rn26_tm.longer', 93.5), ('rn26.longer', 93.4)):
         model = tag.partition('.')[0]
@@ -204,6 +209,9 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     assert together[0] == (FAILS if verdict == FAILS else UNDECIDED) and '; rn26_tm.b: 21.0 ± 1.0 %, ' in together[1]
     alone, beside = verdicts(geometry=both, taught={'rn26_tm.b'})[CLUSTERED]
     assert (alone, beside) == (verdict, together[1].replace('rn26_tm.b', 'with a teacher, so not judged: rn26_tm.b'))
+    uncertain = make_geometry(output)
+    uncertain['spaces']['rn26: stage 3']['class_neighbour_rate_error'] = 0.5  # of the baseline alone
+    assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (FAILS if verdict == FAILS else UNDECIDED)
     animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})['There animals lie apart from vehicles']
     assert animals[0] == verdict and animals[1].endswith('50 % by chance')
 

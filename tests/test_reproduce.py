@@ -16,7 +16,7 @@ from train.checkpoint import find_checkpoints
 from train.config import parse_args
 from train.paper import DATASETS, TABLE_1
 from train.reproduce import create_cells, create_parser, main
-from train.tables import format_scores, render
+from train.tables import format_scores, render, tabulate
 
 ROOT = Path(__file__).parent.parent
 TINY = ['--data', 'cifar10=sample', '--jobs', '2', '--', '--train-split', 'train[:45]', '--test-split', 'test[:10]',
@@ -100,18 +100,22 @@ def test_threads_one_asks_for_are_the_threads(environments, given, expected):
 def test_figure_has_each_setting_at_its_own_place(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr('train.tables.save_figure', lambda figure, path: drawn.append(figure))
-    for setting, dataset, top1 in (('rn26', 'cifar10', 89.), ('rn26_tm', 'cifar10', 91.), ('rn38', 'cifar10', 90.),
-                                   ('rn38', 'cifar100', 65.)):
-        path = tmp_path / f'{setting}.{dataset}' / 'result.json'
+    for setting, dataset, seed, top1 in (
+            ('rn26', 'cifar10', 0, 88.), ('rn26', 'cifar10', 1, 90.), ('rn26_tm', 'cifar10', 0, 91.),
+            ('rn38', 'cifar10', 0, 90.), ('rn38', 'cifar100', 0, 65.)):
+        path = tmp_path / f'{setting}.{dataset}.seed{seed}' / 'result.json'
         path.parent.mkdir()
         path.write_text(json.dumps(dict(
-            setting=setting, data=dataset, seed=0, test=dict(top1=top1), epochs=3, images={}, hardware='', versions={},
-            mixed_precision='no', command='')))
+            setting=setting, data=dataset, seed=seed, test=dict(top1=top1), epochs=3, images={}, hardware='',
+            versions={}, mixed_precision='no', command='')))
     render('depth', tmp_path)
     axes = drawn[0].axes[0]
     ticks = {t.get_text(): x for t, x in zip(axes.get_xticklabels(), axes.get_xticks())}
     for container, scores in zip(axes.containers, ({'RN26': 89., 'RN26-Ours': 91., 'RN38': 90.}, {'RN38': 65.})):
         assert dict(zip(*container.lines[0].get_data())) == {ticks[name]: top1 for name, top1 in scores.items()}
+    bars = {segment[0, 0]: segment[:, 1] for segment in axes.containers[0].lines[2][0].get_segments()}
+    assert bars[ticks['RN26']] == pytest.approx([89 - 2 ** 0.5, 89 + 2 ** 0.5])  # sample deviation of 88 and 90
+    assert bars[ticks['RN38']] == pytest.approx([90., 90.])
 
 
 def test_grid_of_lambdas_has_no_loss_of_patches_and_the_choice_of_the_paper():
@@ -205,6 +209,9 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
             hardware='a machine', mixed_precision='no', versions=dict(torch='2'), command=f'train.py --seed {seed}')))
     text = render('table1', tmp_path).read_text()
     assert '| RN26 | 90.50 ± 0.71 (2 runs) | 89.52 |' in text
+    for dataset, column in (('cifar100', 2), ('mini_imagenet', 3)):
+        assert format_scores([70.]) in '\n'.join(lines := tabulate('table1', {('rn38', dataset): [70.]}))
+        assert f'| RN38 | 70.00 (1 run) | {TABLE_1["rn38"][column]:.2f} |' in lines
     assert '- Seeds: 0; 1' in text and '- Epochs: 3\n' in text and '- `python train/train.py --seed 1`' in text
 
 

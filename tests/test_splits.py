@@ -119,6 +119,25 @@ def test_divisions_that_cannot_be_are_refused(flags, message):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('splits, flags, message', [
+    (dict(train=['ant', 'bee'], val=['ant', 'cow']), ['--val-split', 'val'], "splits 'train' and 'val' differ"),
+    (dict(train=['ant']), [], "has one class alone, 'ant'; put the images of each class into a folder"),
+])
+def test_sets_whose_classes_teach_nothing_are_refused(tmp_path, splits, flags, message):
+    for split, names in splits.items():
+        for name in names:
+            shutil.copytree(SAMPLE / 'images', tmp_path / split / name)
+    with pytest.raises(InputError, match=message):
+        load('--dataset', str(tmp_path), *flags)
+
+
+def test_pool_is_refused_where_its_splits_fit_in_memory_one_by_one_alone(monkeypatch):
+    monkeypatch.setattr('train.splits.fits_in_memory', lambda images, config, limit: images <= 60)
+    load('--train-split', 'train[:50]', '--val-split', 'train[50:60]', '--test-split', 'test[:50]')
+    with pytest.raises(InputError, match='do not fit in memory'):
+        load('--train-split', 'train[:50]', '--test-split', 'test[:50]', '--pool', '65', '15', '20')
+
+
 @pytest.mark.parametrize('flags', [['--val-split', 'val'], ['--test-split', 'val', '--val-split', 'validation']])
 def test_images_that_have_two_names_serve_one_end(tmp_path, flags):
     shutil.copytree(SAMPLE / 'images', tmp_path / 'flat' / 'a')

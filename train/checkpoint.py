@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -154,8 +155,11 @@ def load_checkpoint(
     except InputError:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as e:
-        reason = str(e).strip().split('\n')[0]
-        raise InputError(f'Checkpoint {path} does not fit this run ({reason}); resume with the same settings.') from e
+        lines = str(e).strip().split('\n')
+        reason = lines[1] if lines[0].endswith(':') and lines[1:] else lines[0]  # PyTorch's first is a headline
+        raise InputError(
+            f'Checkpoint {path} does not fit this run ({shorten(reason, 120, placeholder=" ...")}); resume with the '
+            f'same settings.') from e
 
 
 def gather_running(sums: Dict[str, float]) -> List[Dict[str, float]]:
