@@ -11,6 +11,7 @@ from timm.data.model_config import resolve_input_data_config
 
 from export.metadata import check_preprocessing
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 from train.augment import DataConfig
 from train.data import check_classes, decode, get_class_names, open_dataset, share_images
 
@@ -79,7 +80,7 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
-    labels = list(model.pretrained_cfg.get('label_names') or ())
+    labels = list_class_names(model.pretrained_cfg)
     if len(labels) == len(names) and (args.dataset != 'sample' or set(labels) == set(names)):
         check_classes('The network', labels, args.dataset, names)
     if calibrate and args.dataset == 'sample' and (names != labels if labels else len(names) != model.num_classes):

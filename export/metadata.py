@@ -42,6 +42,7 @@ from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 
 try:
     import fcntl
@@ -60,7 +61,7 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
     """
     cfg = model.pretrained_cfg
     check_preprocessing(config)
-    names = list(cfg.get('label_names') or ())
+    names = list_class_names(cfg)
     return dict(
         metadata_version=METADATA_VERSION,
         model=str(cfg['architecture']),

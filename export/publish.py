@@ -19,6 +19,7 @@ from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,7 +104,7 @@ def create_files(
 
 def save_model(model: Any, folder: Path) -> None:
     """Write config.json and model.safetensors, for timm and for transformers' TimmWrapper."""
-    names = list(model.pretrained_cfg.get('label_names') or ())
+    names = list_class_names(model.pretrained_cfg)
     save_for_hf(
         model, str(folder), model_config=dict(label_names=names) if names else None, safe_serialization=True)
     path = folder / 'config.json'

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 from export import runtime
+from export.metadata import describe_model
 from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, explain
 from timm_tmblock.__main__ import main
@@ -312,6 +313,17 @@ def test_heat_map_of_no_evidence_is_cold(regions):
     for activations in (np.zeros((3, 4, 4)), np.full((3, 4, 4), -1.)):
         explanation.activations = activations
         assert not explanation.heat_map('ant').any()
+
+
+def test_names_by_index_are_those_of_the_outputs(tmp_path):
+    names = {i: f'bird {i}' for i in reversed(range(11))}  # timm takes a dict, whose keys are text once saved
+    timm.models.save_for_hf(
+        timm.create_model('rn26_tm', num_classes=11), tmp_path, model_config=dict(label_names=names),
+        safe_serialization=True)
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    expected = [f'bird {i}' for i in range(11)]
+    assert Explainer(model).class_names == expected
+    assert describe_model(model, resolve_data_config({}, model=model))['class_names'] == expected
 
 
 def test_unknown_class_is_refused(regions):

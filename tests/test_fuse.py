@@ -82,7 +82,7 @@ def test_no_norm_follows_a_convolution(trained_like, name):
 def test_matching_and_shortcut_are_one_convolution(trained_like):
     block = trained_like('rn26_tm').tm
     fused = block.fuse()
-    graph = torch.fx.symbolic_trace(fused).graph
+    graph = torch.fx.symbolic_trace(fused, concrete_args=dict(return_patch_logits=False)).graph
     modules = dict(fused.named_modules())
     inputs = [n.args[0].op for n in graph.nodes if isinstance(modules.get(n.target), torch.nn.Conv2d)]
     assert inputs == ['placeholder', 'call_module']  # of f, and the values of the mixing coefficients
@@ -99,6 +99,14 @@ def test_reparameterize_model_fuses_all_but_the_stem(trained_like, name):
     assert norms == NORMS_LEFT[name] + (not name.startswith('dn'))
     assert isinstance(getattr(model, 'tm', None), TemplateMatching) == name.count('_tm')  # a copy was fused
     assert_equal(outputs(reparameterize_model(torch.nn.Sequential(model))[0], x), outputs(model, x))
+
+
+def test_networks_without_data_are_counted_fused_too():
+    fused = timm.create_model('rn26_tm', device='meta').eval().fuse()
+    expected = timm.create_model('rn26_tm').eval().fuse()
+    assert {k: v.shape for k, v in fused.state_dict().items()} == {
+        k: v.shape for k, v in expected.state_dict().items()}
+    assert all(v.is_meta for v in fused.state_dict().values())
 
 
 def test_templates_more_than_channels(trained_like):

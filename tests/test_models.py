@@ -122,6 +122,20 @@ def test_patch_logits_accompany_the_same_logits(trained_like, batch_size):
     torch.testing.assert_close(patch_logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('fuse', [False, True])
+def test_hooks_on_the_block_see_it_with_patch_logits_too(trained_like, fuse):
+    model = trained_like('rn26_tm')
+    if fuse:
+        model.fuse()
+    seen = []
+    model.tm.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+        _, patch_logits = model.forward_patch_logits(x)
+    torch.testing.assert_close(seen[1], (seen[0], patch_logits), rtol=0, atol=0)
+
+
 def test_forward_returns_patch_logits_only_in_training_and_only_when_switched_on():
     model = timm.create_model('rn26_tm').train()
     x = torch.randn(2, 3, 32, 32)

@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import Mixup
+from timm.task import ClassificationTask
 
 from timm_tmblock import TemplateMatchingTask
 
@@ -69,6 +70,14 @@ def test_loss_equals_equation_3_1(weight, batch_size):
         assert result['class_loss'].item() == pytest.approx(equation_3_1(logits, patch_logits, reference, 0), rel=1e-12)
         assert result['patch_loss'].item() == pytest.approx(equation_3_1(logits, patch_logits, reference, 1), rel=1e-12)
         assert result['output'] is logits
+
+
+def test_model_that_is_refused_is_as_it_was():
+    model = timm.create_model('rn26_tm', pretrained=True, num_classes=5)  # with the 10 templates of its weights
+    with pytest.raises(ValueError, match='one template per class'):
+        TemplateMatchingTask(model, verbose=False)
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 4])
+    assert ClassificationTask(model, verbose=False)(images, targets)['output'].shape == (2, 5)
 
 
 def test_default_weight_is_one_half():

@@ -3,7 +3,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import make_trained_like
+from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
 
 from timm_tmblock.layers import PatchMean, TemplateMatching
 
@@ -84,6 +86,7 @@ def test_block_equals_loop(concat, num_templates, patch_size, size):
     a, f_out = block_loop(block, f, patch_size)
     torch.testing.assert_close(block.patch_logits(f), a, rtol=0, atol=1e-12)
     torch.testing.assert_close(block(f), f_out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(f, return_patch_logits=True), (f_out, a), rtol=0, atol=1e-12)
     block.float()
     torch.testing.assert_close(block.patch_logits(f.float()).double(), a, rtol=0, atol=1e-5)
     torch.testing.assert_close(block(f.float()).double(), f_out, rtol=0, atol=1e-5)
@@ -151,6 +154,13 @@ def test_reset_templates_keeps_device_dtype_and_mode_and_is_to_be_trained():
     frozen = {name for name, p in block.named_parameters() if not p.requires_grad}
     assert frozen == {'shortcut.weight'}  # as timm's reset_classifier leaves the rest frozen
     assert not any(m.training for m in block.modules())
+
+
+def test_new_templates_of_a_synchronized_norm_are_synchronized():
+    block = convert_sync_batchnorm(TemplateMatching(5, 3), process_group='group').eval()
+    block.reset_templates(4)
+    assert isinstance(block.norm, SyncBatchNormAct) and block.norm.num_features == 4
+    assert block.norm.process_group == 'group' and not block.norm.training and isinstance(block.norm.act, nn.ReLU)
 
 
 @pytest.mark.parametrize('arguments', [

@@ -26,6 +26,7 @@ from .errors import InputError
 from .image import read_image
 from .mode import evaluating
 from .models._base import TemplateMatchingNet
+from .models._labels import list_class_names
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
 METHODS = ('match', 'cam')
@@ -157,7 +158,7 @@ class Explainer:
         if model.num_classes < 1:
             raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-        names = model.pretrained_cfg.get('label_names') or ()
+        names = list_class_names(model.pretrained_cfg)
         self._name(names, model.num_classes, model.tm.num_templates if self.method == 'match' else model.num_classes)
 
         def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

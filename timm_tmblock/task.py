@@ -43,7 +43,9 @@ class TemplateMatchingTask(ClassificationTask):
     ) -> None:
         """
         Args:
-            model: Model with `set_patch_supervision`, which is switched on; a baseline as `PatchSupervised(model)`.
+            model: Model of this package, whose patch supervision is switched on, a baseline as
+                `PatchSupervised(model)`; or another one with `num_classes`, `set_patch_supervision` and
+                `get_patch_classifier`.
             criterion: Loss function that averages over samples. Created from criterion_kwargs when None.
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             patch_loss_weight: Weight lambda of the patch loss, in [0, 1].
@@ -59,16 +61,16 @@ class TemplateMatchingTask(ClassificationTask):
         if not 0. <= patch_loss_weight <= 1.:
             raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
         unwrapped = unwrap_model(model)
-        if not hasattr(unwrapped, 'set_patch_supervision'):
+        if not all(hasattr(unwrapped, name) for name in ('set_patch_supervision', 'get_patch_classifier')):
             raise ValueError(
                 f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask, '
                 f'or a baseline of this package as PatchSupervised(model).')
-        unwrapped.set_patch_supervision(True)
         num_templates = unwrapped.get_patch_classifier().num_templates
         if num_templates != unwrapped.num_classes:
             raise ValueError(
                 f'The patch loss needs one template per class, but the model has {num_templates} templates'
                 f' and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
+        unwrapped.set_patch_supervision(True)
         self.patch_loss_weight = patch_loss_weight
 
     def _find_auxiliary(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[PatchSupervised]:

@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import check_model, read_description
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
 from train.data import check_classes
 
@@ -76,7 +77,7 @@ def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None
         description, file = vars(timm.get_pretrained_cfg(args.model) or PretrainedCfg()), args.model
     else:
         return
-    names = description.get('label_names') or [f'class {i}' for i in range(description.get('num_classes') or 0)]
+    names = list_class_names(description) or [f'class {i}' for i in range(description.get('num_classes') or 0)]
     if names:
         check_classes(str(file), names, args.dataset, class_names)
 

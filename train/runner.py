@@ -9,6 +9,7 @@ from timm.data.model_config import resolve_input_data_config
 from export import runtime
 from timm_tmblock.checkpoint import load_pretrained
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 from train.hardware import describe_hardware
 
 Outputs = Tuple[torch.Tensor, Optional[torch.Tensor]]
@@ -73,7 +74,7 @@ class TorchRunner:
         torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
         self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
-        self.class_names = list(self.model.pretrained_cfg.get('label_names') or ())
+        self.class_names = list_class_names(self.model.pretrained_cfg)
         self.has_patches = getattr(self.model, 'has_template_matching', False)
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from timm.utils import unwrap_model
 
 from timm_tmblock.checkpoint import load_model, load_pretrained
 from timm_tmblock.errors import InputError
+from timm_tmblock.models._labels import list_class_names
 from timm_tmblock.task import TemplateMatchingTask
 from train.augment import DataConfig
 from train.config import refusing
@@ -138,7 +139,7 @@ def _prepare_teacher(
     channels = getattr(model, 'in_chans', config['input_size'][0])
     if channels != in_chans and in_chans != 1:  # images of one channel are given to teachers of three
         raise InputError(f'The teacher takes images of {channels} channels and the model of {in_chans}; name another.')
-    labels = config.get('label_names')
+    labels = list_class_names(config)
     if labels:
         check_classes('The teacher', labels, 'the data', class_names)
     if args.channels_last:  # as the images

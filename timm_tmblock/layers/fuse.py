@@ -19,7 +19,7 @@ def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Modu
         return conv, norm
     fused = deepcopy(conv)
     tensors: Any = [  # in float64, as it is done once, and on the CPU, as Apple's GPUs have none
-        None if t is None else t.cpu().double()
+        None if t is None else (t if t.is_meta else t.cpu()).double()
         for t in (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)]
     weight, bias, mean, var, gamma, beta = tensors
     fused.weight, fused.bias = (

@@ -8,7 +8,7 @@ from typing import Optional, Type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, get_device_dtype
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm, get_device_dtype
 
 from .fuse import fuse_conv_norm
 from .patch_mean import PatchMean
@@ -83,7 +83,8 @@ class TemplateMatching(PatchClassifier):
             norm_act_layer: Norm + activation layer that turns patch logits into mixing coefficients.
 
         Raises:
-            ValueError: If `num_templates` is less than 1, or `value_dim` differs from `dim` without `concat`.
+            ValueError: If `num_templates` or `patch_size` is less than 1, or `value_dim` differs from `dim` without
+                `concat`.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_templates, patch_size, **dd)
@@ -102,6 +103,8 @@ class TemplateMatching(PatchClassifier):
     def reset_templates(self, num_templates: int) -> None:
         """Replace the templates and their value vectors by `num_templates` new ones, to be trained; the shortcut stays.
 
+        A norm that is synchronized over processes stays so.
+
         Raises:
             ValueError: If `num_templates` is less than 1.
         """
@@ -110,13 +113,16 @@ class TemplateMatching(PatchClassifier):
         dd = get_device_dtype(self)
         self.num_templates = num_templates
         self.match = nn.Conv2d(self.dim, num_templates, 1, bias=True, **dd)
-        self.norm = self.norm_act_layer(num_templates, **dd)
+        norm = self.norm_act_layer(num_templates, **dd)
+        if isinstance(self.norm, nn.SyncBatchNorm):
+            norm = convert_sync_batchnorm(norm, self.norm.process_group)
+        self.norm = norm
         self.value = nn.Conv2d(num_templates, self.value_dim, 1, bias=False, **dd)
         for module in (self.match, self.norm, self.value):
             module.train(self.training)
 
     def mix(self, patch_logits: torch.Tensor) -> torch.Tensor:
-        """Mixing coefficients of the value vectors, not negative: (B, K, H, W) -> (B, K, H, W)."""
+        """Mixing coefficients of the value vectors, with ReLU not negative: (B, K, H, W) -> (B, K, H, W)."""
         return self.norm(patch_logits)
 
     def embed(self, x: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
@@ -126,8 +132,20 @@ class TemplateMatching(PatchClassifier):
             return torch.cat([x, values], dim=1)
         return self.shortcut(x) + values
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.embed(x, self.patch_logits(x))
+    def forward(self, x: torch.Tensor, return_patch_logits: bool = False):
+        """
+        Args:
+            x: Input feature map (B, D, H, W).
+            return_patch_logits: Return the patch logits (B, K, H, W) too; not in TorchScript.
+
+        Returns:
+            Output (B, out_dim, H, W), or a tuple of output and patch logits.
+        """
+        patch_logits = self.patch_logits(x)
+        y = self.embed(x, patch_logits)
+        if return_patch_logits and not torch.jit.is_scripting():
+            return y, patch_logits
+        return y
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -171,13 +189,11 @@ class FusedTemplateMatching(nn.Module):
         """As the unfused block's: (B, D, H, W) -> (B, K, H, W)."""
         return self.patch_mean(self.match(x))
 
-    def embed(self, x: torch.Tensor, patch_logits: torch.Tensor) -> torch.Tensor:
-        """As the unfused block's; the patch logits are not needed for it."""
-        return self(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, return_patch_logits: bool = False):
+        """As the unfused block's."""
         y = self.conv(x)  # (B, K, H, W) or (B, K + D, H, W)
         values = self.value(self.act(self.patch_mean(y[:, :self.num_templates])))
-        if self.concat:
-            return torch.cat([x, values], dim=1)
-        return y[:, self.num_templates:] + values
+        y = torch.cat([x, values], dim=1) if self.concat else y[:, self.num_templates:] + values
+        if return_patch_logits and not torch.jit.is_scripting():
+            return y, self.patch_logits(x)
+        return y

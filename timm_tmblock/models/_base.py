@@ -199,7 +199,7 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:
-        """Replace the templates by `num_templates` newly initialized ones, before norms are synchronized.
+        """Replace the templates by `num_templates` newly initialized ones.
 
         Raises:
             ValueError: If the model has no template matching block or is fused, or `num_templates` is less than 1.
@@ -334,9 +334,8 @@ class TemplateMatchingNet(nn.Module):
         """
         self._check_template_matching()
         x = self._forward_trunk(x)
-        patch_logits = self.tm.patch_logits(x)
-        x = self._forward_last(self.tm.embed(x, patch_logits))
-        return self.forward_head(x), patch_logits
+        x, patch_logits = self.tm(x, return_patch_logits=True)
+        return self.forward_head(self._forward_last(x)), patch_logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass."""

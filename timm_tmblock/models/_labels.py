@@ -1,5 +1,7 @@
-""" Class names of the sets that pretrained weights are of, in the order of their labels
+""" Class names, in the order of the labels: of any pretrained config, and of the sets that pretrained weights are of
 """
+from typing import Any, List
+
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 CIFAR100_LABELS = tuple('''
@@ -11,3 +13,11 @@ CIFAR100_LABELS = tuple('''
     skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
     tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 '''.split())
+
+
+def list_class_names(cfg: Any) -> List[str]:
+    """Names of the classes of a pretrained config, none if it has none; timm takes a list, or a dict by index."""
+    names = cfg.get('label_names') or ()
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    return list(names)

@@ -24,6 +24,7 @@ from export.load import load
 from timm_tmblock.analysis import measure_maximizer
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
+from timm_tmblock.models._labels import list_class_names
 from train.analysis import FILLS
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
@@ -116,7 +117,7 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
         tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
         crop_pct=cfg['crop_pct'], crop_mode=cfg.get('crop_mode', 'center'))
     data = decode(open_named(args, config.input_size[0]), config)
-    names = cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
     check_classes(args.model, names, args.dataset, data.class_names)
     return data
 
@@ -171,7 +172,7 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
         baseline = load_network(args.baseline, next(model.parameters()).device, False)
         if map_size(baseline) != map_size(model):
             raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
-        classes = [list(network.pretrained_cfg.get('label_names') or ()) for network in (baseline, model)]
+        classes = [list_class_names(network.pretrained_cfg) for network in (baseline, model)]
         if classes[0] != classes[1]:
             raise InputError(f'{args.baseline} and {args.model} have different classes.')
         networks = {args.baseline: baseline, args.model: model}
