@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_tmblock.layers import can_share_features, dense_features
-from timm_tmblock.models.densenet import DenseLayer, DenseStage
+from timm_tmblock.models.tm_densenet import DenseLayer, DenseStage
 
 
 def make_stages(dtype=torch.float64, depth=4):
@@ -54,7 +54,7 @@ def test_whole_networks_train_the_same(monkeypatch):
         for shared in (True, False):
             copied = copy.deepcopy(model)
             if not shared:
-                monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda *args: False)
+                monkeypatch.setattr('timm_tmblock.models.tm_densenet.can_share_features', lambda *args: False)
             results.append(run(copied, x))
         monkeypatch.undo()
         torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
@@ -186,6 +186,15 @@ def test_layers_that_are_not_plain_are_run_as_they_are(change):
     assert not can_share_features(stage.blocks, x, DenseLayer)
 
 
+@pytest.mark.parametrize('owner, name', [
+    (torch._C, '_are_functorch_transforms_active'), (torch.autograd.forward_ad, '_current_level'),
+    (torch.nn.modules.module, '_has_any_global_hook')])
+def test_layers_are_run_as_they_are_where_torch_does_not_tell_who_looks_on(owner, name, monkeypatch):
+    stage, _ = make_stages(torch.float32)
+    monkeypatch.delattr(owner, name)
+    assert not can_share_features(stage.blocks, torch.randn(2, 10, 6, 5), DenseLayer)
+
+
 @pytest.mark.parametrize('ablate', [0, 1, 3])
 def test_features_that_a_hook_takes_or_replaces_have_their_gradients(ablate):
     gradients = []
@@ -259,8 +268,8 @@ def test_second_derivatives_need_the_plain_layers():
     [(None, 'cpu', True), (None, 'meta', False), (True, 'meta', True), (False, 'cpu', False)])
 def test_features_are_shared_by_default_on_a_cpu_alone(monkeypatch, memory_efficient, device, shared):
     """Another device stands in for a GPU."""
-    monkeypatch.setattr('timm_tmblock.models.densenet.can_share_features', lambda *args: True)
-    monkeypatch.setattr('timm_tmblock.models.densenet.forward_shared', lambda layers, x: 'shared')
+    monkeypatch.setattr('timm_tmblock.models.tm_densenet.can_share_features', lambda *args: True)
+    monkeypatch.setattr('timm_tmblock.models.tm_densenet.forward_shared', lambda layers, x: 'shared')
     stage = DenseStage(10, 8, 6, 2, memory_efficient, device=device)
     assert (stage(torch.randn(2, 10, 6, 5, device=device)) == 'shared') is shared
 

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 
 from timm_tmblock.layers import TemplateMatching
-from timm_tmblock.models.resnet import PreActBasic, PreActResNet
+from timm_tmblock.models.tm_resnet import PreActBasic, PreActResNet
 
 # those that follow an addition or a concatenation: the first of each block and the last of the network, but for the
 # ResNets' first, which follows the stem alone; in the DenseNets also those of the transitions

@@ -394,6 +394,12 @@ def test_new_templates_are_initialized_as_the_first_ones():
         assert model.tm.value.weight.std().item() == pytest.approx((2 / model.tm.value.out_channels) ** 0.5, rel=0.05)
 
 
+def test_modules_have_names_of_their_own_in_timms_registry():
+    assert timm.list_models(module='tm_resnet') == [name for name in MODELS if not name.startswith('dn')]
+    assert timm.list_models(module='tm_densenet') == [name for name in MODELS if name.startswith('dn')]
+    assert not set(MODELS) & {n for module in ('resnet', 'densenet') for n in timm.list_models(module=module)}
+
+
 def test_entry_points_are_where_timm_has_its_own():
     assert all(callable(getattr(timm_tmblock.models, name)) for name in ('rn26_tm', 'wrn16', 'dn100_tm_cat'))
 

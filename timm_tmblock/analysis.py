@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from .mode import evaluating
 from .models._base import TemplateMatchingNet
-from .models.resnet import PreActBasic, PreActBottleneck
+from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
 def soft_assignment(p: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

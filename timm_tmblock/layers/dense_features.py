@@ -13,9 +13,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 
+# what tells that others than autograd look on has no public name; without these the plain layers run
+_PRIVATE = (
+    (torch._C, '_are_functorch_transforms_active'), (torch.autograd.forward_ad, '_current_level'),
+    (torch.nn.modules.module, '_has_any_global_hook'))
+
 
 def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
     """Whether `forward_shared` may stand in for the layers: those of `layer_type` in training, called as they are."""
+    if not all(hasattr(module, name) for module, name in _PRIVATE):
+        return False
     if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling() \
             or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() <= x.shape[1] \
             or torch.autograd.forward_ad._current_level >= 0:

@@ -1,4 +1,4 @@
-from .densenet import *  # noqa: F403  the entry points, as timm.models has them
-from .densenet import DenseNetSmall as DenseNetSmall
-from .resnet import *  # noqa: F403
-from .resnet import PreActResNet as PreActResNet
+from .tm_densenet import *  # noqa: F403  the entry points, as timm.models has them
+from .tm_densenet import DenseNetSmall as DenseNetSmall
+from .tm_resnet import *  # noqa: F403
+from .tm_resnet import PreActResNet as PreActResNet
