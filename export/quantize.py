@@ -17,7 +17,9 @@ BATCH_SIZE = 64
 # TensorRT takes neither zero points other than 0 nor a bias in int32; it fuses what is between convolutions itself, and
 # loses least where the sum that a residual network adds to stays in floating point.
 SETTINGS: Dict[str, Dict[str, Any]] = {
-    'cpu': dict(activation_type=QuantType.QUInt8),
+    'cpu': dict(
+        activation_type=QuantType.QUInt8,
+        extra_options=dict(OpTypesToExcludeOutputQuantization=['Gemm'])),  # scores in 8 bits would tie
     'tensorrt': dict(
         activation_type=QuantType.QInt8,
         op_types_to_quantize=['Conv'],
