@@ -162,7 +162,11 @@ def run_tensorrt(args: argparse.Namespace) -> None:
                 f'--{given[0].replace("_", "-")} is for a MODEL: {source} was exported and checked before; leave it '
                 f'out.')
     else:
-        check_before_export(args.output, options)
+        if args.dynamic_size and not args.size:
+            raise InputError('An engine of dynamic height and width has a range of them: --size MIN OPT MAX.')
+        if args.size and not args.dynamic_size:
+            raise InputError('--size is of dynamic height and width; add --dynamic-size.')
+        check_before_export(args.output, options, args.layers)
         args.precision = args.precision or 'fp16'
         source = args.output.with_name(f'{args.output.name}.onnx')
         run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': 'tensorrt', 'opset': None}))
@@ -184,13 +188,14 @@ def add_triton(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--max-batch', type=int, default=64, help='of ONNX files; engines have their own')
     command.add_argument('--instances', type=int, default=1, help='on each device')
     command.add_argument('--kind', choices=KINDS, default='auto', help='where ONNX files run')
+    command.add_argument('--threads', type=int, help='of each instance on a CPU; all cores if not given')
     command.add_argument('--max-delay', type=int, default=500, help='microseconds a request waits for others to join')
     command.set_defaults(run=run_triton)
 
 
 def run_triton(args: argparse.Namespace) -> None:
     from export.triton import ServingOptions, add_models, tell_flags
-    options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay)
+    options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay, args.threads)
     for folder in add_models(args.output, args.files, args.name, options):
         print(f'wrote {folder}')
     flags = tell_flags(args.files)
@@ -207,13 +212,24 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     command.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64])
+    command.add_argument('--threads', type=int, help="on a CPU; PyTorch's choice, for all, if not given")
     command.add_argument('--seconds', type=float, default=20., help='for each batch size')
     command.add_argument('--output', metavar='NAME', help='write NAME.json, NAME.md and NAME.png')
     command.set_defaults(run=run_bench)
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    from export.bench import Contestant, describe_machine, draw, measure, name_apart, open_file, open_torch, to_markdown
+    from export.bench import (
+        Contestant,
+        describe_machine,
+        draw,
+        measure,
+        name_apart,
+        open_file,
+        open_torch,
+        set_threads,
+        to_markdown,
+    )
     from export.report import write_report
     from timm_tmblock.errors import InputError
     if not args.files and not args.torch:
@@ -224,6 +240,7 @@ def run_bench(args: argparse.Namespace) -> None:
             f'name some with --torch.')
     if min(args.batch_sizes) < 1 or args.seconds <= 0:
         raise InputError('--batch-sizes and --seconds must be positive.')
+    set_threads(args.threads)
     contestants: List[Contestant] = []
     for name in args.torch:
         for compiled in (False, True)[:1 + args.compile]:

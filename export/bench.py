@@ -9,7 +9,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -41,11 +41,15 @@ def name_apart(paths: Sequence[Path]) -> List[str]:
 def open_file(path: Path, device: str, name: str = '') -> Contestant:
     """An ONNX file on a device, or an engine on the GPU, in the runtime, by the file's name or another.
 
+    On a CPU with as many threads as PyTorch has, which the report tells.
+
     Raises:
         RuntimeInputError: If it cannot run here.
     """
+    import torch
+
     is_engine = path.suffix in ENGINE_SUFFIXES
-    runner = load(path, 'auto' if is_engine else device)
+    runner = load(path, 'auto' if is_engine else device, threads=torch.get_num_threads())
     shape = runner.preprocessing['input_size']
     kind = 'TensorRT' if is_engine else f'ONNX Runtime {runner.session.provider.removesuffix("ExecutionProvider")}'
 
@@ -54,6 +58,20 @@ def open_file(path: Path, device: str, name: str = '') -> Contestant:
         return runner.to_input(pixels)
 
     return Contestant(f'{kind}, {name or path.name}', runner.session.run, make_input)
+
+
+def set_threads(threads: Optional[int]) -> None:
+    """Threads of what is timed on a CPU, PyTorch's own choice if None.
+
+    Raises:
+        InputError: For none.
+    """
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f'--threads must be at least 1, not {threads}.')
+        torch.set_num_threads(threads)
 
 
 def open_torch(name: str, compiled: bool, device: str, precision: str, prepared: bool = True) -> Contestant:
@@ -91,7 +109,13 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
     @torch.inference_mode()
     def call(x: np.ndarray) -> Any:
         batch = torch.from_numpy(x).to(device, dtype, memory_format=memory_format)
-        return model(batch).float().cpu().numpy()
+        try:
+            return model(batch).float().cpu().numpy()
+        except torch._dynamo.exc.TorchDynamoException as e:  # the first call compiles
+            lines = [line for line in str(e).splitlines() if line.strip() and not line.rstrip().endswith(':')]
+            raise InputError(
+                f'torch.compile fails here ({lines[0] if lines else type(e).__name__}); install what it needs, a C++ '
+                f'compiler on a CPU (g++), or leave out --compile.') from e
 
     return Contestant(
         f'PyTorch {"compiled" if compiled else "eager"} {precision}, {name}', call,

@@ -37,7 +37,15 @@ import safetensors.torch
 import timm
 import torch.nn as nn
 
-from export.runtime import ENGINE_SUFFIXES, METADATA_VERSION, is_described, parse_properties
+from export.runtime import (
+    ENGINE_SUFFIXES,
+    METADATA_VERSION,
+    RuntimeInputError,
+    check_metadata,
+    is_described,
+    parse_properties,
+    refuse_pointer,
+)
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
 from timm_tmblock.checkpoint import writing
@@ -177,6 +185,10 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:
         raise InputError(f'{path} says only a part of what is needed, not its {missing[0]}; export it again.')
+    try:
+        check_metadata(metadata, path)
+    except RuntimeInputError as e:
+        raise InputError(str(e)) from e
     return metadata
 
 
@@ -186,18 +198,24 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     Raises:
         InputError: If there is no such file, it is cut short, says nothing of itself, or is an engine that its sidecar
             is not of.
+        RuntimeInputError: If it is a pointer of Git LFS.
     """
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
-    properties: Dict[str, str] = {}
-    if path.suffix == '.onnx':
-        import onnx
-        from google.protobuf.message import DecodeError
-        try:
-            properties = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
-        except DecodeError as e:
-            raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
-    metadata = read_metadata(path, properties)
-    if path.suffix in ENGINE_SUFFIXES and not is_described(path.read_bytes(), metadata):
-        raise InputError(f'{path} is not the engine its sidecar is of, or is cut short; build it again.')
+    content = path.read_bytes()
+    refuse_pointer(path, content)
+    if path.suffix != '.onnx':
+        metadata = read_metadata(path, {})
+        if path.suffix in ENGINE_SUFFIXES and not is_described(content, metadata):
+            raise InputError(f'{path} is not the engine its sidecar is of, or is cut short; build it again.')
+        return metadata
+    import onnx
+    from google.protobuf.message import DecodeError
+    try:
+        proto = onnx.load_from_string(content)
+    except DecodeError as e:
+        raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
+    metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
+    dims = proto.graph.input[0].type.tensor_type.shape.dim  # another tool may have fixed the batch
+    metadata['input']['shape'] = [d.dim_value if d.HasField('dim_value') else d.dim_param for d in dims]
     return metadata

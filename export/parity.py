@@ -18,6 +18,7 @@ from export.images import Images
 from timm_tmblock.errors import InputError
 
 BATCH_SIZES = (1, 2, 7, 64)
+BLOCK = 32  # images that are compared at a time
 Run = Callable[[np.ndarray], List[np.ndarray]]
 
 
@@ -73,10 +74,17 @@ class _Comparison:
 
 def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, resolution: float) -> _Comparison:
     """Compare an output (N, K, ...) with PyTorch's, given the scores before any soft-max."""
-    errors = np.abs(got.astype(np.float64) - expected).reshape(len(got), -1).max(axis=1) / np.abs(expected).max()
+    largest, tie = (max(y.max(), -y.min()) for y in (expected, scores))
+    differences, gaps = [], []
+    for i in range(0, len(got), BLOCK):  # copies of all would take several times the outputs' memory
+        block = slice(i, i + BLOCK)
+        difference = np.abs(got[block].astype(np.float64) - expected[block])
+        differences.append(difference.reshape(len(difference), -1).max(axis=1))
+        best = np.sort(scores[block], axis=1)[:, -2:]
+        gaps.append(best[:, -1] - best[:, 0])
+    errors = np.concatenate(differences) / largest
     errors = np.where(np.isfinite(errors), errors, np.inf)
-    best = np.sort(scores, axis=1)[:, -2:]
-    clear = best[:, -1] - best[:, 0] > resolution * np.abs(scores).max()
+    clear = np.concatenate(gaps) > resolution * tie
     same = got.argmax(axis=1) == scores.argmax(axis=1)
     wrong = (clear & ~same).reshape(len(got), -1).any(axis=1)
     return _Comparison(

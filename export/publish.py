@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import timm
 import torch
+from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 
 from export.images import Images
@@ -64,6 +65,9 @@ def create_files(
         if not card.is_file():
             raise InputError(f'There is no card {card}.')
         check(card.read_text())
+    described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
+    for path in engines:
+        read_engine(path, described)  # before the work
     save_model(model, folder)
     check_loads_back(model, folder)
     patches = getattr(model, 'has_template_matching', False)
@@ -134,14 +138,32 @@ def _open_again(path: Path) -> None:
         raise InputError(f'What was written does not load back: {e}') from e
 
 
-def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
-    """Put an engine of the network that an ONNX file's metadata describe into the folder."""
+def read_engine(path: Path, network: Dict[str, Any]) -> Dict[str, Any]:
+    """The metadata of an engine of the network that other metadata describe.
+
+    Raises:
+        InputError: If it is not, or is no engine, or the ONNX file it was built from is gone.
+    """
     if path.suffix not in ENGINE_SUFFIXES:
         raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}.')
     metadata = load_metadata(path)
     different = find_difference(network, metadata)
     if different:
         raise InputError(f'{path} was built from other {different}; build it again.')
+    built = metadata['engine']
+    source = path.parent / built['onnx']
+    if not _is_source(source, built):
+        raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
+    return metadata
+
+
+def _is_source(file: Path, built: Dict[str, Any]) -> bool:
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == built['onnx_sha256']
+
+
+def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
+    """Put an engine of the network that an ONNX file's metadata describe into the folder."""
+    metadata = read_engine(path, network)
     built: Dict[str, Any] = metadata['engine']
     gpu = 'any'
     if built['gpu']:  # its name too, as of one compute capability there are several that want engines of their own
@@ -172,12 +194,8 @@ def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:
     Not one of onnx/, which the next push may replace by one of another version, and engines stay; equal content takes
     no place of its own on the Hub.
     """
-    def is_source(file: Path) -> bool:
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == built['onnx_sha256']
     source = path.parent / built['onnx']
-    if not is_source(source):
-        raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
-    if (beside / source.name).is_file() and not is_source(beside / source.name):
+    if (beside / source.name).is_file() and not _is_source(beside / source.name, built):
         raise InputError(f'Two engines were built from files called {source.name}; rename one, and build it again.')
     shutil.copyfile(source, beside / source.name)
     if sidecar(source).is_file():

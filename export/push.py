@@ -329,7 +329,9 @@ class _Push:
                 repo, discussion_type='pull_request', discussion_status='open'):
             if is_done(f'refs/pr/{request.num}'):
                 return request.url
-        return str(self._commit().pr_url)
+        commit = self._commit()
+        self._verify(str(commit.pr_revision))
+        return str(commit.pr_url)
 
     def _verify(self, revision: str) -> None:
         tree = self._retry(lambda: self._list_tree(revision), 'list what arrived')

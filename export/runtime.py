@@ -258,8 +258,10 @@ class OnnxSession:
             if hasattr(ort, 'preload_dlls'):  # the loader does not find CUDA and cuDNN where pip installs them
                 with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
                     ort.preload_dlls()
+        content = path.read_bytes()
+        refuse_pointer(path, content)
         try:
-            self.session = ort.InferenceSession(path.read_bytes(), options, providers=providers)
+            self.session = ort.InferenceSession(content, options, providers=providers)
         except Exception as e:  # onnxruntime's errors share no public base class
             reason = _tell(e)
             advice = 'export it again'
@@ -275,8 +277,9 @@ class OnnxSession:
         self.metadata = parse_properties(self.session.get_modelmeta().custom_metadata_map)
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
-        _check_metadata(self.metadata, path)
-        if 'file_sha256' in self.metadata and not is_described(path.read_bytes(), self.metadata):
+        check_metadata(self.metadata, path)
+        self.metadata['input']['shape'] = self.session.get_inputs()[0].shape  # another tool may have fixed the batch
+        if 'file_sha256' in self.metadata and not is_described(content, self.metadata):
             warnings.warn(
                 f'{path} was changed after {sidecar(path).name} was written, or is not its file; if it is of another '
                 f'network, class names and preprocessing are wrong.', stacklevel=2)
@@ -306,7 +309,7 @@ class TensorRTSession:
     def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
         self.path = path
         self.metadata = _read_sidecar(path)
-        _check_metadata(self.metadata, path)
+        check_metadata(self.metadata, path)
         plan = _read_engine(path)
         check_engine(path, self.metadata, plan)
         trt = import_tensorrt(self.metadata['engine']['backend'])
@@ -589,9 +592,22 @@ def _import_library(name: str) -> Any:
 
 def _read_engine(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        plan = path.read_bytes()
     except OSError as e:
         raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
+    refuse_pointer(path, plan)
+    return plan
+
+
+def refuse_pointer(path: Path, content: bytes) -> None:
+    """
+    Raises:
+        RuntimeInputError: For what git leaves in the place of a file where Git LFS is not installed.
+    """
+    if content.startswith(b'version https://git-lfs'):
+        raise RuntimeInputError(
+            f'{path} is not the file but a pointer of Git LFS to it; install git-lfs and run git lfs pull, or use hf '
+            f'download.')
 
 
 def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
@@ -703,22 +719,41 @@ def parse_properties(properties: Dict[str, str]) -> Dict[str, Any]:
     return metadata
 
 
-def _check_metadata(metadata: Dict[str, Any], path: Path) -> None:
+def check_metadata(metadata: Dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        RuntimeInputError: For metadata of another version, or that are not whole.
+    """
     version = metadata.get('metadata_version')
     if version != METADATA_VERSION:
         found = f'has metadata of version {version}' if version else 'does not say its classes and preprocessing'
         raise RuntimeInputError(f'{path} {found}; export it with python -m export onnx.')
     try:
+        complete = _is_whole(metadata)
         scores, names = metadata['outputs'][0]['shape'][1], metadata['class_names']
-        described = ('input_size', 'mean', 'std', 'color', 'crop_pct', 'interpolation')
-        complete = all(key in metadata['preprocessing'] for key in described)
-        complete = complete and all(key in metadata['input'] for key in ('name', 'shape', 'layout', 'range'))
-    except (KeyError, IndexError, TypeError):
+    except (AttributeError, KeyError, IndexError, TypeError):
         complete = False
     if not complete:
         raise RuntimeInputError(f'{path} says only a part of what is needed to use it; export it again.')
     if scores != len(names):
         raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; export it again.')
+
+
+def _is_whole(metadata: Dict[str, Any]) -> bool:
+    """Whether what is needed to use a file is there, of the kinds it should be."""
+    preprocessing, tensors = metadata['preprocessing'], [metadata['input'], *metadata['outputs']]
+    size = preprocessing['input_size']
+    names = [metadata['class_names'], *([metadata['template_names']] if len(tensors) > 2 else [])]
+    return (
+        len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
+        and len(preprocessing['mean']) == len(preprocessing['std']) == size[0]
+        and all(isinstance(v, (int, float)) for v in preprocessing['mean'])
+        and all(v > 0 for v in preprocessing['std']) and preprocessing['crop_pct'] > 0
+        and preprocessing['color'] in ('RGB', 'L')
+        and preprocessing['interpolation'].upper() in Image.Resampling.__members__
+        and all(isinstance(kinds, list) and all(isinstance(name, str) for name in kinds) for kinds in names)
+        and all(isinstance(t['shape'], list) and {'name', 'dtype'} <= t.keys() for t in tensors)
+        and metadata['input'].keys() >= {'layout', 'range'} and all('meaning' in t for t in metadata['outputs']))
 
 
 def check_built(metadata: Dict[str, Any], path: Path) -> None:
@@ -1040,7 +1075,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
     for path in _list_files(folder, ('*', 'engines/*/*'), ENGINE_SUFFIXES, remote):
         try:
             metadata = _read_sidecar(path)
-            _check_metadata(metadata, path)
+            check_metadata(metadata, path)
             check_built(metadata, path)
         except RuntimeInputError as e:  # not one of ours
             reasons.append(str(e).rstrip('.'))

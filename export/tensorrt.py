@@ -27,7 +27,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from export.metadata import read_metadata, replace_with_sidecar
-from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, tell_platform
+from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, refuse_pointer, tell_platform
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -71,8 +71,9 @@ class EngineOptions:
                 raise InputError(f'{name} must be one of {", ".join(known)}, not {value!r}.')
         for name, low_high in (*(('--batch', b) for b in self.batches), ('--size', self.size or (1, 1, 1))):
             low, opt, high = low_high
-            if not 1 <= low <= opt <= high:
-                raise ProfileError(f'{name} {low} {opt} {high} must rise: smallest, preferred and largest, from 1 on.')
+            if not 1 <= low <= opt <= high < 2 ** 31:
+                raise ProfileError(
+                    f'{name} {low} {opt} {high} must rise: smallest, preferred and largest, from 1 on and below 2^31.')
         if self.workspace is not None and not 1 <= self.workspace < 2 ** 43:
             raise InputError('--workspace must be at least 1 MB, and no more than there are bytes to address.')
 
@@ -113,10 +114,8 @@ def build_engine(
         ParseError: If TensorRT does not take the network, with the node and its operator.
         ProfileError: If the batch or image sizes cannot be had.
     """
-    trt = check_before_export(path, options)
+    trt = check_before_export(path, options, layers)
     gpu = query_gpu()
-    if layers and not gpu:
-        raise InputError('TensorRT describes layers on a GPU, and there is none here; leave out --layers.')
     is_old = trt.__name__ == 'tensorrt' and parse_version(trt.__version__) < [10, 13]
     model, metadata = read_onnx(onnx_path, OPSETS_BEFORE_10_13 if is_old else OPSETS)
     with writing(path, unique=True) as tmp:
@@ -163,7 +162,7 @@ def check_size(size: Sequence[int], input_size: Sequence[int]) -> None:
             f'leaves out; let the range include it.')
 
 
-def check_before_export(path: Path, options: EngineOptions) -> Any:
+def check_before_export(path: Path, options: EngineOptions, layers: Optional[Path] = None) -> Any:
     """Find what would fail in the end before anything is begun, and return the module of TensorRT.
 
     Raises:
@@ -175,7 +174,10 @@ def check_before_export(path: Path, options: EngineOptions) -> Any:
     if path.suffix not in ENGINE_SUFFIXES:
         raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}, which is how others tell what it is.')
     trt = import_tensorrt(options.backend)
-    _check_backend(trt, query_gpu(), options)
+    gpu = query_gpu()
+    _check_backend(trt, gpu, options)
+    if layers and not gpu:
+        raise InputError('TensorRT describes layers on a GPU, and there is none here; leave out --layers.')
     return trt
 
 
@@ -225,6 +227,7 @@ def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
     model = path.read_bytes()
+    refuse_pointer(path, model)
     try:
         proto = onnx.load_from_string(model)
         onnx.checker.check_model(proto)

@@ -32,6 +32,7 @@ class ServingOptions:
     instances: int = 1  # on each device
     kind: str = 'auto'  # of KINDS; engines are on the GPU, and refused for 'cpu'
     max_delay: int = 500  # microseconds a request may wait for others to make a batch
+    threads: Optional[int] = None  # of each instance on a CPU; ONNX Runtime takes all cores if None
 
 
 def add_models(repository: Path, paths: Sequence[Path], name: Optional[str], options: ServingOptions) -> List[Path]:
@@ -170,9 +171,16 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif metadata['input']['shape'][0] != 'batch':
         raise InputError(f'{path} takes one batch size alone; export it with a dynamic batch.')
-    if max_batch < 1 or options.instances < 1 or options.max_delay < 0:
-        raise InputError('--max-batch and --instances must be at least 1, and --max-delay at least 0.')
+    threads = 1 if options.threads is None else options.threads
+    if min(max_batch, options.instances, threads) < 1 or options.max_delay < 0:
+        raise InputError('--max-batch, --instances and --threads must be at least 1, and --max-delay at least 0.')
+    if max(max_batch, options.instances, threads) >= 2 ** 31 or options.max_delay >= 2 ** 63:
+        raise InputError('--max-batch, --instances, --threads or --max-delay is more than the server can count.')
     kind = 'gpu' if engine else options.kind
+    if kind == 'auto' and (metadata['quantization'] or {}).get('target') == 'cpu':
+        kind = 'cpu'
+    if options.threads and kind != 'cpu':
+        raise InputError(f'--threads is of the CPU, where {path} does not run alone; add --kind cpu.')
     lines = [
         f'name: "{name}"',
         f'backend: "{backend}"',
@@ -196,6 +204,9 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
             f'optimization {{ execution_accelerators {{ gpu_execution_accelerator: [ {{ name: "cuda" {cuda} }} ] }} }}',
             HEURISTIC,
         ]
+    if options.threads:
+        lines.append(
+            f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{options.threads}" }} }}')
     warmups = [_warmup(size, metadata, engine) for size in sorted({1, max_batch})]
     lines += ['model_warmup [', ',\n'.join(warmups), ']']
     return '\n'.join(lines) + '\n'

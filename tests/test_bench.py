@@ -14,7 +14,7 @@ import export.selftest
 from export.__main__ import main
 from export.bench import Contestant, measure, name_apart
 from export.onnx import OnnxOptions
-from export.runtime import RuntimeInputError
+from export.runtime import RuntimeInputError, load
 from timm_tmblock.errors import InputError
 
 
@@ -69,8 +69,32 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
         assert picture.width > 1000
 
 
+def test_everything_has_as_many_threads_as_one_asks_for(files, monkeypatch):
+    used = []
+    monkeypatch.setattr(export.bench, 'load', lambda *args, **kwargs: used.append(kwargs['threads']) or load(
+        *args, **kwargs))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            main(['bench', str(files / 'a.onnx'), '--threads', str(threads), '--batch-sizes', '1', '--seconds', '0.1'])
+            assert used.pop() == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiler_that_is_missing_is_one_sentence(monkeypatch):
+    def fail(graph, inputs):
+        raise OSError('g++ is not there')
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda model, mode: compiled(model, backend=fail))
+    with pytest.raises(InputError, match=r'torch.compile fails here \(.*g\+\+ is not there.*leave out --compile'):
+        main(['bench', '--torch', 'rn20', '--compile', '--batch-sizes', '1', '--seconds', '0.1'])
+
+
 @pytest.mark.parametrize('flags, message', [
     ([], 'There is nothing to time'),
+    (['x.onnx', '--threads', '0'], '--threads must be at least 1'),
     (['x.onnx', '--compile'], '--compile only applies to PyTorch networks; name some with --torch'),
     (['x.onnx', '--precision', 'fp16'], '--precision only applies to PyTorch networks; name some with --torch'),
     (['missing.onnx'], 'There is no file or folder missing.onnx'),

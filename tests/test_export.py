@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from PIL import Image
 
 import export.parity
@@ -26,6 +27,7 @@ from export.images import add_image_options, load_images, name_set
 from export.load import load
 from export.metadata import describe_model, replace_with_sidecar
 from export.onnx import OnnxOptions, create_onnx, export_onnx
+from export.tensorrt import read_onnx
 from timm_tmblock import Explainer, PatchSupervised, explain
 from timm_tmblock.checkpoint import load_model, save_weights, writing
 from timm_tmblock.errors import InputError
@@ -270,6 +272,8 @@ def test_precisions_keep_their_limits_and_size(
             assert kinds == {'int8'} and not any(z.any() for z in zero_points)
         else:
             assert {'uint8', 'int8'} <= kinds
+            scores = next(n for n in proto.graph.node if 'logits' in n.output)
+            assert scores.op_type == 'Gemm'  # not of 8 bits, of which two classes may have the same
         assert sum(n.op_type == 'QuantizeLinear' for n in proto.graph.node) >= 25
     else:
         halves = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
@@ -295,6 +299,31 @@ def test_file_is_checked_again_by_command(exported, images, tmp_path, capsys, mo
     onnx.save(proto, tmp_path / 'changed.onnx')
     with pytest.raises(export.parity.ParityError, match='logits differs from PyTorch'):
         main(['check', str(tmp_path / 'changed.onnx'), str(weights), *FEW])
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_batch_that_another_tool_fixed_is_the_files(exported, tmp_path, capsys, batch_size):
+    _, weights, plain, _ = exported
+    proto = onnx.load(plain)
+    make_dim_param_fixed(proto.graph, 'batch', batch_size)
+    path = tmp_path / 'fixed.onnx'
+    onnx.save(proto, path)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    found, expected = (runtime.load(file, 'cpu')(pixels) for file in (path, plain))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.probabilities, b.probabilities, rtol=1e-4, atol=1e-4)
+    main(['check', str(path), str(weights), *FEW])
+    assert 'logits: differs from PyTorch by at most' in capsys.readouterr().out
+    with pytest.raises(InputError, match='fixed.onnx takes one batch size alone; export it with a dynamic batch'):
+        main(['triton', str(path), '--output', str(tmp_path / 'repository')])
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / 'x.onnx').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3955164\n')
+    for call in (lambda: runtime.load(tmp_path / 'x.onnx', 'cpu'), lambda: read_onnx(tmp_path / 'x.onnx'),
+                 lambda: main(['check', str(tmp_path / 'x.onnx'), 'rn26_tm', *FEW])):
+        with pytest.raises(runtime.RuntimeInputError, match='x.onnx is not the file but a pointer of Git LFS to it'):
+            call()
 
 
 def test_probabilities_of_int8_are_not_in_steps_of_8_bits(pretrained, tmp_path, images):

@@ -428,6 +428,14 @@ def test_arrived_content_is_verified(hub, folder):
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 
+def test_content_of_a_pull_request_is_verified(hub, folder):
+    hub.create('me/net')
+    tree = [{'type': 'file', 'path': 'README.md', 'oid': '0' * 40, 'size': 3}]
+    hub.faults.append(Fault('GET', '/tree/refs%2Fpr%2F1', status=200, body=json.dumps(tree).encode(), times=9))
+    kind, text = run(hub, folder, token=READ, create_pr=True)
+    assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
+
+
 def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tmp_path):
     hub = lfs
     from timm_tmblock.checkpoint import load_model

@@ -308,6 +308,11 @@ def with_properties(source, target, **properties):
     return target
 
 
+def with_preprocessing(source, target, **changes):
+    described = {p.key: p.value for p in onnx.load(source).metadata_props}['preprocessing']
+    return with_properties(source, target, preprocessing=json.dumps({**json.loads(described), **changes}))
+
+
 @pytest.mark.parametrize('make, message', [
     (lambda f, t: t / 'missing.onnx', 'There is no file or folder .*missing.onnx'),
     (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.bin'), 'neither an .onnx file nor an .engine or .plan'),
@@ -318,6 +323,11 @@ def with_properties(source, target, **properties):
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'says only a part of what is needed'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'says only a part of what'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='null'), 'says only a part of what'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', input='[]'), 'says only a part of what'),
+    *((lambda f, t, change=change: with_preprocessing(f / 'plain.onnx', t / 'x.onnx', **change), 'says only a part')
+      for change in (dict(interpolation='x'), dict(interpolation=3), dict(input_size=[]), dict(crop_pct=0),
+                     dict(mean=[0.5]), dict(std=[0, 1, 1]), dict(mean=['a', 'b', 'c']), dict(color='BGR'))),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', 'There is no .*x.engine.json, which'),
     (lambda f, t: (t / 'x.engine.json').mkdir() or (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine',
      'Cannot read .*x.engine.json: Is a directory'),

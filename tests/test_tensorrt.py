@@ -192,6 +192,7 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
 @pytest.mark.parametrize('name, options, message', [
     ('patches', dict(batches=((4, 2, 8),)), '--batch 4 2 8 must rise'),
     ('patches', dict(batches=((0, 1, 1),)), 'from 1 on'),
+    ('patches', dict(batches=((1, 2, 2 ** 31),)), 'below 2.31'),
     ('patches', dict(size=(32, 32, 32)), 'Height and width of the file are fixed; leave out --size'),
     ('dynamic', {}, 'name their range with --size MIN OPT MAX'),
     ('dynamic', dict(size=(64, 32, 96)), '--size 64 32 96 must rise'),
@@ -248,6 +249,13 @@ def test_unwritable_or_missing_place_is_one_sentence(files, tmp_path):
         build_real(tmp_path / 'x.onnx', tmp_path / 'x.onnx')
     with pytest.raises(InputError, match='--batch 4 2 8 must rise'):  # before anything is exported
         main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.engine'), '--batch', '4', '2', '8'])
+    for flags, message in (
+            (['--dynamic-size'], 'has a range of them: --size MIN OPT MAX'),
+            (['--size', '32', '32', '64'], '--size is of dynamic height and width; add --dynamic-size'),
+            ([] if runtime.query_gpu() else ['--layers', 'x.json'], 'describes layers on a GPU')):
+        if flags:
+            with pytest.raises(InputError, match=message):
+                main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.engine'), *flags])
     assert [p.name for p in tmp_path.iterdir()] == ['x.onnx']
     with pytest.raises(InputError, match='Cannot write /proc/none/x.engine'):
         build_real(files / 'patches.onnx', Path('/proc/none/x.engine'))

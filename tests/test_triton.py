@@ -223,6 +223,9 @@ def test_versions_and_settings(files, tmp_path, capsys):
     assert 'wrote' in capsys.readouterr().out
     main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path), '--kind', 'cpu'])
     assert 'cuda' not in (tmp_path / 'scores' / 'config.pbtxt').read_text()
+    main(['triton', str(files / 'pixels.onnx'), '--output', str(tmp_path), '--kind', 'cpu', '--threads', '3'])
+    assert 'key: "intra_op_thread_count" value: { string_value: "3" }' in (
+        tmp_path / 'pixels' / 'config.pbtxt').read_text()
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):
@@ -316,6 +319,17 @@ def test_engine_with_a_gap_between_its_profiles_is_refused(files, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_int8_for_a_cpu_is_served_on_it(files, tmp_path):
+    import onnx
+    proto = onnx.load(files / 'scores.onnx')
+    for p in proto.metadata_props:
+        p.value = '{"target": "cpu"}' if p.key == 'quantization' else p.value
+    onnx.save(proto, tmp_path / 'small.onnx')
+    main(['triton', str(tmp_path / 'small.onnx'), '--output', str(tmp_path / 'repository')])
+    config = (tmp_path / 'repository' / 'small' / 'config.pbtxt').read_text()
+    assert 'kind: KIND_CPU' in config and 'cuda' not in config
+
+
 def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_path):
     other = write_engine(files, 'scores', [(1, 2, 3)])
     relabelled = write_engine(files, 'relabelled', [(1, 2, 3)], class_names=list('abcdefghij'))
@@ -331,6 +345,9 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
     (lambda f, t: f / 'scores.onnx.json', [], 'neither an .onnx file nor an .engine'),
     (lambda f, t: f / 'scores.onnx', ['--max-batch', '0'], 'must be at least 1'),
     (lambda f, t: f / 'scores.onnx', ['--max-delay', '-1'], 'at least 0'),
+    (lambda f, t: f / 'scores.onnx', ['--max-batch', str(2 ** 31)], 'more than the server can count'),
+    (lambda f, t: f / 'scores.onnx', ['--threads', '0', '--kind', 'cpu'], 'must be at least 1'),
+    (lambda f, t: f / 'scores.onnx', ['--threads', '2'], '--threads is of the CPU, .* add --kind cpu'),
     (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or no ONNX file'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
     (lambda f, t: cut(write_engine(f, 'cut', [(1, 2, 3)])), [], 'is not the engine its sidecar is of, or is cut short'),
