@@ -752,8 +752,8 @@ def _is_whole(metadata: Dict[str, Any]) -> bool:
         and preprocessing['color'] in ('RGB', 'L')
         and preprocessing['interpolation'].upper() in Image.Resampling.__members__
         and all(isinstance(kinds, list) and all(isinstance(name, str) for name in kinds) for kinds in names)
-        and all(isinstance(t['shape'], list) and {'name', 'dtype'} <= t.keys() for t in tensors)
-        and metadata['input'].keys() >= {'layout', 'range'} and all('meaning' in t for t in metadata['outputs']))
+        and all(isinstance(one['shape'], list) and {'name', 'dtype'} <= one.keys() for one in tensors)
+        and {'layout', 'range'} <= tensors[0].keys() and all('meaning' in output for output in tensors[1:]))
 
 
 def check_built(metadata: Dict[str, Any], path: Path) -> None:

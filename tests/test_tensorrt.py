@@ -156,8 +156,16 @@ def test_interrupt_ends_the_build_and_leaves_nothing(files, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) is before
 
 
+DESCRIBED = dict(
+    metadata_version=2, class_names=list('abcd'), input=dict(
+        name='x', dtype='float32', layout='NCHW', shape=['n', 4], range='normalized'),
+    outputs=[dict(name='y', dtype='float32', shape=['n', 4], meaning='class scores')],
+    preprocessing=dict(
+        input_size=[3, 32, 32], color='RGB', interpolation='bicubic', crop_pct=1., mean=[0.5] * 3, std=[0.2] * 3))
+
+
 def write_onnx(path, nodes, opset=18, domain='', properties=None):
-    source = dict.fromkeys(REQUIRED, 'null') | dict(metadata_version='2', input='{"name": "x"}')
+    source = dict.fromkeys(REQUIRED, 'null') | {key: json.dumps(value) for key, value in DESCRIBED.items()}
     graph = helper.make_graph(
         nodes, 'g', [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', 4])],
         [helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', 4])])
