@@ -37,11 +37,13 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 import timm_tmblock
 from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.checkpoint import write_text
+from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import parse_args
+from train.config import parse_args, positive
 from train.data import decode, open_dataset
 from train.hardware import describe_hardware
 from train.loader import InMemoryLoader
+from train.runner import resolve_device
 from train.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,15 +240,17 @@ def main() -> None:
     parser.add_argument('--input-key')
     parser.add_argument('--split', default='train', help='images of the input path')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--batch-size', type=int, default=128)
-    parser.add_argument('--steps', type=int, default=20, help='batches of a turn of training')
-    parser.add_argument('--rounds', type=int, default=4)
+    parser.add_argument('--batch-size', type=positive, default=128)
+    parser.add_argument('--steps', type=positive, default=20, help='batches of a turn of training')
+    parser.add_argument('--rounds', type=positive, default=4)
     parser.add_argument('--workers', type=int, nargs='+', default=[2], help="processes of timm's loader")
     parser.add_argument('--timm-train', help="timm's train.py, for the comparison with it")
     parser.add_argument('--only', nargs='+', choices=GROUPS)
     parser.add_argument('--output', help='write NAME.json and NAME.md')
     args = parser.parse_args()
-    device = torch.device(args.device)
+    if 'timm' in (args.only or ()) and not args.timm_train:
+        raise InputError("The comparison with timm needs its script; name it with --timm-train.")
+    device = resolve_device(args.device)
     groups = args.only or [g for g in GROUPS if dict(timm=args.timm_train, memory=device.type == 'cpu').get(g, True)]
     rows = [row for group in groups for row in GROUPS[group](args, device)]
     result = dict(
@@ -261,4 +265,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exiting_on_input_error():
+        main()

@@ -149,6 +149,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
 @pytest.mark.parametrize('flags, message', [
     (['rn27_tm'], "rn27_tm is no model with pretrained weights"),
     (['wrn16'], 'or give a weight file of training'),
+    (['ONNX', '--checkpoint', 'x.safetensors'], 'logits.onnx has weights of its own; leave out --checkpoint'),
     (['missing.onnx'], 'no file missing.onnx'),
     (['missing.safetensors'], 'no file missing.safetensors'),
     (['rn26_tm', '--split', 'nothing'], 'nothing'),
@@ -157,7 +158,8 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
     (['rn26_tm', '--output', f'{ROOT}/README.md/x'], 'Cannot write'),
     (['engine'], 'There is no .*x.engine.json, which says what'),
 ])
-def test_what_cannot_be_measured_is_one_sentence(flags, message, tmp_path):
+def test_what_cannot_be_measured_is_one_sentence(flags, message, tmp_path, onnx_folder):
+    flags = [str(onnx_folder / 'logits.onnx') if flag == 'ONNX' else flag for flag in flags]
     if flags == ['engine']:
         (tmp_path / 'x.engine').write_bytes(b'plan')
         flags = [str(tmp_path / 'x.engine')]

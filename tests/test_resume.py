@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,3 +256,26 @@ def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
         result = main([*flags, '--epochs', epochs])
         flags = ['--resume', str(tmp_path / 'run')]
     assert result['hardware'] == 'one machine, then another'
+
+
+@pytest.mark.parametrize('flags', [
+    ['--opt', 'momentum'], ['--opt-args', 'amsgrad=True'], ['--opt-betas', '0.5', '0.6'], ['--weight-decay', '0.5'],
+    ['--seed', '7'], ['--experiment', 'other'], ['--output', 'elsewhere'], ['--pretrained'],
+    ['--initial-checkpoint', 'x.safetensors'], ['--val-split', 'test[24:30]'], ['--train-split', 'train[36:72]'],
+    ['--split-seed', '1'], ['--pool', '65', '15', '20'], ['--val-fraction', '0.3']])
+def test_what_a_checkpoint_settles_cannot_change(tmp_path, flags):
+    main([*FLAGS, '--output', str(tmp_path), '--epochs', '1'])
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    message = f'^{flags[0]} cannot change in a run that goes on'
+    for eval_only in ([], ['--eval-only']):
+        if not eval_only or flags[0] in ('--train-split', '--split-seed', '--pool', '--val-fraction'):
+            with pytest.raises(InputError, match=message):
+                main(['--resume', str(tmp_path / 'run'), '--epochs', '2', *flags, *eval_only])
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+def test_finished_run_without_checkpoints_is_not_written_over(tmp_path):
+    main([*FLAGS, '--output', str(tmp_path), '--epochs', '1'])
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+    with pytest.raises(InputError, match='already holds a run'):
+        main([*FLAGS, '--output', str(tmp_path)])

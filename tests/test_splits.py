@@ -106,6 +106,7 @@ def test_pool_of_all_splits_is_divided_as_in_the_paper():
 @pytest.mark.parametrize('flags, message', [
     (['--val-split', 'test', '--test-split', 'test'], 'named for validation and for test'),
     (['--train-split', 'test', '--test-split', 'test'], 'named for train and for test'),
+    (['--train-split', ''], 'name a --train-split'),
     (['--val-split', 'test', '--val-fraction', '0.2'], 'leave out --val-fraction'),
     (['--pool', '65', '15', '20', '--val-fraction', '0'], '--pool says which .* leave out --val-fraction'),
     (['--val-fraction', '1'], 'at least 0 and less than 1'),

@@ -4,7 +4,7 @@ import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
@@ -25,6 +25,12 @@ NO_RECIPE = (
     'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
     'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
     'report_to', 'project')
+
+# what says which images are trained on, and what else a checkpoint settles
+DIVISION = ('train_split', 'val_fraction', 'pool', 'split_seed')
+SETTLED = (
+    'val_split', 'pretrained', 'initial_checkpoint', 'opt', 'opt_args', 'opt_betas', 'opt_eps', 'momentum',
+    'weight_decay', 'filter_bias_and_bn', 'layer_decay', 'layer_decay_min_scale', 'seed', 'experiment', 'output')
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -119,7 +125,8 @@ def create_parser() -> Parser:
     group.add_argument(
         '--workers', type=not_negative, default=4, help='processes that decode images and apply --aa')
     group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
-    group.add_argument('--val-batch-size', type=positive, default=256, help='images per process, to measure')
+    group.add_argument('--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
+        'images per process, to measure'))
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
     group.add_argument('--crop-pct', type=above_zero, help=(
@@ -166,8 +173,9 @@ def create_parser() -> Parser:
     group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum of optimizers that have one')
     group.add_argument('--opt-eps', type=from_zero, help="epsilon; the optimizer's if not given")
     group.add_argument('--opt-betas', type=fraction, nargs='+', help="betas; the optimizer's if not given")
-    group.add_argument('--opt-args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
-        'other arguments of the optimizer'))
+    group.add_argument(
+        '--opt-args', '--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='other arguments of the optimizer')
     group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
     group.add_argument('--layer-decay', type=above_zero, help=(
         'factor of the learning rate from a layer to the one below'))
@@ -292,11 +300,32 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(_make_flags(parser, settings) + argv)
 
 
-def find_changes(args: argparse.Namespace, path: Path) -> List[str]:
-    """Flags of the recipe that differ from those `dump_args` wrote, by which a finished run was trained."""
+def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[str]] = None) -> List[str]:
+    """Flags that differ from those `dump_args` wrote: of those named, or of the recipe."""
     before = yaml.safe_load(path.read_text())
     now = yaml.safe_load(dump_args(args))
-    return [f'--{k.replace("_", "-")}' for k in now if k in before and k not in NO_RECIPE and now[k] != before[k]]
+    asked = [k for k in now if k in keys] if keys is not None else [k for k in now if k not in NO_RECIPE]
+    return [f'--{k.replace("_", "-")}' for k in asked if k in before and now[k] != before[k]]
+
+
+def check_resumed(args: argparse.Namespace, path: Path) -> None:
+    """
+    Raises:
+        InputError: For settings that a run which goes on, or its measurement, cannot change.
+    """
+    if not path.is_file():
+        return
+    changes = find_changes(args, path, DIVISION + (() if args.eval_only else SETTLED))
+    fractions = yaml.safe_load(path.read_text()).get('val_fraction'), args.val_fraction
+    before, now = (0.1 if fraction is None else fraction for fraction in fractions)
+    if '--val-fraction' in changes and now <= before:  # then those that are left were held out before, too
+        changes.remove('--val-fraction')
+    if changes:
+        division = 'the images would be divided anew, and it would be measured on some it was trained on'
+        reason = division if changes[0][2:].replace('-', '_') in DIVISION else 'its checkpoint settles that'
+        raise InputError(
+            f'{changes[0]} cannot change in a run that goes on: {reason}; leave it out, or begin another run with '
+            f'--initial-checkpoint.')
 
 
 def dump_args(args: argparse.Namespace) -> str:
@@ -349,6 +378,8 @@ def _flag(action: argparse.Action, value: Any) -> List[str]:
         if not isinstance(value, bool):
             raise InputError(f'{action.dest} must be true or false, not {value!r}.')
         return [option if value else action.option_strings[1]]
+    if value is False and 'no' in (action.choices or ()):
+        value = 'no'  # which YAML reads as false
     if isinstance(value, dict):
         value = [f'{k}={v}' for k, v in value.items()]
     if isinstance(value, list):

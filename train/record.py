@@ -28,7 +28,7 @@ def create_folder_name(args: Namespace) -> Path:
     # several runs may begin in one second
     names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']
     folder = Path(args.output) / broadcast_object_list(names)[0]
-    if find_checkpoints(folder):
+    if find_checkpoints(folder) or (folder / 'result.json').is_file():
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
     return folder

@@ -118,6 +118,18 @@ def check_test_part(flags: List[str]) -> None:
         raise InputError('The table is of the test part, which --pool leaves empty; give it a third size above 0.')
 
 
+def check_settings(cells: List[Cell], flags: List[str]) -> None:
+    """
+    Raises:
+        InputError: If the flags set what tells the runs apart, or where they are.
+    """
+    own = {'-c', '--config', '--seed', '--output', '--experiment', '--resume'}
+    own.update(flag for cell in cells for flag in cell.flags if flag.startswith('--'))
+    for flag in flags:
+        if flag.partition('=')[0] in own:
+            raise InputError(f'{flag} is set by the experiment, for each run its own; leave it out.')
+
+
 def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:
     """Run a cell to its end, from where it stands.
 
@@ -250,6 +262,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
     failures: List[str] = []
     for dataset in args.datasets:  # sets differ in where they are
         cells = [cell for cell in create_cells(args.experiment, args) if cell.dataset == dataset]
+        check_settings(cells, extra)
         where = ['--dataset', sources[dataset]] if dataset in sources else []
         check_flags(folder, dataset, [*where, *flags])
         failures += run_cells(cells, folder, [*where, *flags], args.jobs)

@@ -58,6 +58,8 @@ def create_runner(source: str, checkpoint: Optional[str], device: str, dtype: to
     if suffix in ('.onnx', *runtime.ENGINE_SUFFIXES, '.safetensors') and not Path(source).is_file():
         raise InputError(f'There is no file {source}.')
     if suffix in ('.onnx', *runtime.ENGINE_SUFFIXES):
+        if checkpoint:
+            raise InputError(f'{source} has weights of its own; leave out --checkpoint.')
         return ExportedRunner(Path(source), device)
     return TorchRunner(load_pretrained(source, checkpoint), resolve_device(device), dtype)
 

@@ -65,6 +65,8 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
     """
     names = {'train': args.train_split, 'validation': args.val_split, 'test': args.test_split}
     names = {part: name for part, name in names.items() if name}
+    if 'train' not in names:
+        raise InputError('There are no images to train on; name a --train-split.')
     for part in ('train', 'validation'):
         if 'test' in names and names.get(part) == names['test']:
             raise InputError(

@@ -53,7 +53,7 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
 from train.checkpoint import TrainState
-from train.config import SETTINGS, dump_args, find_changes, parse_args, refusing
+from train.config import SETTINGS, check_resumed, dump_args, find_changes, parse_args, refusing
 from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
@@ -142,6 +142,8 @@ class Trainer:
         take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
         self.folder = record.create_folder_name(args)
+        if args.resume:
+            check_resumed(args, self.folder / SETTINGS)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.data_config = config = create_data_config(args)
         splits = open_splits(args, config.input_size[0], accelerator)
