@@ -226,6 +226,9 @@ def test_flags_override_the_recipe(tmp_path):
     assert (args.lr, args.epochs, args.model_ema, args.drop) == (0.01, 3, True, 0.)
     assert args.model_kwargs == dict(patch_size=3) and args.mean == [0.5, 0.5, 0.4]
     assert not parse_args(['-c', str(recipe), '--no-model-ema']).model_ema
+    recipe.write_text('mixed_precision: no\n')  # which YAML reads as false
+    args = parse_args(['-c', str(recipe), '--opt-kwargs', 'nesterov=True', '--validation-batch-size', '7'])  # timm's
+    assert args.mixed_precision == 'no' and args.opt_args == dict(nesterov=True) and args.val_batch_size == 7
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: f'{p.parent.name}/{p.stem}')
