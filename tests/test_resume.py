@@ -264,7 +264,7 @@ def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
     ['--initial-checkpoint', 'x.safetensors'], ['--val-split', 'test[24:30]'], ['--train-split', 'train[36:72]'],
     ['--split-seed', '1'], ['--pool', '65', '15', '20'], ['--val-fraction', '0.3']])
 def test_what_a_checkpoint_settles_cannot_change(tmp_path, flags):
-    main([*FLAGS, '--output', str(tmp_path), '--epochs', '1'])
+    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1'])
     before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     message = f'^{flags[0]} cannot change in a run that goes on'
     for eval_only in ([], ['--eval-only']):
@@ -275,7 +275,7 @@ def test_what_a_checkpoint_settles_cannot_change(tmp_path, flags):
 
 
 def test_finished_run_without_checkpoints_is_not_written_over(tmp_path):
-    main([*FLAGS, '--output', str(tmp_path), '--epochs', '1'])
+    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1'])
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
     with pytest.raises(InputError, match='already holds a run'):
         main([*FLAGS, '--output', str(tmp_path)])
