@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-from train.config import NO_RECIPE, create_parser
+from train.config import NO_RECIPE, count_held_out, create_parser
 from train.lineage import find_legs
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import Scores, label
@@ -154,9 +154,7 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
     if settings['sched'] not in ('step', 'wsd', 'rsqrt'):
         del recipe['decay_epochs']  # which no other schedule heeds
-    fraction = 0.1 if settings['val_fraction'] is None else settings['val_fraction']
-    held_out = 0. if settings['val_split'] else fraction  # of the images to train on
-    return dict(recipe, images_an_update=images, held_out=held_out)
+    return dict(recipe, images_an_update=images, held_out=count_held_out(settings))
 
 
 def is_chosen_by(run: Dict[str, Any], split: str) -> bool:

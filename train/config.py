@@ -308,6 +308,13 @@ def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[s
     return [f'--{k.replace("_", "-")}' for k in asked if k in before and now[k] != before[k]]
 
 
+def count_held_out(settings: Dict[str, Any]) -> float:
+    """Share of the training images that a run holds out."""
+    if settings.get('val_split'):
+        return 0.
+    return 0.1 if settings['val_fraction'] is None else settings['val_fraction']
+
+
 def check_resumed(args: argparse.Namespace, path: Path) -> None:
     """
     Raises:
@@ -316,8 +323,7 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
     if not path.is_file():
         return
     changes = find_changes(args, path, DIVISION + (() if args.eval_only else SETTLED))
-    fractions = yaml.safe_load(path.read_text()).get('val_fraction'), args.val_fraction
-    before, now = (0.1 if fraction is None else fraction for fraction in fractions)
+    before, now = map(count_held_out, ({'val_fraction': None, **yaml.safe_load(path.read_text())}, vars(args)))
     if '--val-fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('--val-fraction')
     if changes:

@@ -142,13 +142,13 @@ class Trainer:
         take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
         self.folder = record.create_folder_name(args)
-        if args.resume:
-            check_resumed(args, self.folder / SETTINGS)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.data_config = config = create_data_config(args)
         splits = open_splits(args, config.input_size[0], accelerator)
         self.class_names = get_class_names(splits['train'])
         check_weights(args, self.folder, self.class_names)
+        if args.resume:
+            check_resumed(args, self.folder / SETTINGS)
 
         set_seed(args.seed)  # the same initial weights on every process
         model = create_model(args, self.class_names).to(accelerator.device)
