@@ -93,6 +93,15 @@ def test_policies_change_images_and_depend_on_the_seed_alone(policy, channels, s
     assert not torch.equal(apply_policy(images, function, seed=8), first)
 
 
+@pytest.mark.parametrize('policy', ['trivial', 'rand-m9-n1'])  # one change an image, so that the colour is known
+def test_policies_fill_with_the_mean_colour(policy):
+    config = DataConfig((3, 16, 16), (0.9, 0.5, 0.2), (0.2,) * 3, policy=policy)
+    images = torch.tensor(config.fill, dtype=torch.uint8).view(1, 3, 1, 1).expand(64, 3, 16, 16)
+    changed = apply_policy(images, create_policy(config), seed=0)
+    assert not torch.equal(changed, images)
+    assert torch.equal(changed, changed[:, :, 8:9, 8:9].expand_as(changed))
+
+
 @pytest.mark.parametrize('policy', ['rand-q3', 'autoaugment', 'augmix-q3', 'zzz'])
 def test_unknown_policies_are_refused(policy):
     dataset = InMemorySet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), list('abcd'))

@@ -301,15 +301,22 @@ def test_empty_cell_of_a_table_is_named(tmp_path, image, label, message):
         decode(open_dataset(f'hfds/{tmp_path / "set"}', 'train'), CONFIG, progress=False)
 
 
-def test_images_are_made_square_as_the_network_has_it(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 96, 3), dtype=np.uint8))
+@pytest.mark.parametrize('mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_images_are_made_square_as_the_network_has_it(tmp_path, mode, channels):
+    size = (32, 96, 3)[:2 + (channels > 1)]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
     for name in 'ab':
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / '0.png')
-    for mode in ('center', 'squash', 'border'):
-        reference = create_transform((3, 8, 8), interpolation='bicubic', crop_pct=1., crop_mode=mode, normalize=False)
-        found = decode(open_dataset(str(tmp_path), 'train'), replace(CONFIG, crop_mode=mode), progress=False)
-        assert torch.equal(found.images[0], reference(image))
+    config = DataConfig((channels, 8, 8), (0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.4)[:channels], crop_mode=mode)
+    expected = create_transform(  # timm's for evaluation, with borders of the mean colour
+        config.input_size, interpolation='bicubic', crop_pct=1., crop_mode=mode, mean=config.mean, std=config.std)(image)
+    dataset = open_dataset(str(tmp_path), 'train', channels=channels)
+    streamed = StreamingLoader(dataset, config, 2, torch.device('cpu'), num_workers=0)
+    in_memory = InMemoryLoader(decode(dataset, config, progress=False), config, 2, torch.device('cpu'))
+    for loader in (streamed, in_memory):
+        torch.testing.assert_close(next(loader.epoch(0))[0], expected.expand(2, -1, -1, -1))
 
 
 def test_classes_of_one_name_have_one_number():

@@ -304,3 +304,13 @@ def test_forward_mode_sees_the_plain_layers():
             out = module(torch.autograd.forward_ad.make_dual(x, v))
             found.append(torch.autograd.forward_ad.unpack_dual(out).tangent.clone())
     torch.testing.assert_close(*found)
+
+
+def test_traces_and_graphs_are_of_the_plain_layers():
+    stage, blocks = make_stages()
+    traced = torch.jit.trace(stage, torch.randn(2, 10, 6, 5).double(), check_trace=False)
+    compiled = torch.compile(copy.deepcopy(stage), backend='eager', fullgraph=True)
+    x = torch.randn(3, 10, 5, 4).double()
+    expected = blocks(x)
+    torch.testing.assert_close(traced(x), expected)
+    torch.testing.assert_close(compiled(x), expected)

@@ -553,6 +553,8 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--model', 'rn26.foo'], "rn26 has no tag 'foo'; it has cifar10, cifar100, mini_imagenet"),
     (['--model-kwargs', 'foo'], 'must be KEY=VALUE, not foo'),
     (['--opt-betas', '0.9'], 'optimizer .adam. cannot be used'),
+    (['--model', 'dn100_tm', '--drop-path', '0.1'], "of dn100_tm cannot be used: there is no argument 'drop_path_rate'"),
+    (['--model-kwargs', 'patch_size=2.5'], 'patch_size must be a whole number of at least 1, got 2.5'),
     (['--opt', 'adahessian'], 'needs second derivatives'),
     (['--train-split', 'train[:36]', '--test-split', 'train[20:40]'], "'train.*36.*' and 'train.*40.*' .* in common"),
     (['--dataset', 'wds/somewhere'], 'is a stream'),

@@ -1,6 +1,7 @@
 """Settings of a training run: flags, and YAML recipes that set them."""
 import argparse
 import math
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -276,6 +277,8 @@ def refusing(settings: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError) as e:
         reason = str(e).strip().split('\n')[0] or type(e).__name__
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
+        reason = f'there is no argument {unknown[1]!r}' if unknown else reason
         raise InputError(f'{settings} cannot be used: {reason}') from e
 
 

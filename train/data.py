@@ -243,7 +243,7 @@ class _Chunks(Dataset):
         self.digest = digest
         self.resize = create_transform(
             config.input_size, interpolation=config.interpolation, crop_pct=config.crop_pct,
-            crop_mode=config.crop_mode, normalize=False)
+            crop_mode=config.crop_mode, mean=config.mean, std=config.std, normalize=False)
 
     def __len__(self) -> int:
         return math.ceil(len(self.source) / CHUNK)

@@ -12,7 +12,7 @@ from timm_tmblock.errors import InputError
 from train.config import refusing
 from train.model import network
 
-BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs', 'stable_timescale')
+BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs')
 
 
 def resolve_lr(args: Namespace, images_per_update: int) -> float:
@@ -47,8 +47,7 @@ def create_schedule(
     """
     kwargs = scheduler_kwargs(args)
     for key in BY_EPOCHS:
-        if kwargs[key] is not None:
-            kwargs[key] *= updates_per_epoch
+        kwargs[key] *= updates_per_epoch
     kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in kwargs['decay_milestones']]
     fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
     if kwargs['decay_epochs'] is None and args.sched == 'step':

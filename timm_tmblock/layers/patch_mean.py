@@ -32,11 +32,11 @@ class PatchMean(nn.Module):
             patch_size: Side P of the patch, in pixels of the feature map.
 
         Raises:
-            ValueError: If `patch_size` is less than 1.
+            ValueError: If `patch_size` is less than 1 or no whole number.
         """
         super().__init__()
-        if patch_size < 1:
-            raise ValueError(f'patch_size must be at least 1, got {patch_size}.')
+        if patch_size < 1 or patch_size % 1:
+            raise ValueError(f'patch_size must be a whole number of at least 1, got {patch_size}.')
         self.patch_size = patch_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
