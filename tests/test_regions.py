@@ -276,12 +276,13 @@ def test_maps_are_those_of_their_definitions(model):
     with torch.no_grad():
         logits, patches = model.forward_patch_logits(x)
         for i, k in enumerate(classes):
-            torch.testing.assert_close(maps['class map'][i], patches[i].softmax(0)[k])
-            torch.testing.assert_close(maps["another image's class map"][(i + 1) % 3], patches[i].softmax(0)[k])
+            torch.testing.assert_close(maps['class map'][i].sigmoid(), patches[i].softmax(0)[k])
+            torch.testing.assert_close(maps["another image's class map"][(i + 1) % 3], maps['class map'][i])
             # with average pooling and a linear classifier, Grad-CAM is CAM
             features = model.forward_features(x[i:i + 1])[0]
             scores = model.fc(features.permute(1, 2, 0))  # of each position by itself
-            torch.testing.assert_close(maps['CAM probabilities'][i], scores.softmax(2)[..., k], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                maps['CAM probabilities'][i].sigmoid(), scores.softmax(2)[..., k], rtol=1e-4, atol=1e-6)
             cam = (model.fc.weight[k][:, None, None] * features).sum(0)
             assert torch.corrcoef(torch.stack([maps['Grad-CAM'][i].flatten(), cam.flatten()]))[0, 1] > 0.9999
         effect, counts = torch.zeros(32, 32), torch.zeros(32, 32)
@@ -293,6 +294,13 @@ def test_maps_are_those_of_their_definitions(model):
                 counts[top:top + 8, left:left + 8] += 1
         expected = F.avg_pool2d((effect / counts)[None, None], 4)[0, 0]
         torch.testing.assert_close(maps['occlusion'][0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_confident_cells_are_ranked_by_their_scores_not_by_where_they_lie():
+    scores = torch.tensor([30., 32., 31., 40.]).view(1, 1, 2, 2) * torch.tensor([1., 0., -1.]).view(1, 3, 1, 1)
+    assert scores.softmax(1)[0, 0].eq(1).all()
+    ranks = trust.rank_cells(trust.log_odds(scores, torch.tensor([0])))
+    assert ranks.tolist() == [[[3, 1], [2, 0]]]
 
 
 class Counting(torch.nn.Module):

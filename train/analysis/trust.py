@@ -34,13 +34,10 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
     generator = torch.Generator().manual_seed(seed)
     grad_cam, occlusion = LayerGradCam(model, model.norm), Occlusion(model)
 
-    def pick(probabilities: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return probabilities[torch.arange(len(classes)), classes].clone()
-
     def class_map(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            probabilities = model.forward_patch_logits(images)[1].softmax(1)
-        return pick(probabilities, classes)
+            scores = model.forward_patch_logits(images)[1]
+        return log_odds(scores.clone(), classes)
 
     def by_gradient(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         # without its ReLU, which leaves cells of no order
@@ -48,8 +45,8 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
 
     def by_class_activation(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            probabilities = forward_class_activation(model, images)[1].softmax(1)
-        return F.adaptive_avg_pool2d(pick(probabilities, classes)[:, None], grid)[:, 0]
+            scores = forward_class_activation(model, images)[1]
+        return F.adaptive_avg_pool2d(log_odds(scores.clone(), classes)[:, None], grid)[:, 0]
 
     def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         sides = [2 * size // cells for size, cells in zip(images.shape[2:], grid)]  # two cells, stepped by one
@@ -69,6 +66,15 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
     return {
         'class map': class_map, 'Grad-CAM': by_gradient, **by_position, 'occlusion': by_occlusion,
         "another image's class map": of_another_image, 'random': at_random}
+
+
+def log_odds(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Log-odds of the probabilities of `classes`, in their order: (B, K, h, w), (B,) -> (B, h, w).
+
+    The probabilities of many cells are 1 in float32, and would be ranked by where the cells lie.
+    """
+    own = classes[:, None, None, None].expand(-1, 1, *scores.shape[2:])
+    return scores.gather(1, own)[:, 0] - scores.scatter(1, own, -torch.inf).logsumexp(1)
 
 
 def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
@@ -126,17 +132,26 @@ def follow(
     for x, y in zip(images.tensor_split(batches), targets.tensor_split(batches)):
         blurred = gaussian_blur(x, [11, 11], [5., 5.])
         masked = torch.zeros_like(x) if fill == 'mean' else blurred
-        classes = model(x).argmax(1)
+        whole = model(x)
+        classes = whole.argmax(1)
+
+        def find_probability(logits: torch.Tensor) -> torch.Tensor:
+            return logits.float().softmax(1).gather(1, classes[:, None])[:, 0]
+
+        # at both ends all maps have the same
+        starts, ends = ([find_probability(logits) for logits in pair] for pair in (
+            (whole, model(blurred)), (model(masked), whole)))
         for name, explainer in explainers.items():
             with torch.enable_grad():
                 ranks = rank_cells(explainer(x, classes))
             cells = ranks[0].numel()
-            probabilities: List[List[torch.Tensor]] = [[], []]
-            for step in range(steps + 1):
+            probabilities = [[start] for start in starts]
+            for step in range(1, steps):
                 first = ranks < round(cells * step / steps)
                 for curve, seen in zip(probabilities, (cover(x, masked, first), cover(x, blurred, ~first))):
-                    p = model(seen).float().softmax(1)
-                    curve.append(p.gather(1, classes[:, None])[:, 0])
+                    curve.append(find_probability(model(seen)))
+            for curve, end in zip(probabilities, ends):
+                curve.append(end)
             halves = [
                 (model(cover(x, masked, half)).argmax(1) == y).cpu().numpy()
                 for half in (ranks < cells // 2, ranks >= cells // 2)]
