@@ -11,6 +11,7 @@
     python -m export push rn26_tm --repo USER/NAME --dry-run
 """
 import argparse
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -125,19 +126,14 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--version-compatible', action='store_true', help='let later versions load the engine')
     command.add_argument('--hardware-compatibility', choices=HARDWARE, default='none', help='let other GPUs load it')
     command.add_argument('--layers', type=Path, help='write what TensorRT says of the layers, as JSON')
+    first = len(command._actions)
     group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx (rn26_tm.engine.onnx, say) first')
     group.add_argument('--checkpoint', type=Path)
     group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), help='fp16 if not given')
     add_content_options(group)
     add_image_options(command)
-    defaults = {name: command.get_default(name) for name in OF_A_MODEL}
+    defaults = {action.dest: action.default for action in command._actions[first:]}
     command.set_defaults(run=run_tensorrt, defaults=defaults)
-
-
-OF_A_MODEL = (
-    'checkpoint', 'precision', 'patch_logits', 'method', 'softmax', 'preprocessing', 'dynamic_size', 'dataset',
-    'data_dir', 'dataset_download', 'calibration_split', 'check_split', 'input_key', 'target_key', 'calibration_images',
-    'check_images')
 
 
 def run_tensorrt(args: argparse.Namespace) -> None:
@@ -343,7 +339,7 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.metadata import hash_weights
     from export.publish import create_files
-    from export.push import PushOptions, download_card, list_files, push, read_engines, sign_in
+    from export.push import PushOptions, check_access, has_card, list_files, push, read_engines
     from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
     options = PushOptions(
@@ -351,11 +347,13 @@ def _push(args: argparse.Namespace) -> None:
     options.validate()
     if args.keep_card and args.dry_run:
         raise InputError('--dry-run asks the Hub for nothing, so not for the card to keep; leave out one of the two.')
-    published, card = {}, args.card
+    if args.license is not None and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', args.license):
+        raise InputError(f'{args.license!r} is not how the Hub names a license; use a name like apache-2.0 or mit.')
+    published, keep_card = {}, False
     if not args.dry_run:
-        sign_in()
+        check_access(options)
         published = read_engines(options)
-        card = download_card(options) if args.keep_card else card
+        keep_card = args.keep_card and has_card(options)
     model = load(args.model, args.checkpoint)
     if args.license:
         config: Any = model.pretrained_cfg
@@ -370,7 +368,8 @@ def _push(args: argparse.Namespace) -> None:
         folder = Path(name)
         weights_file = args.checkpoint or (Path(args.model) if args.model.endswith('.safetensors') else None)
         files = create_files(
-            folder, model, args.repo, args.precisions, args.engines, images, card, weights_file, published)
+            folder, model, args.repo, args.precisions, args.engines, images, args.card, weights_file, published,
+            keep_card)
         print('\n'.join(list_files(folder, files)))
         if args.dry_run:
             print((folder / 'README.md').read_text())

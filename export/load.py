@@ -32,4 +32,4 @@ def check_network(model: nn.Module, name: str) -> None:
         InputError: For other networks than those of this project.
     """
     if not isinstance(model, TemplateMatchingNet):
-        raise InputError(f'{name} is no network of this project; timm\'s onnx_export.py exports it.')
+        raise InputError(f'{name} is not a network of this project; timm\'s onnx_export.py exports it.')

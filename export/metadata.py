@@ -174,7 +174,7 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
         except ValueError as e:
             raise InputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
         if not isinstance(metadata, dict):
-            raise InputError(f'{sidecar(path)} is no object of JSON; export the file again.')
+            raise InputError(f'{sidecar(path)} is not a JSON object; export the file again.')
     version = metadata.get('metadata_version')
     if version is None:
         advice = 'build it with python -m export tensorrt' if path.suffix in ENGINE_SUFFIXES else (

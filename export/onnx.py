@@ -1,5 +1,4 @@
 """ONNX files that say how to use them, checked against PyTorch."""
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -313,4 +312,4 @@ def _describe_tensor(value: 'onnx.ValueInfoProto') -> Dict[str, Any]:
     tensor = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
-    return dict(name=value.name, dtype=str(np.dtype(dtype)), shape=json.loads(json.dumps(shape)))
+    return dict(name=value.name, dtype=str(np.dtype(dtype)), shape=shape)

@@ -35,6 +35,7 @@ def create_files(
         card: Optional[Path] = None,
         weights_file: Optional[Path] = None,
         published: Optional[Mapping[str, Dict[str, Any]]] = None,
+        keep_card: bool = False,
 ) -> List[Path]:
     """Write everything that is to be published.
 
@@ -52,6 +53,7 @@ def create_files(
         weights_file: Where the weights are from; if a run of train.py wrote them, the card tells what it measured.
         published: Sidecars of engines that are in the repository already, of other machines say, by the engine's path.
             The card names those of the same weights, which stay there.
+        keep_card: Write no card, as the repository has one that is to stay.
 
     Returns:
         The files, relative to the folder, sorted.
@@ -88,7 +90,9 @@ def create_files(
         add_engine(folder, path, network)
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     readme = folder / 'README.md'
-    if card is not None:
+    if keep_card:
+        pass
+    elif card is not None:
         shutil.copyfile(card, readme)
     else:
         name = find_card(network['weights_sha256'])
@@ -102,7 +106,8 @@ def create_files(
             render_plain(model, repo, exports, read_run(weights_file), rows)))
         if name:
             _add_pictures(name, folder)
-    check(readme.read_text())
+    if not keep_card:
+        check(readme.read_text())
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
@@ -28,7 +33,8 @@ T = TypeVar('T')
 TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
-WEIGHTS = 'model.safetensors'
+WEIGHTS, ONNX = 'model.safetensors', 'onnx/model.onnx'
+OUR_ONNX = re.compile(r'onnx/model(_\w+)?\.onnx(\.json)?')
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
 FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
@@ -61,9 +67,13 @@ class PushOptions:
         try:
             validate_repo_id(self.repo)
         except ValueError as e:
-            raise InputError(f'{self.repo!r} is no name of a repository: {str(e).splitlines()[0]}') from e
+            raise InputError(f'{self.repo!r} is not a repository name: {str(e).splitlines()[0]}') from e
         if '/' not in self.repo:
-            raise InputError(f'{self.repo!r} is no name of a repository: its owner comes first, USER/{self.repo}.')
+            raise InputError(f'{self.repo!r} is not a repository name: its owner comes first, USER/{self.repo}.')
+        if not self.deadline > 0:
+            raise InputError(f'--deadline must be above 0 seconds, not {self.deadline:g}.')
+        if not self.message.strip():
+            raise InputError('--message is empty, and each commit of the Hub has one; say what is pushed.')
         if self.tag and self.create_pr:
             raise InputError(
                 '--tag names a commit of the repository, which a pull request is not yet; leave one out.')
@@ -132,14 +142,15 @@ def leave_hanging(code: int) -> None:
         os._exit(code)
 
 
-def sign_in() -> str:
-    """Name of the user the token is of; to be asked before work that would be for nothing.
+def check_access(options: PushOptions) -> None:
+    """Ask before work that would be for nothing whether a push can succeed.
 
     Raises:
-        InputError: If there is no token, or the Hub does not accept it.
+        InputError: If there is no token, the Hub does not accept it, it may only read, the repository is public and the
+            push private, or the tag is on another commit.
         PushError: If the Hub or the network failed.
     """
-    return _within(SIGN_IN, _Push(Path(), [], PushOptions(''), time.monotonic() + SIGN_IN, print).check_token)
+    _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).check_access)
 
 
 def read_engines(options: PushOptions) -> Dict[str, Dict[str, Any]]:
@@ -152,14 +163,14 @@ def read_engines(options: PushOptions) -> Dict[str, Dict[str, Any]]:
     return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_engines)
 
 
-def download_card(options: PushOptions) -> Optional[Path]:
-    """A copy of the card that the repository has; None where it has none, or there is no repository.
+def has_card(options: PushOptions) -> bool:
+    """Whether the repository is there and has a card.
 
     Raises:
         InputError: If the token may not see it.
         PushError: If the Hub or the network failed.
     """
-    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).download_card)
+    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).has_card)
 
 
 class _Push:
@@ -188,17 +199,29 @@ class _Push:
             self._retry(self._check_tag, 'look for the tag')
         if options.create_pr:
             return self._retry(self._open_pull_request, 'open a pull request')
+        before = self._retry(lambda: self._find_head(options.revision), 'look for the repository')
         commit = self._retry(self._commit, 'commit')
         self._verify(commit.oid)
         if options.tag:
             self._retry(lambda: self._tag(commit.oid), 'tag')
-        self.say(f'{user} pushed {len(self.files)} files to {options.repo} at {commit.oid[:8]}')
+        self.say(f'{options.repo} has these files already, at {commit.oid[:8]}' if commit.oid == before else
+                 f'{user} pushed {len(self.files)} files to {options.repo} at {commit.oid[:8]}')
         return str(commit.commit_url)
 
     def check_token(self) -> str:
         if not self.token:
             raise InputError('There is no Hub token here; run "hf auth login" or set HF_TOKEN.')
-        return self._retry(self.api.whoami, 'sign in')['name']
+        user = self._retry(self.api.whoami, 'sign in')
+        role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
+        if role == 'read' and not self.options.create_pr:  # of a fine-grained one, the rights are told by what it tries
+            raise InputError('The token may only read; use one with write access, or --create-pr.')
+        return user['name']
+
+    def check_access(self) -> None:
+        self.check_token()
+        if self._find_repository() and self.options.tag:
+            with contextlib.suppress(_Missing):  # the branch is yet to be
+                self._retry(self._check_tag, 'look for the tag')
 
     def read_engines(self) -> Dict[str, Dict[str, Any]]:
         head, tree = self._find_published()
@@ -210,9 +233,8 @@ class _Push:
                     found[engine] = json.loads(self._download(path, head).read_text())
         return found
 
-    def download_card(self) -> Optional[Path]:
-        head, tree = self._find_published()
-        return self._download('README.md', head) if 'README.md' in tree else None
+    def has_card(self) -> bool:
+        return 'README.md' in self._find_published()[1]
 
     def _find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
         """Commit and tree that the push goes on from; None and no files where there is no repository."""
@@ -226,22 +248,33 @@ class _Push:
         return Path(self._retry(
             partial(self.api.hf_hub_download, self.options.repo, path, revision=revision), f'read {path}'))
 
-    def _prepare_repository(self) -> None:
-        """Find the repository, or create it; never a public one for a private push."""
+    def _find_repository(self) -> bool:
+        """Whether the repository is there.
+
+        Raises:
+            InputError: If it is public and the push private, or it is not there for a pull request.
+        """
         options = self.options
         try:
             info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
         except _Missing:
             if options.create_pr:
                 raise InputError(f'There is no repository {options.repo} to open a pull request in.') from None
-            self._retry(
-                lambda: self.api.create_repo(options.repo, private=options.private or None, exist_ok=True),
-                'create the repository')
-            info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
+            return False
         if options.private and not info.private:
             raise InputError(
                 f'{options.repo} is there and public, so nothing pushed to it is private; make it private first, or '
                 f'leave out --private.')
+        return True
+
+    def _prepare_repository(self) -> None:
+        """Find the repository, or create it; never a public one for a private push."""
+        options = self.options
+        if not self._find_repository():
+            self._retry(
+                lambda: self.api.create_repo(options.repo, private=options.private or None, exist_ok=True),
+                'create the repository')
+            self._find_repository()  # somebody else may have created it meanwhile
         if options.revision:
             self._retry(
                 lambda: self.api.create_branch(options.repo, branch=str(options.revision), exist_ok=True),
@@ -279,30 +312,40 @@ class _Push:
         return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
-        """Exports of another network, of an earlier push; those of the same one, of another machine say, stay."""
+        """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
+
+        Engines of the same network stay, which may be of another machine.
+        """
         kept = {file.as_posix() for file in self.files}
         exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
-        return exports if exports and self._is_of_another_network(tree, revision) else []
+        if not exports or self._is_of_another_network(tree, revision):
+            return exports
+        return [path for path in exports if f'{ONNX}.json' in kept and OUR_ONNX.fullmatch(path)]
 
     def _is_of_another_network(self, tree: Dict[str, str], revision: str) -> bool:
-        different = {file.as_posix() for file in self._find_different(tree) if file.as_posix() in tree}
-        if WEIGHTS in different:
-            return True
-        for path in different:  # the weights say nothing of class names and preprocessing
-            if path.startswith(EXPORTS) and path.endswith('.json'):
+        """As sidecars say, which have class names and preprocessing too; without any, by the file of the weights."""
+        different = {file.as_posix() for file in self._find_different(tree)}
+        compared = False
+        for path in (file.as_posix() for file in self.files):
+            if path not in tree or not path.startswith(EXPORTS) or not path.endswith('.json'):
+                continue
+            if path in different:
                 theirs = self.api.hf_hub_download(self.options.repo, path, revision=revision)
-                with contextlib.suppress(ValueError, AttributeError):  # not one of ours
+                try:
                     if find_difference(json.loads((self.folder / path).read_text()), json.loads(
                             Path(theirs).read_text())):
                         return True
-        return False
+                except (ValueError, AttributeError):  # not one of ours
+                    continue
+            compared = True
+        return not compared and WEIGHTS in tree and WEIGHTS in different
 
     def _commit(self) -> CommitInfo:
         options = self.options
         head = self._find_head(options.revision)
         stale = self._find_stale(self._list_tree(head), head)
         for path in stale:
-            self.say(f'removing {path}, which is of another network')
+            self.say(f'removing {path}, which is of another network or left out now')
         operations: List[Any] = [
             *(CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=self.folder / file)
               for file in self.files),
@@ -364,14 +407,16 @@ class _Push:
             except (InputError, PushError):
                 raise
             except (RepositoryNotFoundError, RevisionNotFoundError) as e:
-                raise _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it.') from e
+                raise self._refusal(404, doing, e) from e
+            except OfflineModeIsEnabled as e:
+                raise InputError('HF_HUB_OFFLINE keeps the Hub from being asked; unset it.') from e
             except FAILURES as e:
                 if isinstance(e, ValueError) and not isinstance(e, json.JSONDecodeError):
                     raise InputError(f'The Hub refuses it: {self._clean(e)}.') from e
                 status = _status(e)
                 of_hub = getattr(e, 'response', None) is not None  # Xet's 404 says nothing of the repository
                 if status and (status in (401, 403) or (status == 404 and of_hub)):
-                    raise self._refusal(status, doing) from e
+                    raise self._refusal(status, doing, e) from e
                 wait = _wait(e, attempt)
                 if attempt == TRIES - 1 or time.monotonic() + wait > self.end or status in (400, 404, 413, 422):
                     raise PushError(f'Could not {doing}: {self._clean(e)}; try again later.') from e
@@ -379,12 +424,15 @@ class _Push:
                 time.sleep(wait)
         raise AssertionError
 
-    def _refusal(self, status: int, doing: str) -> Exception:
+    def _refusal(self, status: int, doing: str, error: BaseException) -> Exception:
         if status == 401:
             return InputError('The Hub does not accept the token; run "hf auth login" with a valid one.')
-        if status == 403:
+        if status == 403:  # of rights, or of a quota
             return InputError(
-                f'The token may not {doing} in {self.options.repo}; use one with write access, or --create-pr.')
+                f'The Hub does not let this token {doing} ({self._clean(error)}); if it lacks write access to '
+                f'{self.options.repo}, use one that has it, or --create-pr.')
+        if doing == 'sign in':
+            return InputError(f'There is no Hub at {self.api.endpoint} to sign in to; mend HF_ENDPOINT.')
         return _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it.')
 
     def _clean(self, error: BaseException) -> str:

@@ -98,7 +98,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
                     f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             source = Image.fromarray(source)
         if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
-            raise RuntimeInputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
+            raise RuntimeInputError(f'{type(source).__name__} is not an image; give a path, PIL image or uint8 array.')
         image = source if isinstance(source, Image.Image) else Image.open(source)
         file_format = image.format
         if file_format == 'EPS':
@@ -121,9 +121,10 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     except IsADirectoryError as e:
         raise RuntimeInputError(f'{name} is a folder; name the images in it.') from e
     except PermissionError as e:
-        raise RuntimeInputError(f'{name} may not be read here.') from e
+        raise RuntimeInputError(f'{name} cannot be read: permission denied.') from e
     except UnidentifiedImageError as e:
-        raise RuntimeInputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
+        raise RuntimeInputError(
+            f'{name} is empty or not an image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (RuntimeInputError, MemoryError):
         raise
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
@@ -698,13 +699,14 @@ def _read_sidecar(path: Path) -> Dict[str, Any]:
         metadata = json.loads(sidecar(path).read_text())
     except FileNotFoundError as e:
         raise RuntimeInputError(
-            f'There is no {sidecar(path)}, which says what {path.name} expects and tells apart.') from e
+            f'There is no {sidecar(path)}, which holds the input format and classes of {path.name}; put it beside the '
+            f'file.') from e
     except OSError as e:
         raise RuntimeInputError(f'Cannot read {sidecar(path)}: {e.strerror}.') from e
     except ValueError as e:
         raise RuntimeInputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
     if not isinstance(metadata, dict):
-        raise RuntimeInputError(f'{sidecar(path)} is no object of JSON; export the file again.')
+        raise RuntimeInputError(f'{sidecar(path)} is not a JSON object; export the file again.')
     return metadata
 
 
@@ -782,7 +784,8 @@ class Runner:
         batch = self.metadata['input']['shape'][0]
         profiles = (self.metadata.get('engine') or {}).get('profiles', [])
         # smallest and largest batch of each profile, empty if the file takes any
-        self._batches = [(low[0], high[0]) for low, _, high in profiles] or [(batch, batch)] * isinstance(batch, int)
+        fixed = [(batch, batch)] if isinstance(batch, int) else []
+        self._batches = [(low[0], high[0]) for low, _, high in profiles] or fixed
 
     @property
     def class_names(self) -> List[str]:
@@ -978,7 +981,7 @@ def load(
     if path.suffix not in ENGINE_SUFFIXES:
         if rebuild:
             raise RuntimeInputError(
-                f'{path} is no engine, and engines alone are built again; name one, ask for the engine of a folder, or '
+                f'{path} is not an engine, and engines alone are built again; name one, ask for one of a folder, or '
                 f'leave rebuild out.')
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu':
@@ -1018,12 +1021,12 @@ def _find(
 ) -> Path:
     path = Path(source)
     if revision and path.exists():
-        raise RuntimeInputError(f'{path} is here, where there are no revisions; those are of Hub repositories.')
+        raise RuntimeInputError(f'{path} is a local path, which has no revisions; leave the revision out.')
     if path.is_file():
         if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
             raise RuntimeInputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
         if engine and path.suffix == '.onnx':
-            raise RuntimeInputError(f'{path} is no engine; name one, or a folder or repository that holds some.')
+            raise RuntimeInputError(f'{path} is not an engine; name one, or a folder or repository that holds some.')
         return path
     if path.is_dir():
         return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)

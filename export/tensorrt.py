@@ -236,7 +236,7 @@ def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict
     except onnx.checker.ValidationError as e:
         if 'No Op registered' not in str(e) and 'No opset import' not in str(e):  # those TensorRT's parser tells apart
             reason = str(e).strip().splitlines()[0]
-            raise InputError(f'{path} is no valid ONNX file ({reason}); export it again.') from e
+            raise InputError(f'{path} is not a valid ONNX file ({reason}); export it again.') from e
     opset = max((o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx')), default=0)
     if not opsets[0] <= opset <= opsets[1]:
         raise InputError(

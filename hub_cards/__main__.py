@@ -5,9 +5,10 @@
     python -m hub_cards --check               # fails when one is stale
 """
 import argparse
+from pathlib import Path
 from typing import List, Optional
 
-from hub_cards.card import RENDERED, list_cards, render
+from hub_cards.card import RENDERED, list_cards, load_data, render
 from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 
@@ -24,6 +25,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     for name in args.models or list_cards():
         path, text = RENDERED / f'{name}.md', str(render(name))
+        for picture in load_data(name)['pictures'].values():  # beside the card on the Hub alone
+            text = text.replace(f']({Path(picture).name})', f'](../../{picture})')
         if args.check:
             if not path.is_file() or path.read_text() != text:
                 raise InputError(f'{path.name} is stale; run python -m hub_cards and commit it.')

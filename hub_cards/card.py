@@ -24,12 +24,12 @@ FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onn
 REQUIRED = (
     'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'precisions',
     'latency', 'pictures', 'notes')
-TAGS = ['image-classification', 'timm', 'onnx', 'tensorrt', 'arxiv:2210.00992']
+TAGS = ['image-classification', 'timm', 'onnx', 'arxiv:2210.00992']
 PATCH_TAGS = ['template-matching', 'explainability']
 
 
-def choose_tags(has_patches: bool) -> List[str]:
-    return [*TAGS, *PATCH_TAGS] if has_patches else TAGS
+def choose_tags(has_patches: bool, has_engines: bool) -> List[str]:
+    return [*TAGS, *(PATCH_TAGS if has_patches else ()), *(['tensorrt'] if has_engines else ())]
 
 
 def list_cards() -> List[str]:
@@ -115,14 +115,14 @@ def render_plain(
         measured = dict(datasets=[run['dataset_id']])
     if run and run['split']:
         measured.update(metrics=['accuracy'], model_name=repo.split('/')[-1], eval_results=[EvalResult(
-            task_type='image-classification', dataset_type=run['dataset_id'] or 'imagefolder',
+            task_type='image-classification', dataset_type=run['dataset_type'],
             dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
             metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2), verified=None)])
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
         license=first['license'],
-        tags=choose_tags(len(first['outputs']) > 1),
+        tags=choose_tags(len(first['outputs']) > 1, bool(engines)),
         **measured,
     )
     files = [
@@ -142,6 +142,7 @@ def render_plain(
         run=run,
         engines=engines,
         has_patches=len(first['outputs']) > 1,
+        matches_classes=first.get('template_names') == first['class_names'],
     )
 
 
@@ -202,7 +203,7 @@ def _check_numbers(value: Any, where: str) -> None:
         for i, item in enumerate(value):
             _check_numbers(item, f'{where}[{i}]')
     elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f'{where} is {value}; a card tells finite numbers alone.')
+        raise InputError(f'{where} is {value}; a card needs finite numbers.')
 
 
 def check(text: str) -> None:
@@ -218,7 +219,7 @@ def check(text: str) -> None:
     try:
         data = yaml.safe_load(block[2]) if block else None
     except yaml.YAMLError as e:
-        raise InputError(f'The front matter of the card is no YAML: {" ".join(str(e).split())}') from e
+        raise InputError(f'The front matter of the card is not YAML: {" ".join(str(e).split())}') from e
     if not isinstance(data, dict):
         raise InputError('The card must begin with front matter: settings in YAML between two lines of ---.')
     for field in ('license', 'library_name', 'pipeline_tag'):
@@ -306,7 +307,7 @@ def render(
         license=data['license'],
         datasets=[dataset['id']],
         metrics=['accuracy'],
-        tags=choose_tags(has_patches),
+        tags=choose_tags(has_patches, bool(engines)),
         model_name=name,
         eval_results=[
             EvalResult(

@@ -17,8 +17,9 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
 
     Returns:
         `top1` and `top5` (%) on `images` images; `part`, which ones in words; `split` if it is the test split;
-        `dataset` and `dataset_id`, its name on the Hub; `result`, all the run wrote down. None for weights that the
-        folder tells no accuracy of.
+        `dataset`, `dataset_id`, its name on the Hub, and `dataset_type` for the metadata of a card; `started_from` and
+        `teachers`, names of weights; `result`, all the run wrote down. None for weights that the folder tells no
+        accuracy of.
     """
     if weights is None:
         return None
@@ -40,9 +41,21 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
     else:
         part = f'held out of {settings["train_split"]}, which chose the weights too'
     name = name_set(settings['dataset'])
-    on_hub = re.fullmatch(r'hfds/(\w[\w.-]*/\w[\w.-]*)', settings['dataset'])
+    on_hub = re.fullmatch(r'hfds/(\w[\w.-]*(?:/\w[\w.-]*)?)', settings['dataset'])
+    dataset = name if on_hub else Path(name).name
+    dataset_id = on_hub[1] if on_hub and not Path(on_hub[1]).exists() else None
+    start = settings.get('initial_checkpoint') or (settings['model'] if settings.get('pretrained') else None)
+    teachers = [*(settings.get('kd_model_name') or []), *(settings.get('kd_checkpoint') or [])]
     return dict(
         top1=(test or best)['top1'], top5=(test or best)['top5'],
         images=result['images']['test' if test else 'validation'], part=part, split=split,
-        dataset=name if on_hub else Path(name).name,
-        dataset_id=on_hub[1] if on_hub and not Path(on_hub[1]).exists() else None, result=result)
+        dataset=dataset, dataset_id=dataset_id,
+        dataset_type=dataset_id or (dataset if re.match('torch/|sample$', settings['dataset']) else 'imagefolder'),
+        started_from=start and f'the weights `{_name_weights(start)}`',
+        teachers=[f'`{_name_weights(teacher)}`' for teacher in teachers], result=result)
+
+
+def _name_weights(source: str) -> str:
+    """Weights without the place on this machine: of a file of training the name of the run too."""
+    path = Path(source.removeprefix('local-dir:'))
+    return '/'.join(path.parts[-2:]) if path.suffix == '.safetensors' else path.name if path.is_absolute() else source

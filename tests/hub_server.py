@@ -227,7 +227,9 @@ class HubHandler(_Handler):
         return self.refuse(404, f'no such endpoint {path}')
 
     def whoami(self, query):
-        self.send(200, {'name': self.user[0], 'auth': {}}) if self.user else self.refuse(401, 'Invalid user token.')
+        if not self.user:
+            return self.refuse(401, 'Invalid user token.')
+        self.send(200, {'name': self.user[0], 'auth': {'type': 'access_token', 'accessToken': {'role': self.user[1]}}})
 
     def validate(self, query):
         text = json.loads(self.body)['content']

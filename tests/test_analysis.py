@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_tmblock.analysis import match_threshold, measure_maximizer, soft_assignment
+from timm_tmblock.analysis import match_threshold, measure_maximizer
 from timm_tmblock.layers import HardMaximizer
 
 
@@ -32,7 +32,8 @@ def test_bn_relu_block_is_a_scaled_convex_combination_of_value_vectors(trained_l
         mean, var = block.norm3.running_mean, block.norm3.running_var
         a_hat = (a - mean[:, None, None]) / (var + block.norm3.eps).sqrt()[:, None, None]
         p = (block.norm3.weight[:, None, None] * a_hat + block.norm3.bias[:, None, None]).clamp(min=0)
-        p_star, eta = soft_assignment(p)
+        eta = p.sum(1, keepdim=True)
+        p_star = p / eta.clamp(min=1e-12)  # section 3.2: p = eta p_star
         values = block.conv3.weight[:, :, 0, 0]  # nu_k is column k
         torch.testing.assert_close(x_prime, eta * torch.einsum('bkhw,vk->bvhw', p_star, values))
         assert (p_star >= 0).all()
@@ -60,13 +61,6 @@ def test_no_activation_above_its_threshold_is_the_optimum_of_p1():
         assert (norm(mu + offsets) > 0).all()
     # a_k - mu_k against a margin of 0 is (P1) with a threshold for each kernel
     assert not HardMaximizer(mu=0., eta=1.)(-offsets).any()
-
-
-def test_nothing_matched_is_no_division_by_zero():
-    p = torch.tensor([[0., 0., 0.], [1., 3., 0.]])[:, :, None, None]
-    p_star, eta = soft_assignment(p)
-    assert p_star[:, :, 0, 0].tolist() == [[0., 0., 0.], [0.25, 0.75, 0.]]
-    assert eta.flatten().tolist() == [0., 4.]
 
 
 @pytest.mark.parametrize('name, blocks', [('rn20', 6), ('wrn16_tm', 8)])

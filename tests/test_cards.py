@@ -185,11 +185,60 @@ def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path,
     assert f'Top-1 {71.5 if test else 80.:.2f} % on {expected}' in str(card)  # no top-5 of two classes
     assert [r.metric_value for r in card.data.eval_results or ()] == ([metric] if metric else [])
     assert card.data.get('datasets') == (['me/ants'] if settings['dataset'] == 'hfds/me/ants' else None)
+    model_index = yaml.safe_load(str(card).split('---')[1]).get('model-index')
+    if metric:
+        kind = 'me/ants' if settings['dataset'] == 'hfds/me/ants' else 'imagefolder'
+        assert model_index[0]['results'][0]['dataset']['type'] == kind
     for other in (tmp_path / 'last.safetensors', tmp_path / 'other' / 'best.safetensors', None):
         assert read_run(other) is None  # nothing was measured of those
     (tmp_path / 'result.json').write_text(json.dumps(dict(result, best=dict(top1=math.nan, top5=1.), test=None)))
-    with pytest.raises(InputError, match='a card tells finite numbers alone'):
+    with pytest.raises(InputError, match='a card needs finite numbers'):
         cards.render_plain(model, 'me/net', exports, read_run(tmp_path / 'best.safetensors'))
+
+
+@pytest.mark.parametrize('settings, told, kind', [
+    (dict(dataset='torch/cifar10'), 'with seed 42, trained and', 'cifar10'),
+    (dict(dataset='hfds/mnist', pretrained=True), 'with seed 42, started from the weights `rn26`, trained and', 'mnist'),
+    (dict(dataset='sample', initial_checkpoint='/home/me/output/a/last.safetensors', kd_checkpoint=['/x/b/t.safetensors']),
+     'with seed 42, started from the weights `a/last.safetensors`, taught by `b/t.safetensors`, trained and', 'sample'),
+    (dict(dataset='birds', kd_model_name=['hf-hub:me/one', 'local-dir:/home/me/two']),
+     'with seed 42, taught by `hf-hub:me/one` and `two`, trained and', 'imagefolder')])
+def test_card_of_a_run_tells_what_it_began_with_and_who_taught_it(tmp_path, settings, told, kind):
+    sidecar = json.loads((ROOT / 'export/results/rn26.cifar10/rn26.fp32.onnx.json').read_text())
+    result = json.loads((ROOT / 'train/results/rn26.cifar10/result.json').read_text())
+    result.update(best=None, test=dict(top1=71.5, top5=100.), images=dict(train=90, test=30))
+    (tmp_path / 'result.json').write_text(json.dumps(result))
+    defaults = dict(model='rn26', train_split='train', val_split=None, test_split='test')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**defaults, **settings}))
+    card = str(cards.render_plain(
+        timm.create_model('rn26'), 'me/net', dict(fp32=sidecar), read_run(tmp_path / 'last.safetensors')))
+    cards.check(card)
+    assert told in card and '/home/me' not in card
+    assert yaml.safe_load(card.split('---')[1])['model-index'][0]['results'][0]['dataset']['type'] == kind
+
+
+@pytest.mark.parametrize('templates', [['ant', 'bee'], ['template 0', 'template 1', 'template 2']])
+def test_plain_card_says_class_of_regions_only_where_templates_are_classes(templates):
+    sidecar = json.loads((ROOT / 'export/results/rn26_tm.cifar10/rn26_tm.fp32.onnx.json').read_text())
+    sidecar.update(class_names=['ant', 'bee'], template_names=templates)
+    text = str(cards.render_plain(timm.create_model('rn26_tm', num_classes=2), 'me/net', dict(fp32=sidecar)))
+    assert ('which class each region' in text) == (len(templates) == 2)
+    assert ('which template each region' in text and 'of other classes than these' in text) == (len(templates) == 3)
+
+
+def test_pictures_of_the_rendered_cards_are_there():
+    for path in cards.RENDERED.glob('*.md'):
+        pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)', path.read_text())
+        assert pictures and all((path.parent / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize('engines', [[], [dict(
+    path='engines/a/x.engine', precision='fp16', megabytes='2.00', version='tensorrt 11', runs_on='L4', batches='1')]])
+def test_cards_are_tagged_with_tensorrt_where_there_are_engines(engines):
+    for card in (cards.render(FULL, engines=engines), cards.render_plain(
+            timm.create_model('rn26_tm'), 'me/net', dict(fp32=json.loads((
+                ROOT / 'export/results/rn26_tm.cifar10/rn26_tm.fp32.onnx.json').read_text())), engines=engines)):
+        assert ('tensorrt' in card.data.tags) == bool(engines)
 
 
 def spoil(path, **values):
@@ -200,7 +249,7 @@ def test_missing_and_broken_numbers_are_refused(copied):
     root, data = copied
     cards.render(FULL)
     spoil(root / data['evaluation'], top1=float('nan'))
-    with pytest.raises(InputError, match='evaluation.json: evaluation.top1 is nan; a card tells finite numbers alone'):
+    with pytest.raises(InputError, match='evaluation.json: evaluation.top1 is nan; a card needs finite numbers'):
         cards.render(FULL)
     spoil(root / data['evaluation'], top1=None)
     with pytest.raises(InputError, match='evaluation.json has no top1; run train/evaluate.py'):
@@ -230,7 +279,7 @@ RESULT = '  - task: {type: image-classification}\n    dataset: {type: a/b, name:
 @pytest.mark.parametrize('front, message', [
     (None, r'must begin with front matter: settings in YAML between two lines of ---'),
     ('just text', r'must begin with front matter'),
-    ('license: [mit', r'The front matter of the card is no YAML: '),
+    ('license: [mit', r'The front matter of the card is not YAML: '),
     ('license: [mit, apache-2.0]', r"license in the front matter of the card must be text, not \['mit', "),
     ('license: mit\ntags: a', r'tags in the front matter of the card must be a list of text'),
     ('license: mit\ndatasets: [1]', r'datasets in the front matter of the card must be a list of text'),

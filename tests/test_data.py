@@ -310,13 +310,23 @@ def test_images_are_made_square_as_the_network_has_it(tmp_path, mode, channels):
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / '0.png')
     config = DataConfig((channels, 8, 8), (0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.4)[:channels], crop_mode=mode)
-    expected = create_transform(  # timm's for evaluation, with borders of the mean colour
-        config.input_size, interpolation='bicubic', crop_pct=1., crop_mode=mode, mean=config.mean, std=config.std)(image)
+    transform = create_transform(  # timm's for evaluation, with borders of the mean colour
+        config.input_size, interpolation='bicubic', crop_pct=1., crop_mode=mode, mean=config.mean, std=config.std)
+    expected = transform(image)
     dataset = open_dataset(str(tmp_path), 'train', channels=channels)
     streamed = StreamingLoader(dataset, config, 2, torch.device('cpu'), num_workers=0)
     in_memory = InMemoryLoader(decode(dataset, config, progress=False), config, 2, torch.device('cpu'))
     for loader in (streamed, in_memory):
         torch.testing.assert_close(next(loader.epoch(0))[0], expected.expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize('name', ['torch', 'hfds', 'wds'])
+def test_folder_may_be_called_as_a_kind_of_set(tmp_path, monkeypatch, name):
+    for label in 'ab':
+        (tmp_path / name / 'train' / label).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'train' / label / '0.png')
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset(name, 'train')) == 2
 
 
 def test_classes_of_one_name_have_one_number():

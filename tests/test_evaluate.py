@@ -147,7 +147,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['rn27_tm'], "rn27_tm is no model with pretrained weights"),
+    (['rn27_tm'], "rn27_tm is not a model with pretrained weights"),
     (['wrn16'], 'or give a weight file of training'),
     (['ONNX', '--checkpoint', 'x.safetensors'], 'logits.onnx has weights of its own; leave out --checkpoint'),
     (['missing.onnx'], 'no file missing.onnx'),
@@ -156,7 +156,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
     (['rn26_tm', '--device', 'cuda'], 'no cuda device'),
     (['rn26_tm', '--precision', 'int3'], 'invalid choice'),
     (['rn26_tm', '--output', f'{ROOT}/README.md/x'], 'Cannot write'),
-    (['engine'], 'There is no .*x.engine.json, which says what'),
+    (['engine'], 'There is no .*x.engine.json, which holds the input format and classes of x.engine'),
 ])
 def test_what_cannot_be_measured_is_one_sentence(flags, message, tmp_path, onnx_folder):
     flags = [str(onnx_folder / 'logits.onnx') if flag == 'ONNX' else flag for flag in flags]
@@ -220,4 +220,4 @@ def test_command_prints_json_and_exits_with_2():
     assert json.loads(run.stdout)['images'] == 37
     run = subprocess.run(
         [sys.executable, str(ROOT / 'train' / 'evaluate.py'), 'nothing'], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith('error: nothing is no model')
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith('error: nothing is not a model')

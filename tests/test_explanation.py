@@ -295,7 +295,7 @@ def test_wrapped_models_are_explained_as_they_are(trained_like, wrap, method):
 
 @pytest.mark.parametrize('image', [torch.zeros(3, 32, 32), None, b'abc'])
 def test_what_is_no_image_is_one_sentence(trained_like, image):
-    with pytest.raises(InputError, match='^(Tensor|NoneType|bytes) is no image; give a path, PIL image or uint8 array'):
+    with pytest.raises(InputError, match='^(Tensor|NoneType|bytes) is not an image; give a path, PIL image or '):
         explain(trained_like('rn26_tm'), image)
 
 
@@ -332,8 +332,9 @@ def test_unknown_class_is_refused(regions):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('local-dir:BROKEN', 'is no model with pretrained weights'),
-    ('local-dir:FOREIGN', "is no model with pretrained weights.*argument 'foo'"), ('missing.onnx', 'There is no file'),
+    ('local-dir:BROKEN', 'is not a model with pretrained weights'),
+    ('local-dir:FOREIGN', "is not a model with pretrained weights.*argument 'foo'"),
+    ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
     (lambda: PreActResNet(template_matching=True), 'make it with timm.create_model'),

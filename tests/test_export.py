@@ -477,9 +477,9 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pretrained.state_dict().values(), model.state_dict().values()))
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match='local-dir:.* is no model with pretrained weights'):
+    with pytest.raises(InputError, match='local-dir:.* is not a model with pretrained weights'):
         load(f'local-dir:{tmp_path}')
-    with pytest.raises(InputError, match='hf-hub:nobody/nothing is no model with pretrained weights') as error:
+    with pytest.raises(InputError, match='hf-hub:nobody/nothing is not a model with pretrained weights') as error:
         load('hf-hub:nobody/nothing')
     assert '\n' not in str(error.value)
 
@@ -554,7 +554,7 @@ def test_network_of_timm_that_has_a_fuse_of_its_own_is_refused(tmp_path):
     network = timm.create_model('iformer_t')
     assert hasattr(network, 'fuse')
     save_weights(path, network.state_dict(), dict(model='iformer_t', num_classes=1000))
-    with pytest.raises(InputError, match='is no network of this project'):
+    with pytest.raises(InputError, match='is not a network of this project'):
         load(str(path))
 
 

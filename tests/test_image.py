@@ -91,7 +91,7 @@ def make_bad(tmp_path, kind):
 
 
 @pytest.mark.parametrize('kind, message', [
-    ('missing', 'There is no image'), ('empty', 'empty or no image'), ('text', 'empty or no image'),
+    ('missing', 'There is no image'), ('empty', 'empty or not an image'), ('text', 'empty or not an image'),
     ('truncated', 'cannot be decoded'), ('folder', 'is a folder'), ('float', 'floating-point'),
     ('integers', '32-bit pixels of unknown range'),
 ])

@@ -112,24 +112,24 @@ def test_what_lies_on_the_hub_and_is_no_sidecar_of_an_engine_is_passed_over(foun
 
 
 def test_repository_is_looked_at_before_the_training():
-    with pytest.raises(InputError, match="'run' is no name of a repository: its owner comes first, USER/run"):
+    with pytest.raises(InputError, match="'run' is not a repository name: its owner comes first, USER/run"):
         train.main(['--push-to-hub', 'run'])
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--model', 'resnet18'], "The model is no network of this project; timm's onnx_export.py exports it"),
+    (['--model', 'resnet18'], "The model is not a network of this project; timm's onnx_export.py exports it"),
     (['--model-kwargs', 'maximizer=perturbed'], 'The model has perturbed maximizers'),
     (['--crop-mode', 'border'], "The network takes images by crop_mode 'border'"),
 ])
 def test_network_that_cannot_be_exported_is_refused_before_the_training(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(train, 'check_push', lambda repo: None)  # without a token
+    monkeypatch.setattr(train, 'check_push', lambda *args: None)  # without a token
     with pytest.raises(InputError, match=f'--push-to-hub cannot export this network: {message}'):
         train.main([*flags, '--epochs', '1', '--output', str(tmp_path), '--push-to-hub', 'me/net', '--workers', '0'])
     assert not list(tmp_path.rglob('*.safetensors'))
 
 
 def test_network_with_auxiliary_supervision_is_pushed_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'check_push', lambda repo: None)
+    monkeypatch.setattr(train, 'check_push', lambda *args: None)
     monkeypatch.setattr(train, 'publish', lambda weights, args: type(load(str(weights))).__name__)
     result = train.main([
         '--model', 'rn26', '--aux-head', '--max-steps', '1', '--batch-size', '8', '--train-split', 'train[:40]',
@@ -158,6 +158,22 @@ def test_weights_trained_from_others_may_have_another_license(tmp_path, capsys):
     timm.models.save_for_hf(timm.create_model('rn26_tm', pretrained=True), tmp_path, safe_serialization=True)
     with pytest.raises(InputError, match='has weights under apache-2.0; --license is for weights of your own'):
         export.main(['push', f'local-dir:{tmp_path}', *flags])
+
+
+@pytest.mark.parametrize('name', ['Apache 2.0', 'Apache-2.0', ''])
+def test_license_is_named_as_the_hub_names_it(name):
+    with pytest.raises(InputError, match='is not how the Hub names a license'):
+        export.main(['push', 'rn26_tm', '--repo', 'me/net', '--dry-run', '--license', name])
+
+
+def test_whatever_fails_while_publishing_ends_in_one_sentence(monkeypatch, capsys, tmp_path):
+    def fail(options):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('export.push.check_access', fail)
+    assert publish(tmp_path / 'best.safetensors', parse_args(['--push-to-hub', 'me/net'])) is None
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and 'not pushed: OSError: [Errno 28] No space left on device. Push' in message
 
 
 def test_license_of_the_shipped_weights_is_what_it_is():

@@ -206,9 +206,11 @@ def test_a_pull_request_is_opened_once(hub, folder):
     (READ, dict(create_pr=True, revision='next'), '--revision names a branch to push to, and a pull request has its'),
     (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
     ('hf_wrong', {}, 'The Hub does not accept the token'),
-    (READ, {}, 'The token may not create the repository in me/net; use one with write access'),
-    (WRITE, dict(repo='no'), "'no' is no name of a repository: its owner comes first, USER/no"),
-    (WRITE, dict(repo='a b/c'), "'a b/c' is no name of a repository"),
+    (READ, {}, 'The token may only read; use one with write access, or --create-pr'),
+    (WRITE, dict(deadline=0.), '--deadline must be above 0 seconds, not 0'),
+    (WRITE, dict(message=' '), '--message is empty'),
+    (WRITE, dict(repo='no'), "'no' is not a repository name: its owner comes first, USER/no"),
+    (WRITE, dict(repo='a b/c'), "'a b/c' is not a repository name"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
     (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),
 ])
@@ -231,12 +233,67 @@ def test_private_push_never_goes_to_a_public_repository(hub, folder):
     assert not hub.has_been_sent() and count(hub) == 0
 
 
-def test_read_token_cannot_write_to_a_repository_that_is_there(hub, folder):
+@pytest.mark.parametrize('path', ['/preupload/', '/commit/main'])
+def test_reason_of_a_refusal_is_told(hub, folder, path):
     hub.create('me/net')
-    kind, text = run(hub, folder, token=READ)
-    assert kind == 'InputError'
-    assert 'The token may not commit in me/net; use one with write access, or --create-pr' in text
-    assert not hub.blobs and count(hub) == 0
+    hub.faults.append(Fault('POST', path, status=403, headers={'X-Error-Message': 'Storage limit reached'}))
+    kind, text = run(hub, folder)
+    assert kind == 'InputError' and count(hub) == 0
+    assert 'The Hub does not let this token commit (HTTP 403, Storage limit reached); if it lacks write access' in text
+
+
+CHECK = '''
+import sys, export.push
+from timm_tmblock.errors import InputError
+try:
+    export.push.check_access(export.push.PushOptions(**eval(sys.argv[1])))
+except InputError as e:
+    print(e)
+'''
+
+
+@pytest.mark.parametrize('options, environ, message', [
+    (dict(repo='me/net'), {}, ''),
+    (dict(repo='me/new', private=True, tag='v1'), {}, ''),  # yet to be created
+    (dict(repo='me/net', tag='v2'), {}, ''),
+    (dict(repo='me/net', tag='v1', revision='next'), {}, ''),  # so is the branch
+    (dict(repo='me/net', tag='v1'), {}, 'The tag v1 is there already, on another commit; choose another'),
+    (dict(repo='me/net', private=True), {}, 'me/net is there and public'),
+    (dict(repo='me/net'), dict(HF_TOKEN=READ), 'The token may only read'),
+    (dict(repo='me/net', create_pr=True), dict(HF_TOKEN=READ), ''),
+    (dict(repo='me/new', create_pr=True), dict(HF_TOKEN=READ), 'There is no repository me/new to open'),
+    (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE keeps the Hub from being asked; unset it'),
+    (dict(repo='me/net'), dict(HF_ENDPOINT='{}/elsewhere'), 'There is no Hub at .*/elsewhere to sign in to'),
+])
+def test_what_makes_a_push_impossible_is_found_before_the_work(hub, folder, options, environ, message):
+    assert run(hub, folder, tag='v1')[0] == ''
+    (folder / 'config.json').write_text('{"a": 1}')
+    assert run(hub, folder)[0] == ''
+    environ = {key: value.format(hub.endpoint) for key, value in environ.items()}
+    checked = subprocess.run(
+        [sys.executable, '-c', CHECK, repr(options)], cwd=ROOT, env=environment(hub, **environ), capture_output=True,
+        text=True)
+    assert checked.returncode == 0 and re.match(message or '$', checked.stdout), checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_onnx_files_that_are_left_out_go_and_engines_of_the_network_stay(hub, folder, same):
+    about = dict(weights_sha256='a', class_names=['x', 'y'], preprocessing={})
+    files = {'onnx/model.onnx.json': json.dumps(about), 'onnx/model_int8.onnx': 'int8', 'onnx/model_int8.onnx.json': '{}',
+             'onnx/by_hand.onnx': 'other', 'engines/a/x.engine': 'plan', 'engines/a/x.engine.json': json.dumps(about)}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    assert run(hub, folder)[0] == ''
+    for name in list(files)[1:]:
+        (folder / name).unlink()
+    # other bytes of the same weights, as another version of safetensors may write them
+    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes() + b' ')
+    (folder / 'onnx/model.onnx.json').write_text(json.dumps(about if same else dict(about, weights_sha256='b')))
+    assert run(hub, folder)[0] == ''
+    left = {path for path in hub.repositories['me/net'].find('main')['files'] if path in files}
+    assert left == {'onnx/model.onnx.json'} | (
+        {'onnx/by_hand.onnx', 'engines/a/x.engine', 'engines/a/x.engine.json'} if same else set())
 
 
 def test_card_the_hub_refuses_ends_the_push_before_anything_is_sent(hub, folder):
@@ -300,7 +357,7 @@ def test_xet_uploads_are_tried_again(xet, folder, fault):
 
 @pytest.mark.parametrize('status, expected', [
     (401, 'InputError: The Hub does not accept the token'),
-    (403, 'InputError: The token may not commit in me/net'),
+    (403, 'InputError: The Hub does not let this token commit ('),
     (404, 'PushError: Could not commit: '),  # the repository has just been found
     (503, 'PushError: Could not commit: '),
 ])
@@ -384,7 +441,7 @@ export.push.SIGN_IN = 1.
 folder = Path(sys.argv[1])
 files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
 try:
-    export.push.sign_in()
+    export.push.check_access(export.push.PushOptions('me/net'))
     export.push.push(folder, files, export.push.PushOptions('me/net', deadline=2.))
 except export.push.DeadlineError as e:
     print(e, file=sys.stderr)
@@ -449,7 +506,7 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
     result = json.loads(failed.stdout.splitlines()[-1])
     assert failed.returncode == 0 and result['pushed'] is None and load_model(result['weights']['best'])
     assert 'The Hub could not be asked about the token (Could not sign in: HTTP 422' in failed.stderr
-    assert 'was not pushed: The token may not create the repository in me/run' in failed.stderr
+    assert 'was not pushed: The Hub does not let this token create the repository (HTTP 403' in failed.stderr
     assert f'python -m export push {result["weights"]["best"]} --repo me/run ' in failed.stderr
     hub.faults.clear()
     code = (
@@ -545,7 +602,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     assert [line for line in card.splitlines() if line.startswith('| `engines/')] == [
         '| `engines/a/x.engine` | fp16 | 2.00 | tensorrt 10.16.0 | compute capability 8.9 (NVIDIA L4) | 1 to 64 |']
     # a card that was edited on the Hub is kept to the byte
-    edited = '---\nlicense: apache-2.0\n---\nAves – by hand.\r\n'.encode()
+    edited = 'Aves – by hand, without front matter.\r\n'.encode()
     files = hub.repositories['me/birds'].find('v2')['files']
     files['README.md'] = dict(
         oid=hashlib.sha1(b'blob %d\0' % len(edited) + edited).hexdigest(), size=len(edited), lfs=False, content=edited)

@@ -373,7 +373,7 @@ def test_mixing_command_writes_its_measures(tmp_path):
 @pytest.mark.parametrize('flags, message', [
     (['geometry', 'rn26_tm', '--baseline', 'rn26_tm'], 'rn26_tm has a template matching block'),
     (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
-    (['mosaic', 'nothing'], 'nothing is no model with pretrained weights'),
+    (['mosaic', 'nothing'], 'nothing is not a model with pretrained weights'),
     (['mosaic', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'one region of each class, too few'),
     (['trust', 'rn26_tm', '--images', '1'], 'take two at least'),
     (['mixing', 'rn26_tm', '--images', '1'], 'take two at least'),

@@ -212,6 +212,9 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     uncertain = make_geometry(output)
     uncertain['spaces']['rn26: stage 3']['class_neighbour_rate_error'] = 0.5  # of the baseline alone
     assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (FAILS if verdict == FAILS else UNDECIDED)
+    of_files = make_geometry(output, model='best')  # spaces have the names of files without their place
+    of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/rn26.safetensors')
+    assert verdicts(geometry={'rn26_tm.a': of_files})[CLUSTERED] == found
     animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})['There animals lie apart from vehicles']
     assert animals[0] == verdict and animals[1].endswith('50 % by chance')
 
@@ -220,7 +223,8 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     (0.2, 0.3, HOLDS), (0.61, 0.3, UNDECIDED), (0.8, 0.3, FAILS), (0.2, 0.7, HOLDS), (0.2, 0.91, UNDECIDED),
     (0.2, 0.95, FAILS)])
 def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averaging(shortcut, mean, verdict):
-    claim = 'It is the value vectors that cluster them (here: more than averaging over the patch does)'
+    claim = ('It is the value vectors that cluster them (here: the output more than without them, they alone more than '
+             'the mean over the patch)')
     geometry = make_geometry(0.6, shortcut, mean=mean)
     found = verdicts(geometry={'rn26_tm.a': geometry})[claim]
     assert found[0] == verdict and (

@@ -50,6 +50,19 @@ def test_recipes_of_the_paper_print_its_numbers_and_ours():
             assert all(f'{result["test"]["top1"]:.2f} %' in text for result in results)
 
 
+def test_what_is_named_twice_is_run_once():
+    assert len(cells('table1', '--rows', 'rn26', '--seeds', '0', '1', '0')) == 2
+    assert len(cells('lambda', '--lambdas', '0.5', '0.50000001')) == 1
+
+
+@pytest.mark.parametrize('flags', [
+    ['--model', 'rn20'], ['--model=rn20'], ['--aux-head'], ['--dataset', 'x'], ['--pretrained'], ['--eval-only']])
+def test_flags_cannot_make_all_rows_one(tmp_path, flags):
+    with pytest.raises(InputError, match=f'^{flags[0].partition("=")[0]} is set by the experiment.*; leave it out'):
+        main(['table1', '--output', str(tmp_path), '--', *flags])
+    assert not list(tmp_path.iterdir())
+
+
 def test_grid_of_maximizers_is_that_of_figure_3():
     found = {c.setting: parse_args(list(c.flags)) for c in cells('maximizers')}
     assert list(found) == [

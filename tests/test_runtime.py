@@ -340,7 +340,7 @@ def test_bad_file_is_one_sentence(folder, tmp_path, make, message):
 
 def test_revision_of_what_is_here_is_refused(folder):
     for source in (folder, folder / 'plain.onnx'):
-        with pytest.raises(runtime.RuntimeInputError, match='is here, where there are no revisions'):
+        with pytest.raises(runtime.RuntimeInputError, match='is a local path, which has no revisions'):
             runtime.load(source, 'cpu', revision='v1')
 
 

@@ -209,8 +209,8 @@ class TestInBrowser:
         assert len(shown_maps(page)) == 1
 
     @pytest.mark.parametrize('kind, message', [
-        ('text', 'text.png is empty or no image Pillow can read'),
-        ('empty', 'empty.png is empty or no image Pillow can read'),
+        ('text', 'text.png is empty or not an image Pillow can read'),
+        ('empty', 'empty.png is empty or not an image Pillow can read'),
         ('cut', 'cut.png cannot be decoded')])
     def test_file_that_is_no_image_gives_one_sentence_and_the_next_one_works(self, open_page, tmp_path, kind, message):
         page = open_page()
@@ -321,6 +321,6 @@ def test_folder_is_never_overwritten(tmp_path):
         main(['rn26_tm', '--output', str(tmp_path / 'mine')])
     with pytest.raises(InputError, match='Two models are called alike'):
         main(['rn26_tm', 'rn26_tm', '--output', str(tmp_path / 'new')])
-    with pytest.raises(InputError, match='no_model is no model with pretrained weights'):
+    with pytest.raises(InputError, match='no_model is not a model with pretrained weights'):
         main(['no_model', '--output', str(tmp_path / 'new')])
     assert [path.name for path in tmp_path.rglob('*')] == ['mine', 'a.txt']

@@ -363,9 +363,9 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
     prediction = runtime.load(tmp_path, engine=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
     assert prediction.label == 'ship'
     assert runtime.load(tmp_path, 'cpu').session.provider == 'CPUExecutionProvider'  # unless asked, an ONNX file
-    with pytest.raises(runtime.RuntimeInputError, match='is no engine; name one'):
+    with pytest.raises(runtime.RuntimeInputError, match='is not an engine; name one'):
         runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)
-    with pytest.raises(runtime.RuntimeInputError, match='patches.onnx is no engine, and engines alone are built again'):
+    with pytest.raises(runtime.RuntimeInputError, match='patches.onnx is not an engine, and engines alone are built'):
         runtime.load(tmp_path, 'cpu', rebuild=True)
     (path.parent / 'x.engine').unlink()  # its sidecar alone is no engine
     assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'y6'

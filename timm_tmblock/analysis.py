@@ -14,19 +14,6 @@ from .models._base import TemplateMatchingNet
 from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
-def soft_assignment(p: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Split mixing coefficients into a convex combination and its scale, p = eta * p_star (section 3.2).
-
-    Args:
-        p: Output of BN-ReLU (B, K, H, W), not negative.
-
-    Returns:
-        p_star (B, K, H, W), which sums to 1 over K, or to 0 where nothing matched; eta (B, 1, H, W), the sum of p.
-    """
-    eta = p.sum(dim=1, keepdim=True)
-    return p / eta.where(eta > 0, torch.ones_like(eta)), eta
-
-
 def match_threshold(norm: nn.BatchNorm2d) -> torch.Tensor:
     """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation at which BN-ReLU starts to pass kernel k.
 

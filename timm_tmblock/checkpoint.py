@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 # fields of the description that timm keeps in pretrained_cfg under the same name
 _PRETRAINED_CFG_KEYS = (
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _is_of_writing(error: RuntimeError) -> bool:
-    """Whether torch.save raises it, and no GPU or other process does."""
+    """Whether it is of torch.save, not of a GPU or another process."""
     return _is_of_a_full_disk(str(error)) or 'Parent directory' in str(error)
 
 
@@ -183,10 +183,9 @@ def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) 
     try:
         return timm.create_model(source, pretrained=True).eval()
     except Exception as e:  # the network, the Hub, safetensors and timm have errors of their own
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
         raise InputError(
-            f'{source} is no model with pretrained weights ({reason}); name one of timm.list_pretrained(), or give a '
-            f'weight file of training (*.safetensors) in its place.') from e
+            f'{source} is not a model with pretrained weights ({first_line(e)}); name one of timm.list_pretrained(), '
+            f'or give a weight file of training (*.safetensors) in its place.') from e
 
 
 def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:

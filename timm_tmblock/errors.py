@@ -13,6 +13,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return str(error).strip().split('\n')[0] or type(error).__name__
+
+
 @contextmanager
 def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
     """What each command line does with an InputError, or one of `others`, and when nobody reads on (`... | head`)."""

@@ -143,7 +143,7 @@ class Explainer:
         if channels not in (1, 3):
             raise InputError(f'The model takes images of {channels} channels; only grey and RGB ones can be explained.')
         if self.data_config.get('crop_mode') == 'border':
-            raise InputError("The crop mode 'border' adds to images what none of their regions is; use another.")
+            raise InputError("The crop mode 'border' pads images, and padding belongs to no region; use another.")
 
     def _use_torch(self, model: Any) -> None:
         if self.method == 'match' and not getattr(model, 'has_template_matching', False):
@@ -159,7 +159,8 @@ class Explainer:
             raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
         names = list_class_names(model.pretrained_cfg)
-        self._name(names, model.num_classes, model.tm.num_templates if self.method == 'match' else model.num_classes)
+        num_templates = model.tm.num_templates if self.method == 'match' else model.num_classes
+        self._set_names(names, model.num_classes, num_templates)
 
         def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
             parameter = next(model.parameters())
@@ -184,9 +185,9 @@ class Explainer:
         try:
             session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         except Exception as e:  # onnxruntime's errors share no public base class
-            raise InputError(f'{path} is no ONNX file that ONNX Runtime can load ({e}).') from e
-        names = [output.name for output in session.get_outputs()]
-        if 'patch_logits' not in names:
+            raise InputError(f'{path} is not an ONNX file that ONNX Runtime can load ({e}).') from e
+        outputs = {output.name: output for output in session.get_outputs()}
+        if 'patch_logits' not in outputs:
             raise InputError(f'{path} has no patch logits; export it again with --patch-logits and without --softmax.')
         if session.get_inputs()[0].type != 'tensor(float)':
             raise InputError(f'{path} takes pixels; use export/runtime.py, or export it without --preprocessing.')
@@ -201,12 +202,11 @@ class Explainer:
             raise InputError(
                 f'{path} was exported with the map of the method {self.method!r}; export it again with --method '
                 f'{method}.')
-        outputs = {output.name: output for output in session.get_outputs()}
-        self._name(class_names, outputs['logits'].shape[1], outputs['patch_logits'].shape[1])
+        self._set_names(class_names, outputs['logits'].shape[1], outputs['patch_logits'].shape[1])
         input_name = session.get_inputs()[0].name
         self.run = lambda x: tuple(session.run(['logits', 'patch_logits'], {input_name: x}))
 
-    def _name(self, names: Sequence[str], num_classes: int, num_templates: int) -> None:
+    def _set_names(self, names: Sequence[str], num_classes: int, num_templates: int) -> None:
         self.class_names = list(names) if len(names) == num_classes else [f'class {i}' for i in range(num_classes)]
         self.template_names = self.class_names
         if num_templates != num_classes:  # templates kept from another set of classes

@@ -51,7 +51,7 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
                 raise InputError(f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             image = Image.fromarray(source)
         elif not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
-            raise InputError(f'{type(source).__name__} is no image; give a path, PIL image or uint8 array.')
+            raise InputError(f'{type(source).__name__} is not an image; give a path, PIL image or uint8 array.')
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             file_format = image.format
@@ -66,9 +66,9 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
     except IsADirectoryError as e:
         raise InputError(f'{name} is a folder; name the images in it.') from e
     except PermissionError as e:
-        raise InputError(f'{name} may not be read here.') from e
+        raise InputError(f'{name} cannot be read: permission denied.') from e
     except UnidentifiedImageError as e:
-        raise InputError(f'{name} is empty or no image Pillow can read; give a PNG, JPEG or WebP file.') from e
+        raise InputError(f'{name} is empty or not an image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (InputError, MemoryError):
         raise
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken

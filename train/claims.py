@@ -302,9 +302,11 @@ def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Dif
 def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """The measures of each embedding by its name without the network's; those of a baseline as 'baseline NAME'."""
     found = {}
+    baseline = str(analysis['settings'].get('baseline'))
+    names = (baseline, Path(baseline).name.removesuffix('.safetensors'))  # of a file the spaces have the name alone
     for name, space in analysis['spaces'].items():
         network, _, layer = name.rpartition(': ')
-        found[f'baseline {layer}' if network and network == analysis['settings'].get('baseline') else layer] = space
+        found[f'baseline {layer}' if network and network in names else layer] = space
     return found
 
 
@@ -423,7 +425,8 @@ def judge(evidence: Evidence) -> List[Claim]:
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline",
          '4.3, Figure 5', judge_block_output(evidence)),
         ('There animals lie apart from vehicles', '4.3, Figure 5', judge_block_output(evidence, 'superclass')),
-        ('It is the value vectors that cluster them (here: more than averaging over the patch does)',
+        ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
+         'mean over the patch)',
          '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),

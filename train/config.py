@@ -10,11 +10,11 @@ from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequ
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 
 SETTINGS = 'args.yaml'  # in the experiment folder
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
-# giving a setting discards these of any source of less precedence, which say the same in another way
+# a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
     lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
     pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
@@ -79,7 +79,7 @@ gigabytes = number(float, 0, endless=True)
 
 
 class KeyValues(ParseKwargs):
-    """timm's, which dies of a word that is none."""
+    """timm's ParseKwargs, with a clear error for a word that is not KEY=VALUE."""
 
     def __call__(
             self,
@@ -134,7 +134,7 @@ def create_parser() -> Parser:
         "share of a resized image that is kept; the model's if not given"))
 
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
-        "how images that are no squares become some; the model's if not given"))
+        "how images of another shape are fitted to the input; the model's if not given"))
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
@@ -276,7 +276,7 @@ def refusing(settings: str) -> Iterator[None]:
     except InputError:
         raise
     except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError) as e:
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        reason = first_line(e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
         reason = f'there is no argument {unknown[1]!r}' if unknown else reason
         raise InputError(f'{settings} cannot be used: {reason}') from e
@@ -304,11 +304,15 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[str]] = None) -> List[str]:
-    """Flags that differ from those `dump_args` wrote: of those named, or of the recipe."""
+    """Settings that differ from those `dump_args` wrote: of those named, or of the recipe."""
     before = yaml.safe_load(path.read_text())
     now = yaml.safe_load(dump_args(args))
-    asked = [k for k in now if k in keys] if keys is not None else [k for k in now if k not in NO_RECIPE]
-    return [f'--{k.replace("_", "-")}' for k in asked if k in before and now[k] != before[k]]
+    asked = (k for k in now if (k not in NO_RECIPE if keys is None else k in keys))
+    return [k for k in asked if k in before and now[k] != before[k]]
+
+
+def to_flag(setting: str) -> str:
+    return f'--{setting.replace("_", "-")}'
 
 
 def count_held_out(settings: Dict[str, Any]) -> float:
@@ -327,14 +331,14 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
         return
     changes = find_changes(args, path, DIVISION + (() if args.eval_only else SETTLED))
     before, now = map(count_held_out, ({'val_fraction': None, **yaml.safe_load(path.read_text())}, vars(args)))
-    if '--val-fraction' in changes and now <= before:  # then those that are left were held out before, too
-        changes.remove('--val-fraction')
+    if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
+        changes.remove('val_fraction')
     if changes:
         division = 'the images would be divided anew, and it would be measured on some it was trained on'
-        reason = division if changes[0][2:].replace('-', '_') in DIVISION else 'its checkpoint settles that'
+        reason = division if changes[0] in DIVISION else 'its checkpoint settles that'
         raise InputError(
-            f'{changes[0]} cannot change in a run that goes on: {reason}; leave it out, or begin another run with '
-            f'--initial-checkpoint.')
+            f'{to_flag(changes[0])} cannot change in a run that goes on: {reason}; leave it out, or begin another run '
+            f'with --initial-checkpoint.')
 
 
 def dump_args(args: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 from timm_tmblock.image import IMAGE_SUFFIXES, read_image
 from train.augment import DataConfig
 from train.signals import outlive_sigterm
@@ -96,13 +96,13 @@ def open_dataset(
             raise InputError('The sample comes with the project; --dataset names a folder of images, not --data-dir.')
         name, input_key, target_key = f'hfds/{SAMPLE}', 'img', 'label'
     kind, slash, rest = name.partition('/')
-    if slash and kind.lower() in KINDS:
-        kind = kind.lower()
+    kind = kind.lower() if slash and kind.lower() in KINDS else ''  # of a folder
+    if kind:
         name = f'{kind}/{rest}'
-    if kind in ('hfids', 'tfds', 'wds') and '/' in name:
-        raise InputError(f'Dataset {name!r} is a stream, whose images have no numbers; name it with hfds/ or torch/.')
+    if kind in ('hfids', 'tfds', 'wds'):
+        raise InputError(f'Dataset {name!r} is a stream, which has no order; open it as hfds/... or torch/....')
     kwargs = dict(root=root, split=split, download=download, input_img_mode='L' if channels == 1 else 'RGB')
-    if name.startswith('hfds/'):
+    if kind == 'hfds':
         kwargs.update(input_key=input_key, target_key=target_key)
     else:
         if root and Path(name).is_dir():
@@ -113,21 +113,21 @@ def open_dataset(
             kwargs['root'] = root or name
             if Path(root or name).is_dir():  # timm reads png and jpg unless told otherwise, and leaves out the rest
                 kwargs['input_key'] = ';'.join(IMAGE_SUFFIXES)
-        elif name[6:].lower() in HALVED and split not in SPLIT_NAMES:
+        elif rest.lower() in HALVED and split not in SPLIT_NAMES:
             raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
     try:
         dataset = create_dataset(name, **kwargs)
         size = len(dataset)
     except Exception as e:  # every kind of set has errors of its own
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
+        reason = first_line(e)
         if reason == 'AssertionError':  # what timm says of it
             reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
-    if not name.startswith('hfds/'):
+    if kind != 'hfds':
         _check_folder(dataset, name, split, Path(root or name))
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
-    if name.startswith('hfds/'):
+    if kind == 'hfds':
         table = dataset.reader.dataset.data
         # timm casts the image column, which adds an empty one where there was none
         columns = [c for c in table.column_names if table.column(c).null_count < size]
@@ -292,7 +292,7 @@ def decode(
     digests: List[bytes] = []
     chunks = DataLoader(
         _Chunks(source, config, digest), batch_size=None, num_workers=workers,
-        worker_init_fn=outlive_sigterm, generator=torch.Generator())  # or it would draw from the process's
+        worker_init_fn=outlive_sigterm, generator=torch.Generator())  # of its own, or the global one would advance
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
         for number, (pixels, labels, names) in enumerate(chunks):
             part = slice(number * CHUNK, (number + 1) * CHUNK)

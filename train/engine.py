@@ -15,7 +15,7 @@ from train.memory import keep_freed_memory
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
-    """Accelerate's state, from the flags and below them from `accelerate launch`.
+    """Create the Accelerator; flags take precedence over `accelerate launch`.
 
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
@@ -30,7 +30,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('--torchcompile-mode only applies with --torchcompile; add it.')
     if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
-            'CUDA graphs overwrite the gradients that --grad-accum-steps adds up; leave out one of the two.')
+            'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
+            'leave out one of the two.')
     if args.cuda_graph:
         _check_cuda_graph(args)
     if args.torchcompile:
@@ -47,8 +48,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
             **plugins,
         )
     if accelerator.num_processes < launched:  # each would train alone and write to the same folder
-        raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device; '
-                         f'use --device cpu, or launch one.')
+        raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device, so '
+                         f'each would train alone; use --device cpu, or launch a single process.')
     if accelerator.mixed_precision in ('no', 'fp16', 'bf16'):
         args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
     if accelerator.state.deepspeed_plugin is not None:
@@ -104,7 +105,9 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
 
 def _check_cuda_graph(args: Namespace) -> None:
     if args.grad_accum_steps > 1:
-        raise InputError('--cuda-graph captures steps of one kind; use --no-cuda-graph or --grad-accum-steps 1.')
+        raise InputError(
+            '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
+            '1.')
     if _captures_graphs(args):
         raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
 

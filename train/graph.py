@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 from timm.optim import Muon, NAdamW
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 
 # others read numbers in Python that change from step to step, or wait for the GPU
 CAPTURABLE = (Muon, NAdamW, torch.optim.NAdam, torch.optim.AdamW, torch.optim.Adam)
@@ -115,6 +115,6 @@ class GraphedStep:
             for error in errors:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise error from None
-            reason = str(errors[-1]).strip().split('\n')[0]
+            reason = first_line(errors[-1])
             raise InputError(f'This step cannot be captured ({reason}); use --no-cuda-graph.') from e
         self.graph = graph

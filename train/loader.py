@@ -132,7 +132,7 @@ class InMemoryLoader:
                     num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
                     worker_init_fn=outlive_sigterm,
                     persistent_workers=True,  # each takes a copy of the images where processes are not forked
-                    generator=torch.Generator())  # or it would draw from the process's, once more after a restart
+                    generator=torch.Generator())  # of its own: the global one would advance, and again after a restart
             if config.re_prob > 0:
                 with refusing('These settings of random erasing'):
                     self.erase = RandomErasing(
@@ -215,7 +215,8 @@ class StreamingLoader:
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
-            num_workers=max(num_workers, training),  # here it would advance the generators that are saved
+            # in training one at least: in this process it would advance the generators that checkpoints save
+            num_workers=max(num_workers, 1) if training else num_workers,
             distributed=distributed,
             device=device,
             pin_memory=self.pinned,

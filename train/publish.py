@@ -9,14 +9,14 @@ from typing import List, Optional
 
 import torch.nn as nn
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 from train.augment import DataConfig
 
 PRECISIONS = ('fp32', 'fp16')
 INSTALL = 'pip install "timm-tmblock[export,ort,hub]"'
 
 
-def check_push(name: str) -> None:
+def check_push(name: str, private: bool = False) -> None:
     """Ask before a run for what its push at the end needs: packages, a name and, in the first process, a token.
 
     Raises:
@@ -24,14 +24,15 @@ def check_push(name: str) -> None:
     """
     try:
         from export.publish import create_files  # noqa: F401
-        from export.push import PushError, PushOptions, sign_in
+        from export.push import PushError, PushOptions, check_access
     except ImportError as e:
         raise InputError(f'--push-to-hub needs more than is installed ({e}); {INSTALL}.') from e
-    PushOptions(name).validate()
+    options = PushOptions(name, private)
+    options.validate()
     if os.environ.get('RANK', '0') != '0':
         return
     try:
-        sign_in()
+        check_access(options)
     except PushError as e:
         print(f'The Hub could not be asked about the token ({e}); the push at the end will be tried.', file=sys.stderr)
 
@@ -72,23 +73,26 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         from export.images import add_image_options, load_images
         from export.load import load
         from export.publish import create_files
-        from export.push import PushError, PushOptions, push, sign_in
+        from export.push import PushError, PushOptions, check_access, push
     except (ImportError, InputError) as e:
         _say(f'pushing needs more than is installed ({e}); {INSTALL}.', flags)
         return None
     parser = ArgumentParser()
     add_image_options(parser)
     image_args = parser.parse_known_args(flags)[0]
+    options = PushOptions(args.push_to_hub, args.hub_private)
     try:
-        sign_in()
+        check_access(options)
         model = load(str(weights))
         images = load_images(image_args, model, calibrate=False)
         with tempfile.TemporaryDirectory() as name:
             files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images, weights_file=weights)
-            return push(Path(name), files, PushOptions(args.push_to_hub, args.hub_private), lambda line: None)
+            return push(Path(name), files, options, lambda line: None)
     except (InputError, PushError) as e:
         _say(str(e), flags)
-        return None
+    except Exception as e:  # a full disk, an exporter: nothing of it is worth losing the result of the run
+        _say(f'{type(e).__name__}: {first_line(e)}.', flags)
+    return None
 
 
 def leave_hanging() -> None:

@@ -8,7 +8,6 @@ The results are those of reproduce.py (train/results/paper/EXPERIMENT, as its --
 them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results/MODEL.TAG/analysis).
 """
 import json
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -25,7 +24,7 @@ from train.analysis import FILLS
 from train.claims import Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
-from train.tables import TITLES, read_results, say_provenance, tabulate
+from train.tables import TITLES, name_hub_sets, read_results, render_table, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur', 'mixing')
@@ -82,14 +81,14 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).', '',
         '## What the paper claims', '',
         'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
-        'claim about several networks or datasets holds if it holds for each. A difference of accuracies decides',
-        'where it exceeds two standard errors (one is given as ±): over seeds, but at least those over test images,',
-        'unpaired. Runs of one seed each decide nothing, for they do not say how much two runs of one network differ.',
-        "What is measured on the features of shipped networks, which other recipes than the paper's trained, is",
-        'decided over images, of one training each: Figures 5 to 7 of `rn26_tm` on CIFAR-10, the last claim of all',
-        'of them. Those with a teacher, of which the paper has none, are told beside and not judged; their baseline',
-        'had no teacher and fewer epochs. A verdict says that there is a difference, not that it is large.',
-        '"Undecided" is what was tested and is not that clear. -Ours: with the block (`*_tm`); -Ours-C: its values',
+        'claim about several networks or datasets holds if it holds for each. A difference in accuracy decides a',
+        'claim if it exceeds two standard errors (± gives one): the error over seeds, or the unpaired one over test',
+        'images where that is larger. With one seed each nothing is decided, as the spread between runs of one',
+        'network is unknown. Claims about features are judged on the shipped networks, trained once each by other',
+        "recipes than the paper's, with errors over images: Figures 5 to 7 on `rn26_tm` for CIFAR-10, the last claim",
+        'on all of them. Networks with a teacher, which the paper does not use, are reported but not judged; their',
+        'baseline had no teacher and fewer epochs. A verdict says that there is a difference, not that it is large.',
+        '"Undecided" means tested, without a clear result. -Ours: with the block (`*_tm`); -Ours-C: its values',
         'concatenated (`dn100_tm_cat`); -aux: without it, patches supervised alone; λ: weight of the patch loss; μ,',
         'η: margin and scale of a maximizer.',
         '',
@@ -104,8 +103,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'one stratified split for all runs; crops from a padding of 4 pixels of the mean colour and mirror images, as',
         'the work has that it cites for augmentation; weight decay as an L2 term on every parameter; a constant',
         'learning rate for 100 epochs, or as many as a table says; that the weights that are best on the 15 % are',
-        'tested; that an epoch leaves out a last batch of fewer images. Runs that still have many training images',
-        'wrong are not at their end: they do not reproduce the level of Table 1, and are no evidence against it.',
+        'tested; that an incomplete last batch of an epoch is dropped. Runs that still misclassify many training',
+        'images have not converged: they do not reproduce the level of Table 1, and are no evidence against it.',
         '']
     empty = []
     for name, title in TITLES.items():
@@ -181,8 +180,9 @@ def say_comparisons(evidence: Evidence) -> List[str]:
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     text = (
         f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
-        f'pairs: rows of one network and dataset are stages of one training, those at 24×24 first ones whose learning '
-        f'rate had not come down yet. Top-1 is on the test images, ± one standard error over these. Of {len(found)} '
+        f'pairs: rows with the same network and dataset are stages of one training run; those at 24×24 are first '
+        f'stages, whose learning rate had not been annealed yet. Top-1 is on the test images, ± one standard error '
+        f'over these. Of {len(found)} '
         f'differences {sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than '
         f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
@@ -204,20 +204,21 @@ def count_measures(row: Dict[str, float]) -> str:
     return f'{len(found["better"])}+ {len(found["worse"])}−'
 
 
-MAPS = ("another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
+MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
 def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
         '## What the regions show', '',
-        'Does a network lose the class when the regions are masked that its class map calls evident? By four',
+        'Does a network lose the class when the regions that its class map ranks highest are masked? By four',
         'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half)',
         'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and',
-        "worse by one, by more than two standard errors. Another image's map is the control. Grad-CAM is",
-        'what `method="cam"` shows, CAM probabilities are the same after a soft-max over the classes. Insertion',
-        'uncovers a blurred image in both rows of a network, which differ in three measures. Last column: the share of',
-        'regions whose best match has the largest weight in what the block mixes.', '',
+        "worse by one, by more than two standard errors. A random map and another image's class map are the controls.",
+        'Occlusion hides parts by the mean colour in both rows of a network, and insertion starts from the blurred',
+        'image in both, so that the rows differ in the other three measures. Grad-CAM is what `method="cam"` shows,',
+        'CAM probabilities are the same after a soft-max over the classes. Last column: the share of regions whose',
+        'best match has the largest weight in what the block mixes.', '',
         f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most |',
         '|---|---|---|' + '---|' * len(MAPS) + '---|']
     for tag, found in analyses.items():
@@ -304,8 +305,9 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
             f'| {cell(row, "without_most", 1)} % | {cell(row, "without_least", 1)} % |')
     lines += ['', "Means with standard errors over images. Another image's class map is as smooth and as central as",
               'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
-              "a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by",
-              "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes.", '']
+              'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
+              "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
+              'hides parts by the mean colour.', '']
     for name, row in list(trust['maps'].items())[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
@@ -331,13 +333,13 @@ def say_fillings(fillings: Optional[List[str]]) -> str:
     if fillings is None:
         return 'Whether training had the mean colour in its images is not recorded.'
     if not fillings:
-        return ('The network was trained without random erasing: parts of the mean colour are unlike all that it has '
+        return ('The network was trained without random erasing: patches of the mean colour are unlike anything it has '
                 'seen.')
     if fillings == ['random erasing']:
         return ('The network was trained with random erasing, which puts the same mean colour in the place of '
                 'rectangles: it has learnt to do without parts that are masked.')
-    return (f'Training put the same mean colour into images ({" and ".join(fillings)}): the network has seen parts of '
-            f'it.')
+    return (f'Training put the same mean colour into images ({" and ".join(fillings)}), so the network has seen such '
+            f'patches.')
 
 
 def compare_maps(row: Dict[str, float]) -> Dict[str, List[str]]:
@@ -369,8 +371,11 @@ def render_pages(root: Path) -> Dict[Path, str]:
         if found:
             pages[root / 'train' / 'results' / tag / 'analysis' / 'README.md'] = render_analysis(
                 tag, found, tag in index, find_fillings(tag, evidence.runs))
-    # the runs had copies of the Hub's sets, which a reader does not have
-    return {path: re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text) for path, text in pages.items()}
+    for name in TITLES:
+        folder = root / 'train' / 'results' / 'paper' / name
+        if (folder / 'README.md').is_file():
+            pages[folder / 'README.md'] = render_table(name, folder)
+    return {path: name_hub_sets(text) for path, text in pages.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -81,11 +81,12 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
                 settings.append((
                     f'{maximizer}.batch{batch_size}', 'rn26',
                     ('--model', 'rn20', '--batch-size', str(batch_size), *kwargs)))
-    return [
+    cells = [
         Cell(name, dataset, seed, f'{recipe}.{dataset}', tuple(
             f'{flag}.{dataset}' if flag == 'rn20' and dataset == 'mini_imagenet' else flag for flag in flags))
         for seed in args.seeds for dataset in args.datasets for name, recipe, flags in settings
     ]
+    return list({cell.name: cell for cell in cells}.values())  # a seed or weight that is named twice is run once
 
 
 def is_begun(path: Path) -> bool:
@@ -123,11 +124,15 @@ def check_settings(cells: List[Cell], flags: List[str]) -> None:
     Raises:
         InputError: If the flags set what tells the runs apart, or where they are.
     """
-    own = {'-c', '--config', '--seed', '--output', '--experiment', '--resume'}
+    own = {
+        '-c', '--config', '--seed', '--output', '--experiment', '--resume', '--model', '--aux-head', '--no-aux-head',
+        '--dataset', '--pretrained', '--initial-checkpoint', '--eval-only'}
     own.update(flag for cell in cells for flag in cell.flags if flag.startswith('--'))
     for flag in flags:
         if flag.partition('=')[0] in own:
-            raise InputError(f'{flag} is set by the experiment, for each run its own; leave it out.')
+            raise InputError(
+                f'{flag.partition("=")[0]} is set by the experiment, for each run its own; leave it out'
+                f'{" and name the set with --data" if flag.startswith("--dataset") else ""}.')
 
 
 def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:

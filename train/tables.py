@@ -1,5 +1,6 @@
 """The tables and figures of the paper's experiments, from the results of their runs."""
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -21,14 +22,26 @@ TITLES = {
 
 def render(experiment: str, folder: Path) -> Path:
     """Write README.md and, for a figure of the paper, a PNG over the results in a folder; returns the table's path."""
+    scores = read_results(folder)[1]
+    if scores and experiment != 'table1':
+        _draw(experiment, scores, folder / f'{experiment}.png')
+    path = folder / 'README.md'
+    write_text(path, name_hub_sets(render_table(experiment, folder)))
+    return path
+
+
+def render_table(experiment: str, folder: Path) -> str:
+    """The page of the results in a folder."""
     results, scores = read_results(folder)
     lines = [f'# {TITLES[experiment]}', '', *tabulate(experiment, scores), '', *say_provenance(results)]
     if scores and experiment != 'table1':
-        _draw(experiment, scores, folder / f'{experiment}.png')
         lines += ['', f'![{TITLES[experiment]}]({experiment}.png)']
-    path = folder / 'README.md'
-    write_text(path, '\n'.join(lines) + '\n')
-    return path
+    return '\n'.join(lines) + '\n'
+
+
+def name_hub_sets(text: str) -> str:
+    """With the Hub's names of the sets that the runs had copies of, which a reader does not have."""
+    return re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text)
 
 
 def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
@@ -94,6 +107,8 @@ def tabulate(experiment: str, scores: Scores) -> List[str]:
 def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
     """How the numbers came about, said once where all runs agree."""
     lines = []
+    if len({r['seed'] for r in results}) > 1:
+        lines.append('- ±: standard deviation over the runs')
     for key, title in (('epochs', 'Epochs'), ('seed', 'Seeds'), ('images', 'Images'), ('hardware', 'Hardware'),
                        ('mixed_precision', 'Mixed precision'), ('versions', 'Versions')):
         found = list(dict.fromkeys(_say(r[key]) for r in results))

@@ -53,7 +53,7 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
 from train.checkpoint import TrainState
-from train.config import SETTINGS, check_resumed, dump_args, find_changes, parse_args, refusing
+from train.config import SETTINGS, check_resumed, dump_args, find_changes, parse_args, refusing, to_flag
 from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
@@ -84,7 +84,7 @@ def create_data_config(args: Namespace) -> DataConfig:
     channels = args.model_kwargs.get('in_chans', cfg.input_size[0])
 
     def fit(values: Sequence[float]) -> Tuple[float, ...]:
-        """Of grey images those of the colours, averaged."""
+        """One averaged value for grey images, one a channel otherwise."""
         return (round(sum(values) / len(values), 4),) if channels == 1 else tuple(values)
 
     config = DataConfig(
@@ -103,7 +103,7 @@ def create_data_config(args: Namespace) -> DataConfig:
         re_count=args.recount,
     )
     if config.input_size[0] not in (1, 3):
-        raise InputError(f'in_chans={config.input_size[0]} is no image; those are decoded to 1 channel or 3.')
+        raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
     if not len(config.mean) == len(config.std) == config.input_size[0]:
         raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
     return config
@@ -129,6 +129,23 @@ def create_loader(
     return StreamingLoader(
         part, config, batch_size, accelerator.device, rank=accelerator.process_index,
         distributed=accelerator.num_processes > 1, **common)
+
+
+def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mixup]:
+    """timm's mixup and cutmix, None where neither is asked for."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    low, high = args.cutmix_minmax or (0., 1.)
+    if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
+        raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
+    if args.batch_size < 2:
+        raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
+    if not 0 <= int(low * height) < int(high * height) <= height:
+        raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
+    with refusing('These settings of mixup'):
+        return Mixup(
+            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            label_smoothing=args.smoothing, num_classes=num_classes)
 
 
 class Trainer:
@@ -166,19 +183,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = create_loader(parts.validation, config, args, accelerator)
         self.test_loader = create_loader(parts.test, config, args, accelerator)
-        self.mixup = None
-        if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-            low, high = args.cutmix_minmax or (0., 1.)
-            if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
-                raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
-            if args.batch_size < 2:
-                raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
-            if not 0 <= int(low * config.input_size[1]) < int(high * config.input_size[1]) <= config.input_size[1]:
-                raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
-            with refusing('These settings of mixup'):
-                self.mixup = Mixup(
-                    args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                    args.mixup_mode, label_smoothing=args.smoothing, num_classes=len(self.class_names))
+        self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
 
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
         if updates_per_epoch == 0:
@@ -243,8 +248,8 @@ class Trainer:
                 remove(self.folder / 'result.json')  # of a run that was shorter
             elif changes := find_changes(args, self.folder / SETTINGS):
                 raise InputError(
-                    f'{self.folder} is trained to its end, where {", ".join(changes)} can change nothing; raise '
-                    f'--epochs, or start another run with --initial-checkpoint.')
+                    f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
+                    f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
             write_text(self.folder / SETTINGS, dump_args(args))
             processes = self.accelerator.num_processes
             print(
@@ -271,7 +276,7 @@ class Trainer:
         self.start_record()
         try:
             with stopping_at_signals() as asked, naming_failures(advise_on_memory(self.args)):
-                while self.state.update < self.updates or self.state.batch:  # the last one is in an epoch, perhaps
+                while self.state.update < self.updates or self.state.batch:  # the last update may fall within an epoch
                     self.train_epoch()
                     self.finish_epoch()
                 result = self.result(self.test())
@@ -515,7 +520,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     args = parse_args(argv)
     if args.push_to_hub and not args.eval_only:
-        check_push(args.push_to_hub)
+        check_push(args.push_to_hub, args.hub_private)
     with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)
     if args.eval_only:

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 
-# what tells that others than autograd look on has no public name; without these the plain layers run
+# private names that tell of functorch, forward-mode AD and global hooks; if torch lacks one, the plain layers run
 _PRIVATE = (
     (torch._C, '_are_functorch_transforms_active'), (torch.autograd.forward_ad, '_current_level'),
     (torch.nn.modules.module, '_has_any_global_hook'))

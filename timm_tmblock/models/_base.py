@@ -351,7 +351,8 @@ def count_extra_halvings(img_size: Tuple[int, int]) -> int:
 
     0 below 64, 1 below 128 (the paper's Mini-ImageNet networks of 84x84), 2 from 128 on; of the shorter side.
     """
-    return min(max((min(img_size) // 32).bit_length() - 1, 0), 2)
+    side = min(img_size)
+    return int(side >= 64) + int(side >= 128)
 
 
 def checkpoint_filter_fn(
@@ -440,15 +441,15 @@ def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-def create_cifar10_cfg(tag: str) -> Dict[str, Any]:
+def create_cifar10_cfg(name: str) -> Dict[str, Any]:
     """Config of weights in the package that were trained on CIFAR-10."""
-    return create_cfg(file=weights_path(tag), label_names=CIFAR10_LABELS)
+    return create_cfg(file=weights_path(name), label_names=CIFAR10_LABELS)
 
 
-def create_cifar100_cfg(tag: str) -> Dict[str, Any]:
+def create_cifar100_cfg(name: str) -> Dict[str, Any]:
     """Config of weights in the package that were trained on CIFAR-100."""
     return create_cfg(
-        file=weights_path(tag), label_names=CIFAR100_LABELS, num_classes=100,
+        file=weights_path(name), label_names=CIFAR100_LABELS, num_classes=100,
         mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
@@ -459,6 +460,6 @@ def create_mini_imagenet_cfg(pool_size: int = 11, **kwargs) -> Dict[str, Any]:
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **kwargs)
 
 
-def weights_path(tag: str) -> str:
+def weights_path(name: str) -> str:
     """File of weights that come with the package."""
-    return str(Path(__file__).parent.parent / 'weights' / f'{tag}.safetensors')
+    return str(Path(__file__).parent.parent / 'weights' / f'{name}.safetensors')

@@ -299,8 +299,7 @@ class PreActResNet(TemplateMatchingNet):
     @torch.jit.ignore
     def fuse(self) -> 'PreActResNet':
         super().fuse()
-        first: Any = self.layer1
-        first = first.blocks[0]
+        first: Any = self.get_submodule('layer1.blocks.0')
         if first.shortcut is not None:  # otherwise the stem's output is needed before the norm too
             self.conv1, first.norm1 = fuse_conv_norm(self.conv1, first.norm1)
         return self

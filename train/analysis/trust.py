@@ -134,12 +134,8 @@ def follow(
         masked = torch.zeros_like(x) if fill == 'mean' else blurred
         whole = model(x)
         classes = whole.argmax(1)
-
-        def find_probability(logits: torch.Tensor) -> torch.Tensor:
-            return logits.float().softmax(1).gather(1, classes[:, None])[:, 0]
-
         # at both ends all maps have the same
-        starts, ends = ([find_probability(logits) for logits in pair] for pair in (
+        starts, ends = ([_find_probability(logits, classes) for logits in pair] for pair in (
             (whole, model(blurred)), (model(masked), whole)))
         for name, explainer in explainers.items():
             with torch.enable_grad():
@@ -149,7 +145,7 @@ def follow(
             for step in range(1, steps):
                 first = ranks < round(cells * step / steps)
                 for curve, seen in zip(probabilities, (cover(x, masked, first), cover(x, blurred, ~first))):
-                    curve.append(find_probability(model(seen)))
+                    curve.append(_find_probability(model(seen), classes))
             for curve, end in zip(probabilities, ends):
                 curve.append(end)
             halves = [
@@ -159,6 +155,10 @@ def follow(
             bar.update(len(x))
     bar.close()
     return {name: Curves(*(np.concatenate(column) for column in zip(*batches))) for name, batches in parts.items()}
+
+
+def _find_probability(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    return logits.float().softmax(1).gather(1, classes[:, None])[:, 0]
 
 
 def summarize(curves: Dict[str, Curves]) -> Dict[str, Dict[str, float]]:
