@@ -366,7 +366,7 @@ def _check_cuda(result: Tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def _on_first_gpu(cudart: Any) -> Iterator[None]:
-    """Whichever GPU the thread has chosen for other work, which has it back afterwards."""
+    """Run on GPU 0, whatever device the thread has chosen, and give that back afterwards."""
     chosen = _check_cuda(cudart.cudaGetDevice())
     _check_cuda(cudart.cudaSetDevice(0))
     try:
@@ -634,7 +634,7 @@ def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
 
 
 def _find_mismatch(metadata: Dict[str, Any]) -> str:
-    """What an engine was built by or for that this machine has not, '' if it can run here.
+    """How this machine differs from what the engine was built by or for, '' if it can run here.
 
     Raises:
         RuntimeInputError: If there is no GPU, or no TensorRT.
@@ -991,6 +991,11 @@ def load(
     except EngineMismatchError:
         if not rebuild:
             raise
+    return _build_again(path, cuda_graphs)
+
+
+def _build_again(path: Path, cuda_graphs: bool) -> Runner:
+    """Build an engine for this machine, by one process at a time, and open it."""
     try:
         from filelock import FileLock
 
@@ -999,10 +1004,9 @@ def load(
         raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
     try:
         with FileLock(path.with_name(f'.{path.name}.lock')):  # the workers of a server begin at once
-            try:
+            with contextlib.suppress(EngineMismatchError):
                 return Runner(TensorRTSession(path, cuda_graphs))  # another has built it meanwhile
-            except EngineMismatchError:
-                rebuild_engine(path)
+            rebuild_engine(path)
     except OSError as e:
         raise RuntimeInputError(f'{path} cannot be built again: {e.strerror or e}.') from e
     except RuntimeInputError:
@@ -1037,7 +1041,7 @@ def _find(
         raise RuntimeInputError(
             f'There is no file or folder {source}; as the folder {path.parent} is here, it is not looked for on the '
             f'Hub.')
-    # of the files, which are large, the one alone; of the same commit, should there be another meanwhile
+    # the chosen file alone, as they are large, and of the sidecars' commit, in case a newer one appears
     kinds = ENGINE_SUFFIXES if engine else ['.onnx']
     sidecars = _download(str(source), revision, [f'*{kind}.json' for kind in kinds])
     found = _find_engine(sidecars, source, remote=True) if engine else _find_onnx(sidecars, source, device, remote=True)

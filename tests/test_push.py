@@ -279,8 +279,9 @@ def test_what_makes_a_push_impossible_is_found_before_the_work(hub, folder, opti
 @pytest.mark.parametrize('same', [True, False])
 def test_onnx_files_that_are_left_out_go_and_engines_of_the_network_stay(hub, folder, same):
     about = dict(weights_sha256='a', class_names=['x', 'y'], preprocessing={})
-    files = {'onnx/model.onnx.json': json.dumps(about), 'onnx/model_int8.onnx': 'int8', 'onnx/model_int8.onnx.json': '{}',
-             'onnx/by_hand.onnx': 'other', 'engines/a/x.engine': 'plan', 'engines/a/x.engine.json': json.dumps(about)}
+    files = {'onnx/model.onnx.json': json.dumps(about), 'onnx/model_int8.onnx': 'int8',
+             'onnx/model_int8.onnx.json': '{}', 'onnx/by_hand.onnx': 'other',
+             'engines/a/x.engine': 'plan', 'engines/a/x.engine.json': json.dumps(about)}
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -55,7 +55,7 @@ class ImageSet(Dataset):
     def __init__(
             self, dataset: Any, channels: int, labelled: bool = True, rows: Optional[Sequence[int]] = None) -> None:
         self.source = getattr(dataset, 'reader', dataset)
-        self.rows = range(len(self.source)) if rows is None else rows  # of the dataset, by which errors name images
+        self.rows = range(len(self.source)) if rows is None else rows  # errors name images by these
         self.mode = 'L' if channels == 1 else 'RGB'
         self.labelled = labelled
         self.transform: Any = None  # set by timm's create_loader

@@ -21,33 +21,38 @@ _PRIVATE = (
 
 def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
     """Whether `forward_shared` may stand in for the layers: those of `layer_type` in training, called as they are."""
-    if not all(hasattr(module, name) for module, name in _PRIVATE):
-        return False
-    if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or torch.compiler.is_compiling() \
-            or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.numel() <= x.shape[1] \
-            or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
-        return False  # what is kept for the backward would have two types
-    if torch.nn.modules.module._has_any_global_hook() or isinstance(layers, nn.Module) and _is_intercepted(layers):
+    if not _is_plain_call(x) or isinstance(layers, nn.Module) and _is_intercepted(layers):
         return False
     layers = list(layers)
     if not layers or any(type(layer) is not layer_type for layer in layers):
         return False  # wrapped, to be sharded or checkpointed
-    for layer in layers:
-        norm, conv = layer.norm1, layer.conv1
-        if any(type(m) is not BatchNormAct2d for m in (norm, layer.norm2)) \
-                or any(type(m) is not nn.Conv2d or m.bias is not None for m in (conv, layer.conv2)):
-            return False  # synchronized, frozen, parametrized, fused, ...
-        if not norm.training or norm.momentum is None or not norm.track_running_stats \
-                or norm.eps != layers[-1].norm1.eps or type(norm.act) is not nn.ReLU \
-                or type(norm.drop) is not nn.Identity or norm.weight is None \
-                or norm.weight.dtype not in (torch.float32, torch.float64):
-            return False
-        if any(map(_is_intercepted, layer.modules())):
-            return False
-    return True
+    return all(_is_plain_layer(layer, layers[-1].norm1.eps) for layer in layers)
+
+
+def _is_plain_call(x: torch.Tensor) -> bool:
+    """Whether autograd alone follows the call, in one precision."""
+    if not all(hasattr(module, name) for module, name in _PRIVATE):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() \
+            or torch.autograd.forward_ad._current_level >= 0 or torch.nn.modules.module._has_any_global_hook():
+        return False
+    if type(x) is not torch.Tensor or x.device.type not in ('cpu', 'cuda') or x.numel() <= x.shape[1]:
+        return False
+    device = x.device.type  # otherwise what is kept for the backward would have two types
+    return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
+
+
+def _is_plain_layer(layer: Any, eps: float) -> bool:
+    """Whether a layer trains by batch statistics, with nothing in it that others have changed or look at."""
+    norm, conv = layer.norm1, layer.conv1
+    if any(type(m) is not BatchNormAct2d for m in (norm, layer.norm2)) \
+            or any(type(m) is not nn.Conv2d or m.bias is not None for m in (conv, layer.conv2)):
+        return False  # synchronized, frozen, parametrized, fused, ...
+    if not norm.training or norm.momentum is None or not norm.track_running_stats or norm.eps != eps \
+            or type(norm.act) is not nn.ReLU or type(norm.drop) is not nn.Identity or norm.weight is None \
+            or norm.weight.dtype not in (torch.float32, torch.float64):
+        return False
+    return not any(map(_is_intercepted, layer.modules()))
 
 
 def _is_intercepted(module: nn.Module) -> bool:
