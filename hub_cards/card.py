@@ -227,6 +227,8 @@ def check(text: str) -> None:
             raise InputError(f'{field} in the front matter of the card must be text, not {data[field]!r}.')
     for field in ('tags', 'datasets', 'metrics'):
         value = data.get(field, [])
+        if isinstance(value, str) and field != 'tags':  # the Hub takes a single one so
+            continue
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InputError(f'{field} in the front matter of the card must be a list of text.')
     _check_numbers(data, 'front matter')

@@ -497,7 +497,7 @@ def test_local_dir_and_hub_names_load(pretrained, tmp_path):
     (['rn26_tm', '--output', 'x.onnx', '--checkpoint', 'WEIGHTS', '--opset', '13'], 'must be 18 to 25'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '18', '--precision', 'bf16'], 'from opset 22'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '0'], 'must be 18 to 25'),
-    (['test_resnet', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'no network of this project'),
+    (['test_resnet', '--output', 'x.onnx', '--checkpoint', 'OTHER'], 'not a network of this project'),
     (['rn26_tm', '--output', 'x.onnx', '--opset', '22', '--precision', 'int8'], 'opsets up to 20'),
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
     (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),

@@ -171,13 +171,14 @@ def test_exports_with_other_class_names_or_preprocessing_are_removed(hub, folder
     said = folder / 'onnx' / 'model.onnx.json'
     network = dict(weights_sha256='0', class_names=['a', 'b'], preprocessing=dict(crop_pct=1.0))
     said.write_text(json.dumps(network))
-    other = folder / 'onnx' / 'model_int8.onnx'
+    other = folder / 'engines' / 'a' / 'x.engine'
+    other.parent.mkdir(parents=True)
     other.write_bytes(b'of the first push alone')
     assert run(hub, folder)[0] == ''
     other.unlink()
     said.write_text(json.dumps({**network, **changed}))
     assert run(hub, folder, tag='v1')[0] == ''
-    assert ('onnx/model_int8.onnx' in hub.repositories['me/net'].find('main')['files']) == stays
+    assert ('engines/a/x.engine' in hub.repositories['me/net'].find('main')['files']) == stays
     assert run(hub, folder, tag='v1')[0] == '' and count(hub) == 2
 
 
@@ -236,7 +237,7 @@ def test_private_push_never_goes_to_a_public_repository(hub, folder):
 @pytest.mark.parametrize('path', ['/preupload/', '/commit/main'])
 def test_reason_of_a_refusal_is_told(hub, folder, path):
     hub.create('me/net')
-    hub.faults.append(Fault('POST', path, status=403, headers={'X-Error-Message': 'Storage limit reached'}))
+    hub.faults.append(Fault('POST', path, status=403, body=b'{"error": "Storage limit reached"}'))
     kind, text = run(hub, folder)
     assert kind == 'InputError' and count(hub) == 0
     assert 'The Hub does not let this token commit (HTTP 403, Storage limit reached); if it lacks write access' in text

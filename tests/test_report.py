@@ -340,7 +340,7 @@ def test_epochs_of_all_runs_are_counted():
     ({}, [], 'trained without random erasing'),
     (dict(reprob=0.2), ['random erasing'], 'trained with random erasing'),
     (dict(reprob=0.2, remode='pixel'), [], 'trained without random erasing'),
-    (dict(aa='trivial'), ['TrivialAugment'], r'into images \(TrivialAugment\): the network has seen parts'),
+    (dict(aa='trivial'), ['TrivialAugment'], r'into images \(TrivialAugment\), so the network has seen'),
     (dict(aa='rand-m9', reprob=0.1), ['random erasing', 'rand-m9'], r'\(random erasing and rand-m9\)'),
     (dict(padding=4, padding_mode='constant'), ['the padding'], r'\(the padding\)'),
     (dict(padding=4, padding_mode='reflect'), [], 'trained without random erasing'),

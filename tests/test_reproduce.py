@@ -231,7 +231,7 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
 @pytest.mark.parametrize('flags, message', [
     (['table2'], 'invalid choice'), (['table1', '--data', 'mnist=x'], '--data takes'),
     (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
-    (['lambda', '--', '--patch-loss-weight=0.5'], '--patch-loss-weight=0.5 is set by the experiment'),
+    (['lambda', '--', '--patch-loss-weight=0.5'], '--patch-loss-weight is set by the experiment'),
     (['maximizers', '--', '--batch-size', '128'], '--batch-size is set by the experiment'),
     (['table1', '--', '--seed', '3'], '--seed is set by the experiment'),
     (['table1', '--', '--pool', '80', '20', '0'], 'of the test part, which --pool leaves empty'),
