@@ -532,6 +532,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--cuda-graph'], 'needs a GPU of NVIDIA or AMD, not cpu; use --no-cuda-graph'),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode only applies with --torchcompile'),
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
+    (['--hub-private'], '--hub-private only applies with --push-to-hub; add it'),
     (['--distill-loss-weight', '1'], 'only applies to distillation; name a teacher with --kd-model-name'),
     (['--aa', 'zzz'], "augmentation 'zzz'"),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),

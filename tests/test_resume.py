@@ -1,6 +1,7 @@
 """A run that is killed, at any place, goes on to the very weights and log of one that is not."""
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -183,7 +184,7 @@ def test_epochs_are_of_the_images_there_are(tmp_path):
 
 
 @pytest.mark.parametrize('batch_size, steps', [(3, 7), (12, 3)])
-def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, batch_size, steps):
+def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, capsys, batch_size, steps):
     main([*FLAGS, '--output', str(tmp_path), '--batch-size', '6', '--max-steps', '2'])  # of 6
     flags = ['--batch-size', str(batch_size), '--max-steps', str(steps)]
     trainer = Trainer(parse_args(['--resume', str(tmp_path / 'run'), *flags]))
@@ -193,6 +194,8 @@ def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, ba
     before = find_steps(tmp_path / 'run')
     assert main(['--resume', str(tmp_path / 'run'), *flags])['updates'] == steps
     assert find_steps(tmp_path / 'run') == before + steps - taken  # all of them by the optimizer too
+    numbers = re.findall(r'Epoch (\d+)/(\d+): training loss', capsys.readouterr().out)
+    assert numbers and all(int(number) <= int(last) for number, last in numbers)
 
 
 def find_steps(folder):

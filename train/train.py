@@ -268,6 +268,11 @@ class Trainer:
         return record.describe_resumption(self.folder)
 
     @property
+    def epoch_of_all(self) -> str:
+        number = self.state.epoch + 1
+        return f'Epoch {number}/{max(number, self.epochs)}'  # more than planned where a part of one counts as one
+
+    @property
     def num_params(self) -> int:
         return sum(p.numel() for p in network(self.model).parameters())
 
@@ -298,7 +303,7 @@ class Trainer:
         self.model.train()
         end = state.batch + (self.updates - state.update) * args.grad_accum_steps  # of a run that ends in the epoch
         bar = tqdm(
-            desc=f'Epoch {state.epoch + 1}/{self.epochs}', total=min(end, self.batches_per_epoch), initial=state.batch,
+            desc=self.epoch_of_all, total=min(end, self.batches_per_epoch), initial=state.batch,
             unit='batch', disable=not self.main_process, mininterval=1., dynamic_ncols=True)
         start, images_seen, shown, before = time.perf_counter(), 0, 0., state.running_seconds
         with bar:
@@ -391,7 +396,7 @@ class Trainer:
             record.write_summary(self.folder, state.history)
             figures = ', '.join(f'{k} {v:.4g}' for k, v in evaluation.items())
             print(
-                f'Epoch {state.epoch + 1}/{self.epochs}: training loss {metrics["loss"]:.4f}, '
+                f'{self.epoch_of_all}: training loss {metrics["loss"]:.4f}, '
                 f'{self.images_per_second:.0f} images/s' + (f', validation {figures}' if figures else ''), flush=True)
         self.log({
             **{f'train/{k}': v for k, v in metrics.items()}, **{f'eval/{k}': v for k, v in evaluation.items()},
@@ -519,6 +524,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
+    if args.hub_private and not args.push_to_hub:
+        raise InputError('--hub-private only applies with --push-to-hub; add it.')
     if args.push_to_hub and not args.eval_only:
         check_push(args.push_to_hub, args.hub_private)
     with naming_failures(advise_on_memory(args)):
