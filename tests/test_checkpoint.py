@@ -99,3 +99,10 @@ def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):
         loaded = load_model(tmp_path / 'w.safetensors', 'rn26_tm')
         assert torch.equal(loaded.fc.weight, model.fc.weight)
         assert loaded.pretrained_cfg.get('label_names') is None  # of which classes, nobody knows
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / 'best.safetensors'
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000\n')
+    with pytest.raises(InputError, match='best.safetensors is not the file but a pointer of Git LFS to it; install'):
+        load_model(path)

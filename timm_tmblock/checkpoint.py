@@ -128,6 +128,11 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
     except FileNotFoundError as e:
         raise InputError(f'There is no checkpoint {path}.') from e
     except (SafetensorError, OSError) as e:
+        with suppress(OSError), open(path, 'rb') as f:
+            if f.read(23) == b'version https://git-lfs':
+                raise InputError(
+                    f'{path} is not the file but a pointer of Git LFS to it; install git-lfs and run git lfs '
+                    f'pull.') from e
         raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
 
 
