@@ -89,26 +89,34 @@ def create_files(
     for path in engines:
         add_engine(folder, path, network)
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
-    readme = folder / 'README.md'
-    if keep_card:
-        pass
-    elif card is not None:
-        shutil.copyfile(card, readme)
-    else:
-        name = find_card(network['weights_sha256'])
-        theirs = {k: v for k, v in (published or {}).items() if _is_engine_of(network, v)}
-        ours = {
-            path.relative_to(folder).as_posix(): load_metadata(path)
-            for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
-        rows = [describe_engine(path, metadata) for path, metadata in sorted({**theirs, **ours}.items())]
-        readme.write_text(str(
-            render(name, repo, exports, rows) if name else
-            render_plain(model, repo, exports, read_run(weights_file), rows)))
-        if name:
-            _add_pictures(name, folder)
-    if not keep_card:
-        check(readme.read_text())
+    if card is not None:
+        shutil.copyfile(card, folder / 'README.md')
+    elif not keep_card:
+        engines_there = {k: v for k, v in (published or {}).items() if _is_engine_of(network, v)}
+        _write_card(folder, model, repo, exports, weights_file, engines_there)
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+
+
+def _write_card(
+        folder: Path,
+        model: Any,
+        repo: str,
+        exports: Dict[str, Dict[str, Any]],
+        weights_file: Optional[Path],
+        engines_there: Dict[str, Dict[str, Any]],
+) -> None:
+    """Render the card, of the engines in the repository and in the folder, and put its pictures beside it."""
+    name = find_card(exports['fp32']['weights_sha256'])
+    ours = {
+        path.relative_to(folder).as_posix(): load_metadata(path)
+        for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
+    rows = [describe_engine(path, metadata) for path, metadata in sorted({**engines_there, **ours}.items())]
+    text = str(render(name, repo, exports, rows) if name else
+               render_plain(model, repo, exports, read_run(weights_file), rows))
+    check(text)
+    (folder / 'README.md').write_text(text)
+    if name:
+        _add_pictures(name, folder)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -203,6 +203,8 @@ def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path,
     (dict(dataset='sample', initial_checkpoint='/home/me/a/last.safetensors', kd_checkpoint=['/b/t.safetensors']),
      'with seed 42, started from the weights `a/last.safetensors`, taught by `b/t.safetensors`, trained and',
      'sample'),
+    (dict(dataset='birds', kd_model_name=['wrn16'], kd_checkpoint=['a/last.safetensors']),
+     'with seed 42, taught by `a/last.safetensors`, trained and', 'imagefolder'),
     (dict(dataset='birds', kd_model_name=['hf-hub:me/one', 'local-dir:/home/me/two']),
      'with seed 42, taught by `hf-hub:me/one` and `two`, trained and', 'imagefolder')])
 def test_card_of_a_run_tells_what_it_began_with_and_who_taught_it(tmp_path, settings, told, kind):
