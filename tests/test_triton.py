@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,46 +59,66 @@ def files(write_unchecked, tmp_path_factory):
 @contextmanager
 def serving(repository, backends, log):
     """The server on a repository; yields a function that asks it."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    for _ in range(3):  # it may find its port taken meanwhile, or get stuck as it starts
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        process = start_server(repository, backends, log, port)
+        try:
+            if answers(port, process):
+                yield partial(ask, port)
+                return
+        finally:
+            stop_server(process, port)
+    pytest.fail(f'The server does not answer: {log.read_text()[-2000:]}')
+
+
+def start_server(repository, backends, log, port):
     command = [
         SERVER / 'bin' / 'tritonserver', f'--model-repository={repository}', f'--backend-directory={backends}',
         '--disable-auto-complete-config', '--exit-on-error=false', '--strict-readiness=false',
         '--http-address=127.0.0.1', f'--http-port={port}', '--allow-grpc=false', '--allow-metrics=false',
         '--pinned-memory-pool-byte-size=0', '--exit-timeout-secs=10',
         f'--backend-config=python,shm-region-prefix-name=timm_tmblock_{port}_']
-
-    def ask(method, path, body=None):
-        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-        connection.request(method, path, None if body is None else json.dumps(body))
-        response = connection.getresponse()
-        text = response.read()
-        return response.status, json.loads(text) if text else None
-
     environment = dict(os.environ, PATH=f'{Path(sys.executable).parent}:/usr/bin:/bin')
     with open(log, 'w') as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+
+
+def stop_server(process, port):
+    process.terminate()
     try:
-        for _ in range(600):
-            try:
-                if ask('GET', '/v2/health/live')[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.1)
-                assert process.poll() is None, log.read_text()[-2000:]
-        yield ask
-    finally:
-        process.terminate()
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    for left in Path('/dev/shm').glob(f'timm_tmblock_{port}_*'):
+        left.unlink()
+
+
+def answers(port, process):
+    """Whether the server is up within a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            process.wait(30)
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            for left in Path('/dev/shm').glob(f'timm_tmblock_{port}_*'):
-                left.unlink()
+            if ask(port, 'GET', '/v2/health/live', timeout=10)[0] == 200:
+                return True
+        except (OSError, http.client.HTTPException, ValueError):  # not yet, or another program's port
+            pass
+        time.sleep(0.1)
+    return False
+
+
+def ask(port, method, path, body=None, timeout=60):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=timeout)
+    connection.request(method, path, None if body is None else json.dumps(body))
+    response = connection.getresponse()
+    text = response.read()
+    return response.status, json.loads(text) if text else None
 
 
 def judge(repository, tmp_path):
