@@ -266,13 +266,13 @@ except InputError as e:
     (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE keeps the Hub from being asked; unset it'),
     (dict(repo='me/net'), dict(HF_ENDPOINT='{}/elsewhere'), 'There is no Hub at .*/elsewhere to sign in to'),
 ])
-def test_what_makes_a_push_impossible_is_found_before_the_work(hub, folder, options, environ, message):
-    assert run(hub, folder, tag='v1')[0] == ''
+def test_what_makes_a_push_impossible_is_found_before_the_work(lfs, folder, options, environ, message):
+    assert run(lfs, folder, tag='v1')[0] == ''
     (folder / 'config.json').write_text('{"a": 1}')
-    assert run(hub, folder)[0] == ''
-    environ = {key: value.format(hub.endpoint) for key, value in environ.items()}
+    assert run(lfs, folder)[0] == ''
+    environ = {key: value.format(lfs.endpoint) for key, value in environ.items()}
     checked = subprocess.run(
-        [sys.executable, '-c', CHECK, repr(options)], cwd=ROOT, env=environment(hub, **environ), capture_output=True,
+        [sys.executable, '-c', CHECK, repr(options)], cwd=ROOT, env=environment(lfs, **environ), capture_output=True,
         text=True)
     assert checked.returncode == 0 and re.match(message or '$', checked.stdout), checked.stdout + checked.stderr
 
