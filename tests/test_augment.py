@@ -1,4 +1,5 @@
 """Augmentation: the right crops, policies that depend on the seed alone, with any number of workers."""
+import itertools
 import os
 import random
 from functools import partial
@@ -25,7 +26,7 @@ from train.loader import InMemoryLoader, TrainingBatches
 
 
 def crops_of(image: np.ndarray, padding: int, mode: str, fill) -> dict:
-    """Every crop of a padded image, plain and mirrored, made by numpy."""
+    """Every crop of a padded image, plain, mirrored and upside down, made by numpy."""
     h, w = image.shape[1:]
     if mode == 'constant':
         padded = np.stack([np.pad(c, padding, constant_values=f) for c, f in zip(image, fill)])
@@ -34,30 +35,33 @@ def crops_of(image: np.ndarray, padding: int, mode: str, fill) -> dict:
     crops = {}
     for i in range(2 * padding + 1):
         for j in range(2 * padding + 1):
-            crop = padded[:, i:i + h, j:j + w]
-            crops[crop.tobytes()] = (i, j, False)
-            crops[crop[:, :, ::-1].tobytes()] = (i, j, True)
+            for vertical in (1, -1):
+                for horizontal in (1, -1):
+                    crop = padded[:, i:i + h, j:j + w][:, ::vertical, ::horizontal]
+                    crops[crop.tobytes()] = (i, j, vertical, horizontal)
     return crops
 
 
 @pytest.mark.parametrize('size', [(8, 8), (6, 9)])
 @pytest.mark.parametrize('mode', ['reflect', 'constant'])
 @pytest.mark.parametrize('crop', [_crop_by_copy, _crop_by_gather])
-def test_crops_are_those_of_the_padded_image_and_all_occur(crop, mode, size):
+@pytest.mark.parametrize('flips', [dict(), dict(hflip=0., vflip=0.5), dict(vflip=0.5)])
+def test_crops_are_those_of_the_padded_image_and_all_occur(crop, mode, size, flips):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    config = DataConfig(input_size=(3, *size), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), padding=2, padding_mode=mode)
+    config = DataConfig((3, *size), (0.5, 0.4, 0.3), (1, 1, 1), padding=2, padding_mode=mode, **flips)
     fill = [round(255 * m) for m in config.mean]
     expected = crops_of(image.numpy(), 2, mode, fill)
     crops = Crops.draw(2000, config, torch.Generator().manual_seed(0))
     out = crop(pad(image[None], config), torch.zeros(2000, dtype=torch.int64), crops, size)
     seen = {expected[np.ascontiguousarray(o).tobytes()] for o in out.numpy()}
-    assert len(seen) == 5 * 5 * 2
+    down, right = ((1, -1) if 'vflip' in flips else (1,)), ((1,) if 'hflip' in flips else (1, -1))
+    assert seen == set(itertools.product(range(5), range(5), down, right))
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 5])
 def test_both_ways_to_crop_agree(batch_size):
     images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
-    config = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(1, 1, 1))
+    config = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), vflip=0.5)
     crops = Crops.draw(batch_size, config, torch.Generator().manual_seed(1))
     index = torch.randint(0, 7, (batch_size,))
     padded = pad(images, config)

@@ -211,6 +211,25 @@ def test_streamed_training_images_are_augmented_as_configured(tmp_path, changes)
     assert rises(images.flip(3)) == ('hflip' in changes)
 
 
+@pytest.mark.parametrize('vflip', [0., 1.])
+@pytest.mark.parametrize('scale, ratio', [(1., 1.), (0.25, 1.), (0.25, 0.25)])
+def test_streamed_training_crops_are_as_large_as_asked_for(tmp_path, scale, ratio, vflip):
+    ramp = np.add.outer(np.arange(0, 128, 4), np.arange(0, 128, 4)).astype(np.uint8)  # 32 x 32
+    for name in ('ant', 'bee'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(ramp).convert('RGB').save(tmp_path / 'train' / name / f'{i}.png')
+    config = replace(
+        CONFIG, hflip=0., vflip=vflip, mean=(0., 0., 0.), std=(1., 1., 1.), scale=(scale, scale), ratio=(ratio, ratio))
+    loader = StreamingLoader(
+        open_dataset(str(tmp_path), 'train'), config, 8, torch.device('cpu'), training=True, seed=0, num_workers=1)
+    images = 255 * next(loader.epoch(0))[0]
+    side = 32 * scale ** 0.5
+    for dim, pixels, sign in ((2, side / ratio ** 0.5, -1 if vflip else 1), (3, side * ratio ** 0.5, 1)):
+        step = images.diff(dim=dim)[:, :, 2:5, 2:5].mean((1, 2, 3))  # 4 levels a pixel, of which 8 are left
+        torch.testing.assert_close(step, torch.full((8,), sign * 4 * pixels / 8), rtol=0.1, atol=0.)
+
+
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_streamed_epoch_taken_up_in_the_middle_goes_on_the_same(folder, num_workers):
     def make():

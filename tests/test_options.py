@@ -465,7 +465,7 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('flags, expected', [
-    (['--hflip', '0.3'], dict(hflip=0.3)),
+    (['--hflip', '0.3', '--vflip', '0.4'], dict(hflip=0.3, vflip=0.4)),
     (['--reprob', '0.25', '--remode', 'pixel', '--recount', '2'], dict(re_prob=0.25, re_mode='pixel', re_count=2)),
     (['--aa', 'trivial'], dict(policy='trivial')),
 ])
@@ -550,6 +550,11 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--mean', 'nan', '0', '0'], "must be a number, not 'nan'"),
     (['--clip-grad', '-1'], 'must be above 0'),
     (['--hflip', '3'], 'must be from 0 to 1'),
+    (['--scale', '0', '1'], 'must be above 0 and at most 1, not 0'),
+    (['--scale', '0.5', '1.5'], 'must be above 0 and at most 1, not 1.5'),
+    (['--ratio', '2', '0.5'], '--ratio takes the smallest value and the largest, not 2 0.5'),
+    (['--scale', '0.5', '1'], '--scale is of images that are randomly resized .* or set --memory-limit 0'),
+    (['--ratio', '0.5', '1'], '--ratio is of images that are randomly resized'),
     (['--mixup', '-1'], 'must be at least 0, not -1'),
     (['--model', 'rn26.foo'], "rn26 has no tag 'foo'; it has cifar10, cifar100, mini_imagenet"),
     (['--model-kwargs', 'foo'], 'must be KEY=VALUE, not foo'),

@@ -37,6 +37,10 @@ class DataConfig:
     padding: int = 4  # random crop of the image padded by this many pixels on each side
     padding_mode: str = 'reflect'
     hflip: float = 0.5
+    vflip: float = 0.
+    # of randomly resized crops, which sets that stream have: share of the area, and aspect ratio; timm's if None
+    scale: Optional[Tuple[float, ...]] = None
+    ratio: Optional[Tuple[float, ...]] = None
     policy: Optional[str] = None  # 'trivial', or a configuration of timm's auto_augment
     re_prob: float = 0.  # random erasing, by timm
     re_mode: str = 'const'
@@ -50,15 +54,17 @@ class DataConfig:
 
 @dataclass
 class Crops:
-    """Where each image of a batch is cropped, and whether it is mirrored."""
+    """Where each image of a batch is cropped, and whether it is flipped."""
     top: torch.Tensor  # (B,) int64, in the padded image
     left: torch.Tensor  # (B,)
-    flip: torch.Tensor  # (B,) bool
+    hflip: torch.Tensor  # (B,) bool
+    vflip: torch.Tensor  # (B,) bool
 
     @classmethod
     def draw(cls, batch_size: int, config: DataConfig, generator: torch.Generator) -> 'Crops':
         top, left = torch.randint(0, 2 * config.padding + 1, (2, batch_size), generator=generator)
-        return cls(top, left, torch.rand(batch_size, generator=generator) < config.hflip)
+        hflip, vflip = (torch.rand(batch_size, generator=generator) < p for p in (config.hflip, config.vflip))
+        return cls(top, left, hflip, vflip)
 
 
 def pad(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
@@ -97,10 +103,10 @@ def _crop_by_copy(padded: torch.Tensor, index: torch.Tensor, crops: Crops, size:
     h, w = size
     source = padded.numpy()
     out = np.empty((len(index), source.shape[1], h, w), dtype=source.dtype)
-    places = zip(index.tolist(), crops.top.tolist(), crops.left.tolist(), crops.flip.tolist())
-    for i, (image, top, left, flip) in enumerate(places):
+    places = zip(index.tolist(), crops.top.tolist(), crops.left.tolist(), crops.hflip.tolist(), crops.vflip.tolist())
+    for i, (image, top, left, hflip, vflip) in enumerate(places):
         window = source[image, :, top:top + h, left:left + w]
-        out[i] = window[:, :, ::-1] if flip else window
+        out[i] = window[:, ::-1 if vflip else 1, ::-1 if hflip else 1]
     return torch.from_numpy(out)
 
 
@@ -109,11 +115,13 @@ def _crop_by_gather(padded: torch.Tensor, index: torch.Tensor, crops: Crops, siz
     device = padded.device
     # a copy that is waited for would wait for all that was queued before, the last step of training; MPS may read the
     # source when it is gone (pytorch/pytorch#189690)
-    index, top, left, flip = (
-        t.to(device, non_blocking=device.type == 'cuda') for t in (index, crops.top, crops.left, crops.flip))
+    index, top, left, hflip, vflip = (
+        t.to(device, non_blocking=device.type == 'cuda')
+        for t in (index, crops.top, crops.left, crops.hflip, crops.vflip))
     rows = torch.arange(h, device=device) + top[:, None]  # (B, H)
+    rows = torch.where(vflip[:, None], rows.flip(1), rows)
     cols = torch.arange(w, device=device) + left[:, None]  # (B, W)
-    cols = torch.where(flip[:, None], cols.flip(1), cols)
+    cols = torch.where(hflip[:, None], cols.flip(1), cols)
     channels = torch.arange(padded.shape[1], device=device)[None, :, None, None]
     return padded[index[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None, :]]
 

@@ -63,8 +63,10 @@ def number(
             value = math.nan
         if value != value or value in (math.inf, -math.inf) and not endless:
             raise argparse.ArgumentTypeError(f'must be a {"whole " if kind is int else ""}number, not {text!r}')
-        if not (low < value if above else low <= value <= high):
+        if not (low < value <= high if above else low <= value <= high):
             bound = f'above {low:g}' if above else f'at least {low:g}' if high == math.inf else f'from {low} to {high}'
+            if above and high < math.inf:
+                bound += f' and at most {high:g}'
             raise argparse.ArgumentTypeError(f'must be {bound}, not {text}')
         return value
 
@@ -75,6 +77,7 @@ positive, not_negative = number(int, 1), number(int, 0)
 seed = number(int, 0, 2 ** 31 - 1)  # NumPy takes 32 bits, and each process adds its number
 finite, fraction = number(float, -math.inf), number(float, 0, 1)
 from_zero, above_zero = number(float, 0), number(float, 0, above=True)
+share = number(float, 0, 1, above=True)
 gigabytes = number(float, 0, endless=True)
 
 
@@ -212,7 +215,12 @@ def create_parser() -> Parser:
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
         "what it is filled with: the image mirrored, or the mean colour"))
+    group.add_argument('--scale', type=share, nargs=2, metavar=('MIN', 'MAX'), help=(
+        "share of the area that is cropped, of sets above --memory-limit (timm's 0.08 to 1 if not given)"))
+    group.add_argument('--ratio', type=above_zero, nargs=2, metavar=('MIN', 'MAX'), help=(
+        "its aspect ratio, likewise (timm's 3/4 to 4/3 if not given)"))
     group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a mirror image')
+    group.add_argument('--vflip', type=fraction, default=0., help='probability of an image upside down')
     group.add_argument('--aa', metavar='POLICY', help=(
         "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', ..."))
     group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')

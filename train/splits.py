@@ -126,6 +126,10 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         raise InputError(
             'The training images do not fit in memory, so no part can be held out; name a --val-split, '
             'set --val-fraction 0, or raise --memory-limit.')
+    if fits['train'] and (config.scale or config.ratio):
+        raise InputError(
+            f'{"--scale" if config.scale else "--ratio"} is of images that are randomly resized and cropped, as those '
+            f'of sets above --memory-limit are; leave it out, or set --memory-limit 0.')
     divided = list(splits) if args.pool else ['train'] if fraction else []
     digest = partial(hash_pixels, seed=args.split_seed)
 

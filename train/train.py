@@ -97,6 +97,9 @@ def create_data_config(args: Namespace) -> DataConfig:
         padding=args.padding,
         padding_mode=args.padding_mode,
         hflip=args.hflip,
+        vflip=args.vflip,
+        scale=args.scale and tuple(args.scale),
+        ratio=args.ratio and tuple(args.ratio),
         policy=args.aa,
         re_prob=args.reprob,
         re_mode=args.remode,
@@ -106,6 +109,9 @@ def create_data_config(args: Namespace) -> DataConfig:
         raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
     if not len(config.mean) == len(config.std) == config.input_size[0]:
         raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
+    for name, span in (('--scale', config.scale), ('--ratio', config.ratio)):
+        if span and span[0] > span[1]:
+            raise InputError(f'{name} takes the smallest value and the largest, not {span[0]:g} {span[1]:g}.')
     return config
 
 
