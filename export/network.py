@@ -113,7 +113,7 @@ def _standardize(norm: Any) -> None:
     norm.weight.copy_(scale)
     norm.running_mean.zero_()
     norm.running_var.fill_(1)
-    norm.eps = 0.
+    norm.eps = 1e-8  # adds nothing to 1 in float32; PyTorch 2.11 refuses 0
 
 
 def _to_convolution(norm: Any) -> nn.Conv2d:
