@@ -12,6 +12,9 @@ from timm_tmblock.explanation import forward_class_activation
 from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching, fuse_conv_norm
 
 
+POOL_TYPES = ('avg', 'max', 'avgmax', 'catavgmax')
+
+
 class OnnxPatchMean(nn.Module):
     """PatchMean as ONNX AveragePool with the same padding on all sides, and for even patches one Slice, as in PyTorch.
 
@@ -44,18 +47,32 @@ class OnnxPatchMean(nn.Module):
 
 
 class OnnxGlobalPool(nn.Module):
-    """Global average pooling as ONNX GlobalAveragePool.
+    """Global pooling of timm's kinds by ONNX GlobalAveragePool and GlobalMaxPool.
 
-    What torch.onnx writes, ReduceMean with its axes as an input, is misread by TensorRT 8 and refused by some of 10.
+    What torch.onnx writes of the average, ReduceMean with its axes as an input, is misread by TensorRT 8 and refused by
+    some of 10; for the maximum PyTorch 2.11 has nothing.
     """
 
-    def __init__(self, opset: int) -> None:
+    def __init__(self, pool_type: str, opset: int) -> None:
         super().__init__()
+        self.pool_type = pool_type
         self.opset = opset
 
+    def _pool(self, operator: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            operator, (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.onnx.ops.symbolic(
-            'GlobalAveragePool', (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
+        if self.pool_type == 'max':
+            x = self._pool('GlobalMaxPool', x)
+        else:
+            average = self._pool('GlobalAveragePool', x)
+            if self.pool_type == 'avgmax':
+                x = 0.5 * (average + self._pool('GlobalMaxPool', x))
+            elif self.pool_type == 'catavgmax':
+                x = torch.cat([average, self._pool('GlobalMaxPool', x)], 1)
+            else:
+                x = average
         return x.flatten(1)
 
 
@@ -97,8 +114,8 @@ def fold(model: Any, opset: int, patch_logits: bool, norms_as_convolutions: bool
     for name, m in list(model.named_modules()):
         if isinstance(m, PatchMean):
             model.set_submodule(name, OnnxPatchMean(m.patch_size, opset))
-        elif isinstance(m, SelectAdaptivePool2d) and m.pool_type == 'avg' and isinstance(m.flatten, nn.Flatten):
-            model.set_submodule(name, OnnxGlobalPool(opset))
+        elif isinstance(m, SelectAdaptivePool2d) and m.pool_type in POOL_TYPES and isinstance(m.flatten, nn.Flatten):
+            model.set_submodule(name, OnnxGlobalPool(m.pool_type, opset))
         elif isinstance(m, BatchNormAct2d) and m.running_mean is not None:
             _standardize(m)
             if norms_as_convolutions:

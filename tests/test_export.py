@@ -80,6 +80,7 @@ def test_outputs_equal_pytorch_at_any_batch_size(exported, batch_size):
 @pytest.mark.parametrize('name, kwargs', [
     ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)),
     ('dn100_tm_cat', {}), ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
+    ('rn26_tm', dict(global_pool='avgmax')), ('wrn16', dict(global_pool='catavgmax')),
     ('rn26_tm', dict(patch_size=3)), ('rn26_tm', dict(num_templates=200)),
 ])
 def test_every_network_exports(trained_like, tmp_path, images, name, kwargs):
