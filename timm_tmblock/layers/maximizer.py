@@ -106,7 +106,8 @@ class PerturbedMaximizer(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # older versions do not tell
+        if is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(
                 f'A perturbed maximizer cannot be exported: its output is a mean over {self.num_samples} random samples'
                 f' drawn in each forward pass. Export a model with maximizer="softmax".')
