@@ -11,7 +11,6 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import forward_class_activation
 from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching, fuse_conv_norm
 
-
 POOL_TYPES = ('avg', 'max', 'avgmax', 'catavgmax')
 
 
