@@ -11,7 +11,10 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import forward_class_activation
 from timm_tmblock.layers import PatchMean, PerturbedMaximizer, TemplateMatching, fuse_conv_norm
 
-POOL_TYPES = ('avg', 'max', 'avgmax', 'catavgmax')
+# operators of timm's kinds of global pooling
+GLOBAL_POOLS = dict(
+    avg=['GlobalAveragePool'], max=['GlobalMaxPool'],
+    avgmax=['GlobalAveragePool', 'GlobalMaxPool'], catavgmax=['GlobalAveragePool', 'GlobalMaxPool'])
 
 
 class OnnxPatchMean(nn.Module):
@@ -46,7 +49,7 @@ class OnnxPatchMean(nn.Module):
 
 
 class OnnxGlobalPool(nn.Module):
-    """Global pooling of timm's kinds by ONNX GlobalAveragePool and GlobalMaxPool.
+    """Global pooling by ONNX GlobalAveragePool and GlobalMaxPool.
 
     What torch.onnx writes of the average, ReduceMean with its axes as an input, is misread by TensorRT 8 and refused by
     some of 10; for the maximum PyTorch 2.11 has nothing.
@@ -57,22 +60,13 @@ class OnnxGlobalPool(nn.Module):
         self.pool_type = pool_type
         self.opset = opset
 
-    def _pool(self, operator: str, x: torch.Tensor) -> torch.Tensor:
-        return torch.onnx.ops.symbolic(
-            operator, (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool_type == 'max':
-            x = self._pool('GlobalMaxPool', x)
-        else:
-            average = self._pool('GlobalAveragePool', x)
-            if self.pool_type == 'avgmax':
-                x = 0.5 * (average + self._pool('GlobalMaxPool', x))
-            elif self.pool_type == 'catavgmax':
-                x = torch.cat([average, self._pool('GlobalMaxPool', x)], 1)
-            else:
-                x = average
-        return x.flatten(1)
+        pooled = [
+            torch.onnx.ops.symbolic(operator, (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
+            for operator in GLOBAL_POOLS[self.pool_type]]
+        if self.pool_type == 'avgmax':
+            return (0.5 * (pooled[0] + pooled[1])).flatten(1)
+        return (torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]).flatten(1)
 
 
 def check_deterministic(model: nn.Module) -> None:
@@ -113,7 +107,7 @@ def fold(model: Any, opset: int, patch_logits: bool, norms_as_convolutions: bool
     for name, m in list(model.named_modules()):
         if isinstance(m, PatchMean):
             model.set_submodule(name, OnnxPatchMean(m.patch_size, opset))
-        elif isinstance(m, SelectAdaptivePool2d) and m.pool_type in POOL_TYPES and isinstance(m.flatten, nn.Flatten):
+        elif isinstance(m, SelectAdaptivePool2d) and m.pool_type in GLOBAL_POOLS and isinstance(m.flatten, nn.Flatten):
             model.set_submodule(name, OnnxGlobalPool(m.pool_type, opset))
         elif isinstance(m, BatchNormAct2d) and m.running_mean is not None:
             _standardize(m)
