@@ -254,8 +254,8 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     predicted = torch.cat([logits.argmax(1) for logits, _ in outputs])
     matched = torch.cat([patches.argmax(1) for _, patches in outputs])
     curves = trust.follow(
-        model, images, targets, trust.create_explainers(model, map_size(model), args.seed), args.steps,
-        args.fill)
+        model, images, targets, trust.create_explainers(model, map_size(model), args.seed, args.fill),
+        args.steps, args.fill)
     summary = trust.summarize(curves)
     values = dict(
         images=len(images),
@@ -264,6 +264,7 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
         patch_agreement=100 * (matched == predicted[:, None, None]).cpu().double().mean().item(),
         steps=args.steps,
         fill=args.fill,
+        occlusion_window=model.patch_size * model.patch_reduction,  # pixels
         maps=summary,
         curves={
             name: {key: getattr(c, key).mean(axis=0).round(5).tolist() for key in ('deletion', 'insertion')}

@@ -4,7 +4,8 @@ Deletion and insertion curves are those of RISE (Petsiuk et al., https://arxiv.o
 cells are replaced by the mean colour (or a blurred image, as networks trained with random erasing know the mean
 colour for what is not there) one after the other, or uncovered in a blurred image, and the probability of the
 class is followed. Grad-CAM and occlusion are captum's. Of networks that end in average pooling and a linear layer, as
-these do, Grad-CAM is CAM (Zhou et al., https://arxiv.org/abs/1512.04150), which needs no backward pass.
+these do, Grad-CAM is CAM (Zhou et al., https://arxiv.org/abs/1512.04150), which needs no backward pass. Occlusion hides
+windows as large as the patches that the class map scores, by what masks later, and is of log-odds, as the class map is.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Tuple
@@ -23,16 +24,18 @@ from train.analysis import FILLS
 Explainer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str, Explainer]:
+def create_explainers(model: Any, grid: Tuple[int, int], seed: int, fill: str = 'mean') -> Dict[str, Explainer]:
     """The maps to compare, each on the cells of the network's own class map.
 
     Args:
         model: Network with template matching, in evaluation mode.
         grid: Height and width of its class map.
         seed: Of the random map.
+        fill: What occlusion puts in place of what it hides, of FILLS.
     """
     generator = torch.Generator().manual_seed(seed)
-    grad_cam, occlusion = LayerGradCam(model, model.norm), Occlusion(model)
+    grad_cam = LayerGradCam(model, model.norm)
+    occlusion = Occlusion(lambda images, classes: log_odds(model(images)[:, :, None, None], classes)[:, 0, 0])
 
     def class_map(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -49,11 +52,12 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int) -> Dict[str,
         return F.adaptive_avg_pool2d(log_odds(scores.clone(), classes)[:, None], grid)[:, 0]
 
     def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        sides = [2 * size // cells for size, cells in zip(images.shape[2:], grid)]  # two cells, stepped by one
+        cell = [size // cells for size, cells in zip(images.shape[2:], grid)]
+        channels, window = images.shape[1], [model.patch_size * side for side in cell]
         with torch.inference_mode():
             effect = occlusion.attribute(
-                images, (images.shape[1], *sides), (images.shape[1], *(s // 2 for s in sides)), baselines=0.,
-                target=classes)
+                images, (channels, *window), (channels, *cell), baselines=fill_images(images, fill),
+                additional_forward_args=classes)
         return F.adaptive_avg_pool2d(effect.clone().mean(1, keepdim=True), grid)[:, 0]
 
     def of_another_image(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -81,6 +85,11 @@ def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
     """Rank of each cell, 0 for the most evident: (B, h, w) -> (B, h, w) int64."""
     order = evidence.flatten(1).argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1).view_as(evidence)
+
+
+def fill_images(images: torch.Tensor, fill: str) -> torch.Tensor:
+    """What is put in place of masked parts of images (B, C, H, W), normalised so that the mean colour is 0."""
+    return torch.zeros_like(images) if fill == 'mean' else gaussian_blur(images, [11, 11], [5., 5.])
 
 
 def cover(images: torch.Tensor, fill: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -130,8 +139,7 @@ def follow(
     bar = tqdm(total=len(images) * len(explainers), desc='Masking', unit='map', disable=not progress, leave=False)
     batches = -(-len(images) // batch_size)  # of like size, so that none is of one image
     for x, y in zip(images.tensor_split(batches), targets.tensor_split(batches)):
-        blurred = gaussian_blur(x, [11, 11], [5., 5.])
-        masked = torch.zeros_like(x) if fill == 'mean' else blurred
+        blurred, masked = (fill_images(x, name) for name in ('blur', fill))
         whole = model(x)
         classes = whole.argmax(1)
         # at both ends all maps have the same
