@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import silhouette_samples, silhouette_score
+from torchvision.transforms.functional import gaussian_blur
 
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
@@ -139,7 +140,7 @@ def test_networks_whose_files_are_called_alike_are_told_apart(tmp_path):
         for run, name in (('a', 'rn26_tm'), ('b', 'rn26'))]
     flags = ['--baseline', files[1], '--images-per-class', '3', '--regions', '2', '--output', str(tmp_path / 'g')]
     spaces = main(['geometry', files[0], *flags])['spaces']
-    assert list(spaces) == [f'{files[1]}: stage 3'] + [
+    assert list(spaces) == [f'{files[1]}: {layer}' for layer in ('stage 3', 'patch mean')] + [
         f'{files[0]}: {layer}' for layer in ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')]
 
 
@@ -156,9 +157,13 @@ def test_words_without_patches_count_for_nothing():
     assert values['purity'] == 1 and np.isnan(values['mixed_purity'])
 
 
-def test_baseline_has_the_features_alone(trained_like):
-    sample = draw_sample(make_set([2] * 10), (8, 8), 1, 2, seed=0)
-    assert set(embed_regions(trained_like('rn26'), sample)) == {'stage 3'}
+def test_baseline_has_the_features_and_their_mean_over_patches(trained_like):
+    sample, baseline = draw_sample(make_set([2] * 10), (8, 8), 1, 64, seed=0), trained_like('rn26')
+    found = embed_regions(baseline, sample)
+    assert set(found) == {'stage 3', 'patch mean'} and baseline.patch_size == 4
+    image, order = slice(0, 64), sample.places[0].argsort()  # of the first image, all regions
+    f, mean = (torch.from_numpy(found[key][image][order].T.reshape(1, -1, 8, 8)) for key in ('stage 3', 'patch mean'))
+    torch.testing.assert_close(mean, PatchMean(4)(f), rtol=1e-4, atol=1e-5)
     assert set(embed_regions(trained_like('rn26_tm'), sample, ('values', 'scores'))) == {'values', 'scores'}
 
 
@@ -285,15 +290,27 @@ def test_maps_are_those_of_their_definitions(model):
                 maps['CAM probabilities'][i].sigmoid(), scores.softmax(2)[..., k], rtol=1e-4, atol=1e-6)
             cam = (model.fc.weight[k][:, None, None] * features).sum(0)
             assert torch.corrcoef(torch.stack([maps['Grad-CAM'][i].flatten(), cam.flatten()]))[0, 1] > 0.9999
+
+
+@pytest.mark.parametrize('fill', ['mean', 'blur'])
+@torch.no_grad()
+def test_occlusion_hides_patches_by_what_masks_and_is_of_log_odds(model, fill):
+    torch.manual_seed(0)
+    x, classes = torch.randn(2, 3, 32, 32), torch.tensor([1, 8])
+    hidden = torch.zeros_like(x) if fill == 'mean' else gaussian_blur(x, [11, 11], [5., 5.])
+    occlusion = trust.create_explainers(model, (8, 8), 0, fill)['occlusion'](x, classes)
+    for i, k in enumerate(classes):
         effect, counts = torch.zeros(32, 32), torch.zeros(32, 32)
-        for top in range(0, 25, 4):
-            for left in range(0, 25, 4):
-                covered = x[:1].clone()
-                covered[:, :, top:top + 8, left:left + 8] = 0
-                effect[top:top + 8, left:left + 8] += logits[0, 1] - model(covered)[0, 1]
-                counts[top:top + 8, left:left + 8] += 1
-        expected = F.avg_pool2d((effect / counts)[None, None], 4)[0, 0]
-        torch.testing.assert_close(maps['occlusion'][0], expected, rtol=1e-3, atol=1e-3)
+        for top in range(0, 17, 4):
+            for left in range(0, 17, 4):
+                covered = x[i:i + 1].clone()
+                part = (..., slice(top, top + 16), slice(left, left + 16))
+                covered[part] = hidden[i:i + 1][part]
+                whole, rest = (model(images).double().softmax(1)[0, k].logit() for images in (x[i:i + 1], covered))
+                effect[part] += whole - rest
+                counts[part] += 1
+        torch.testing.assert_close(
+            occlusion[i], F.avg_pool2d((effect / counts)[None, None], 4)[0, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_confident_cells_are_ranked_by_their_scores_not_by_where_they_lie():

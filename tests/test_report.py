@@ -5,7 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import t as student
+from scipy.stats import ttest_ind
 
 from timm_tmblock.errors import InputError
 from train import report
@@ -25,11 +28,10 @@ from train.claims import (
 from train.lineage import count_epochs, count_taught_epochs, find_fillings
 
 ROOT = Path(__file__).parent.parent
-IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)
 
 
 def verdicts(**kwargs):
-    fields = dict(scores={}, test_images=IMAGES, evaluations={}, runs={})
+    fields = dict(scores={}, evaluations={}, runs={})
     return {claim.text: (claim.verdict, claim.evidence) for claim in judge(Evidence(**{**fields, **kwargs}))}
 
 
@@ -37,18 +39,61 @@ def test_committed_pages_are_those_of_the_committed_results():
     report.main(['--check'])
 
 
-def test_difference_of_seeds_and_of_single_runs():
-    many = Difference.of([90., 92., 94.], [87., 88., 89.], 12000)
+def test_runs_are_compared_as_by_the_t_test_of_scipy():
+    many = Difference.of_runs([[90., 92., 94.]], [[87., 88., 89.]])
     assert many.points == pytest.approx(4) and many.error == pytest.approx(math.sqrt(4 / 3 + 1 / 3))
-    assert many.verdict == HOLDS
-    close = Difference.of([91., 91.], [90.95, 90.95], 12000)  # seeds that agree by chance
-    assert close.error == pytest.approx(100 * math.sqrt((0.91 * 0.09 + 0.9095 * 0.0905) / 12000))
-    assert close.verdict == UNDECIDED
-    one = Difference.of([91.], [90.], 10000)
-    assert one.error == pytest.approx(100 * math.sqrt((0.91 * 0.09 + 0.9 * 0.1) / 10000))
-    assert one.verdict == Difference.of([95., 95.], [90.], 10000).verdict == UNDECIDED  # whatever the images say
-    assert Difference.of([91., 91.1], [90., 90.1], 10000).verdict == HOLDS
-    assert Difference.of([90., 90.1], [91., 91.1], 10000).verdict == FAILS
+    rng, decided = np.random.default_rng(0), []
+    for _ in range(50):
+        a, b = (list(90 + rng.normal(loc, scale, n)) for loc, scale, n in ((0.5, 0.2, 3), (0, 0.4, 5)))
+        found, expected = Difference.of_runs([a], [b]), ttest_ind(a, b, equal_var=False)
+        low, high = expected.confidence_interval(0.95)
+        assert found.points - found.errors * found.error == pytest.approx(low)
+        assert found.points + found.errors * found.error == pytest.approx(high)
+        decided.append(found.verdict)
+        assert decided[-1] == (UNDECIDED if expected.pvalue >= 0.05 else HOLDS if expected.statistic > 0 else FAILS)
+    assert {HOLDS, UNDECIDED} <= set(decided)
+
+
+@pytest.mark.parametrize('a, b, told', [
+    ([95.], [90.], '+5.00'), ([95., 95.1], [90.], '+5.05'), ([95., 95.2], [90., 90.2], '+5.00 ± 0.14'),
+    ([95., 95., 95.], [90., 90., 90.], '+5.00 ± 0.00')])
+def test_too_few_runs_and_copies_decide_nothing(a, b, told):
+    assert Difference.of_runs([a], [b]).verdict == UNDECIDED and str(Difference.of_runs([a], [b])) == told
+
+
+def test_gains_are_compared_by_the_spread_of_all_runs():
+    rows = [[90., 91., 92.], [88., 88.5, 89.], [85., 85.2, 85.1], [84., 84., 84.6]]
+    ours, baseline, deep, deep_baseline = rows
+    gain = Difference.of_runs([ours, deep_baseline], [baseline, deep])
+    parts = [np.var(row, ddof=1) / 3 for row in rows]
+    assert gain.points == pytest.approx(2.5 - 0.9) and gain.error == pytest.approx(sum(parts) ** 0.5)
+    freedom = sum(parts) ** 2 / sum(part ** 2 / 2 for part in parts)  # Welch and Satterthwaite
+    assert gain.errors == pytest.approx(student.ppf(0.975, freedom))
+
+
+def test_images_are_compared_one_by_one_where_the_answers_are_known():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 1003)) < [[0.9], [0.8]]
+    ours, theirs = (dict(top1=100 * x.mean(), images=1003) for x in (a, b))
+    unpaired = Difference.of_images(ours, theirs)
+    assert unpaired.error == pytest.approx(100 * math.sqrt((a.var() + b.var()) / 1003))
+    known = [dict(e, right=np.packbits(x).tobytes().hex()) for e, x in ((ours, a), (theirs, b))]
+    paired = Difference.of_images(*known)
+    differences = 100 * (a.astype(float) - b)
+    assert paired.points == unpaired.points == pytest.approx(differences.mean())
+    assert paired.error == pytest.approx(differences.std() / math.sqrt(1003))
+    assert Difference.of_images(known[0], theirs) == unpaired
+    assert paired.verdict == UNDECIDED  # of one run each
+
+
+def test_runs_of_fewer_epochs_than_the_protocol_say_so():
+    table = {('rn26', 'cifar10'): [89., 89.1, 89.2], ('rn26_tm', 'cifar10'): [91., 91.1, 91.2],
+             ('rn26_aux', 'cifar10'): [91.1, 91.2, 91.]}
+    found = verdicts(scores=dict(table1=table), short=dict(table1=40))
+    assert found['Template matching improves the baselines'][0] == 'holds after 40 epochs'
+    assert found['It does more than auxiliary supervision alone'][0] == UNDECIDED
+    assert verdicts(scores=dict(table1=table), short=dict(depth=40))['Template matching improves the baselines'][0] == (
+        HOLDS)
 
 
 def test_two_standard_errors_decide():
@@ -58,8 +103,8 @@ def test_two_standard_errors_decide():
 
 def test_errors_of_both_gains_decide_which_is_larger():
     def judge_with(spread):
-        scores = {('rn26', 'cifar10'): [88., 88.], ('rn26_tm', 'cifar10'): [91., 91.],
-                  ('rn38', 'cifar10'): [89. - spread, 89. + spread], ('rn38_tm', 'cifar10'): [89., 89.]}
+        scores = {('rn26', 'cifar10'): [88., 88.1, 88.2], ('rn26_tm', 'cifar10'): [91., 91.1, 91.2],
+                  ('rn38', 'cifar10'): [89. - spread, 89., 89. + spread], ('rn38_tm', 'cifar10'): [89., 89.1, 89.2]}
         claims = verdicts(scores=dict(table1=scores))
         return next(found for text, found in claims.items() if text.startswith('It improves shallow networks more'))
 
@@ -82,28 +127,31 @@ EXCEPTION = "not so in the paper's own table: DN100-Ours against DN100, CIFAR-10
 
 
 def test_claims_of_table_1():
-    table = {('rn26', 'cifar10'): [89., 89.1], ('rn26_tm', 'cifar10'): [91., 91.1], ('rn38', 'cifar10'): [92., 92.1],
-             ('rn26_aux', 'cifar10'): [91., 91.2]}
+    def runs(first):
+        return [first, first + 0.1, first + 0.2]
+
+    table = {('rn26', 'cifar10'): runs(89.), ('rn26_tm', 'cifar10'): runs(91.), ('rn38', 'cifar10'): runs(92.),
+             ('rn26_aux', 'cifar10'): runs(91.1)}
     found = verdicts(scores=dict(table1=table))
-    assert found['Template matching improves the baselines (here: those named)'] == (
-        HOLDS, f'RN26-Ours against RN26, CIFAR-10: +2.00 ± 0.39 points (2 and 2 runs); {EXCEPTION}')
+    assert found['Template matching improves the baselines'] == (
+        HOLDS, f'RN26-Ours against RN26, CIFAR-10: +2.00 ± 0.08 points (3 and 3 runs); {EXCEPTION}')
     assert found['With it two blocks a stage are mostly above three without'][0] == FAILS
-    small = {('wrn16', 'cifar10'): [91., 91.1], ('wrn16_tm', 'cifar10'): [91.2, 91.3]}
+    small = {('wrn16', 'cifar10'): runs(91.), ('wrn16_tm', 'cifar10'): runs(91.1)}
     assert verdicts(scores=dict(table1={**table, **small}))[
-        'Template matching improves the baselines (here: those named)'][0] == UNDECIDED  # it improves one of two
+        'Template matching improves the baselines'][0] == UNDECIDED  # it improves one of two
     assert found['It does more than auxiliary supervision alone'][0] == UNDECIDED
     assert found['It gains from depth'] == (UNTESTED, '–')
-    table.update({('rn38_tm', 'cifar10'): [92., 92.1]})
+    table.update({('rn38_tm', 'cifar10'): runs(92.)})
     found = verdicts(scores=dict(table1=table, depth={('rn26', 'cifar10'): [89.]}))
     assert found['It gains from depth'] == (
-        HOLDS, 'RN38-Ours against RN26-Ours, CIFAR-10: +1.00 ± 0.36 points (2 and 2 runs)')
+        HOLDS, 'RN38-Ours against RN26-Ours, CIFAR-10: +1.00 ± 0.08 points (3 and 3 runs)')
 
 
 @pytest.mark.parametrize('top1, verdict', [
-    ({'0': 85., '0.5': 91., '0.9': 88.}, HOLDS), ({'0': 85., '0.25': 91.3, '0.5': 91.}, UNDECIDED),
+    ({'0': 85., '0.5': 91., '0.9': 88.}, HOLDS), ({'0': 85., '0.25': 91.1, '0.5': 91.}, UNDECIDED),
     ({'0': 85., '0.25': 92.5, '0.5': 91.}, FAILS)])
 def test_best_weight_is_above_each_of_the_others(top1, verdict):
-    weights = {(f'lambda{w}', 'cifar10'): [value, value] for w, value in top1.items()}
+    weights = {(f'lambda{w}', 'cifar10'): [value, value + 0.1, value + 0.2] for w, value in top1.items()}
     assert verdicts(scores={'lambda': weights})['λ = 0.5 is best'][0] == verdict
 
 
@@ -113,12 +161,12 @@ def test_best_weight_is_above_each_of_the_others(top1, verdict):
     ([88.2, 87.2, 88., 88.3], UNDECIDED), ([88.2, 88.1], UNDECIDED)])
 def test_soft_maximizers_do_as_well_within_a_margin(top1, verdict):
     names = ('softmax.batch8', 'softmax.batch32', 'perturbed.batch8', 'perturbed.batch32')
-    soft = {(name, 'cifar10'): [value, value] for name, value in zip(names, top1)}
-    soft.update({(f'bn_relu.batch{n}', 'cifar10'): [88., 88.] for n in (8, 32)})
-    images = dict(cifar10=100_000, cifar100=12000, mini_imagenet=12000)
+    top1 = dict(zip(names, top1), **{f'bn_relu.batch{n}': 88. for n in (8, 32)})
+    soft = {(name, 'cifar10'): [value, value + 0.1, value + 0.2] for name, value in top1.items()}
     claim = 'Soft maximizers do as well as BN-ReLU (no more than 1 point below it)'
-    assert verdicts(scores=dict(maximizers=soft), test_images=images)[claim][0] == verdict
-    few = {key: [85., 60.] if 'softmax' in key[0] else [88., 80.] for key in soft}  # so far apart that nothing is known
+    assert verdicts(scores=dict(maximizers=soft))[claim][0] == verdict
+    # so far apart that nothing is known
+    few = {key: [85., 60., 70.] if 'softmax' in key[0] else [88., 80., 84.] for key in soft}
     assert verdicts(scores=dict(maximizers=few))[claim][0] == UNDECIDED
 
 
@@ -132,7 +180,7 @@ def test_networks_of_one_recipe_are_compared():
     evaluations = {tag: dict(top1=top1, images=10000, split='test', dataset=dataset) for tag, top1, dataset in zip(
         names, (91., 93., 94.), ('hfds/uoft-cs/cifar10', 'hfds/../data/cifar10', 'hfds/uoft-cs/cifar10'))}
     runs = {tag: run(tag.partition('.')[0]) for tag in evaluations}
-    claim = 'Template matching improves the baselines (here: those named)'
+    claim = 'Template matching improves the baselines'
 
     def compare(**kwargs):
         return verdicts(**dict(dict(evaluations=evaluations, runs=runs), **kwargs))[claim]
@@ -140,7 +188,7 @@ def test_networks_of_one_recipe_are_compared():
     verdict, evidence = compare()
     assert verdict == UNDECIDED and 'wrn16' not in evidence
     assert 'with other recipes, one run each: +2.00 ± 0.38 (rn26_tm.cifar10) points, 1 in all' in evidence
-    protocol = dict(table1={('rn26', 'cifar10'): [90., 90.1], ('rn26_tm', 'cifar10'): [88., 88.1]})
+    protocol = dict(table1={('rn26', 'cifar10'): [90., 90.1, 90.2], ('rn26_tm', 'cifar10'): [88., 88.1, 88.2]})
     decided, both = compare(scores=protocol)
     assert decided == FAILS and 'RN26-Ours against RN26, CIFAR-10: -2.00' in both
     assert evidence.partition('; ')[2] in both
@@ -171,7 +219,7 @@ def test_networks_of_one_recipe_are_compared():
         evaluations[tag] = dict(evaluations['rn26.cifar10'], top1=top1)
         runs[tag] = run(
             model, epochs=5, lr=0.05, experiment='longer', initial_checkpoint=f'output/{model}/last.safetensors')
-    found = compare_others(Evidence({}, IMAGES, evaluations, runs))
+    found = compare_others(Evidence({}, evaluations, runs))
     assert [(c.tag, c.baseline, c.epochs) for c in found] == [
         ('rn26_tm.cifar10', 'rn26.cifar10', 13), ('rn26_tm.longer', 'rn26.longer', 18)]
     assert (
@@ -195,20 +243,23 @@ def make_geometry(output, shortcut=0.2, model='rn26_tm', mean=0.3):
     spaces = {f'{model}: {layer}': space(value, *keys) for layer, value in layers.items()}
     return dict(
         settings=dict(model=model, baseline='rn26'), chance={'class': 0.1, 'superclass': 0.5},
-        spaces={'rn26: stage 3': space(0.15, *keys), **spaces})
+        spaces={'rn26: stage 3': space(0.15, *keys), 'rn26: patch mean': space(0.25, *keys), **spaces})
 
 
 @pytest.mark.parametrize('output, verdict', [(0.6, HOLDS), (0.3, HOLDS), (0.22, UNDECIDED), (0.1, FAILS)])
 def test_neighbours_at_the_output_of_the_block(output, verdict):
     found = verdicts(geometry={'rn26_tm.a': make_geometry(output)})[CLUSTERED]
-    assert found == (verdict, (
+    scope = ' for one network' if verdict == HOLDS else ''
+    assert found == (verdict + scope, (
         f'neighbours of the class at the output: rn26_tm.a: {100 * output:.1f} ± 1.0 %, 20.0 ± 1.0 % at its input, '
-        f'15.0 ± 1.0 % in the baseline, 10 % by chance'))
+        f'15.0 ± 1.0 % in the baseline, 30.0 ± 1.0 % at its input averaged over patches, 25.0 ± 1.0 % in the baseline '
+        f'so averaged, 10 % by chance'))
     both = {'rn26_tm.a': make_geometry(output), 'rn26_tm.b': make_geometry(0.21, model='rn26_tm.b')}
     together = verdicts(geometry=both)[CLUSTERED]
     assert together[0] == (FAILS if verdict == FAILS else UNDECIDED) and '; rn26_tm.b: 21.0 ± 1.0 %, ' in together[1]
     alone, beside = verdicts(geometry=both, taught={'rn26_tm.b'})[CLUSTERED]
-    assert (alone, beside) == (verdict, together[1].replace('rn26_tm.b', 'with a teacher, so not judged: rn26_tm.b'))
+    told = together[1].replace('rn26_tm.b', 'with a teacher, so not judged: rn26_tm.b')
+    assert (alone, beside) == (verdict + scope, told)
     uncertain = make_geometry(output)
     uncertain['spaces']['rn26: stage 3']['class_neighbour_rate_error'] = 0.5  # of the baseline alone
     assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (FAILS if verdict == FAILS else UNDECIDED)
@@ -216,7 +267,7 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/rn26.safetensors')
     assert verdicts(geometry={'rn26_tm.a': of_files})[CLUSTERED] == found
     animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})['There animals lie apart from vehicles']
-    assert animals[0] == verdict and animals[1].endswith('50 % by chance')
+    assert animals[0] == verdict + scope and animals[1].endswith('50 % by chance')
 
 
 @pytest.mark.parametrize('shortcut, mean, verdict', [
@@ -227,7 +278,7 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
              'the mean over the patch)')
     geometry = make_geometry(0.6, shortcut, mean=mean)
     found = verdicts(geometry={'rn26_tm.a': geometry})[claim]
-    assert found[0] == verdict and (
+    assert found[0].removesuffix(' for one network') == verdict and (
         f'90.0 ± 1.0 % in the value vectors alone, {100 * mean:.1f} ± 1.0 % in the mean' in found[1])
     del geometry['spaces']['rn26_tm: shortcut']
     assert verdicts(geometry={'rn26_tm.a': geometry})[claim] == (UNTESTED, '–')
@@ -238,6 +289,7 @@ def test_value_embeddings_against_class_scores(values, verdict):
     spaces = {name: space(value, 'superclass_silhouette') for name, value in (
         ('value embeddings', values), ('class scores', 0.1))}
     claim = 'Value embeddings bring patches of like meaning together that class scores keep apart'
+    verdict += ' for one network' if verdict == HOLDS else ''
     assert verdicts(mosaic={'rn26_tm.a': dict(settings={}, spaces=spaces)})[claim] == (
         verdict, f'silhouette of the superclasses by values: rn26_tm.a: {values:.3f} ± 0.010, 0.100 ± 0.010 by scores')
 
@@ -245,13 +297,19 @@ def test_value_embeddings_against_class_scores(values, verdict):
 @pytest.mark.parametrize('shares, verdict', [
     ([0.9], HOLDS), ([0.51], UNDECIDED), ([0.2], FAILS), ([0.9, 0.2], FAILS), ([0.9, 0.51], UNDECIDED)])
 def test_best_match_is_to_have_the_largest_coefficient_in_most_regions_of_each_network(shares, verdict):
-    mixing = {f'rn26_tm.{i}': dict(agreement=share, agreement_error=0.01) for i, share in enumerate(shares)}
+    def mix(share, spread=0.3):
+        return dict(agreement=share, agreement_error=0.01, matched_share=share / 2, value_spread=spread)
+
+    mixing = {f'rn26_tm.{i}': mix(share) for i, share in enumerate(shares)}
     claim, = (text for text in verdicts() if text.startswith('The classes that match a patch most'))
     found = verdicts(mixing=mixing)[claim]
-    assert found[0] == verdict and f'{100 * shares[0]:.1f} ± 1.0 % (rn26_tm.0)' in found[1]
-    more = {**mixing, 'a': dict(agreement=0.95, agreement_error=0.01), 'b': dict(agreement=0.1, agreement_error=0.01)}
-    alone, beside = verdicts(mixing=more, taught={'b'})[claim]
-    assert alone == verdict and beside.endswith('with a teacher, so not judged: 10.0 ± 1.0 % (b)')
+    scope = {1: ' for one network', 2: ' for 2 networks', 3: ' for 3 networks'}
+    assert found[0] == (verdict + scope[len(shares)] if verdict == HOLDS else verdict)
+    assert f'{100 * shares[0]:.1f} ± 1.0 % (rn26_tm.0)' in found[1]
+    alone, beside = verdicts(mixing={**mixing, 'a': mix(0.95, 0.04), 'b': mix(0.1, 0.01)}, taught={'b'})[claim]
+    assert alone == (verdict + scope[len(shares) + 1] if verdict == HOLDS else verdict)
+    assert beside.endswith('with a teacher, so not judged: 10.0 ± 1.0 % (b)')
+    assert f' to {47.5:.0f} % (a)' in beside and 'of what they join: 0.04 (a) to 0.30 (rn26_tm.' in beside
 
 
 @pytest.mark.parametrize('deep, verdict', [(92., HOLDS), (93.4, UNDECIDED), (97., FAILS)])
@@ -259,7 +317,7 @@ def test_shallow_networks_gain_more(deep, verdict):
     top1 = dict(rn26=89., rn26_tm=91.5, rn38=91., rn38_tm=deep)
     table = {(model, 'cifar10'): value for model, value in top1.items()}
     claim = 'It improves shallow networks more (here: RN26 more than RN38)'
-    assert verdicts(scores=dict(table1={k: [v, v + 0.1] for k, v in table.items()}))[claim][0] == verdict
+    assert verdicts(scores=dict(table1={k: [v, v + 0.1, v + 0.2] for k, v in table.items()}))[claim][0] == verdict
     assert verdicts(scores=dict(table1={k: [v] for k, v in table.items()}))[claim][0] == UNDECIDED
     assert verdicts()[claim] == (
         UNTESTED, "not so in the paper's own table: CIFAR-100 (+0.84 and +0.86); Mini-ImageNet (+0.80 and +3.11)")
@@ -269,8 +327,7 @@ def test_exceptions_in_the_table_of_the_paper_are_told():
     found = verdicts()
     assert found['In DenseNet, concatenation is marginally above addition (here: mostly)'] == (
         UNTESTED, "not so in the paper's own table: DN100-Ours-C against DN100-Ours, CIFAR-10 (-0.21)")
-    assert found['Template matching improves the baselines (here: those named)'] == (
-        UNTESTED, EXCEPTION)
+    assert found['Template matching improves the baselines'] == (UNTESTED, EXCEPTION)
 
 
 @pytest.mark.parametrize('mu, eta, by_protocol, expected', [

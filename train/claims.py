@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
+import numpy as np
+from scipy.stats import t as student
+
 from train.config import NO_RECIPE, count_held_out, create_parser
 from train.lineage import find_legs
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
@@ -12,6 +15,7 @@ from train.tables import Scores, label
 
 TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it
 MARGIN = 1.  # points of accuracy that networks as good as others may be below them
+RUNS = 3  # of each setting before accuracies decide: as many as were planned, so that none stops when it pleases
 TAUGHT = 'with a teacher, so not judged'
 HOLDS, FAILS, UNDECIDED, UNTESTED = 'holds', 'does not hold', 'undecided', 'not tested'
 
@@ -20,7 +24,6 @@ HOLDS, FAILS, UNDECIDED, UNTESTED = 'holds', 'does not hold', 'undecided', 'not 
 class Evidence:
     """All results there are."""
     scores: Dict[str, Scores]  # by experiment of reproduce.py, accuracies (%) of each seed
-    test_images: Dict[str, int]  # of each set, in that protocol
     evaluations: Dict[str, Dict[str, Any]]  # of pretrained tags
     runs: Dict[str, Dict[str, Any]]  # the training runs they are from
     # train.analysis by tag: of the weights of rn26_tm for CIFAR-10, of every network with template matching
@@ -30,6 +33,7 @@ class Evidence:
     taught: Set[str] = field(default_factory=set)  # tags trained with a teacher, of which the paper claims nothing
     words: Optional[Dict[str, Any]] = None
     maximizer: Optional[Dict[str, Any]] = None
+    short: Dict[str, int] = field(default_factory=dict)  # epochs of experiments that had fewer than the protocol says
 
 
 @dataclass
@@ -42,41 +46,63 @@ class Claim:
 
 @dataclass
 class Difference:
-    """Of two accuracies, in points."""
+    """Of two accuracies, or two gains, in points."""
     points: float
-    error: float  # standard
-    decides: bool = True  # one run of a network does not say how much another would differ
+    error: float  # standard; nan if unknown
+    errors: float = 2.  # how many of these decide
+    decides: bool = True
 
     @classmethod
-    def of(cls, a: List[float], b: List[float], images: int) -> 'Difference':
-        """By the spread of the seeds, if there are several, but at least by the number of test images.
+    def of_runs(cls, better: List[List[float]], worse: List[List[float]]) -> 'Difference':
+        """Sum of the means of some settings less that of others, by how much their runs differ: Welch's t-test at 5 %.
 
-        A few seeds can lie closer together than they are sure, and they share the test images.
+        All runs of a dataset are tested on the same images, which are what it speaks of. One run of a setting does not
+        say how much another would differ, and fewer than RUNS decide nothing.
         """
-        def variance(runs: List[float]) -> float:
-            mean = statistics.mean(runs)
-            spread = statistics.variance(runs) / len(runs) if len(runs) > 1 else 0.
-            return max(spread, mean * (100 - mean) / images)
+        groups = [*better, *worse]
+        points = sum(map(statistics.mean, better)) - sum(map(statistics.mean, worse))
+        if min(map(len, groups)) < 2:
+            return cls(points, math.nan, decides=False)
+        variances = [statistics.variance(runs) / len(runs) for runs in groups]
+        error = math.sqrt(sum(variances))
+        if not error:  # which no runs have, unless they are copies
+            return cls(points, 0., decides=False)
+        freedom = sum(variances) ** 2 / sum(v ** 2 / (len(runs) - 1) for v, runs in zip(variances, groups))
+        return cls(points, error, float(student.ppf(0.975, freedom)), min(map(len, groups)) >= RUNS)
 
-        return cls(
-            statistics.mean(a) - statistics.mean(b), math.sqrt(variance(a) + variance(b)), min(len(a), len(b)) > 1)
+    @classmethod
+    def of_images(cls, ours: Dict[str, Any], theirs: Dict[str, Any]) -> 'Difference':
+        """Of two evaluations on the same images: image by image if both have the answers, else as of images of each."""
+        n = ours['images']
+        if 'right' in ours and 'right' in theirs:
+            a, b = (unpack(e['right'], n).astype(float) for e in (ours, theirs))
+            variance = (a - b).var() / n
+        else:
+            variance = sum(p * (1 - p) for p in (ours['top1'] / 100, theirs['top1'] / 100)) / n
+        return cls(ours['top1'] - theirs['top1'], 100 * math.sqrt(variance), decides=False)
 
     @property
     def verdict(self) -> str:
-        """Of the claim that it is positive: decided by two standard errors."""
-        if abs(self.points) <= 2 * self.error or not self.decides:
-            return UNDECIDED
-        return HOLDS if self.points > 0 else FAILS
+        """Of the claim that it is positive."""
+        return self._decide(self.points)
 
     @property
     def verdict_within_margin(self) -> str:
         """Of the claim that it is no worse than MARGIN below zero."""
-        if abs(self.points + MARGIN) <= 2 * self.error or not self.decides:
+        return self._decide(self.points + MARGIN)
+
+    def _decide(self, points: float) -> str:
+        if not self.decides or abs(points) <= self.errors * self.error:
             return UNDECIDED
-        return HOLDS if self.points > -MARGIN else FAILS
+        return HOLDS if points > 0 else FAILS
 
     def __str__(self) -> str:
-        return f'{self.points:+.2f} ± {self.error:.2f}'
+        return f'{self.points:+.2f}' if math.isnan(self.error) else f'{self.points:+.2f} ± {self.error:.2f}'
+
+
+def unpack(right: str, images: int) -> np.ndarray:
+    """Which images were right, (N,) bool, of what train/evaluate.py writes."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(right), np.uint8), count=images).astype(bool)
 
 
 @dataclass
@@ -87,6 +113,7 @@ class Comparison:
     epochs: int
     difference: Difference
     pair: Tuple[str, str]  # network and dataset; several of one pair are stages of their training
+    by_image: bool  # whether the error is of what they answer for the same images
 
     def __str__(self) -> str:
         return f'{self.difference} ({self.tag})'
@@ -122,7 +149,7 @@ def compare_rows(
         for dataset in DATASETS:
             a, b = scores.get((better, dataset)), scores.get((worse, dataset))
             if a and b:
-                difference = Difference.of(a, b, evidence.test_images[dataset])
+                difference = Difference.of_runs([a], [b])
                 verdicts.append(judged(difference))
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
@@ -188,9 +215,10 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
             if [(run['epochs'], find_recipe(run)) for run in legs] != [
                     (run['epochs'], find_recipe(run)) for run in other_legs]:
                 continue
-            difference = Difference.of([ours['top1']], [theirs['top1']], ours['images'])
+            difference = Difference.of_images(ours, theirs)
             epochs = sum(run['epochs'] for run in legs)
-            found.append(Comparison(tag, other, epochs, difference, (model, dataset)))
+            by_image = 'right' in ours and 'right' in theirs
+            found.append(Comparison(tag, other, epochs, difference, (model, dataset), by_image))
     return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 
 
@@ -222,6 +250,12 @@ def introduce(what: str, lines: List[str]) -> List[str]:
     return [f'{what}: {lines[0]}', *lines[1:]] if lines else []
 
 
+def say_epochs(verdict: str, evidence: Evidence, experiment: str) -> str:
+    """A verdict, with the epochs of runs that the protocol would have gone on with."""
+    epochs = evidence.short.get(experiment)
+    return f'{verdict} after {epochs} epochs' if epochs and verdict in (HOLDS, FAILS) else verdict
+
+
 def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     pairs = [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')]
@@ -231,7 +265,7 @@ def judge_baselines(evidence: Evidence) -> Judgement:
         return UNTESTED, exceptions
     if not lines:
         return UNDECIDED, ["not run with the paper's protocol", *summarize(others), *exceptions]
-    return verdict, [*lines, *summarize(others), *exceptions]
+    return say_epochs(verdict, evidence, 'table1'), [*lines, *summarize(others), *exceptions]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:
@@ -240,10 +274,8 @@ def judge_shallow(evidence: Evidence) -> Judgement:
     for dataset in DATASETS:
         rows = [scores.get((model, dataset), []) for model in ('rn26_tm', 'rn26', 'rn38_tm', 'rn38')]
         if all(rows):
-            shallow, deep = (
-                Difference.of(a, b, evidence.test_images[dataset]) for a, b in zip(rows[::2], rows[1::2]))
-            gain = Difference(
-                shallow.points - deep.points, math.hypot(shallow.error, deep.error), shallow.decides and deep.decides)
+            ours, baseline, deep, deep_baseline = rows
+            gain = Difference.of_runs([ours, deep_baseline], [baseline, deep])
             verdicts.append(gain.verdict)
             lines.append(f'{DATASET_NAMES[dataset]}: {gain} points')
     gains = zip(DATASETS, *(
@@ -251,18 +283,21 @@ def judge_shallow(evidence: Evidence) -> Judgement:
     exceptions = [
         f'{DATASET_NAMES[dataset]} ({shallow:+.2f} and {deep:+.2f})'
         for dataset, shallow, deep in gains if shallow <= deep]
-    return combine_all(verdicts), [*lines, *tell_exceptions(exceptions)]
+    return say_epochs(combine_all(verdicts), evidence, 'table1'), [*lines, *tell_exceptions(exceptions)]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
-    pair = ('rn38_tm', 'rn26_tm')
-    found = compare_rows(evidence, 'depth', [pair])
-    return found if found[1] else compare_rows(evidence, 'table1', [pair])
+    for experiment in ('depth', 'table1'):
+        verdict, lines = compare_rows(evidence, experiment, [('rn38_tm', 'rn26_tm')])
+        if lines:
+            break
+    return say_epochs(verdict, evidence, experiment), lines
 
 
 def judge_weight(evidence: Evidence) -> Judgement:
     others = sorted({setting for setting, _ in evidence.scores.get('lambda', {})} - {'lambda0.5'})
-    return compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others], combine_all)
+    verdict, lines = compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
+    return say_epochs(verdict, evidence, 'lambda'), lines
 
 
 def judge_soft_maximizers(evidence: Evidence) -> Judgement:
@@ -275,7 +310,7 @@ def judge_soft_maximizers(evidence: Evidence) -> Judgement:
         return UNTESTED, []
     *needed, optional = [UNDECIDED if v == UNTESTED else v for v in verdicts]
     verdict = combine_all(needed if verdicts[-1] == UNTESTED else [*needed, optional])
-    return verdict, [line for lines_of_pair in lines for line in lines_of_pair]
+    return say_epochs(verdict, evidence, 'maximizers'), [line for lines_of_pair in lines for line in lines_of_pair]
 
 
 def judge_constants(evidence: Evidence) -> Judgement:
@@ -292,10 +327,19 @@ def judge_constants(evidence: Evidence) -> Judgement:
             f"these are numbers of one network, and none was trained by the paper's recipe; one after "
             f'{measured["epochs"]} epochs of {measured["opt"].capitalize()} has {words}']
     return HOLDS if all(near.values()) else UNDECIDED, [
-        f'one network after {measured["epochs"]} epochs by the protocol as we read it has {words}']
+        f'one network after {measured["epochs"]} epochs by the protocol as we read it, on 2,000 images, has {words}; '
+        f'that cannot refute what another network had']
+
+
+def say_of(verdict: str, networks: int) -> str:
+    """A verdict that networks of one training run each are the evidence of."""
+    if verdict != HOLDS:
+        return verdict
+    return f'{verdict} for {"one network" if networks == 1 else f"{networks} networks"}'
 
 
 def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Difference:
+    """With the errors of regions of different images, which are larger than image by image."""
     return Difference(ours[key] - other[key], math.hypot(ours[f'{key}_error'], other[f'{key}_error']))
 
 
@@ -344,11 +388,13 @@ def judge_spaces(
         (others if tag in taught else lines).append(f'{tag}: {", ".join(shares)}')
         if tag not in taught:
             verdicts += [compare_spaces(found[better], found[worse], key).verdict for better, worse in pairs]
-    return combine_all(verdicts), [*lines, *introduce(TAUGHT, others)]
+    return say_of(combine_all(verdicts), len(lines)), [*lines, *introduce(TAUGHT, others)]
 
 
 OUTPUT = 'block output'
-BEFORE = {OUTPUT: '', 'stage 3': ' at its input', 'baseline stage 3': ' in the baseline'}
+BEFORE = {
+    OUTPUT: '', 'stage 3': ' at its input', 'baseline stage 3': ' in the baseline',
+    'patch mean': ' at its input averaged over patches', 'baseline patch mean': ' in the baseline so averaged'}
 
 
 def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
@@ -387,9 +433,17 @@ def judge_mixing(evidence: Evidence) -> Judgement:
         (others if tag in evidence.taught else lines).append(f'{share:.1f} ± {error:.1f} % ({tag})')
         if tag not in evidence.taught:
             verdicts.append(Difference(share - 50, error).verdict)
-    if len(lines) > 2:
-        lines = [f'{lines[0]} to {lines[-1]}, in {len(lines)} networks']
-    return combine_all(verdicts), introduce(
+    judged = len(lines)
+    if judged > 2:
+        lines = [f'{lines[0]} to {lines[-1]}, in {judged} networks']
+    for key, factor, digits, unit, what in (
+            ('matched_share', 100, 0, ' %', 'its share of what is mixed'),
+            ('value_spread', 1, 2, '', 'how much the mixed values vary, of what they join')):
+        ordered = sorted(
+            (factor * found[key], tag) for tag, found in evidence.mixing.items() if tag not in evidence.taught)
+        ends = [f'{value:.{digits}f}{unit} ({tag})' for value, tag in (ordered[0], ordered[-1])] if ordered else []
+        lines += introduce(what, [' to '.join(dict.fromkeys(ends))] if ends else [])
+    return say_of(combine_all(verdicts), judged), introduce(
         'regions whose best match has the largest coefficient', [*lines, *introduce(TAUGHT, others)])
 
 
@@ -406,10 +460,10 @@ def judge(evidence: Evidence) -> List[Claim]:
     """Every claim of the paper with its verdict."""
     def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine_all) -> Judgement:
         verdict, lines = compare_rows(evidence, 'table1', [(better, worse)], combined)
-        return verdict, [*lines, *find_exceptions([(better, worse)])]
+        return say_epochs(verdict, evidence, 'table1'), [*lines, *find_exceptions([(better, worse)])]
 
     found = [
-        ('Template matching improves the baselines (here: those named)', '4.2, Table 1', judge_baselines(evidence)),
+        ('Template matching improves the baselines', '4.2, Table 1', judge_baselines(evidence)),
         ('It is not the additional parameters that improve them', '4.2', (UNTESTED, [])),
         ('It improves shallow networks more (here: RN26 more than RN38)', '4.2, Table 1', judge_shallow(evidence)),
         ('It does more than auxiliary supervision alone', '4.2, Table 1', rows('rn26_tm', 'rn26_aux')),

@@ -7,7 +7,8 @@ A pretrained model, weights of training, an ONNX file and a TensorRT engine are 
     python train/evaluate.py output/EXPERIMENT/best.safetensors --tta flip --output evaluation
     python train/evaluate.py rn26_tm.onnx --output evaluation
 
-Prints the result as JSON; with --output also writes NAME.json, with the confusion matrix, and NAME.png.
+Prints the result as JSON; with --output also writes NAME.json, with the confusion matrix and which
+images were right, and NAME.png.
 """
 import argparse
 import json
@@ -84,7 +85,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
 
 
 def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, Any]:
-    """Everything there is to say of a runner on a set, as `main` prints it, and 'reliability' and 'confusion'."""
+    """Everything there is to say of a runner on a set: what `main` prints, 'reliability', 'confusion' and 'right'."""
     logits: List[np.ndarray] = []
     mirrored: List[np.ndarray] = []
     targets: List[np.ndarray] = []
@@ -117,7 +118,8 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
     if timed:
         values['images_per_second'] = round(timed / seconds, 1)
     return dict(
-        values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]))
+        values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]),
+        right=np.packbits(scores.argmax(1) == classes).tobytes().hex())
 
 
 def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
@@ -162,7 +164,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             with writing(Path(f'{args.output}.json')) as tmp:
                 tmp.touch()  # what cannot be written is told before the work
         values = measure(runner, loader, args.tta == 'flip', args.bins)
-    reliability, confusion = values.pop('reliability'), values.pop('confusion')
+    reliability, confusion, right = (values.pop(key) for key in ('reliability', 'confusion', 'right'))
     result = dict(
         model=args.model,
         weights_sha256=hash_file(runner.weights),
@@ -179,7 +181,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         names = runner.class_names or [str(i) for i in range(len(confusion))]
         full = dict(
             result, class_names=names, confusion=confusion.tolist(),
-            reliability={k: v.tolist() for k, v in vars(reliability).items()})
+            reliability={k: v.tolist() for k, v in vars(reliability).items()},
+            right=right)  # which images, in their order: a bit of each, as two evaluations of one set are compared by
         write_json(Path(f'{args.output}.json'), full)
         draw(full, reliability, Path(f'{args.output}.png'))
     return result

@@ -21,15 +21,19 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
-from train.claims import Comparison, Evidence, compare_others, find_last, judge
+from train.claims import RUNS, Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
 from train.tables import TITLES, name_hub_sets, read_results, render_table, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
+PROTOCOL = Path(__file__).parent / 'recipes' / 'paper.yaml'
 ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur', 'mixing')
 TRUST = dict(trust='mean colour', trust_blur='blurred image')  # analyses, and what masks in them
-TEST_IMAGES = dict(cifar10=12000, cifar100=12000, mini_imagenet=12000)  # 20 % of 60,000
+
+
+def wrap(text: str) -> List[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def read_json(path: Path) -> Any:
@@ -53,10 +57,10 @@ def collect(root: Path) -> Evidence:
         by_protocol = settings['pool'] == [65, 15, 20] and settings['opt'] == 'adam'
         maximizer.update(epochs=settings['epochs'], opt=settings['opt'], by_protocol=by_protocol)
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
-    tested = {r['data']: r['images']['test'] for found, _ in paper.values() for r in found}
+    planned = yaml.safe_load(PROTOCOL.read_text())['epochs']
+    trained = {name: min(r['epochs'] for r in found) for name, (found, _) in paper.items() if found}
     return Evidence(
         scores={name: scores for name, (_, scores) in paper.items()},
-        test_images={**TEST_IMAGES, **tested},
         evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in runs},
         runs=runs,
         geometry=read_analyses('geometry'),
@@ -65,6 +69,7 @@ def collect(root: Path) -> Evidence:
         words=read_analyses('words').get('rn26_tm.cifar10'),
         maximizer=maximizer,
         taught={tag for tag in runs if count_taught_epochs(tag, runs)},
+        short={name: epochs for name, epochs in trained.items() if epochs < planned},
     )
 
 
@@ -80,18 +85,27 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).', '',
         '## What the paper claims', '',
-        'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A',
-        'claim about several networks or datasets holds if it holds for each. A difference in accuracy decides a',
-        'claim if it exceeds two standard errors (± gives one): the error over seeds, or the unpaired one over test',
-        'images where that is larger. With one seed each nothing is decided, as the spread between runs of one',
-        'network is unknown. Claims about features are judged on the shipped networks, trained once each by other',
-        "recipes than the paper's, with errors over images: Figures 5 to 7 on `rn26_tm` for CIFAR-10, the last claim",
-        'on all of them. Networks with a teacher, which the paper does not use, are reported but not judged; their',
-        'baseline had no teacher and fewer epochs. A verdict says that there is a difference, not that it is large.',
-        '"Undecided" means tested, without a clear result. -Ours: with the block (`*_tm`); -Ours-C: its values',
-        'concatenated (`dn100_tm_cat`); -aux: without it, patches supervised alone; λ: weight of the patch loss; μ,',
-        'η: margin and scale of a maximizer.',
-        '',
+        *wrap(
+            'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
+            'verdict is about the networks and datasets that its evidence names, and one about several holds if it '
+            'holds for each. It says that there is a difference, not that it is large; "undecided" means tested, '
+            'without a clear result.'), '',
+        *wrap(
+            f'**Accuracies** decide a claim by Welch\'s t-test at 5 % over the runs of each setting (± is one standard '
+            f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
+            f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
+            f'takes more than three runs to see, if runs spread as ours do. Runs of fewer epochs than the protocol\'s '
+            f'say so.'), '',
+        *wrap(
+            '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
+            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10 alone, the last claim on all. A difference of two "
+            'standard errors over images decides these, as if each measure had had images of its own. How much another '
+            'run would differ is unknown, so that they hold for these networks. Networks with a teacher, which the '
+            'paper does not use, are reported but not judged; they differ much, and their baseline had no teacher and '
+            'fewer epochs.'), '',
+        *wrap(
+            '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
+            'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
         '| claim | section | verdict | evidence |', '|---|---|---|---|',
     ]
     lines += [f'| {c.text} | {c.section} | **{c.verdict}** | {c.evidence} |' for c in judge(evidence)]
@@ -176,19 +190,23 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         lines.append(
             f'| [{c.tag}](train/results/{c.tag}) | {Path(ours["dataset"]).name}{say_size(run)} | {c.epochs} '
             f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
-            f'| {c.difference}{" †" if ran_elsewhere(c, evidence) else ""} |')
+            f'| {c.difference}{"" if c.by_image else " ‡"}{" †" if ran_elsewhere(c, evidence) else ""} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     text = (
         f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
         f'pairs: rows with the same network and dataset are stages of one training run; those at 24×24 are first '
-        f'stages, whose learning rate had not been annealed yet. Top-1 is on the test images, ± one standard error '
-        f'over these. Of {len(found)} '
+        f'stages, whose learning rate had not been annealed yet. A baseline of two networks was trained once. Top-1 is '
+        f'on the test images, ± one standard error over these, image by image. Of {len(found)} '
         f'differences {sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than '
         f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
+    if not all(c.by_image for c in found):
+        text += (
+            ' ‡: as if each had been tested on images of its own, which is larger: of these weights, which were not '
+            'kept, the answers for single images are not known.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
-    return [*lines, '', *textwrap.wrap(text, 110), '']
+    return [*lines, '', *wrap(text), '']
 
 
 def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
@@ -204,6 +222,11 @@ def count_measures(row: Dict[str, float]) -> str:
     return f'{len(found["better"])}+ {len(found["worse"])}−'
 
 
+def is_comparable(trust: Dict[str, Any], name: str) -> bool:
+    """Whether a map was measured, and occlusion as it is now: with smaller windows it was a worse map."""
+    return name in trust['maps'] and (name != 'occlusion' or 'occlusion_window' in trust)
+
+
 MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
@@ -211,22 +234,31 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
         '## What the regions show', '',
-        'Does a network lose the class when the regions that its class map ranks highest are masked? By four',
-        'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half)',
-        'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and',
-        "worse by one, by more than two standard errors. A random map and another image's class map are the controls.",
-        'Occlusion hides parts by the mean colour in both rows of a network, and insertion starts from the blurred',
-        'image in both, so that the rows differ in the other three measures. Grad-CAM is what `method="cam"` shows,',
-        'CAM probabilities are the same after a soft-max over the classes. Last column: the share of regions whose',
-        'best match has the largest weight in what the block mixes.', '',
-        f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most |',
-        '|---|---|---|' + '---|' * len(MAPS) + '---|']
+        *wrap(
+            'Does a network lose the class when the regions that its class map ranks highest are masked? By four '
+            'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half) '
+            'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and '
+            'worse by one, by more than two standard errors, image by image. Of so many comparisons a few differ so '
+            "much by chance, so that a single + or − says little; 150 images show less than 600. Another image's class "
+            'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
+            'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
+            'the row. Insertion starts from the blurred image in both rows of a network, so that it is the same in '
+            'both but for occlusion.'), '',
+        *wrap(
+            'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
+            'share of that weight in the sum of all; how much the mixture varies over the regions, as a multiple of '
+            'what it joins. Where that is small, the block adds little, whatever it matched.'), '',
+        f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most | its share | mixture |',
+        '|---|---|---|' + '---|' * len(MAPS) + '---|---|---|']
     for tag, found in analyses.items():
-        mixed = f'{100 * found["mixing"]["agreement"]:.0f} %' if 'mixing' in found else '–'
+        mixed = '– | – | –'
+        if 'mixing' in found:
+            shares = [f'{100 * found["mixing"][key]:.0f} %' for key in ('agreement', 'matched_share')]
+            mixed = ' | '.join([*shares, f'{found["mixing"]["value_spread"]:.2f}'])
         link = f'[{tag}](train/results/{tag}/analysis/README.md)'
         rows = [(fill, found[name]) for name, fill in TRUST.items() if name in found]
         for fill, trust in rows:
-            cells = [count_measures(trust['maps'][other]) if other in trust['maps'] else '–' for other in MAPS]
+            cells = [count_measures(trust['maps'][other]) if is_comparable(trust, other) else '–' for other in MAPS]
             lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
         if not rows:
             lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
@@ -307,11 +339,18 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
               'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
               'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
               "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
-              'hides parts by the mean colour.', '']
+              say_occlusion(trust), '']
     for name, row in list(trust['maps'].items())[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
     return lines + ['', 'A lead above zero is in favour of the class map.']
+
+
+def say_occlusion(trust: Dict[str, Any]) -> str:
+    side = trust.get('occlusion_window')
+    if side is None:  # as it was
+        return 'hides windows of two cells by the mean colour, and is of the logit.'
+    return f'hides windows of {side}×{side} pixels by {FILLS[trust["fill"]]}, and is of log-odds, as the class map is.'
 
 
 def say_mixing(mixing: Dict[str, float]) -> List[str]:

@@ -55,11 +55,11 @@ def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
 
 
 def format_scores(values: List[float]) -> str:
-    """Mean ± sample standard deviation and number of runs; without deviation for a single one."""
+    """Mean ± sample standard deviation and number of runs; one or two as they are."""
     if not values:
         return '–'
-    if len(values) == 1:
-        return f'{values[0]:.2f} (1 run)'
+    if len(values) < 3:
+        return f'{", ".join(f"{value:.2f}" for value in values)} ({len(values)} run{"s"[:len(values) - 1]})'
     return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} runs)'
 
 
@@ -107,8 +107,8 @@ def tabulate(experiment: str, scores: Scores) -> List[str]:
 def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
     """How the numbers came about, said once where all runs agree."""
     lines = []
-    if len({r['seed'] for r in results}) > 1:
-        lines.append('- ±: standard deviation over the runs')
+    if len({r['seed'] for r in results}) > 2:
+        lines.append('- ±: standard deviation over the runs, where there are more than two')
     for key, title in (('epochs', 'Epochs'), ('seed', 'Seeds'), ('images', 'Images'), ('hardware', 'Hardware'),
                        ('mixed_precision', 'Mixed precision'), ('versions', 'Versions')):
         found = list(dict.fromkeys(_say(r[key]) for r in results))

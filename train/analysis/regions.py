@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_tmblock.errors import InputError
+from timm_tmblock.layers import PatchMean
 from train.data import InMemorySet
 
 
@@ -109,9 +110,10 @@ def embed_regions(
         batch_size: Images at once.
 
     Returns:
-        (N, D) by layer, of those that the network has; a baseline has 'stage 3' alone, and where values are
-        concatenated there is no 'shortcut'.
+        (N, D) by layer, of those that the network has; a baseline has 'stage 3' and its mean over patches of the same
+        size, and where values are concatenated there is no 'shortcut'.
     """
+    patch_mean = PatchMean(model.patch_size)
     inputs: List[torch.Tensor] = []
     handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     parts: Dict[str, List[np.ndarray]] = {}
@@ -120,10 +122,9 @@ def embed_regions(
             batch = slice(first, first + batch_size)
             model(normalize(model, torch.from_numpy(sample.images[batch]).permute(0, 3, 1, 2)))
             f = inputs.pop()
-            maps = {'stage 3': f}
+            maps = {'stage 3': f, 'patch mean': patch_mean(f)}
             if model.has_template_matching:
                 logits = model.tm.patch_logits(f)
-                maps['patch mean'] = model.tm.patch_mean(f)
                 if model.tm.shortcut is not None:
                     maps['shortcut'] = model.tm.shortcut(f)
                 maps['values'] = model.tm.value(model.tm.mix(logits))
