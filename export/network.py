@@ -65,8 +65,12 @@ class OnnxGlobalPool(nn.Module):
             torch.onnx.ops.symbolic(operator, (x,), dtype=x.dtype, shape=(*x.shape[:2], 1, 1), version=self.opset)
             for operator in GLOBAL_POOLS[self.pool_type]]
         if self.pool_type == 'avgmax':
-            return (0.5 * (pooled[0] + pooled[1])).flatten(1)
-        return (torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]).flatten(1)
+            y = 0.5 * (pooled[0] + pooled[1])
+        else:
+            y = torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]
+        # not flatten(1), of which torch.onnx makes a Reshape that some cannot read, or three nodes
+        return torch.onnx.ops.symbolic(
+            'Flatten', (y,), dict(axis=1), dtype=y.dtype, shape=y.shape[:2], version=self.opset)
 
 
 def check_deterministic(model: nn.Module) -> None:

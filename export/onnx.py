@@ -14,6 +14,7 @@ from export.images import Images
 from export.metadata import describe_model, replace_with_sidecar, to_properties
 from export.network import ExportedNetwork, fold, forward_scores
 from export.runtime import RuntimeInputError, import_onnxruntime
+from timm_tmblock import __version__
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import has_class_activation
@@ -162,6 +163,8 @@ def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx
         quantization = dict(
             target=options.target, method=METHOD, images=len(images.calibration), images_of=images.calibration_source,
             float_nodes=kept)
+    # not PyTorch's: OpenCV takes averages that it wrote to count the padding, which those of ONNX do not
+    proto.producer_name, proto.producer_version = 'timm-tmblock', __version__
     onnx.checker.check_model(proto, full_check=True)
     return proto, _describe(model, config, options, proto, quantization)
 

@@ -127,6 +127,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             f'{name} is empty or not an image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (RuntimeInputError, MemoryError):
         raise
+    except Image.DecompressionBombError as e:
+        raise RuntimeInputError(f'{name} has too many pixels ({e}); scale it down.') from e
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
 
@@ -148,7 +150,10 @@ def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.
     if size[0] * size[1] > MAX_PIXELS:  # Pillow's own limit is on what is resized: a few bytes may ask for gigabytes
         raise RuntimeInputError(f'An image of {w}×{h} pixels is too long to be resized and cropped; cut it.')
     image = image.resize(size, getattr(Image.Resampling, preprocessing['interpolation'].upper()))
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    # as torchvision crops; where the image is smaller, it has the larger part of the padding on the right and below
+    left, top = (
+        round((have - want) / 2) if have >= want else -((want - have) // 2)
+        for have, want in zip(size, (width, height)))
     return image.crop((left, top, left + width, top + height))
 
 
@@ -916,7 +921,9 @@ class Runner:
 
 
 def _is_single(images: Any) -> bool:
-    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return images is None or isinstance(images, (str, Path, Image.Image)) or hasattr(images, 'read')  # an open file
 
 
 def _copy(image: ImageSource) -> ImageSource:

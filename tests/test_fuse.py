@@ -1,5 +1,6 @@
 """Fused networks: equal to the unfused ones, and without the norms that follow a convolution."""
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -8,6 +9,8 @@ from conftest import make_trained_like
 from test_models import MODELS
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from timm_tmblock.layers import TemplateMatching
 from timm_tmblock.models.tm_resnet import PreActBasic, PreActResNet
@@ -120,6 +123,20 @@ def test_other_layers_fuse_or_stay(trained_like, kwargs):
     model = trained_like('rn26_tm', **kwargs)
     x = torch.randn(2, 3, 32, 32)
     assert_equal(outputs(copy.deepcopy(model).fuse(), x), outputs(model, x))
+
+
+@pytest.mark.parametrize('name', ['rn26_tm', 'dn100_tm'])
+@pytest.mark.parametrize('change', [partial(l1_unstructured, name='weight', amount=0.2), weight_norm])
+def test_convolutions_whose_weights_are_computed_stay(trained_like, name, change):
+    model = trained_like(name)
+    for m in list(model.modules()):
+        if isinstance(m, torch.nn.Conv2d):
+            change(m)
+    x = torch.randn(2, 3, 32, 32)
+    expected = outputs(model, x)
+    fused = reparameterize_model(model, inplace=True)
+    assert_equal(outputs(fused, x), expected)
+    assert sum(isinstance(m, BatchNormAct2d) for m in fused.modules()) > NORMS_LEFT[name]
 
 
 def test_frozen_norms_fuse(trained_like):

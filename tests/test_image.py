@@ -123,6 +123,14 @@ def test_whatever_a_broken_file_makes_pillow_raise_is_one_sentence(tmp_path, mon
         read(tmp_path / 'x.png')
 
 
+@pytest.mark.parametrize('read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+def test_image_beyond_the_limit_of_pillow_is_called_too_large(tmp_path, monkeypatch, read, error):
+    path = save(Image.new('1', (30, 30)), tmp_path / 'x.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)
+    with pytest.raises(error, match=r'x.png has too many pixels \(.*900 pixels.*\); scale it down'):
+        read(path)
+
+
 @pytest.mark.parametrize('read', [read_image, runtime.read_image])
 def test_memory_that_runs_out_is_no_broken_file(tmp_path, monkeypatch, read):
     def fail(image):

@@ -251,14 +251,37 @@ def test_reset_classifier_keeps_templates():
     assert model.head_hidden_size == features.shape[1] == 512
 
 
-def test_model_without_classifier_keeps_the_default_templates():
-    assert timm.create_model('rn26_tm', num_classes=0).tm.num_templates == 10
-    assert timm.create_model('rn26_tm', num_classes=0, num_templates=6).tm.num_templates == 6
+@pytest.mark.parametrize('name', ['rn26_tm', 'dn100', 'resnet18'])
+def test_saved_image_size_is_no_request(tmp_path, name):
+    """Its own config, and an overlay, say of which size the images are, as of timm's own networks."""
+    def load(**kwargs):
+        model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **kwargs)
+        return getattr(model, 'img_size', None), timm.data.resolve_model_data_config(model)['input_size']
+
+    ours = name != 'resnet18'
+    model = timm.create_model(name, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert load() == ((32, 32) if ours else None, (3, 32, 32))
+    assert load(pretrained_cfg_overlay=dict(input_size=(3, 84, 84))) == ((84, 84) if ours else None, (3, 84, 84))
+    if ours:
+        assert load(img_size=48) == ((48, 48), (3, 48, 48))
+    save_for_hf(model, tmp_path, data_config=dict(input_size=(3, 64, 64)), safe_serialization=True)
+    assert load() == ((32, 32) if ours else None, (3, 64, 64))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(num_classes=0), dict(pretrained_cfg_overlay=dict(num_classes=0)),
+    dict(pretrained_cfg=dict(num_classes=0, input_size=(3, 32, 32)))])
+def test_model_without_classifier_keeps_the_default_templates(kwargs):
+    model = timm.create_model('rn26_tm', **kwargs)
+    assert model.num_classes == 0 and model.tm.num_templates == 10
+    assert timm.create_model('rn26_tm', num_templates=6, **kwargs).tm.num_templates == 6
 
 
 @pytest.mark.parametrize('name, kwargs, message', [
     ('rn26', dict(num_templates=10), 'no templates'),
-    ('rn26_tm', dict(num_templates=0), 'num_templates'),
+    ('rn26_tm', dict(num_templates=0), 'num_templates must be at least 1, got 0'),
+    ('rn26_tm', dict(num_classes=-1), 'num_templates must be given when num_classes is -1'),
     ('rn26_tm', dict(img_size=3), 'at least 4 pixels'),
     ('rn26', dict(layers=(1, 1)), 'must be of 3 or of 4 stages, got 2, 4 and 4'),
     ('rn26_tm', dict(layers=(2,) * 5, mid_channels=(16,) * 5, channels=(64,) * 5), 'must be of 3 or of 4 stages'),

@@ -73,7 +73,7 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize('size, crop_pct, interpolation', [
     ((32, 32), 1.0, 'bicubic'), ((32, 32), 0.875, 'bilinear'), ((84, 84), 0.9, 'lanczos'), ((32, 48), 0.95, 'bicubic'),
-    ((48, 32), 1.0, 'bilinear')])
+    ((48, 32), 1.0, 'bilinear'), ((32, 32), 1.1, 'bicubic'), ((33, 32), 1.1, 'bicubic'), ((48, 31), 1.2, 'lanczos')])
 def test_images_are_read_and_cropped_as_by_timm(pictures, size, crop_pct, interpolation):
     transform = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
     preprocessing = dict(input_size=(3, *size), crop_pct=crop_pct, interpolation=interpolation)
@@ -103,9 +103,10 @@ def test_paths_images_and_arrays_give_the_same(folder):
     path = IMAGES / 'ship.png'
     with Image.open(path) as image:
         array = np.array(image)
-        single = [runner(source) for source in (path, str(path), image, array)]
+        with open(path, 'rb') as file:
+            single = [runner(source) for source in (path, str(path), image, array, file)]
         single += [prediction for source in (path, str(path), image, array) for _, prediction in runner.stream(source)]
-    assert len(single) == 8
+    assert len(single) == 9
     several = runner([path, array]) + runner(np.stack([array] * 3))
     assert isinstance(single[0], runtime.Prediction) and len(several) == 5
     for prediction in single + several:
@@ -123,6 +124,8 @@ def test_image_alone_is_classified_without_another_thread(folder, monkeypatch):
     np.testing.assert_array_equal(runner(image).probabilities, expected)
     with pytest.raises(runtime.RuntimeInputError, match='missing.png'):
         runner(IMAGES / 'missing.png')
+    with pytest.raises(runtime.RuntimeInputError, match='NoneType is not an image'):
+        runner(None)  # as OpenCV reads a file that is not there
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])

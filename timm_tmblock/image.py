@@ -71,6 +71,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
         raise InputError(f'{name} is empty or not an image Pillow can read; give a PNG, JPEG or WebP file.') from e
     except (InputError, MemoryError):
         raise
+    except Image.DecompressionBombError as e:
+        raise InputError(f'{name} has too many pixels ({e}); scale it down.') from e
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
     if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):

@@ -13,9 +13,11 @@ def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Modu
 
     Returns:
         A convolution with bias and the activation that follows it; what was given, if the norm is not a batch norm with
-        running statistics.
+        running statistics, or the weight is computed from others, as where it is pruned or parametrized.
     """
     if not isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) or norm.running_mean is None:
+        return conv, norm
+    if conv._parameters.get('weight') is None:
         return conv, norm
     fused = deepcopy(conv)
     tensors: Any = [  # in float64, as it is done once, and on the CPU, as Apple's GPUs have none

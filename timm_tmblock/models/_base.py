@@ -99,8 +99,8 @@ class TemplateMatchingNet(nn.Module):
             return nn.Identity()
         if num_templates is None:
             num_templates = self.num_classes
-        if num_templates < 1:
-            raise ValueError('num_templates must be given when num_classes is 0.')
+            if num_templates < 1:
+                raise ValueError(f'num_templates must be given when num_classes is {num_templates}.')
         return TemplateMatching(dim, num_templates, self.patch_size, **kwargs)
 
     def _init_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
@@ -391,8 +391,8 @@ def create_network(
 
     `img_size` lays it out for another size and becomes the input size. Templates are as in `checkpoint_filter_fn`.
     """
-    saved = (kwargs.get('pretrained_model_args') or {}).get('num_templates')  # of the model of a folder or repository
-    keep_templates = kwargs.get('num_templates') in (None, saved)
+    saved = kwargs.get('pretrained_model_args') or {}  # of the model of a folder or repository
+    keep_templates = kwargs.get('num_templates') in (None, saved.get('num_templates'))
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     if any(overlay.get(key) for key in ('url', 'hf_hub_id')):
         overlay.setdefault('file', None)  # the weights of the package, which timm would prefer
@@ -400,12 +400,16 @@ def create_network(
     if others or kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if kwargs.get('template_matching') and kwargs.get('num_classes') == 0 and kwargs.get('num_templates') is None:
+    num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
+    if kwargs.get('template_matching') and num_classes == 0 and kwargs.get('num_templates') is None:
         # without a classifier, as many as the untouched model has
         known = cfg.num_classes if cfg.num_classes > 0 else get_pretrained_cfg(variant).num_classes
         kwargs['num_templates'] = known
-    img_size = to_2tuple(kwargs.pop('img_size', cfg.input_size[1:]))
-    if img_size != tuple(cfg.input_size[1:]):
+    img_size, input_size = kwargs.pop('img_size', None), tuple(cfg.input_size[1:])
+    # what a folder was laid out for: its config may have images of another size, and those asked for come first
+    was_saved = img_size is not None and to_2tuple(img_size) == to_2tuple(saved.get('img_size'))
+    img_size = input_size if img_size is None or was_saved and 'input_size' in overlay else to_2tuple(img_size)
+    if img_size != input_size and not was_saved:
         overlay.update(input_size=(cfg.input_size[0], *img_size), pool_size=None)
     model = build_model_with_cfg(
         model_cls,
