@@ -20,7 +20,7 @@ from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from PIL import Image
 
 import export.parity
-from export import runtime
+from export import other_runtimes, runtime
 from export.__main__ import main
 from export.check import check_file
 from export.images import add_image_options, load_images, name_set
@@ -192,6 +192,23 @@ def test_graph_holds_folded_norms_and_no_training_operator(exported):
     assert operators.count('Conv') == 8 * 3 + 4 + 1 + 3
     # what follows an addition: the last norm, the first norms of all blocks but the very first, and the block's
     assert operators.count('BatchNormalization') == 7 + 1 + 1
+
+
+def test_other_runtimes_are_compared_with_onnxruntime(exported, monkeypatch):
+    by_runtime = {row['runtime'].partition(' ')[0]: row for row in other_runtimes.compare(exported[3])}
+    for output in ('logits', 'patch_logits'):
+        assert by_runtime['onnx.reference'][output]['max_relative_difference'] < 1e-5
+        assert by_runtime['onnx.reference'][output]['same_class'] == 1
+
+    def open_twice(path, names):
+        session = onnxruntime.InferenceSession(path)
+        return lambda x: [(2 if len(x) == 1 else 1) * y for y in session.run(names, {'image': x})]  # one by one
+
+    monkeypatch.setattr(other_runtimes, 'RUNTIMES', dict(
+        twice=('onnx', open_twice), broken=('onnx', lambda path, names: {}['x']), missing=('no_such_module', None)))
+    twice, broken = other_runtimes.compare(exported[3])
+    assert twice['logits']['max_relative_difference'] == pytest.approx(1, abs=1e-5)
+    assert broken['error'] == "'x'" and "| refused: 'x' | | | |" in other_runtimes.render([twice, broken], 'x')
 
 
 @pytest.mark.parametrize('name', ['rn26_tm', 'rn26_tm.mini_imagenet'], ids=['P=4', 'P=5'])
