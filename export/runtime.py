@@ -78,7 +78,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """Read an image in 8 bits, upright, and on white where it is transparent.
 
     Args:
-        source: Path, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
         mode: 'RGB' or 'L'.
 
     Raises:
