@@ -148,6 +148,12 @@ def test_what_the_block_mixes():
             rf'\| `{names[0]}`, `{names[1]}`[^|]*\|[^|]*\| {told.format(*map(share.get, names))} \|', TEXT)
     others = [int(value) for tag, value in share.items() if not tag.startswith('rn26_tm.')]
     assert f'| {min(others)} to {max(others)} % |' in TEXT
+    mixing = {tag: read('train', 'results', tag, 'analysis', 'mixing.json') for tag in share}
+    shares = [round(100 * found['matched_share']) for tag, found in mixing.items() if tag.endswith('.cifar100')]
+    spread = mixing['wrn16_tm.cifar10']['value_spread']
+    assert (
+        f'the best match has {min(shares)} to {max(shares)} % of it in the networks for CIFAR-100 without a teacher, '
+        f'and in `wrn16_tm.cifar10` the mixture varies {spread:.2f} times as much as what it is added to') in PLAIN
 
 
 def test_cost_of_the_block():

@@ -242,8 +242,8 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             "much by chance, so that a single + or − says little; 150 images show less than 600. Another image's class "
             'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
             'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
-            'the row. Insertion starts from the blurred image in both rows of a network, so that it is the same in '
-            'both but for occlusion.'), '',
+            'the row (–: not measured so). Insertion starts from the blurred image in both rows of a network, so that '
+            'it is the same in both but for occlusion.'), '',
         *wrap(
             'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
             'share of that weight in the sum of all; how much the mixture varies over the regions, as a multiple of '
