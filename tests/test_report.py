@@ -334,10 +334,12 @@ def test_exceptions_in_the_table_of_the_paper_are_told():
     (2.6, 30., False, UNTESTED), (2.6, 18., False, UNTESTED), (2.6, 30., True, UNDECIDED), (2.6, 18., True, HOLDS),
 ])
 def test_constants_of_one_network_refute_nothing(mu, eta, by_protocol, expected):
-    measured = dict(mu=mu, eta=eta, paper=dict(mu=2.5, eta=17.), epochs=7, opt='adam', by_protocol=by_protocol)
+    measured = dict(mu=mu, eta=eta, paper=dict(mu=2.5, eta=17.), epochs=7, opt='adam', images=1234,
+                    by_protocol=by_protocol)
     verdict, evidence = verdicts(maximizer=measured)['A trained RN20 has μ = 2.5 and η = 17']
     assert verdict == expected
     assert ('after 7 epochs by the protocol' if by_protocol else 'one after 7 epochs of Adam has') in evidence
+    assert not by_protocol or ', on 1,234 images, has μ' in evidence
     near = '' if eta == 18. else 'not '
     assert f'μ = 2.60, within a quarter of that, and η = {eta}, {near}within a quarter' in evidence
 

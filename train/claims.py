@@ -74,7 +74,7 @@ class Difference:
     def of_images(cls, ours: Dict[str, Any], theirs: Dict[str, Any]) -> 'Difference':
         """Of two evaluations on the same images: image by image if both have the answers, else as of images of each."""
         n = ours['images']
-        if 'right' in ours and 'right' in theirs:
+        if have_answers(ours, theirs):
             a, b = (unpack(e['right'], n).astype(float) for e in (ours, theirs))
             variance = (a - b).var() / n
         else:
@@ -98,6 +98,11 @@ class Difference:
 
     def __str__(self) -> str:
         return f'{self.points:+.2f}' if math.isnan(self.error) else f'{self.points:+.2f} ± {self.error:.2f}'
+
+
+def have_answers(*evaluations: Dict[str, Any]) -> bool:
+    """Whether it is known of each which images were right."""
+    return all('right' in e for e in evaluations)
 
 
 def unpack(right: str, images: int) -> np.ndarray:
@@ -217,8 +222,8 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
                 continue
             difference = Difference.of_images(ours, theirs)
             epochs = sum(run['epochs'] for run in legs)
-            by_image = 'right' in ours and 'right' in theirs
-            found.append(Comparison(tag, other, epochs, difference, (model, dataset), by_image))
+            found.append(
+                Comparison(tag, other, epochs, difference, (model, dataset), have_answers(ours, theirs)))
     return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 
 
@@ -327,7 +332,8 @@ def judge_constants(evidence: Evidence) -> Judgement:
             f"these are numbers of one network, and none was trained by the paper's recipe; one after "
             f'{measured["epochs"]} epochs of {measured["opt"].capitalize()} has {words}']
     return HOLDS if all(near.values()) else UNDECIDED, [
-        f'one network after {measured["epochs"]} epochs by the protocol as we read it, on 2,000 images, has {words}; '
+        f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
+        f'{measured["images"]:,} images, has {words}; '
         f'that cannot refute what another network had']
 
 
