@@ -1143,7 +1143,7 @@ def _download(repo: str, revision: Optional[str], patterns: List[str]) -> Path:
 # Command line
 
 def list_images(paths: Sequence[str]) -> List[Path]:
-    """Files, and the images in folders and the folders in those, sorted.
+    """Files, and the images in folders and the folders in those, sorted, but no explanations.
 
     Raises:
         RuntimeInputError: If there are none.
@@ -1153,7 +1153,8 @@ def list_images(paths: Sequence[str]) -> List[Path]:
         if path.is_dir():
             found += sorted(
                 f for f in path.rglob('*')
-                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.') and f.is_file())
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.')
+                and not f.name.endswith('.explained.png') and f.is_file())
         else:
             found.append(path)
     if not found:
@@ -1231,7 +1232,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _write_picture(prediction: Prediction, path: Any, target: Path, several: bool) -> Path:
     if several or target.suffix.lower() != '.png':
-        target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.png'
+        target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.explained.png'
     picture = prediction.picture()
     tmp = target.with_name(f'.{target.name}.tmp')
     try:

@@ -69,8 +69,15 @@ def test_models_it_does_not_fit_are_refused(name, message):
 
 
 def test_model_without_classes_is_refused():
-    with pytest.raises(ValueError, match='num_templates'):
+    with pytest.raises(ValueError, match='has no classes for the patches'):
         PatchSupervised(timm.create_model('rn26', num_classes=0))
+
+
+def test_head_of_other_classes_than_the_model_is_not_trained():
+    supervised = PatchSupervised(timm.create_model('rn26'))
+    supervised.model.reset_classifier(5)
+    with pytest.raises(ValueError, match='10 templates and 5 classes; wrap it in PatchSupervised again'):
+        TemplateMatchingTask(supervised, verbose=False)
 
 
 def test_timm_finds_the_head_where_it_leaves_it_out_of_clipping(supervised):

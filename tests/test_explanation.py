@@ -212,7 +212,8 @@ def test_package_and_runtime_find_the_same_images(tmp_path):
     for name in (f'{i}/x{suffix.upper() if i else suffix}' for i in range(2) for suffix in IMAGE_SUFFIXES):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / '.x.png').touch()
+    for name in ('.x.png', 'x.explained.png', '0/x-1a2b3c.explained.png'):  # the last two of runs before
+        (tmp_path / name).touch()
     found = list_images([tmp_path, 'missing.png'])
     assert len(found) == 2 * len(IMAGE_SUFFIXES) + 1 and found == runtime.list_images([str(tmp_path), 'missing.png'])
 

@@ -8,10 +8,14 @@ import torch
 from conftest import make_trained_like
 from test_models import MODELS
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 
+from timm_tmblock import TemplateMatchingTask
+from timm_tmblock.checkpoint import load_pretrained
+from timm_tmblock.errors import InputError
 from timm_tmblock.layers import TemplateMatching
 from timm_tmblock.models.tm_resnet import PreActBasic, PreActResNet
 
@@ -165,3 +169,19 @@ def test_frozen_networks_stay_frozen(trained_like):
 def test_templates_of_a_fused_network_stay():
     with pytest.raises(ValueError, match='before fuse'):
         timm.create_model('rn26_tm').fuse().reset_templates(3)
+
+
+def test_patches_of_a_fused_network_are_not_supervised():
+    model = timm.create_model('rn26_tm').fuse()
+    with pytest.raises(ValueError, match='A fused model is for inference; train it before fuse'):
+        TemplateMatchingTask(model, verbose=False)
+    model.set_patch_supervision(False)  # which it is already
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_weights_of_a_fused_network_are_refused_in_one_sentence(tmp_path, name):
+    model = timm.create_model(name).fuse()
+    model.load_state_dict(model.state_dict())
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match=r'\(the weights are of a fused model; save them before fuse\(\)\.\); name'):
+        load_pretrained(f'local-dir:{tmp_path}')

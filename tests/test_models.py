@@ -4,6 +4,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from timm.models import resolve_model_input_args
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 
@@ -286,12 +287,24 @@ def test_model_without_classifier_keeps_the_default_templates(kwargs):
     ('rn26', dict(layers=(1, 1)), 'must be of 3 or of 4 stages, got 2, 4 and 4'),
     ('rn26_tm', dict(layers=(2,) * 5, mid_channels=(16,) * 5, channels=(64,) * 5), 'must be of 3 or of 4 stages'),
     ('rn26', dict(channels=(16, 16, 16)), 'must be of 3 or of 4 stages, got 4, 4 and 3'),
+    ('rn26', dict(patch_size=0), 'patch_size must be a whole number of at least 1, got 0'),
     ('dn100', dict(layers=(2, 2, 2)), 'must be of 4 stages, got 3'),
     ('dn100', dict(concat=True), 'concat requires template_matching=True'),
 ])
 def test_impossible_arguments_are_refused(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, **kwargs)
+
+
+def test_whole_patch_size_of_any_type_runs():
+    model = timm.create_model('rn26_tm', patch_size=4.0).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize('name', ['rn26', 'wrn16'])
+def test_stages_may_keep_their_channels(name):
+    model = timm.create_model(name, channels=(32,) * 4, mid_channels=(32,) * 4).eval()
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 32, 8, 8)
 
 
 @pytest.fixture
@@ -382,6 +395,17 @@ def test_weights_of_the_package_do_not_stand_in_for_others(source, monkeypatch):
     with pytest.raises(RuntimeError, match='offline'):
         timm.create_model('rn26_tm', pretrained=True, pretrained_cfg_overlay=source)
     assert wanted[0]['args'][0] in source.values()
+    kwargs = resolve_model_input_args('rn26_tm', pretrained_cfg_overlay=source)  # as timm's scripts do
+    with pytest.raises(RuntimeError, match='offline'):
+        timm.create_model(pretrained=True, **kwargs)
+    assert wanted[1]['args'][0] in source.values()
+    assert not timm.create_model(**kwargs).pretrained_cfg.get('label_names')
+
+
+@pytest.mark.parametrize('num_classes', [10, 5])
+def test_classifier_of_as_many_classes_warns_of_the_templates_before(num_classes, caplog):
+    timm.create_model('rn26_tm', pretrained=True).reset_classifier(num_classes)
+    assert ('The 10 templates are those of the classes before' in caplog.text) == (num_classes == 10)
 
 
 def test_weights_of_other_templates_are_refused_with_the_remedy(tmp_path):

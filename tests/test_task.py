@@ -108,6 +108,7 @@ def test_mixup_targets_train():
     (lambda: timm.create_model('rn26'), 'no template matching block'),
     (lambda: timm.create_model('test_resnet'), 'no patch logits'),
     (lambda: timm.create_model('rn26_tm', num_classes=7, num_templates=10), r'reset_templates\(7\)'),
+    (lambda: timm.create_model('rn26_tm', num_classes=0, num_templates=10), r'reset_classifier\(10\)'),
 ])
 def test_models_without_a_patch_loss_are_refused(model, message):
     with pytest.raises(ValueError, match=message):

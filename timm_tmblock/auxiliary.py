@@ -41,12 +41,17 @@ class PatchSupervised(nn.Module):
             raise ValueError(f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like.')
         if model.has_template_matching:
             raise ValueError('This model has patch logits of its own; train it as it is.')
+        if model.num_classes < 1:
+            raise ValueError('This model has no classes for the patches to be of; create it with num_classes.')
         parameter = next(model.parameters())
         self.aux = PatchClassifier(
             model.patch_channels, model.num_classes, model.patch_size, device=parameter.device, dtype=parameter.dtype)
         self.model = model  # last, for the head is where timm looks for it: AGC leaves out the last two parameters
-        self.num_classes = model.num_classes
         self.patch_supervision = True
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
 
     @torch.jit.ignore
     def set_patch_supervision(self, enable: bool = True) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from .errors import InputError, first_line
+from .errors import InputError, say_why_not_loaded
 
 # fields of the description that timm keeps in pretrained_cfg under the same name
 _PRETRAINED_CFG_KEYS = (
@@ -165,8 +165,7 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
             **description.get('model_args', {}),
         )
     except (RuntimeError, ValueError, TypeError, KeyError) as e:
-        reason = str(e).strip().split('\n')
-        raise InputError(f'{path} does not hold weights of {name}: {reason[-1].strip() or reason[0]}') from e
+        raise InputError(f'{path} does not hold weights of {name}: {say_why_not_loaded(e)}') from e
     return model.eval()
 
 
@@ -189,8 +188,8 @@ def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) 
         return timm.create_model(source, pretrained=True).eval()
     except Exception as e:  # the network, the Hub, safetensors and timm have errors of their own
         raise InputError(
-            f'{source} is not a model with pretrained weights ({first_line(e)}); name one of timm.list_pretrained(), '
-            f'or give a weight file of training (*.safetensors) in its place.') from e
+            f'{source} is not a model with pretrained weights ({say_why_not_loaded(e)}); name one of '
+            f'timm.list_pretrained(), or give a weight file of training (*.safetensors) in its place.') from e
 
 
 def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:

@@ -18,6 +18,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split('\n')[0] or type(error).__name__
 
 
+def say_why_not_loaded(error: BaseException) -> str:
+    """`first_line`, but of PyTorch's error of weights, whose first is a headline, the last."""
+    text = str(error).strip()
+    return text.split('\n')[-1].strip() if text.startswith('Error(s) in loading') else first_line(error)
+
+
 @contextmanager
 def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
     """What each command line does with an InputError, or one of `others`, and when nobody reads on (`... | head`)."""

@@ -11,7 +11,7 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.ti
 
 
 def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
-    """Files as they are, and the images in folders and in the folders in those, sorted.
+    """Files as they are, and the images in folders and in the folders in those, sorted, but no explanations.
 
     Raises:
         InputError: If there are none.
@@ -21,7 +21,8 @@ def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
         if path.is_dir():
             found += sorted(
                 f for f in path.rglob('*')
-                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.') and f.is_file())
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.')
+                and not f.name.endswith('.explained.png') and f.is_file())
         else:
             found.append(path)
     if not found:

@@ -65,11 +65,17 @@ class TemplateMatchingTask(ClassificationTask):
             raise ValueError(
                 f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask, '
                 f'or a baseline of this package as PatchSupervised(model).')
-        num_templates = unwrapped.get_patch_classifier().num_templates
-        if num_templates != unwrapped.num_classes:
+        num_templates, num_classes = unwrapped.get_patch_classifier().num_templates, unwrapped.num_classes
+        if num_templates != num_classes:
+            if isinstance(unwrapped, PatchSupervised):
+                remedy = 'wrap it in PatchSupervised again'
+            elif num_classes > 0:
+                remedy = f'call model.reset_templates({num_classes})'
+            else:
+                remedy = f'call model.reset_classifier({num_templates})'
             raise ValueError(
                 f'The patch loss needs one template per class, but the model has {num_templates} templates'
-                f' and {unwrapped.num_classes} classes; call model.reset_templates({unwrapped.num_classes}).')
+                f' and {num_classes} classes; {remedy}.')
         unwrapped.set_patch_supervision(True)
         self.patch_loss_weight = patch_loss_weight
 

@@ -6,5 +6,6 @@ from .maximizer import PerturbedMaximizer as PerturbedMaximizer
 from .maximizer import SoftMaximizer as SoftMaximizer
 from .maximizer import get_maximizer_layer as get_maximizer_layer
 from .patch_mean import PatchMean as PatchMean
+from .patch_mean import check_patch_size as check_patch_size
 from .template_matching import PatchClassifier as PatchClassifier
 from .template_matching import TemplateMatching as TemplateMatching

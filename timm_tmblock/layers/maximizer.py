@@ -80,7 +80,8 @@ class PerturbedMaximizer(nn.Module):
     The expectation is a mean over samples, in evaluation too. The backward is Proposition 3.1 with the same samples, as
     the arg-max itself has no gradient. Samples are never kept: they are drawn in chunks, and drawn again for the
     backward from the seed that torch's default generator gave for the forward, so memory does not grow with their
-    number and `torch.manual_seed` makes both passes reproducible. For the same reason it cannot be exported.
+    number and `torch.manual_seed` makes both passes reproducible. For the same reason it is neither exported
+    nor scripted.
     """
 
     def __init__(self, mu: float = 2.5, eta: float = 17., epsilon: float = 1., num_samples: int = 600) -> None:

@@ -17,6 +17,16 @@ def _contiguous_for_gradient(x: torch.Tensor) -> torch.Tensor:
 torch.fx.wrap('_contiguous_for_gradient')  # it asks of tensors what a trace does not know
 
 
+def check_patch_size(patch_size: float) -> int:
+    """
+    Raises:
+        ValueError: If it is less than 1 or no whole number.
+    """
+    if patch_size < 1 or patch_size % 1:
+        raise ValueError(f'patch_size must be a whole number of at least 1, got {patch_size}.')
+    return int(patch_size)
+
+
 class PatchMean(nn.Module):
     """Mean over the P x P window around each pixel, stride 1, same size out.
 
@@ -35,9 +45,7 @@ class PatchMean(nn.Module):
             ValueError: If `patch_size` is less than 1 or no whole number.
         """
         super().__init__()
-        if patch_size < 1 or patch_size % 1:
-            raise ValueError(f'patch_size must be a whole number of at least 1, got {patch_size}.')
-        self.patch_size = patch_size
+        self.patch_size = check_patch_size(patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self.patch_size

@@ -170,7 +170,6 @@ class FusedTemplateMatching(nn.Module):
         """
         super().__init__()
         self.num_templates = block.num_templates
-        self.out_dim = block.out_dim
         self.concat = block.shortcut is None
         self.conv = match
         if block.shortcut is not None:

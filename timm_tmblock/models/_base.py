@@ -1,6 +1,7 @@
 """ What all the networks share: head, features, patch logits, templates and pretrained weights
 """
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
@@ -15,7 +16,7 @@ from timm.models._input import update_model_args
 from timm.models._manipulate import MATCH_PREV_GROUP
 from timm.utils import reparameterize_model
 
-from ..layers import TemplateMatching
+from ..layers import TemplateMatching, check_patch_size
 from ._labels import CIFAR10_LABELS, CIFAR100_LABELS
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class TemplateMatchingNet(nn.Module):
 
     @staticmethod
     def count_features(img_size: Tuple[int, int]) -> int:
-        """Number of feature maps `features_only` gives, one for each resolution."""
+        """Number of feature maps `features_only` gives, each of another resolution."""
         return 3
 
     def _create_tm(
@@ -87,12 +88,13 @@ class TemplateMatchingNet(nn.Module):
             patch_size: Side of the patches, half the shorter side of the map if None (section 3.3).
 
         Raises:
-            ValueError: If templates are asked for without template matching, or their number cannot be told.
+            ValueError: If templates are asked for without template matching, their number cannot be told, or
+                `patch_size` is less than 1 or no whole number.
         """
         self.has_template_matching = template_matching
         self.patch_channels = dim
         self.patch_reduction = reduction
-        self.patch_size = max(1, min(map_size) // 2) if patch_size is None else patch_size
+        self.patch_size = max(1, min(map_size) // 2) if patch_size is None else check_patch_size(patch_size)
         if not template_matching:
             if num_templates is not None:
                 raise ValueError('num_templates needs template_matching=True; the baselines have no templates.')
@@ -152,10 +154,12 @@ class TemplateMatchingNet(nn.Module):
         """Make `forward` return `(logits, patch_logits)` in training; in evaluation it returns logits all the same.
 
         Raises:
-            ValueError: If the model has no template matching block.
+            ValueError: If the model has no template matching block, or is fused.
         """
         if enable:
             self._check_template_matching()
+            if not isinstance(self.tm, TemplateMatching):
+                raise ValueError('A fused model is for inference; train it before fuse().')
         self.patch_supervision = enable
 
     @torch.jit.ignore
@@ -193,6 +197,10 @@ class TemplateMatchingNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
+        if self.has_template_matching and num_classes == self.tm.num_templates:
+            _logger.warning(
+                'The %d templates are those of the classes before until they are trained, by TemplateMatchingTask, or '
+                'replaced, by reset_templates().', num_classes)
         cfg: Optional[Dict[str, Any]] = getattr(self, 'pretrained_cfg', None)
         if cfg and num_classes:  # as many classes as before, perhaps, but not the same ones
             self.pretrained_cfg = self.default_cfg = dict(cfg, label_names=None, label_descriptions=None)
@@ -218,15 +226,17 @@ class TemplateMatchingNet(nn.Module):
             error_msgs.append(
                 f'the weights have {len(weight)} templates and the model has {self.tm.num_templates}; create it with '
                 f'num_templates={len(weight)}.')
+        own = {f'{prefix}{name}' for name, _ in self.named_parameters()}
+        if any(re.search(r'layer\d\.blocks\.\d+\.conv\d\.bias$', name) and name not in own for name in state_dict):
+            args[-1].append('the weights are of a fused model; save them before fuse().')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def fuse(self) -> 'TemplateMatchingNet':
         """Fold, in place, each batch norm that directly follows a convolution into it, for inference.
 
-        Same as `timm.utils.reparameterize_model`, and also the norm after the stem, which that cannot reach as it
-        handles one module at a time.
         Template matching becomes one convolution of its input. Norms that follow an addition or a concatenation stay.
+        The weights are named otherwise then: save them before.
 
         Returns:
             The model.
@@ -248,7 +258,7 @@ class TemplateMatchingNet(nn.Module):
         Args:
             x: Input image tensor.
             indices: Take last n features if int, all if None, select matching indices if sequence.
-                The last one is the final norm output, those before it are outputs of the first stages.
+                The last one is the final norm output, those before it are outputs of stages, in RN20 also of the block.
             norm: Apply norm layer to compatible intermediates (unused, the last feature is the final norm output).
             stop_early: Stop iterating over blocks when last desired intermediate hit.
             output_fmt: Shape of intermediate feature outputs.
@@ -400,6 +410,9 @@ def create_network(
     if others or kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if cfg.file == weights_path(f'{variant}.{cfg.tag}') and (cfg.url or cfg.hf_hub_id):
+        overlay.update(file=None)  # timm has put an overlay into the config
+        overlay.setdefault('label_names', None)
     num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
     if kwargs.get('template_matching') and num_classes == 0 and kwargs.get('num_templates') is None:
         # without a classifier, as many as the untouched model has
@@ -431,10 +444,10 @@ def create_network(
     return model
 
 
-def create_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def create_cfg(**kwargs) -> Dict[str, Any]:
     """Pretrained config of a network of 32x32 images."""
     return {
-        'url': url,
+        'url': '',
         'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
         'crop_pct': 1.0, 'interpolation': 'bicubic',  # 32x32 images are neither resized nor cropped
         'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
@@ -457,11 +470,11 @@ def create_cifar100_cfg(name: str) -> Dict[str, Any]:
         mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
-def create_mini_imagenet_cfg(pool_size: int = 11, **kwargs) -> Dict[str, Any]:
+def create_mini_imagenet_cfg(pool_size: int = 11) -> Dict[str, Any]:
     """Config of a network of 84x84 images, as in section 4."""
     return create_cfg(
         num_classes=100, input_size=(3, 84, 84), pool_size=(pool_size, pool_size),
-        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **kwargs)
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 
 def weights_path(name: str) -> str:

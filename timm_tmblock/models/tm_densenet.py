@@ -83,9 +83,10 @@ class DenseStage(nn.Module):
             mid_chs: Channels between the convolutions of a layer.
             growth_rate: Channels each layer adds.
             depth: Number of layers.
-            memory_efficient: Train over a shared buffer of features where the layers are plain BN-ReLU-convolutions,
-                which takes less memory and allows no second derivatives; on a CPU alone if None, as it takes less time
-                there and more on a GPU.
+            memory_efficient: Train over a shared buffer of features, which takes less memory and allows no second
+                derivatives; on a CPU alone if None, as it takes less time there and more on a GPU. Only where the
+                layers are plain BN-ReLU-convolutions in eager training, not compiled, checkpointed, with hooks, or
+                sharded one by one.
             norm_act_layer: Norm + activation layer.
         """
         super().__init__()
@@ -188,9 +189,8 @@ class DenseNetSmall(TemplateMatchingNet):
             patch_size: Side of the matched patch at the input of the last stage, in pixels of that map; half the map
                 if None.
             concat: Concatenate value vectors, as wide as what a stage adds, to the features instead of adding them.
-            memory_efficient: Train stages over a shared buffer of features where their layers are plain
-                BN-ReLU-convolutions, which takes less memory and allows no second derivatives; on a CPU alone if None,
-                as it takes less time there and more on a GPU.
+            memory_efficient: Train stages over a shared buffer of features where that can be, see DenseStage; on a CPU
+                alone if None.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.

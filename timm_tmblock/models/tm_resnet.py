@@ -150,7 +150,7 @@ class PreActStage(nn.Module):
         """
         Args:
             block: PreActBottleneck, the first of which always projects its shortcut, or PreActBasic, which does where
-                channels change.
+                channels or resolution change.
             in_chs: Input channels.
             mid_chs: Channels inside the blocks.
             out_chs: Output channels.
@@ -162,7 +162,7 @@ class PreActStage(nn.Module):
         """
         super().__init__()
         self.grad_checkpointing = False
-        project = block is PreActBottleneck or in_chs != out_chs
+        project = block is PreActBottleneck or in_chs != out_chs or stride != 1
         self.blocks = nn.Sequential(*[
             block(
                 in_chs if i == 0 else out_chs,
@@ -237,7 +237,8 @@ class PreActResNet(TemplateMatchingNet):
                 if None.
             maximizer: What follows the 3x3 convolutions inside the blocks: 'bn_relu', i.e. norm and activation layer,
                 'softmax' or 'perturbed', as in section 4.1.
-            maximizer_kwargs: Arguments of a maximizer other than BN-ReLU: mu, eta, epsilon, num_samples.
+            maximizer_kwargs: Arguments of a maximizer other than BN-ReLU: mu, eta, epsilon, of 'perturbed' also
+                num_samples.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
@@ -298,6 +299,9 @@ class PreActResNet(TemplateMatchingNet):
 
     @torch.jit.ignore
     def fuse(self) -> 'PreActResNet':
+        """As `timm.utils.reparameterize_model`, and also the norm after the stem, which that cannot reach as it handles
+        one module at a time.
+        """
         super().fuse()
         first: Any = self.get_submodule('layer1.blocks.0')
         if first.shortcut is not None:  # otherwise the stem's output is needed before the norm too
