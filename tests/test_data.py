@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
@@ -23,6 +24,7 @@ from train.data import (
     open_dataset,
     share_images,
 )
+from train.evaluation import validate
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
 from train.splits import hash_pixels
@@ -39,15 +41,28 @@ def make_loader(training=True, dataset=None, batch_size=5, config=CONFIG, **kwar
     return InMemoryLoader(dataset or make_set(), config, batch_size, torch.device('cpu'), training=training, **kwargs)
 
 
-@pytest.mark.parametrize('world_size', [1, 2, 3])
-def test_evaluation_sees_each_image_once_in_all_processes(world_size):
-    seen = []
+@pytest.mark.parametrize('batch_size', [5, 1])
+@pytest.mark.parametrize('world_size', [1, 2, 3, 25])
+def test_evaluation_counts_each_image_once_in_as_many_batches_of_all_processes(world_size, batch_size):
+    seen, lengths = [], set()
     for rank in range(world_size):
-        loader = make_loader(training=False, rank=rank, world_size=world_size)
+        loader = make_loader(training=False, batch_size=batch_size, rank=rank, world_size=world_size)
         batches = list(loader.epoch(0))
         assert len(batches) == len(loader)
-        seen += [t.item() for _, targets in batches for t in targets]
-    assert sorted(seen) == list(range(22))
+        lengths.add(len(batches))
+        seen += [t.item() for _, targets in batches for t in targets][:loader.max_samples]
+    assert sorted(seen) == list(range(22)) and len(lengths) == 1
+
+
+@pytest.mark.parametrize('rank, accuracy', [(0, 50), (1, 100)])
+def test_accuracy_leaves_out_the_image_that_fills_a_share(rank, accuracy):
+    loader = make_loader(training=False, dataset=make_set(3), rank=rank, world_size=2)  # of 0 and 2, and of 1
+
+    class Guess(torch.nn.Module):
+        def forward(self, images):
+            return torch.eye(6)[torch.tensor([0, 1] if rank == 0 else [1, 1])]
+
+    assert validate(Guess(), loader, Accelerator(cpu=True))['top1'] == accuracy
 
 
 def test_evaluation_images_are_normalised_and_nothing_else():

@@ -57,6 +57,24 @@ def test_loss_that_is_not_finite_is_named_and_never_saved(tmp_path, monkeypatch,
     assert all(w.isfinite().all() for w in weights.values())
 
 
+@pytest.mark.parametrize('interval', ['0', '1'])
+@pytest.mark.parametrize('spoilt', ['conv1.weight', 'layer1.blocks.0.norm1.running_var'])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, interval, spoilt):
+    step = Trainer.step
+
+    def spoil(self, images, targets):
+        step(self, images, targets)
+        if self.state.update == 6:  # the last of an epoch: no loss is taken after it
+            self.plain_model.state_dict()[spoilt][0] = torch.nan
+
+    monkeypatch.setattr(Trainer, 'step', spoil)
+    last = 'update-00000005' if interval == '1' else 'update-00000003'
+    folder = assert_stops(tmp_path, f'a weight was not finite in update 6, .* last good checkpoint is {last}, continue',
+                          '--checkpoint-interval', interval)
+    for file in (find_checkpoints(folder)[-1] / 'model.safetensors', *folder.glob('*.safetensors')):
+        assert all(w.isfinite().all() for w in load_file(file).values())
+
+
 def test_memory_that_runs_out_names_the_batch_size_to_try(tmp_path, monkeypatch):
     fail_at(monkeypatch, 2, lambda images: torch.empty(2 ** 60))
     assert_stops(tmp_path, r'too little memory: rn26_tm with a batch of 12 .*; try --batch-size 6 --grad-accum-steps 2')

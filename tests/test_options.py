@@ -196,6 +196,14 @@ def test_fsdp_in_16_bits_is_refused(monkeypatch):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
 
 
+def test_fsdp_does_not_clip_by_value(monkeypatch):
+    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
+    flags = ['--device', 'cpu', '--report-to', 'none', '--clip-grad', '1', '--clip-mode']
+    create_accelerator(parse_args([*flags, 'norm']))
+    with pytest.raises(InputError, match='does not clip by value under FSDP; use --clip-mode norm'):
+        create_accelerator(parse_args([*flags, 'value']))
+
+
 @pytest.mark.parametrize('flags, updates, shape', [
     (['--sched', 'poly', '--decay-rate', '1', '--epochs', '4'], 40, {0: 1, 20: 0.5, 39: 0.025}),
     (['--sched', 'poly', '--decay-rate', '1', '--max-steps', '25'], 25, {0: 1, 5: 0.8, 24: 0.04}),
@@ -284,9 +292,27 @@ def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path, 
     assert not (tmp_path / 'new').exists()
 
 
-def test_what_measures_pretrained_weights_is_named():
+@pytest.mark.parametrize('start', [
+    ['--pretrained'],
+    ['--initial-checkpoint', str(ROOT / 'timm_tmblock' / 'weights' / 'rn26_tm.cifar10.safetensors')],
+])
+def test_what_measures_weights_from_elsewhere_is_named(start):
     with pytest.raises(InputError, match='which the weights may have seen; name a split with --test-split'):
-        main(['--pretrained', '--eval-only', '--device', 'cpu', '--report-to', 'none'])
+        main([*start, '--eval-only', '--device', 'cpu', '--report-to', 'none'])
+
+
+def test_measuring_without_images_is_refused(tmp_path):
+    flags = [f for f in TINY if f not in ('--val-split', 'test[:15]')]
+    main([*flags, '--val-fraction', '0', '--output', str(tmp_path), '--max-steps', '1'])
+    with pytest.raises(InputError, match='no images to measure the weights on; name a split with --test-split'):
+        main(['--resume', str(tmp_path / 'run'), '--eval-only'])
+
+
+def test_run_that_accumulates_gradients_is_measured(tmp_path):
+    flags = ['--grad-accum-steps', '3', '--sched', 'wsd', '--epochs', '5']  # 3 batches of training, 1 to be measured
+    result = main([*TINY, '--output', str(tmp_path), *flags])
+    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only'])
+    assert measured['validation']['top1'] == result['best']['top1']
 
 
 def save_sample(path, names=CIFAR10_LABELS):
@@ -431,6 +457,19 @@ def test_teacher_is_compiled_with_the_student_and_teaches_the_same(tmp_path):
     torch.testing.assert_close(compiled.task.teach(images), plain.task.teach(images))
 
 
+def test_compiler_of_the_launcher_is_a_setting_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'eager')
+    teach = ('--model', 'rn20', '--kd-model-name', 'rn26_tm')
+    for flag, backend in (('', 'eager'), ('--torchcompile=AOT_EAGER', 'aot_eager'), ('--torchcompile=no', None)):
+        trainer = create_trainer(tmp_path, *teach, *filter(None, [flag]))
+        assert trainer.args.torchcompile == backend
+        for model in (trainer.model, trainer.task.teachers[0].model):
+            assert isinstance(model, torch._dynamo.OptimizedModule) is (backend is not None)
+    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'cudagraphs')
+    with pytest.raises(InputError, match='captures CUDA graphs, .* leave out one of the two'):
+        create_trainer(tmp_path, '--grad-accum-steps', '2')
+
+
 def test_several_teachers_teach_the_mean_of_their_logits(tmp_path):
     names = ['rn26_tm.cifar10', 'rn26.cifar10']
     trainer = create_trainer(tmp_path, '--model', 'rn20', '--mean', '0.4', '0.5', '0.6', '--kd-model-name', *names)
@@ -539,6 +578,9 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
     (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
     (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),
+    (['--sched', 'step', '--cooldown-epochs', '5'], "'step' has no lowest rate to stay at; leave out --cooldown-epoch"),
+    (['--sched', 'rsqrt'], "'rsqrt' falls as far as the warmup was long; set --warmup-epochs"),
+    (['--lr-noise-pct', '0'], 'must be above 0'),
     (['--mixup', '0.2', '--batch-size', '1'], 'use a --batch-size of 2 or more'),
     (['--padding', '-1'], 'must be at least 0, not -1'),
     (['--mixup', '0.2', '--cutmix-minmax', '0.1', '0.5'], '--cutmix-minmax only applies with --cutmix'),

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
@@ -181,6 +182,20 @@ def test_epochs_are_of_the_images_there_are(tmp_path):
     assert [row['epoch'] for row in result['history']] == [0, 1, 2] and result['updates'] == 18
     with pytest.raises(InputError, match='--val-fraction cannot change in a run that goes on: the images would be'):
         main(['--resume', str(tmp_path / 'run'), '--val-fraction', '0.2', '--epochs', '4'])
+
+
+def test_weights_that_other_images_chose_are_the_best_no_more(tmp_path):
+    flags = [f for f in FLAGS if f not in ('--val-split', 'test[:15]')]
+    folder = tmp_path / 'run'
+    main([*flags, '--batch-size', '6', '--output', str(tmp_path), '--val-fraction', '0.5', '--checkpoint-hist', '1'])
+    more = main(['--resume', str(folder), '--val-fraction', '0.25', '--epochs', '3'])
+    assert more['best']['epoch'] == 2 and more['best']['images'] == more['images']['validation']
+    last, best = (load_file(folder / f'{name}.safetensors') for name in ('last', 'best'))
+    assert all(torch.equal(last[k], best[k]) for k in last)
+    result = main(['--resume', str(folder), '--val-fraction', '0', '--epochs', '4'])
+    assert result['best'] is None and list(result['weights']) == ['last'] and result['test']['weights'] == 'last'
+    assert not (folder / 'best.safetensors').exists()
+    assert read_run(folder / 'last.safetensors')['top1'] == result['test']['top1']
 
 
 @pytest.mark.parametrize('batch_size, steps', [(3, 7), (12, 3)])

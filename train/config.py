@@ -203,7 +203,7 @@ def create_parser() -> Parser:
         "epochs of 'multistep'"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
         'fractions of the schedule where noise starts, ends'))
-    group.add_argument('--lr-noise-pct', type=from_zero, default=0.67, help='largest change of the rate by the noise')
+    group.add_argument('--lr-noise-pct', type=above_zero, default=0.67, help='largest change of the rate by the noise')
     group.add_argument('--lr-noise-std', type=from_zero, default=1., help='standard deviation of the noise')
     group.add_argument('--lr-cycle-mul', type=above_zero, default=1., help='length of a cycle over the last one')
     group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5, help='highest rate over that of the last one')

@@ -7,7 +7,13 @@ from typing import Any, Dict, List
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, is_torch_xla_available
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    is_torch_xla_available,
+)
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
@@ -25,19 +31,13 @@ def create_accelerator(args: Namespace) -> Accelerator:
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
-    plugins = {}
-    if args.torchcompile_mode and not args.torchcompile:
-        raise InputError('--torchcompile-mode only applies with --torchcompile; add it.')
+    compiler = _create_compiler(args)
     if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
             'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
             'leave out one of the two.')
     if args.cuda_graph:
         _check_cuda_graph(args)
-    if args.torchcompile:
-        with refusing(f'The compiler {args.torchcompile!r}'):
-            plugins['dynamo_plugin'] = TorchDynamoPlugin(
-                backend=args.torchcompile.upper(), mode=args.torchcompile_mode, dynamic=False)
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
             cpu=args.device == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
@@ -45,7 +45,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
             gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accum_steps),  # the launcher's aside
             log_with=_resolve_trackers(args.report_to) or None,
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
-            **plugins,
+            dynamo_plugin=compiler,
         )
     if accelerator.num_processes < launched:  # each would train alone and write to the same folder
         raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device, so '
@@ -64,8 +64,11 @@ def create_accelerator(args: Namespace) -> Accelerator:
                 'with --mixed-precision bf16.')
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
-    if accelerator.distributed_type == DistributedType.FSDP and args.mixed_precision != 'no':
-        raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if args.mixed_precision != 'no':
+            raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
+        if args.clip_grad is not None and args.clip_mode == 'value':
+            raise InputError('Accelerate does not clip by value under FSDP; use --clip-mode norm.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
@@ -79,6 +82,19 @@ def create_accelerator(args: Namespace) -> Accelerator:
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape, as in timm's train.py
     return accelerator
+
+
+def _create_compiler(args: Namespace) -> TorchDynamoPlugin:
+    """The compiler of the flags, else the launcher's, which the settings of the run then name."""
+    if args.torchcompile_mode and not args.torchcompile:
+        raise InputError('--torchcompile-mode only applies with --torchcompile; add it.')
+    with refusing(f'The compiler {args.torchcompile!r}'):
+        compiler = TorchDynamoPlugin(
+            backend=args.torchcompile, mode=args.torchcompile_mode, dynamic=False if args.torchcompile else None)
+    compiles = compiler.backend != DynamoBackend.NO
+    args.torchcompile = compiler.backend.value.lower() if compiles else None
+    args.torchcompile_mode = compiler.mode if compiles else None
+    return compiler
 
 
 def _has_collectives() -> bool:

@@ -3,7 +3,7 @@ from typing import Dict
 
 import torch
 from accelerate import Accelerator
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
 from train.loader import Loader
@@ -27,9 +27,8 @@ def validate(
         desc: What the progress bar calls it.
     """
     model.eval()
-    limit = evaluation_sample_limit(getattr(loader, 'loader', None))
     evaluators = {
-        prefix: ClassificationEvaluator(accelerator.device, max_samples=limit)
+        prefix: ClassificationEvaluator(accelerator.device, max_samples=loader.max_samples)
         for prefix in (('', 'flip_') if flip else ('',))
     }
     batches = tqdm(

@@ -9,9 +9,13 @@ from typing import Any, Optional
 from timm_tmblock.checkpoint import write_text, writing
 
 
-def write_json(path: Path, value: Any) -> None:
+def to_json(value: Any, indent: Optional[int] = None) -> str:
     """Numbers that JSON has none of, NaN and infinity, become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + '\n')
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, to_json(value, indent=1) + '\n')
 
 
 def _finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
+from timm.task import evaluation_sample_limit
 from torch.utils.data import DataLoader, Dataset
 
 from timm_tmblock.errors import InputError
@@ -26,6 +27,7 @@ Batch = Tuple[torch.Tensor, torch.Tensor]
 class Loader(Protocol):
     """Batches of normalised images (B, C, H, W) and class indices (B,), already on the training device."""
     num_images: int  # of every process
+    max_samples: Optional[int]  # images of this process, where evaluation repeats one; None where it repeats none
     augmentation: str  # how training crops
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class TrainingBatches(Dataset):
 
 
 class InMemoryLoader:
-    """Batches of an InMemorySet. In evaluation each image is seen once, by one process."""
+    """Batches of an InMemorySet. In evaluation all processes have as many: some repeat an image after `max_samples`."""
 
     def __init__(
             self,
@@ -110,6 +112,7 @@ class InMemoryLoader:
             num_workers: int = 0,
     ) -> None:
         self.num_images = len(dataset)
+        self.max_samples: Optional[int] = None
         self.config = config
         self.batch_size = batch_size
         self.device = device
@@ -138,7 +141,10 @@ class InMemoryLoader:
                     self.erase = RandomErasing(
                         config.re_prob, mode=config.re_mode, max_count=config.re_count, device=device)
         else:
-            share = slice(rank, None, world_size)
+            share = torch.arange(len(dataset))[rank::world_size]
+            self.max_samples = len(share)
+            missing = math.ceil(len(dataset) / world_size) - len(share)
+            share = torch.cat([share, torch.zeros(missing, dtype=share.dtype)])  # or FSDP would wait for batches
             self.images, self.targets = dataset.images[share].to(device), dataset.targets[share].to(device)
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
@@ -226,6 +232,7 @@ class StreamingLoader:
             use_prefetcher=False,  # its uint8 collation and side stream need CUDA
             persistent_workers=False,  # workers that begin anew each epoch draw the same after a restart
         )
+        self.max_samples = None if training else evaluation_sample_limit(self.loader)
         self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         if training:
             if len(self.loader) == 0:

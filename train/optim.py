@@ -49,6 +49,10 @@ def create_schedule(
     for key in BY_EPOCHS:
         kwargs[key] *= updates_per_epoch
     kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in kwargs['decay_milestones']]
+    if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant', 'none'):
+        raise InputError(f'The schedule {args.sched!r} has no lowest rate to stay at; leave out --cooldown-epochs.')
+    if args.sched == 'rsqrt' and not args.warmup_epochs:
+        raise InputError("The schedule 'rsqrt' falls as far as the warmup was long; set --warmup-epochs.")
     fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
     if kwargs['decay_epochs'] is None and args.sched == 'step':
         kwargs['decay_epochs'] = 90

@@ -72,7 +72,8 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
             raise InputError(
                 f'Split {names["test"]!r} is named for {part} and for test; what measures the network must not take '
                 f'part in its training or choice.')
-    if args.eval_only and args.pretrained and not (args.resume or args.val_split or args.test_split or args.pool):
+    begun = args.pretrained or args.initial_checkpoint
+    if args.eval_only and begun and not (args.resume or args.val_split or args.test_split or args.pool):
         raise InputError(
             'A part of the training images would be measured, which the weights may have seen; name a split with '
             '--test-split.')

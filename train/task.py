@@ -146,7 +146,8 @@ def _prepare_teacher(
         model = model.to(memory_format=torch.channels_last)
     teacher = DistillationTeacher(model.to(device), device=device)
     if args.torchcompile:
-        teacher.compile(args.torchcompile, args.torchcompile_mode, dynamic=False)
+        with refusing('These settings of the compiler'):
+            teacher.compile(args.torchcompile, args.torchcompile_mode, dynamic=False)
     return teacher
 
 

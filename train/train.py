@@ -26,7 +26,6 @@ Continue a run that was stopped, or measure what it has:
 Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the paper, the others with cross-entropy.
 The last line of output is the result as JSON.
 """
-import json
 import sys
 import time
 import uuid
@@ -58,7 +57,7 @@ from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
-from train.files import write_json
+from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
 from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader, Loader, StreamingLoader
@@ -192,13 +191,14 @@ class Trainer:
         self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
 
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
-        if updates_per_epoch == 0:
+        if updates_per_epoch == 0 and not args.eval_only:
             raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
         self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
         self.peak_lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
         optimizer = create_optimizer(args, model, self.peak_lr)
-        self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
-        self.epochs = -(-self.updates // updates_per_epoch)
+        self.scheduler, self.updates = (None, 0) if args.eval_only else create_schedule(
+            args, optimizer, updates_per_epoch)
+        self.epochs = 0 if args.eval_only else -(-self.updates // updates_per_epoch)
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
@@ -224,6 +224,9 @@ class Trainer:
                     f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
                     f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
+            best = self.state.best
+            if best is not None and best.get('images', self.num_held_out) != self.num_held_out:
+                self.state.best, self.state.kept = None, []  # other images chose them
         set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
         hardware = describe_hardware(accelerator.device, accelerator.num_processes)
         if hardware not in self.state.hardware:
@@ -279,6 +282,10 @@ class Trainer:
         return f'Epoch {number}/{max(number, self.epochs)}'  # more than planned where a part of one counts as one
 
     @property
+    def num_held_out(self) -> int:
+        return self.val_loader.num_images if self.val_loader is not None else 0
+
+    @property
     def num_params(self) -> int:
         return sum(p.numel() for p in network(self.model).parameters())
 
@@ -332,6 +339,7 @@ class Trainer:
                         self.log({f'train/{k}': v for k, v in self.meter.means().items()})
                     if args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
                         state.running_seconds = before + now - start
+                        self.check_finite()
                         self.save()
         state.epoch_seconds.append(round(before + time.perf_counter() - start, 2))
         state.running_seconds = 0.
@@ -379,7 +387,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Validate, keep the weights that deserve it, and write everything down."""
         args, state = self.args, self.state
-        self.meter.check_finite(self.describe_resumption, self.accelerator)
+        self.check_finite()
         candidates = {'': self.plain_model}
         if self.ema is not None:
             candidates['ema_'] = self.ema.module
@@ -421,7 +429,7 @@ class Trainer:
         improved = bool(evaluation) and (state.best is None or evaluation[f'{prefix}top1'] > state.best['top1'])
         if improved:
             state.best = {
-                'epoch': state.epoch, 'weights': 'ema' if prefix else 'model',
+                'epoch': state.epoch, 'weights': 'ema' if prefix else 'model', 'images': self.num_held_out,
                 **{k: evaluation[prefix + k] for k in ('loss', 'top1', 'top5')},
             }
         if self.main_process:
@@ -429,6 +437,8 @@ class Trainer:
             save_weights(self.folder / 'last.safetensors', weights[final], description)
             if improved:
                 save_weights(self.folder / 'best.safetensors', weights[prefix], description)
+            elif state.best is None:
+                remove(self.folder / 'best.safetensors')  # of a run that went on with other images held out
             if evaluation and self.args.checkpoint_hist:
                 record.keep_best(
                     self.folder, state, evaluation[f'{prefix}top1'], self.args.checkpoint_hist, weights[prefix],
@@ -437,8 +447,12 @@ class Trainer:
     def log(self, values: Dict[str, float]) -> None:
         self.accelerator.log({**values, 'lr': self.lr}, step=self.state.update)
 
-    def save(self) -> None:
+    def check_finite(self) -> None:
+        """Refuse to write down what has gone wrong, on any process."""
+        self.meter.check_weights(self.model, self.state.update - 1, self.lr)
         self.meter.check_finite(self.describe_resumption, self.accelerator)
+
+    def save(self) -> None:
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
@@ -469,6 +483,8 @@ class Trainer:
     def evaluate(self) -> Dict[str, Any]:
         """Measure the model as it is, on the validation and the test part."""
         args = self.args
+        if self.val_loader is None and self.test_loader is None:
+            raise InputError('There are no images to measure the weights on; name a split with --test-split.')
         weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
         try:
             with naming_failures(advise_on_memory(args)):
@@ -550,5 +566,5 @@ if __name__ == '__main__':
     with exiting_on_input_error():
         result = main()
     if Accelerator().is_main_process:
-        print(json.dumps(result))
+        print(to_json(result))
     leave_hanging()
