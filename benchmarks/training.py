@@ -116,6 +116,7 @@ def epoch(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, 
         task = TemplateMatchingTask(model, device=device)
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(settings))
         ready = list(trainer.train_loader.epoch(0))
+        images = sum(len(x) for x, _ in ready)  # the set may have fewer
 
         def ours() -> float:
             with contextlib.redirect_stderr(io.StringIO()):  # the progress bar draws, but not here
@@ -138,7 +139,7 @@ def epoch(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, 
         ours(), theirs()  # the first steps choose kernels
         yield compare(
             'epoch over a bare loop', ours, theirs, args.rounds, 0.97,
-            f'rn26_tm, Muon, bfloat16, channels last, {args.steps} batches of {args.batch_size}')
+            f'rn26_tm, Muon, bfloat16, channels last, {len(ready)} batches of {args.batch_size}')
 
 
 def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, Any]]:
@@ -161,7 +162,7 @@ def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict
                 f'train[:{images}]', '--val-split', 'test[:256]', '--mixed-precision', 'bf16', '--output', folder,
                 '--report-to', 'none', '--device', device.type])
         result = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
-        return images / result['epoch_seconds'][1]
+        return result['images']['train'] // args.batch_size * args.batch_size / result['epoch_seconds'][1]
 
     def theirs() -> float:
         with tempfile.TemporaryDirectory() as folder:

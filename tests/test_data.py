@@ -108,9 +108,16 @@ def test_epoch_taken_up_in_the_middle_goes_on_the_same():
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
-def test_seed_changes_order_and_crops():
+def test_seed_changes_order():
     a, b = (next(make_loader(seed=s).epoch(0)) for s in (0, 1))
     assert not torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize('seed, epoch', [(1, 0), (0, 1)])
+def test_seed_and_epoch_change_crops_and_flips(seed, epoch):
+    dataset = InMemorySet(make_set(1).images.expand(40, -1, -1, -1), torch.zeros(40, dtype=torch.int64), ['a'])
+    first = next(make_loader(dataset=dataset).epoch(0))[0]
+    assert not torch.equal(first, next(make_loader(dataset=dataset, seed=seed).epoch(epoch))[0])
 
 
 def test_channels_last_batches():

@@ -216,7 +216,7 @@ with exiting_on_input_error():
          '--output', str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=300,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode != 0
-    assert 'error: The loss was not finite in update 3' in run.stderr
+    assert 'error: The loss or a weight was not finite in update 3' in run.stderr
     weights = load_file(find_checkpoints(tmp_path / 'run')[-1] / 'model.safetensors')
     assert all(w.isfinite().all() for w in weights.values())
 
@@ -227,7 +227,7 @@ def test_workers_killed_at_the_end_disturb_nothing_else_that_ends():
         atexit.register(time.sleep, 1)  # runs after what is registered later
         import torch.utils.data
         import train.signals
-        loader = torch.utils.data.DataLoader(range(8), num_workers=2, persistent_workers=True,
+        loader = torch.utils.data.DataLoader(range(8), num_workers=1, persistent_workers=True,
                                              worker_init_fn=train.signals.outlive_sigterm)
         iterator = iter(loader)
         next(iterator)

@@ -30,4 +30,4 @@ def test_freed_blocks_are_taken_again_without_page_faults():
             env={'PATH': ''})
         assert run.returncode == 0, run.stderr
         faults.append(int(run.stdout))
-    assert faults[1] < 100 < faults[0]
+    assert faults[1] < 50 < faults[0]  # huge pages alone, of 2 MB, would be 64

@@ -51,6 +51,26 @@ def test_halves_of_images_that_are_masked():
         assert f'\n| {name} | {" | ".join(cells)} |\n' in TEXT
 
 
+def test_code_of_the_readme_runs_and_gives_what_its_comments_say(tmp_path, monkeypatch):
+    (tmp_path / 'train').symlink_to(ROOT / 'train')
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+    assert len(blocks) == 6 and blocks[-1].startswith('from export.runtime import load')  # of a file to be exported
+    scope = dict(targets=torch.tensor([0, 4]))
+    for block in blocks[:-1]:
+        exec(block, scope)
+        if 'forward_patch_logits' in block:
+            assert scope['logits'].shape == (1, 10) and scope['patch_logits'].shape == (1, 10, 8, 8)
+            scope['images'] = torch.randn(2, 3, 32, 32)
+    assert (tmp_path / 'explained.png').is_file()
+    (name, share), = scope['explanation'].top(1)
+    assert f"# [('{name}', {share:.2f}), ...]" in TEXT
+    (name, share), = scope['explainer']('train/sample/images/cat.png').top(1)
+    assert f'# [("{name}", {share:.2f}), ...], (classes, 8, 8)' in TEXT
+    birds = timm.create_model('local-dir:birds', pretrained=True)
+    assert birds.pretrained_cfg['label_names'] == ['crow', 'owl', 'swan', 'tern', 'wren']
+
+
 def test_network_of_ones_own_trains_with_the_block():
     code = re.search(r'```python\n(import timm, timm_tmblock\nfrom torch import nn\n.*?)```', TRAIN, re.DOTALL)[1]
     scope = {}
@@ -157,9 +177,21 @@ def test_what_the_block_mixes():
 
 
 def test_cost_of_the_block():
+    found = read('benchmarks', 'results', 'cpu.json')['ratios']
+
+    def span(start, name=''):
+        ratios = [r['ratio'] for r in found if r['group'].startswith(start) and name in r['name']]
+        return f'{min(ratios):.2f}', f'{max(ratios):.2f}'
+
+    block = 'Template matching over its baseline'
+    (low, inference), (least, training) = span(f'{block}, inference'), span(f'{block}, training step')
     cpu = ' '.join((ROOT / 'benchmarks' / 'README.md').read_text().split())
-    inference, training = re.search(
-        r'takes 1.00 to (1.\d+) times as long as its baseline .* and 0.97 to (1.\d+) times in training', cpu).groups()
+    assert (
+        f'takes {low} to {inference} times as long as its baseline in inference, fused or not, and {least} to '
+        f'{training} times in training') in cpu
+    time, memory = (span("dn100 over timm's DenseNet layers", name) for name in ('time', 'memory'))
+    assert '`dn100` takes {} to {} of the time and {} to {} of the peak memory'.format(*time, *memory) in cpu
+    assert '`fuse()` brings inference to {} to {},'.format(*span('Fused over unfused, inference')) in cpu
     printed = re.findall(r'over its baseline, (\w+).*: (\S+)\n', (
         ROOT / 'benchmarks' / 'results' / 'cuda_stopped.txt').read_text())
     on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}

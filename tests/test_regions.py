@@ -1,5 +1,6 @@
 """Regions of images: what is drawn and measured is what the network saw, against loops and brute force."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.layers import PatchMean
 from timm_tmblock.models._labels import CIFAR10_LABELS, CIFAR100_LABELS
 from train.analysis import geometry, mosaic, trust, words
-from train.analysis.__main__ import main, tell_command
+from train.analysis.__main__ import main, take_images, tell_command
 from train.analysis.mixing import measure_mixing
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
 from train.analysis.superclasses import find_superclasses, name_superclasses
-from train.data import InMemorySet
+from train.data import InMemorySet, open_dataset
 
 
 @pytest.fixture(scope='module')
@@ -313,6 +314,19 @@ def test_occlusion_hides_patches_by_what_masks_and_is_of_log_odds(model, fill):
             occlusion[i], F.avg_pool2d((effect / counts)[None, None], 4)[0, 0], rtol=1e-3, atol=1e-3)
 
 
+def test_occlusion_hides_patches_of_images_that_are_no_multiple_of_the_map(monkeypatch):
+    seen = []
+
+    def attribute(self, images, window, strides, **kwargs):
+        seen.append((window, strides))
+        return torch.zeros_like(images)
+
+    monkeypatch.setattr(trust.Occlusion, 'attribute', attribute)
+    model = timm.create_model('rn26_tm', img_size=84)
+    trust.create_explainers(model, (11, 11), 0)['occlusion'](torch.zeros(1, 3, 84, 84), torch.tensor([0]))
+    assert seen == [((3, 40, 40), (3, 8, 8))]  # 5 cells, each of 8 pixels
+
+
 def test_confident_cells_are_ranked_by_their_scores_not_by_where_they_lie():
     scores = torch.tensor([30., 32., 31., 40.]).view(1, 1, 2, 2) * torch.tensor([1., 0., -1.]).view(1, 3, 1, 1)
     assert scores.softmax(1)[0, 0].eq(1).all()
@@ -346,6 +360,49 @@ def test_curves_follow_the_evidence():
     assert summary['wrong']['deletion_lead'] == pytest.approx(
         summary['true']['deletion'] - summary['wrong']['deletion']) and summary['wrong']['deletion_lead'] < 0
     assert summary['wrong']['without_least'] == 0 and summary['wrong']['without_least_lead'] == 100
+
+
+@pytest.mark.parametrize('fill', ['mean', 'blur'])
+def test_images_are_masked_and_uncovered_cell_by_cell(fill):
+    x = torch.zeros(3, 1, 8, 8)
+    x[..., :4, :4] = 1
+    blurred = gaussian_blur(x[0], [11, 11], [5., 5.])
+    evidence = torch.arange(16., 0, -1).view(4, 4)  # row by row
+    maps = {'map': lambda images, classes: evidence.expand(len(images), 4, 4)}
+    curves = trust.follow(
+        Counting(), x, torch.zeros(3, dtype=torch.long), maps, fill=fill, batch_size=2, progress=False)['map']
+    hidden = blurred if fill == 'blur' else torch.zeros_like(blurred)
+    for curve, image, other in ((curves.deletion, x[0].clone(), hidden), (curves.insertion, blurred.clone(), x[0])):
+        expected = [image[:, :4, :4].mean()]
+        for top, left in ((i, j) for i in range(0, 8, 2) for j in range(0, 8, 2)):
+            part = (0, slice(top, top + 2), slice(left, left + 2))
+            image[part] = other[part]
+            expected.append(image[:, :4, :4].mean())
+        np.testing.assert_allclose(curve, np.tile(torch.stack(expected).clamp(0.001, 0.999), (3, 1)), atol=1e-5)
+
+
+def test_images_of_a_set_sorted_by_class_are_drawn_and_others_are_the_first(monkeypatch):
+    def take(targets):
+        images = torch.zeros(len(targets), 3, 8, 8, dtype=torch.uint8)
+        data = InMemorySet(images, torch.tensor(targets), ['a', 'b', 'c'])
+        monkeypatch.setattr('train.analysis.__main__.open_images', lambda *args: data)
+        return take_images(Namespace(images=12, seed=0), None).targets.tolist()
+
+    assert set(take([0] * 10 + [1] * 10 + [2] * 10)) == {0, 1, 2}
+    assert take([0, 2, 1] * 10) == [0, 2, 1] * 4
+
+
+def test_shares_beside_the_maps_are_of_the_same_images(tmp_path):
+    found = main(['trust', 'rn26_tm', '--images', '9', '--steps', '2', '--output', str(tmp_path / 'trust')])
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    dataset = open_dataset('sample', 'test[:9]')
+    with torch.no_grad():
+        logits, patches = model.forward_patch_logits(torch.stack([transform(image) for image, _ in dataset]))
+    targets, predicted, matched = torch.tensor([k for _, k in dataset]), logits.argmax(1), patches.argmax(1)
+    for key, hits in (('top1', predicted == targets), ('patch_accuracy', matched == targets[:, None, None]),
+                      ('patch_agreement', matched == predicted[:, None, None])):
+        assert found[key] == pytest.approx(100 * hits.double().mean().item()), key
 
 
 @pytest.mark.parametrize('command, flags', [

@@ -52,8 +52,8 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int, fill: str = 
         return F.adaptive_avg_pool2d(log_odds(scores.clone(), classes)[:, None], grid)[:, 0]
 
     def by_occlusion(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        cell = [size // cells for size, cells in zip(images.shape[2:], grid)]
-        channels, window = images.shape[1], [model.patch_size * side for side in cell]
+        channels, cell = images.shape[1], [model.patch_reduction] * 2
+        window = [model.patch_size * side for side in cell]
         with torch.inference_mode():
             effect = occlusion.attribute(
                 images, (channels, *window), (channels, *cell), baselines=fill_images(images, fill),
