@@ -339,7 +339,7 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.metadata import hash_weights
     from export.publish import create_files
-    from export.push import PushOptions, check_access, has_card, list_files, push, read_engines
+    from export.push import PushError, PushOptions, check_access, has_card, list_files, push, read_engines
     from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
     options = PushOptions(
@@ -374,6 +374,8 @@ def _push(args: argparse.Namespace) -> None:
         if args.dry_run:
             print((folder / 'README.md').read_text())
             return
+        if not (args.card or keep_card) and read_engines(options) != published:  # which the card names
+            raise PushError(f'Another machine pushed engines to {args.repo} meanwhile; run the same command again.')
         print(push(folder, files, options))
 
 

@@ -44,7 +44,7 @@ from export.runtime import (
     check_metadata,
     is_described,
     parse_properties,
-    refuse_pointer,
+    read_file,
 )
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
@@ -198,12 +198,11 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     Raises:
         InputError: If there is no such file, it is cut short, says nothing of itself, or is an engine that its sidecar
             is not of.
-        RuntimeInputError: If it is a pointer of Git LFS.
+        RuntimeInputError: If it cannot be read, or is a pointer of Git LFS.
     """
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
-    content = path.read_bytes()
-    refuse_pointer(path, content)
+    content = read_file(path)
     if path.suffix != '.onnx':
         metadata = read_metadata(path, {})
         if path.suffix in ENGINE_SUFFIXES and not is_described(content, metadata):

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 
 from export.images import Images
 from export.metadata import describe_model, find_difference, load_metadata, sidecar, write_sidecar
+from export.network import check_deterministic
 from export.onnx import OnnxOptions, export_onnx
 from export.parity import ParityError
 from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
@@ -66,7 +67,11 @@ def create_files(
     if card is not None:
         if not card.is_file():
             raise InputError(f'There is no card {card}.')
-        check(card.read_text())
+        try:
+            check(card.read_text())
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e
+    check_deterministic(model)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     for path in engines:
         read_engine(path, described)  # before the work
@@ -208,12 +213,11 @@ def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:
     no place of its own on the Hub.
     """
     source = path.parent / built['onnx']
-    if (beside / source.name).is_file() and not _is_source(beside / source.name, built):
-        raise InputError(f'Two engines were built from files called {source.name}; rename one, and build it again.')
-    shutil.copyfile(source, beside / source.name)
+    copy = beside / f'{source.stem}-{built["onnx_sha256"][:8]}.onnx'  # nor is it another file of that name
+    shutil.copyfile(source, copy)
     if sidecar(source).is_file():
-        shutil.copyfile(sidecar(source), sidecar(beside / source.name))
-    return source.name
+        shutil.copyfile(sidecar(source), sidecar(copy))
+    return copy.name
 
 
 def _add_pictures(name: str, folder: Path) -> None:

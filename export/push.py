@@ -119,10 +119,12 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        global _hanging
-        _hanging = True
+    global _hanging
+    try:
+        thread.join(seconds)
+    finally:  # interrupted, too
+        _hanging = thread.is_alive()
+    if _hanging:
         raise DeadlineError(
             f'The Hub did not finish within {seconds:g} s; the repository has all of the commit or nothing, so run the '
             f'same command again.')
@@ -229,8 +231,9 @@ class _Push:
         for path in tree:
             engine = path.removesuffix('.json')
             if engine != path and engine in tree and re.fullmatch(r'engines/[^/]+/[^/]+\.(engine|plan)', engine):
+                file = self._download(path, head)
                 with contextlib.suppress(ValueError):  # not one of ours
-                    found[engine] = json.loads(self._download(path, head).read_text())
+                    found[engine] = json.loads(file.read_text())
         return found
 
     def has_card(self) -> bool:

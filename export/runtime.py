@@ -37,7 +37,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -248,6 +248,8 @@ class OnnxSession:
             allow_fallback: bool = False,
             threads: Optional[int] = None,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise RuntimeInputError(f'The threads of ONNX Runtime must be at least 1, not {threads}.')
         ort = import_onnxruntime()
         device = _pick_device(device)
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
@@ -264,18 +266,19 @@ class OnnxSession:
             if hasattr(ort, 'preload_dlls'):  # the loader does not find CUDA and cuDNN where pip installs them
                 with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
                     ort.preload_dlls()
-        content = path.read_bytes()
-        refuse_pointer(path, content)
+        content = read_file(path)
         try:
-            self.session = ort.InferenceSession(content, options, providers=providers)
+            # without fallback, or a failure of the GPU, here or in `run`, goes on with the CPU from then on
+            self.session = ort.InferenceSession(
+                content, options, providers=providers, enable_fallback=int(allow_fallback))
         except Exception as e:  # onnxruntime's errors share no public base class
             reason = _tell(e)
             advice = 'export it again'
+            if device == 'cuda' and type(e) is RuntimeError:  # of a provider; those of the file have their own types
+                advice = 'look at the driver, CUDA and cuDNN, or allow the CPU with --allow-fallback'
             if 'NOT_IMPLEMENTED' in reason:
                 advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
             raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; {advice}.') from e
-        if not allow_fallback:
-            self.session.disable_fallback()  # or a failure of the GPU in `run` goes on with the CPU from then on
         if self.provider != wanted and not allow_fallback:  # onnxruntime itself only prints a warning
             raise RuntimeInputError(
                 f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA and '
@@ -316,7 +319,7 @@ class TensorRTSession:
         self.path = path
         self.metadata = _read_sidecar(path)
         check_metadata(self.metadata, path)
-        plan = _read_engine(path)
+        plan = read_file(path)
         check_engine(path, self.metadata, plan)
         trt = import_tensorrt(self.metadata['engine']['backend'])
         self.cudart = _import_library('cuda.bindings.runtime')
@@ -349,6 +352,7 @@ class TensorRTSession:
         """Free everything, once the batch that runs is through."""
         with self.lock:
             self._finalizer()
+            self.engine = self.runtime = None  # in this order: the weights on the GPU, and what they came from
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
@@ -365,7 +369,11 @@ class TensorRTSession:
 def _check_cuda(result: Tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
-        raise RuntimeInputError(f'CUDA failed with {getattr(error, "name", error)}; see what else uses the GPU.')
+        name = str(getattr(error, 'name', error))
+        advice = dict(
+            cudaErrorMemoryAllocation='; see what else uses the GPU',
+            cudaErrorInsufficientDriver='; update the driver, or install cuda-bindings of the CUDA version it has')
+        raise RuntimeInputError(f'CUDA failed with {name}{advice.get(name, "")}.')
     return values[0] if values else None
 
 
@@ -559,7 +567,8 @@ def import_tensorrt(backend: str = 'auto') -> Any:
                 f'typing; install TensorRT 10 or newer.')
         return trt
     wanted = 'TensorRT' if backend == 'auto' else backend
-    raise NotInstalledError(f'{wanted} is not installed; pip install tensorrt-cu13, or tensorrt-rtx.')
+    package = dict(tensorrt='tensorrt-cu13', tensorrt_rtx='tensorrt-rtx').get(backend, 'tensorrt-cu13, or tensorrt-rtx')
+    raise NotInstalledError(f'{wanted} is not installed; pip install {package}.')
 
 
 def import_onnxruntime() -> Any:
@@ -596,24 +605,20 @@ def _import_library(name: str) -> Any:
         raise RuntimeInputError(f'{name} is installed but cannot be imported ({e}); install it again.') from e
 
 
-def _read_engine(path: Path) -> bytes:
-    try:
-        plan = path.read_bytes()
-    except OSError as e:
-        raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
-    refuse_pointer(path, plan)
-    return plan
-
-
-def refuse_pointer(path: Path, content: bytes) -> None:
+def read_file(path: Path) -> bytes:
     """
     Raises:
-        RuntimeInputError: For what git leaves in the place of a file where Git LFS is not installed.
+        RuntimeInputError: If it cannot be read, or is what git leaves in its place where Git LFS is not installed.
     """
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
     if content.startswith(b'version https://git-lfs'):
         raise RuntimeInputError(
             f'{path} is not the file but a pointer of Git LFS to it; install git-lfs and run git lfs pull, or use hf '
             f'download.')
+    return content
 
 
 def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
@@ -645,9 +650,7 @@ def _find_mismatch(metadata: Dict[str, Any]) -> str:
         RuntimeInputError: If there is no GPU, or no TensorRT.
     """
     built = metadata['engine']
-    gpu = query_gpu()
-    if gpu is None:
-        raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
+    gpu = check_gpu()
     trt = import_tensorrt(built['backend'])
     same = trt.__version__ == built['version']
     later = parse_version(trt.__version__) >= parse_version(built['version'])  # what a compatible engine asks for
@@ -662,6 +665,18 @@ def _find_mismatch(metadata: Dict[str, Any]) -> str:
     if on_ampere and int(own.split('.')[0]) < 8:
         return f'for Ampere and later, this GPU, {gpu["name"]}, has compute capability {own}'
     return ''
+
+
+def check_gpu() -> Dict[str, Any]:
+    """What `query_gpu` tells.
+
+    Raises:
+        RuntimeInputError: If there is no GPU.
+    """
+    gpu = query_gpu()
+    if gpu is None:
+        raise RuntimeInputError('TensorRT engines run on NVIDIA GPUs and there is none here; use the ONNX file.')
+    return gpu
 
 
 def tell_platform() -> str:
@@ -1070,10 +1085,14 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     for file in files:
         with contextlib.suppress(RuntimeInputError):  # no sidecar, or a bad one: the file says itself what it is
             said[file] = _read_sidecar(file)
-    if len({metadata['weights_sha256'] for metadata in said.values() if 'weights_sha256' in metadata}) > 1:
-        raise RuntimeInputError(f'{source} holds files of several networks; name one: {files[0].name}, say.')
+    _refuse_several_networks(said, source)
     precisions = {file: str(said.get(file, {}).get('precision')) for file in files}
     return min(files, key=lambda file: order.index(precisions[file] if precisions[file] in order else ''))
+
+
+def _refuse_several_networks(said: Dict[Path, Dict[str, Any]], source: Union[str, Path]) -> None:
+    if len({metadata['weights_sha256'] for metadata in said.values() if 'weights_sha256' in metadata}) > 1:
+        raise RuntimeInputError(f'{source} holds files of several networks; name one: {next(iter(said)).name}, say.')
 
 
 def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, remote: bool = False) -> Path:
@@ -1086,6 +1105,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
     fitting: List[Tuple[Any, Path]] = []
     other: Optional[Path] = None
     reasons: List[str] = []
+    said: Dict[Path, Dict[str, Any]] = {}
     for path in _list_files(folder, ('*', 'engines/*/*'), ENGINE_SUFFIXES, remote):
         try:
             metadata = _read_sidecar(path)
@@ -1094,11 +1114,13 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
         except RuntimeInputError as e:  # not one of ours
             reasons.append(str(e).rstrip('.'))
             continue
-        built = metadata['engine']
+        built, said[path] = metadata['engine'], metadata
+        check_gpu()
         try:
             mismatch = _find_mismatch(metadata)
-        except NotInstalledError as e:
-            mismatch = f'by {built["backend"]}: {str(e).rstrip(".")}'
+        except RuntimeInputError as e:  # its TensorRT is not installed, broken or too old, and another may be there
+            reasons.append(f'{path.name} was built by {built["backend"]}: {str(e).rstrip(".")}')
+            continue
         if mismatch:
             if other is None:  # the first of them is what is told
                 other = path
@@ -1110,6 +1132,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
             built['version'] != trt.__version__,
             order.index(metadata['precision']) if metadata.get('precision') in order else len(order))
         fitting.append((place, path))
+    _refuse_several_networks(said, source)
     if fitting:
         return min(fitting)[1]
     if other is not None and rebuild:
@@ -1204,6 +1227,12 @@ def run(args: argparse.Namespace) -> None:
     if args.explain and args.explain.suffix.lower() in IMAGE_SUFFIXES and args.explain.suffix.lower() != '.png':
         raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # ONNX Runtime prints why it falls back
+        _run(args, paths, out)
+
+
+def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
     runner = load(
         args.file, args.device, args.allow_fallback, args.threads, rebuild=args.rebuild, revision=args.revision,
         engine=args.engine)
@@ -1213,15 +1242,15 @@ def run(args: argparse.Namespace) -> None:
         failed.append(image)
         print(f'error: {error}', file=sys.stderr)
 
-    progress = sys.stderr.isatty() and not sys.stdout.isatty()
+    progress = sys.stderr.isatty() and not out.isatty()
     for done, (path, prediction) in enumerate(runner.stream(paths, args.batch_size, skip), 1):
         result: Dict[str, Any] = dict(image=str(path), top=prediction.top(args.top))
         if args.explain:
             result['picture'] = str(_write_picture(prediction, path, args.explain, len(paths) > 1))
         if args.json:
-            print(json.dumps(result))
+            print(json.dumps(result), file=out)
         else:
-            print(f'{path}: ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in result['top']))
+            print(f'{path}: ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in result['top']), file=out)
         if progress:
             print(f'\r{done + len(failed)}/{len(paths)} images', end='', file=sys.stderr)
     if progress:

@@ -27,7 +27,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from export.metadata import read_metadata, replace_with_sidecar
-from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, refuse_pointer, tell_platform
+from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, read_file, tell_platform
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -226,8 +226,7 @@ def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict
     from google.protobuf.message import DecodeError
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
-    model = path.read_bytes()
-    refuse_pointer(path, model)
+    model = read_file(path)
     try:
         proto = onnx.load_from_string(model)
         onnx.checker.check_model(proto)

@@ -42,6 +42,16 @@ def engines(model, images, tmp_path_factory):
     return paths
 
 
+def test_what_cannot_be_published_is_found_before_the_work(model, images, tmp_path):
+    card = tmp_path / 'card.md'
+    card.write_bytes('Görgün'.encode('latin-1'))
+    with pytest.raises(InputError, match='card.md cannot be read as UTF-8'):
+        create_files(tmp_path, model, 'me/net', (), (), images(model, 8, 8), card=card)
+    perturbed = timm.create_model('rn20', maximizer='perturbed').eval()
+    with pytest.raises(InputError, match='export a model with maximizer=softmax'):
+        create_files(tmp_path, perturbed, 'me/net', (), (), images(model, 8, 8))
+
+
 @real
 def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, engines, images, tmp_path):
     files = create_files(tmp_path, model, 'me/net', (), engines, images(model, 8, 8))
@@ -55,8 +65,9 @@ def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, 
             f'| `{path.relative_to(tmp_path)}` | fp32 | {path.stat().st_size / 1e6:.2f} | tensorrt_rtx {version} '
             f'| every GPU that TensorRT-RTX supports | 1 to 4 |')
     # one has the bytes of onnx/model.onnx, which the next push may replace
-    for path, onnx in ((same, 'same.onnx'), (pixels, 'pixels.onnx')):
+    for path, stem in ((same, 'same'), (pixels, 'pixels')):
         metadata = json.loads(Path(f'{path}.json').read_text())
+        onnx = f'{stem}-{metadata["engine"]["onnx_sha256"][:8]}.onnx'
         assert metadata['file_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
         engine = metadata['engine']
         assert engine['onnx'] == onnx and f'export tensorrt {onnx} ' in engine['command']

@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +18,8 @@ from hub_server import READ, WRITE, Fault, Hub
 from hub_xet import XetStore
 from safetensors.torch import load, load_file
 
+import export.__main__
+import export.push
 from export.images import add_image_options, load_images
 from export.publish import create_files
 
@@ -434,6 +438,58 @@ def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path, fault):
     assert kind == 'DeadlineError' and 'The Hub did not finish within 2 s' in text
     hub.driver.process.kill()  # as the end of the command does with what hangs
     hub.driver.process.communicate()
+
+
+def test_push_that_is_interrupted_waits_for_no_thread(monkeypatch):
+    def interrupt(self, timeout=None):
+        raise KeyboardInterrupt
+
+    ended = threading.Event()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Thread, 'join', interrupt)
+        export.push._within(60, ended.wait)
+    assert export.push._hanging
+    ended.set()
+    export.push._within(60, int)
+    assert not export.push._hanging
+
+
+@pytest.mark.parametrize('there', [{}, {'engines/b/x.engine': {}}])
+def test_engines_that_others_push_meanwhile_are_not_lost_from_the_card(monkeypatch, capsys, there):
+    answers, pushed = iter([{}, there]), []
+    for name, stand_in in (
+            ('push.check_access', lambda options: None), ('push.read_engines', lambda options: next(answers)),
+            ('load.load', lambda *args: SimpleNamespace(pretrained_cfg={})),
+            ('images.load_images', lambda *args, **kwargs: None), ('publish.create_files', lambda *args: []),
+            ('push.push', lambda *args: pushed.append(args))):
+        monkeypatch.setattr(f'export.{name}', stand_in)
+    command = ['push', 'rn26_tm', '--repo', 'me/net']
+    if there:
+        with pytest.raises(SystemExit) as ended:
+            export.__main__.main(command)
+        assert ended.value.code == 1
+        assert 'Another machine pushed engines to me/net meanwhile; run the same' in capsys.readouterr().err
+    else:
+        export.__main__.main(command)
+    assert len(pushed) == (not there)
+
+
+def test_sidecar_that_may_not_be_read_is_an_error(hub, folder, tmp_path):
+    (folder / 'engines' / 'a').mkdir(parents=True)
+    for name in ('x.engine', 'x.engine.json'):
+        (folder / 'engines' / 'a' / name).write_text('{}')
+    assert run(hub, folder)[0] == ''
+    code = 'import export.push; print(export.push.read_engines(export.push.PushOptions("me/net")))'
+
+    def read():
+        env = environment(hub, HF_HOME=str(tmp_path / 'hf'))
+        return subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+    hub.faults.append(Fault('HEAD', '/resolve/.*json', status=404, headers={'X-Error-Code': 'RepoNotFound'}))
+    refused = read()
+    assert refused.returncode == 1 and 'is not there, or the token may not see it.' in refused.stderr
+    hub.faults.clear()
+    assert read().stdout == "{'engines/a/x.engine': {}}\n"
 
 
 LEAVE = '''

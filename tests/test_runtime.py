@@ -362,6 +362,38 @@ def test_foreign_file_and_future_opset_are_one_sentence(folder, tmp_path):
     assert runtime.load(tmp_path / 'foreign.onnx', 'cpu')(IMAGES / 'ship.png').label == 'ship'
 
 
+def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(folder, monkeypatch, capsys):
+    """As where the driver is too old, of which ONNX Runtime prints four lines before it takes the CPU."""
+    real = onnxruntime.InferenceSession
+
+    def start(content, options, providers, **kwargs):
+        if providers[0] != 'CPUExecutionProvider':
+            if not kwargs['enable_fallback']:
+                raise RuntimeError('CUDA failure 35: CUDA driver version is insufficient')
+            print('*************** EP Error ***************')
+        return real(content, options, providers=['CPUExecutionProvider'], **kwargs)
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', start)
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: ['CUDAExecutionProvider'])
+    with pytest.raises(runtime.RuntimeInputError, match='driver version is insufficient; look at the driver, CUDA'):
+        runtime.load(folder / 'plain.onnx', 'cuda')
+    flags = ['--device', 'cuda', '--allow-fallback', '--json']
+    runtime.main(['run', str(folder / 'plain.onnx'), str(IMAGES / 'ship.png'), *flags])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)['top'][0][0] == 'ship' and 'EP Error' in printed.err
+
+
+@pytest.mark.parametrize('threads', [0, -1])
+def test_threads_are_one_at_least(folder, threads):
+    with pytest.raises(runtime.RuntimeInputError, match=f'must be at least 1, not {threads}'):
+        runtime.load(folder / 'plain.onnx', 'cpu', threads=threads)
+
+
+def test_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    with pytest.raises(runtime.RuntimeInputError, match='cannot be read: Is a directory'):
+        runtime.OnnxSession(tmp_path, 'cpu')
+
+
 def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder):
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')

@@ -373,6 +373,45 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
     assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'b'  # not those for Ampere and later
 
 
+@one_version
+def test_engine_of_a_tensorrt_that_is_not_here_hides_none_that_can_be_built_again(
+        simulated, engines, tmp_path, monkeypatch):
+    absent = engines('a', backend='tensorrt_rtx')
+    find_library = runtime._import_library
+    monkeypatch.setattr(
+        runtime, '_import_library', lambda name: None if name == 'tensorrt_rtx' else find_library(name))
+    for rebuild in (False, True):
+        with pytest.raises(runtime.RuntimeInputError, match='is not installed; pip install tensorrt-rtx[.]$'):
+            runtime._find(tmp_path, 'auto', None, engine=True, rebuild=rebuild)
+    old = engines('b', version='1.0')
+    assert runtime._find(tmp_path, 'auto', None, engine=True, rebuild=True) == old
+    with pytest.raises(runtime.RuntimeInputError, match='was built by tensorrt 1.0, .*; to build it again, use'):
+        runtime._find(tmp_path, 'auto', None, engine=True)
+    absent.unlink()
+
+
+@one_version
+def test_folder_of_engines_of_several_networks_is_refused(simulated, engines, tmp_path):
+    engines('a')
+    sidecar = Path(f'{engines("b")}.json')
+    sidecar.write_text(json.dumps(dict(json.loads(sidecar.read_text()), weights_sha256='0')))
+    with pytest.raises(runtime.RuntimeInputError, match='holds files of several networks; name one: x.engine'):
+        runtime.load(tmp_path, engine=True)
+
+
+@pytest.mark.parametrize('name, advice', [
+    ('cudaErrorMemoryAllocation', '; see what else uses the GPU'), ('cudaErrorInsufficientDriver', '; update the driv'),
+    ('cudaErrorIllegalAddress', '[.]$')])
+def test_advice_is_of_the_error_of_cuda(name, advice):
+    class Error(int):
+        pass
+
+    error = Error(1)
+    error.name = name
+    with pytest.raises(runtime.RuntimeInputError, match=f'CUDA failed with {name}{advice}'):
+        runtime._check_cuda((error,))
+
+
 @each_package
 def test_simulated_engine_of_the_same_capability_yields_to_one_of_the_gpu(simulated, engines, tmp_path):
     other = engines('a', gpu=RTX)
@@ -459,7 +498,7 @@ def test_simulated_engine_stays_on_the_first_gpu_and_leaves_the_thread_its_own(s
     runner.session.close()
     with pytest.raises(runtime.RuntimeInputError, match='x.engine was closed; load it again'):
         runner(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
-    assert cuda.buffers == {}
+    assert cuda.buffers == {} and runner.session.engine is None and runner.session.runtime is None
 
 
 @each_package
