@@ -1,4 +1,6 @@
 """BN-ReLU as a soft maximizer: the identity of section 3.2, and mu and eta of section 4.1."""
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -100,8 +102,16 @@ def test_thresholds_of_zero_and_of_dead_kernels_are_left_out(trained_like):
     assert constants.layer_mu['layer1.blocks.0.norm3'] == pytest.approx(4.)
 
 
+def test_constants_of_frozen_and_synchronized_norms_are_the_same(trained_like):
+    model, images = trained_like('rn20'), [torch.randn(2, 3, 32, 32)]
+    expected = measure_maximizer(model, images)
+    for change in (timm.layers.convert_sync_batchnorm, timm.layers.freeze_batch_norm_2d):
+        assert measure_maximizer(change(copy.deepcopy(model)), images).layer_mu == expected.layer_mu
+
+
 @pytest.mark.parametrize('name, kwargs, batches, message', [
     ('dn100', {}, 1, 'no BN-ReLU after a 3x3'),
+    ('rn20', dict(act_layer='silu'), 1, 'no BN-ReLU after a 3x3'),
     ('rn20', dict(maximizer='softmax'), 1, 'no BN-ReLU after a 3x3'),
     ('rn20', {}, 0, 'no images'),
     ('rn20', {}, 1, 'as before training'),

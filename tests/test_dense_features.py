@@ -10,7 +10,8 @@ from conftest import make_trained_like
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from timm_tmblock.layers import can_share_features, dense_features
+from timm_tmblock.layers import dense_features
+from timm_tmblock.layers.dense_features import can_share_features
 from timm_tmblock.models.tm_densenet import DenseLayer, DenseStage
 
 
@@ -169,6 +170,9 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[0].norm1.__setattr__('act', nn.SiLU()),
     lambda stage: stage.blocks[0].norm1.__setattr__('drop', nn.Dropout()),
     lambda stage: stage.blocks[0].norm1.__setattr__('eps', 1.),
+    lambda stage: stage.blocks[-1].__setattr__('norm1', nn.Sequential(nn.InstanceNorm2d(22), nn.ReLU())),
+    lambda stage: stage.blocks[0].__setattr__('conv1', nn.Conv2d(10, 16, 3, padding=1, bias=False)),
+    lambda stage: stage.blocks[0].__setattr__('conv1', nn.Conv2d(10, 16, 1, groups=2, bias=False)),
     lambda stage: timm.utils.reparameterize_model(stage, inplace=True),
     lambda stage: stage.blocks[0].norm1.__setattr__('momentum', None),
     lambda stage: stage.bfloat16(),

@@ -7,8 +7,10 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.task import ClassificationTask
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from timm_tmblock import TemplateMatchingTask
+from timm_tmblock.layers import TemplateMatching
 
 
 def cross_entropy(scores, target) -> float:
@@ -113,6 +115,14 @@ def test_mixup_targets_train():
 def test_models_without_a_patch_loss_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         TemplateMatchingTask(model(), verbose=False)
+
+
+def test_block_that_is_wrapped_is_trained():
+    model = timm.create_model('rn26_tm')
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, TemplateMatching))
+    assert not isinstance(model.tm, TemplateMatching)
+    TemplateMatchingTask(model, verbose=False)(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))['loss'].backward()
+    assert model.tm.match.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('weight', [-0.1, 1.1, math.nan])

@@ -4,18 +4,22 @@ The quantities of sections 3.2 and 4.1 of
 `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
 """
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
 from .mode import evaluating
 from .models._base import TemplateMatchingNet
 from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
-def match_threshold(norm: nn.BatchNorm2d) -> torch.Tensor:
+def match_threshold(norm: Any) -> torch.Tensor:
     """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation at which BN-ReLU starts to pass kernel k.
+
+    Args:
+        norm: A batch norm.
 
     Returns:
         Thresholds (K,) in float64 from the running statistics; infinite or NaN where gamma_k is 0.
@@ -89,8 +93,9 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
         layer_eta={name: total / count for name, (total, count) in sums.items()})
 
 
-def _norms_after_3x3(model: nn.Module) -> Iterable[Tuple[str, nn.BatchNorm2d]]:
+def _norms_after_3x3(model: nn.Module) -> Iterable[Tuple[str, Any]]:
     for name, module in model.named_modules():
         attribute = {PreActBottleneck: 'norm3', PreActBasic: 'norm2'}.get(type(module))
-        if attribute is not None and isinstance(getattr(module, attribute), nn.BatchNorm2d):
-            yield f'{name}.{attribute}', getattr(module, attribute)
+        norm = None if attribute is None else getattr(module, attribute)
+        if isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) and type(norm.act) is nn.ReLU:
+            yield f'{name}.{attribute}', norm

@@ -3,7 +3,7 @@
 The patch classifier of section 3.3 on the output of stage 3, used for the loss of equation 3.1 and nothing else, from
 `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992 (section 4.2)
 """
-from typing import Callable, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -52,6 +52,21 @@ class PatchSupervised(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.model.num_classes
+
+    @property
+    def pretrained_cfg(self) -> Optional[Dict[str, Any]]:
+        """The model's, from which timm's data config resolves its preprocessing."""
+        return getattr(self.model, 'pretrained_cfg', None)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing."""
+        self.model.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Get the classifier module."""
+        return self.model.get_classifier()
 
     @torch.jit.ignore
     def set_patch_supervision(self, enable: bool = True) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, Optional, Union
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from .errors import InputError, say_why_not_loaded
 
@@ -205,8 +205,7 @@ def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) 
 
 def _count_classes(path: Union[str, Path], name: str) -> int:
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
-    weights = load_file(path)
-    try:
-        return len(weights[f'{classifier}.weight'])
-    except KeyError as e:
-        raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.') from e
+    with safe_open(path, 'pt') as file:
+        if f'{classifier}.weight' not in file.keys():
+            raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.')
+        return int(file.get_slice(f'{classifier}.weight').get_shape()[0])

@@ -17,8 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import create_transform
-from timm.data.model_config import resolve_input_data_config
+from timm.data import create_transform, resolve_input_data_config
 from timm.utils import unwrap_model
 
 from .checkpoint import load_pretrained
@@ -84,10 +83,11 @@ class Explanation:
         return list(self.template_names).index(name)
 
     def heat_map(self, class_name: Optional[str] = None) -> np.ndarray:
-        """How much each pixel's region speaks for a class, upsampled to the image, (H, W) in [0, 1].
+        """Evidence for a class at each pixel, upsampled from the regions to the image, (H, W) in [0, 1].
 
-        By the method 'match' the probability that it matches the class; by 'cam' its score for the class divided by the
-        largest score of any class and region, 0 where it is negative. Grad-CAM ranks regions alike (it has no bias).
+        By the method 'match' the probability that the region matches the class; by 'cam' its score for the class over
+        the largest of any class and region, 0 where it is negative. Grad-CAM ranks regions in the same order, as it
+        omits the classifier's bias alone.
 
         Args:
             class_name: The predicted class if None.

@@ -26,7 +26,8 @@ def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[
     layers = list(layers)
     if not layers or any(type(layer) is not layer_type for layer in layers):
         return False  # wrapped, to be sharded or checkpointed
-    return all(_is_plain_layer(layer, layers[-1].norm1.eps) for layer in layers)
+    eps = getattr(layers[-1].norm1, 'eps', None)
+    return all(_is_plain_layer(layer, eps) for layer in layers)
 
 
 def _is_plain_call(x: torch.Tensor) -> bool:
@@ -42,12 +43,14 @@ def _is_plain_call(x: torch.Tensor) -> bool:
     return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
 
 
-def _is_plain_layer(layer: Any, eps: float) -> bool:
+def _is_plain_layer(layer: Any, eps: Optional[float]) -> bool:
     """Whether a layer trains by batch statistics, with nothing in it that others have changed or look at."""
     norm, conv = layer.norm1, layer.conv1
     if any(type(m) is not BatchNormAct2d for m in (norm, layer.norm2)) \
             or any(type(m) is not nn.Conv2d or m.bias is not None for m in (conv, layer.conv2)):
         return False  # synchronized, frozen, parametrized, fused, ...
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding not in ((0, 0), 'valid') or conv.groups != 1:
+        return False
     if not norm.training or norm.momentum is None or not norm.track_running_stats or norm.eps != eps \
             or type(norm.act) is not nn.ReLU or type(norm.drop) is not nn.Identity or norm.weight is None \
             or norm.weight.dtype not in (torch.float32, torch.float64):

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-CHUNK = 2 ** 22  # noise values drawn at a time, 16 MB in float32
+CHUNK = 2 ** 22  # noise values drawn at a time, 16 MB in float32; one sample of all activations if that is more
 
 
 class HardMaximizer(nn.Module):

@@ -18,7 +18,8 @@ torch.fx.wrap('_contiguous_for_gradient')  # it asks of tensors what a trace doe
 
 
 def check_patch_size(patch_size: float) -> int:
-    """
+    """The patch size as an int.
+
     Raises:
         ValueError: If it is less than 1 or no whole number.
     """

@@ -32,7 +32,7 @@ class PatchClassifier(nn.Module):
             patch_size: Side of the matched patch, in pixels of the feature map.
 
         Raises:
-            ValueError: If `num_templates` or `patch_size` is less than 1.
+            ValueError: If `num_templates` is less than 1, or `patch_size` is not a whole number of at least 1.
         """
         super().__init__()
         if num_templates < 1:
@@ -83,8 +83,8 @@ class TemplateMatching(PatchClassifier):
             norm_act_layer: Norm + activation layer that turns patch logits into mixing coefficients.
 
         Raises:
-            ValueError: If `num_templates` or `patch_size` is less than 1, or `value_dim` differs from `dim` without
-                `concat`.
+            ValueError: If `num_templates` is less than 1, `patch_size` is not a whole number of at least 1, or
+                `value_dim` differs from `dim` without `concat`.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_templates, patch_size, **dd)

@@ -16,7 +16,9 @@ from timm.models._input import update_model_args
 from timm.models._manipulate import MATCH_PREV_GROUP
 from timm.utils import reparameterize_model
 
-from ..layers import TemplateMatching, check_patch_size
+from ..layers import TemplateMatching
+from ..layers.patch_mean import check_patch_size
+from ..layers.template_matching import FusedTemplateMatching
 from ._labels import CIFAR10_LABELS, CIFAR100_LABELS
 
 _logger = logging.getLogger(__name__)
@@ -29,8 +31,9 @@ class TemplateMatchingNet(nn.Module):
     and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
 
     `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
-    are matched on a map of about 8x8 (16x16 in RN20), and patches half as wide as that map. Parameters are the same for
-    every size, so weights of one size are a start for another.
+    are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger from 256 on (twice as wide in
+    RN20), and patches half as wide as that map. Parameters are the same for every size, so weights of one size are a
+    start for another.
 
     The patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`,
     and by `forward` in training once `set_patch_supervision` switched them on.
@@ -88,8 +91,8 @@ class TemplateMatchingNet(nn.Module):
             patch_size: Side of the patches, half the shorter side of the map if None (section 3.3).
 
         Raises:
-            ValueError: If templates are asked for without template matching, their number cannot be told, or
-                `patch_size` is less than 1 or no whole number.
+            ValueError: If templates are asked for without template matching, their number cannot be determined, or
+                `patch_size` is not a whole number of at least 1.
         """
         self.has_template_matching = template_matching
         self.patch_channels = dim
@@ -158,7 +161,7 @@ class TemplateMatchingNet(nn.Module):
         """
         if enable:
             self._check_template_matching()
-            if not isinstance(self.tm, TemplateMatching):
+            if isinstance(self.tm, FusedTemplateMatching):
                 raise ValueError('A fused model is for inference; train it before fuse().')
         self.patch_supervision = enable
 
@@ -183,7 +186,7 @@ class TemplateMatchingNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Reset the classifier head; the templates stay, and match the classes before until they are trained.
+        """Reset the classifier head. The templates are kept; until retrained they still match the previous classes.
 
         Args:
             num_classes: Number of classes for new classifier.
@@ -199,8 +202,8 @@ class TemplateMatchingNet(nn.Module):
         self.fc.train(self.training)
         if self.has_template_matching and num_classes == self.tm.num_templates:
             _logger.warning(
-                'The %d templates are those of the classes before until they are trained, by TemplateMatchingTask, or '
-                'replaced, by reset_templates().', num_classes)
+                'The model keeps its %d templates of the previous classes; retrain them with TemplateMatchingTask, or '
+                'call reset_templates().', num_classes)
         cfg: Optional[Dict[str, Any]] = getattr(self, 'pretrained_cfg', None)
         if cfg and num_classes:  # as many classes as before, perhaps, but not the same ones
             self.pretrained_cfg = self.default_cfg = dict(cfg, label_names=None, label_descriptions=None)
@@ -213,7 +216,7 @@ class TemplateMatchingNet(nn.Module):
             ValueError: If the model has no template matching block or is fused, or `num_templates` is less than 1.
         """
         self._check_template_matching()
-        if not isinstance(self.tm, TemplateMatching):
+        if isinstance(self.tm, FusedTemplateMatching):
             raise ValueError('A fused model keeps its templates; reset them before fuse().')
         self.tm.reset_templates(num_templates)
         nn.init.kaiming_normal_(self.tm.value.weight, mode='fan_out', nonlinearity='relu')  # as in init_weights
@@ -236,7 +239,7 @@ class TemplateMatchingNet(nn.Module):
         """Fold, in place, each batch norm that directly follows a convolution into it, for inference.
 
         Template matching becomes one convolution of its input. Norms that follow an addition or a concatenation stay.
-        The weights are named otherwise then: save them before.
+        This changes the keys of the state dict; save the weights first.
 
         Returns:
             The model.

@@ -13,7 +13,8 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d, get_norm_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
-from ..layers import can_share_features, forward_shared, fuse_conv_norm
+from ..layers import fuse_conv_norm
+from ..layers.dense_features import can_share_features, forward_shared
 from ._base import (
     TemplateMatchingNet,
     count_extra_halvings,
@@ -108,7 +109,7 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            # the device comes last: a trace, which cannot share, does not know it
+            # the device is checked last: under torch.fx `x` is a Proxy without one
             if self.memory_efficient is not False and can_share_features(self.blocks, x, DenseLayer) \
                     and (self.memory_efficient or x.device.type == 'cpu'):
                 return forward_shared(self.blocks, x)
@@ -197,7 +198,7 @@ class DenseNetSmall(TemplateMatchingNet):
 
         Raises:
             ValueError: If templates or `concat` are asked for without template matching, or the number of templates
-                cannot be told; if there are not four stages.
+                cannot be determined; if there are not four stages.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)

@@ -185,7 +185,7 @@ class PreActStage(nn.Module):
         return self.blocks(x)
 
 
-STRIDES = (1, 2, 2, 1)  # of the first block of each stage, which the taps of features follow
+STRIDES = (1, 2, 2, 1)  # of the first block of each stage, which feature_info relies on
 
 
 class PreActResNet(TemplateMatchingNet):
@@ -245,8 +245,8 @@ class PreActResNet(TemplateMatchingNet):
             drop_path_rate: Stochastic depth rate of the last residual block, from 0 at the first rising linearly.
 
         Raises:
-            ValueError: If templates are asked for without template matching, or their number cannot be told; for an
-                unknown maximizer; if there are not three or four stages, each with its channels.
+            ValueError: If templates are asked for without template matching, or their number cannot be determined;
+                for an unknown maximizer; if there are not three or four stages, each with its channels.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
