@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
 from export.metadata import find_difference
 from timm_tmblock.errors import InputError
@@ -215,8 +215,8 @@ class _Push:
             raise InputError('There is no Hub token here; run "hf auth login" or set HF_TOKEN.')
         user = self._retry(self.api.whoami, 'sign in')
         role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
-        if role == 'read' and not self.options.create_pr:  # of a fine-grained one, the rights are told by what it tries
-            raise InputError('The token may only read; use one with write access, or --create-pr.')
+        if role == 'read':  # of a fine-grained one, the rights are told by what it tries
+            raise InputError('The token may only read; use one with write access.')
         return user['name']
 
     def check_access(self) -> None:
@@ -444,7 +444,8 @@ class _Push:
         status = _status(cause)
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         told = ' '.join(lines) if isinstance(cause, ValueError) else lines[0]  # of a card, what is wrong comes last
-        text = f'HTTP {status}, {lines[-1]}' if status else told
+        reason = getattr(cause, 'server_message', None)  # the text of a 403 goes on after it with advice on tokens
+        text = f'HTTP {status}, {" ".join(reason.split()) if reason else lines[-1]}' if status else told
         return (text.replace(self.token, '***') if self.token else text).rstrip('.')[:200]
 
 
@@ -463,7 +464,11 @@ def _status(error: BaseException) -> Optional[int]:
 def _wait(error: BaseException, attempt: int) -> float:
     """Seconds before the next try: what the server asks for, or twice as long each time."""
     response = getattr(error, 'response', None)
-    asked = '' if response is None else response.headers.get('Retry-After', '')
+    headers = {} if response is None else response.headers
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = headers.get('Retry-After', '')
     return float(asked) if asked.isdigit() else WAITS[min(attempt, len(WAITS) - 1)]
 
 

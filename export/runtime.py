@@ -18,6 +18,7 @@ import codecs
 import colorsys
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -51,6 +52,7 @@ DEVICES = ('auto', 'cpu', 'cuda')
 TENSORRT_MODULES = ('tensorrt', 'tensorrt_rtx')
 BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibility', 'profiles', 'command', 'options',
          'onnx', 'onnx_sha256')
+NO_REASON = 'it gives no reason'
 # float32 of ONNX Runtime on a GPU would be rounded to 10 bits of mantissa before each convolution
 CUDA_OPTIONS = {'use_tf32': '0'}
 
@@ -61,6 +63,10 @@ class RuntimeInputError(ValueError):
 
 class NotInstalledError(RuntimeInputError):
     """A library that would be needed is not there."""
+
+
+class _NoMemoryError(RuntimeInputError):
+    """The GPU has no memory left."""
 
 
 class EngineMismatchError(RuntimeInputError):
@@ -267,14 +273,21 @@ class OnnxSession:
                 with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
                     ort.preload_dlls()
         content = read_file(path)
+        # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
+        start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
+        self.start_on_cpu = functools.partial(start, providers=['CPUExecutionProvider']) if allow_fallback else None
+        self.lock = threading.Lock()
         try:
-            # without fallback, or a failure of the GPU, here or in `run`, goes on with the CPU from then on
-            self.session = ort.InferenceSession(
-                content, options, providers=providers, enable_fallback=int(allow_fallback))
+            try:
+                self.session = start(providers=providers)
+            except Exception as e:
+                if self.start_on_cpu is None or device == 'cpu' or not _is_of_gpu(e):
+                    raise
+                self.session = self._fall_back(e)
         except Exception as e:  # onnxruntime's errors share no public base class
             reason = _tell(e)
             advice = 'export it again'
-            if device == 'cuda' and type(e) is RuntimeError:  # of a provider; those of the file have their own types
+            if device == 'cuda' and _is_of_gpu(e):
                 advice = 'look at the driver, CUDA and cuDNN, or allow the CPU with --allow-fallback'
             if 'NOT_IMPLEMENTED' in reason:
                 advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
@@ -300,11 +313,32 @@ class OnnxSession:
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
+        names = [output['name'] for output in self.metadata['outputs']]
+        inputs = {self.metadata['input']['name']: batch}
+        session = self.session
         try:
-            names = [output['name'] for output in self.metadata['outputs']]
-            return self.session.run(names, {self.metadata['input']['name']: batch})
+            try:
+                return session.run(names, inputs)
+            except Exception as e:
+                if self.start_on_cpu is None or self.provider == 'CPUExecutionProvider' or not _is_of_gpu(e):
+                    raise
+                with self.lock:
+                    if self.session is session:  # no other thread has met it before
+                        self.session = self._fall_back(e)
+            return self.session.run(names, inputs)
         except Exception as e:
             raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
+
+
+    def _fall_back(self, error: Exception) -> Any:
+        warnings.warn(f'ONNX Runtime goes on with the CPU: {_tell(error)}.', stacklevel=3)
+        assert self.start_on_cpu is not None
+        return self.start_on_cpu()
+
+
+def _is_of_gpu(error: Exception) -> bool:
+    """Whether an error of ONNX Runtime is of a provider; those of the file and its input have types of their own."""
+    return type(error) is RuntimeError or type(error).__name__ == 'EPFail'
 
 
 class TensorRTSession:
@@ -322,24 +356,26 @@ class TensorRTSession:
         plan = read_file(path)
         check_engine(path, self.metadata, plan)
         trt = import_tensorrt(self.metadata['engine']['backend'])
-        self.cudart = _import_library('cuda.bindings.runtime')
+        self.cudart = import_library('cuda.bindings.runtime')
         if self.cudart is None:
             raise RuntimeInputError('Engines need cuda-bindings; pip install cuda-bindings.')
         self.provider = f'{trt.__name__} {trt.__version__}'
         self.trt = trt
-        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.logger = get_logger(trt)
         self.runtime = trt.Runtime(self.logger)
         if self.metadata['engine']['version_compatible']:
             self.runtime.engine_host_code_allowed = True
-        with _on_first_gpu(self.cudart):
+        with on_first_gpu(self.cudart):
             self.engine = self.runtime.deserialize_cuda_engine(plan)
-            if self.engine is None and trt.__name__ == 'tensorrt_rtx':  # another build would be the same
-                raise RuntimeInputError(
-                    f'TensorRT-RTX cannot load {path} on this GPU, see its message above; build an engine with '
-                    f'--backend tensorrt.')
             if self.engine is None:
-                raise EngineMismatchError(
-                    f'{trt.__name__} cannot load {path}, see its message above; {_rebuild(self.metadata, path)}.')
+                reason = f'{trt.__name__} cannot load {path}: {self.logger.last}'
+                if trt.__name__ == 'tensorrt_rtx':  # another build would be the same
+                    raise RuntimeInputError(f'{reason}; build an engine with --backend tensorrt.')
+                engine, gpu = self.metadata['engine'], query_gpu()
+                if engine['version'] == trt.__version__ and gpu and engine['gpu']['name'] == gpu['name']:
+                    raise RuntimeInputError(
+                        f'{reason}; look at what else uses the GPU, or {_rebuild(self.metadata, path)}.')
+                raise EngineMismatchError(f'{reason}; {_rebuild(self.metadata, path)}.')
             # not the default kind: what others do on the legacy stream would break a capture
             self.stream = _check_cuda(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
         self.cuda_graphs = cuda_graphs
@@ -356,29 +392,41 @@ class TensorRTSession:
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata."""
-        with self.lock, _on_first_gpu(self.cudart):
+        with self.lock, on_first_gpu(self.cudart):
             if not self._finalizer.alive:
                 raise RuntimeInputError(f'{self.path} was closed; load it again.')
-            binding = self.bindings.pop(batch.shape, None) or _Binding(self, batch.shape)
+            self.logger.last = NO_REASON
+            binding = self.bindings.pop(batch.shape, None) or self._bind(batch.shape)
             self.bindings[batch.shape] = binding  # the last is the newest
             while len(self.bindings) > self.max_shapes:
                 self.bindings.popitem(last=False)[1].memory.free()
             return binding.run(self, batch)
+
+    def _bind(self, shape: Tuple[int, ...]) -> '_Binding':
+        """A new one, for which those used longest ago go where memory is short."""
+        while True:
+            try:
+                return _Binding(self, shape)
+            except _NoMemoryError:
+                if not self.bindings:
+                    raise
+                self.bindings.popitem(last=False)[1].memory.free()
 
 
 def _check_cuda(result: Tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
         name = str(getattr(error, 'name', error))
+        if name == 'cudaErrorMemoryAllocation':
+            raise _NoMemoryError(f'CUDA failed with {name}; see what else uses the GPU.')
         advice = dict(
-            cudaErrorMemoryAllocation='; see what else uses the GPU',
             cudaErrorInsufficientDriver='; update the driver, or install cuda-bindings of the CUDA version it has')
         raise RuntimeInputError(f'CUDA failed with {name}{advice.get(name, "")}.')
     return values[0] if values else None
 
 
 @contextlib.contextmanager
-def _on_first_gpu(cudart: Any) -> Iterator[None]:
+def on_first_gpu(cudart: Any) -> Iterator[None]:
     """Run on GPU 0, whatever device the thread has chosen, and give that back afterwards."""
     chosen = _check_cuda(cudart.cudaGetDevice())
     _check_cuda(cudart.cudaSetDevice(0))
@@ -443,7 +491,7 @@ class _Binding:
         else:
             self.context = engine.create_execution_context()
         if self.context is None:
-            raise RuntimeInputError('TensorRT has no memory left on the GPU for another batch size; use fewer.')
+            raise _NoMemoryError(f'TensorRT has no memory left on the GPU for inputs of {shape}; use smaller batches.')
         self.memory = _Memory(session.cudart)
         self.arrays: List[np.ndarray] = []  # pinned
         self.warm = False
@@ -459,7 +507,7 @@ class _Binding:
             and self.context.set_input_shape(session.metadata['input']['name'], shape)  # which others follow from
             and all(map(self._bind_tensor, (session.metadata['input'], *session.metadata['outputs']))))
         if not accepted:
-            raise RuntimeInputError(f'TensorRT does not take inputs of {shape}, see its message above.')
+            raise RuntimeInputError(f'TensorRT does not take inputs of {shape}: {session.logger.last}.')
 
     def _bind_tensor(self, described: Dict[str, Any]) -> bool:
         shape, dtype = tuple(self.context.get_tensor_shape(described['name'])), np.dtype(described['dtype'])
@@ -505,7 +553,7 @@ class _Binding:
         size = self.arrays[0].nbytes
         _check_cuda(copy(memory.device[0], memory.host[0], size, kinds.cudaMemcpyHostToDevice, session.stream))
         if not self.context.execute_async_v3(int(session.stream)):
-            raise RuntimeInputError('TensorRT refused to run the engine, see its message above.')
+            raise RuntimeInputError(f'TensorRT refused to run the engine: {session.logger.last}.')
         for host, device, array in zip(memory.host[1:], memory.device[1:], self.arrays[1:]):
             _check_cuda(copy(host, device, array.nbytes, kinds.cudaMemcpyDeviceToHost, session.stream))
 
@@ -557,7 +605,7 @@ def import_tensorrt(backend: str = 'auto') -> Any:
         RuntimeInputError: If it is broken, or older than 10.
     """
     for name in TENSORRT_MODULES if backend == 'auto' else (backend,):
-        trt = _import_library(name)
+        trt = import_library(name)
         if trt is None:
             continue
         major = int(trt.__version__.split('.')[0])
@@ -569,6 +617,37 @@ def import_tensorrt(backend: str = 'auto') -> Any:
     wanted = 'TensorRT' if backend == 'auto' else backend
     package = dict(tensorrt='tensorrt-cu13', tensorrt_rtx='tensorrt-rtx').get(backend, 'tensorrt-cu13, or tensorrt-rtx')
     raise NotInstalledError(f'{wanted} is not installed; pip install {package}.')
+
+
+def get_logger(trt: Any) -> Any:
+    """The logger of all builders and runtimes: TensorRT keeps the first, ignores others, and would use a freed one.
+
+    Its `last` is the last error, which TensorRT tells nobody else, as a part of a sentence.
+    """
+    logger = _create_logger(trt)
+    logger.last = NO_REASON
+    return logger
+
+
+@functools.cache
+def _create_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ''
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and 'cudaError' not in message:
+                self.last = shorten_message(message)
+
+    return Logger()
+
+
+def shorten_message(message: str) -> str:
+    """The line of a message of TensorRT that says something, without its place in the source."""
+    lines = [line for line in message.strip().splitlines() if 'checkMacros' not in line]
+    line = re.sub(r'\s*In \S+ at \S+|Error Code \d+: |\[\S+::?\S*( \w+)?\]\s*', '', lines[-1] if lines else message)
+    return line.strip().rstrip('.').replace('( ', '(')[:300]
 
 
 def import_onnxruntime() -> Any:
@@ -589,13 +668,13 @@ def import_onnxruntime() -> Any:
         raise RuntimeInputError(
             'Both onnxruntime and onnxruntime-gpu are installed and overwrite each other; run "pip uninstall -y '
             'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu" (or onnxruntime).')
-    ort = _import_library('onnxruntime')
+    ort = import_library('onnxruntime')
     if ort is None:
         raise NotInstalledError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.')
     return ort
 
 
-def _import_library(name: str) -> Any:
+def import_library(name: str) -> Any:
     """The module, None if it is not installed; installed but broken is something else."""
     try:
         return importlib.import_module(name)
@@ -1228,7 +1307,7 @@ def run(args: argparse.Namespace) -> None:
         raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # ONNX Runtime prints why it falls back
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is not a result
         _run(args, paths, out)
 
 

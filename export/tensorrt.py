@@ -27,7 +27,19 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from export.metadata import read_metadata, replace_with_sidecar
-from export.runtime import ENGINE_SUFFIXES, import_tensorrt, parse_version, query_gpu, read_file, tell_platform
+from export.runtime import (
+    ENGINE_SUFFIXES,
+    RuntimeInputError,
+    get_logger,
+    import_library,
+    import_tensorrt,
+    on_first_gpu,
+    parse_version,
+    query_gpu,
+    read_file,
+    shorten_message,
+    tell_platform,
+)
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -123,7 +135,12 @@ def build_engine(
     if options.size:
         check_size(options.size, metadata['preprocessing']['input_size'])
     start = time.perf_counter()
-    plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
+    with contextlib.ExitStack() as stack:
+        if trt.__name__ == 'tensorrt':
+            with contextlib.suppress(RuntimeInputError):  # without cuda-bindings it is the one the thread has chosen
+                if cudart := import_library('cuda.bindings.runtime'):
+                    stack.enter_context(on_first_gpu(cudart))  # which the sidecar and the timing cache are of
+        plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
     # an engine may move to another system; `..` is of the folder that a link leads to; a file that is a link, as in the
     # Hub's cache, keeps its name
     relative = Path(os.path.relpath(onnx_path.parent.resolve() / onnx_path.name, path.parent.resolve())).as_posix()
@@ -277,7 +294,7 @@ def _build(
         gpu: Optional[Dict[str, Any]],
         describe_layers: bool,
 ) -> Tuple[bytes, List[List[List[int]]], str]:
-    logger = _create_logger(trt)
+    logger = get_logger(trt)
     builder = trt.Builder(logger)
     # its value differs between 10 and 11, where typing is strong anyway
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -288,7 +305,8 @@ def _build(
         error = parser.get_error(0)
         raise ParseError(
             f'{trt.__name__} {trt.__version__} does not take node {error.node_name()!r}, operator '
-            f'{error.node_operator()}: {_shorten(error.desc())}; export the file again, or leave that operator out.')
+            f'{error.node_operator()}: {shorten_message(error.desc())}; export the file again, or leave that operator '
+            f'out.')
 
     config = builder.create_builder_config()
     if not options.tf32:
@@ -394,21 +412,6 @@ def _write_timing_cache(path: Path, data: bytes) -> None:
         os.replace(tmp, path)
 
 
-def _create_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps the last error, which TensorRT tells nobody but its logger."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = 'it gives no reason'
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and 'cudaError' not in message:
-                self.last = _shorten(message)
-
-    return Logger()
-
-
 def _create_monitor(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):
         """A progress bar of the outermost phase, on a terminal; ends the build after an interrupt."""
@@ -451,13 +454,6 @@ def _noting_interrupts(monitor: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if monitor.interrupted:
         raise KeyboardInterrupt
-
-
-def _shorten(message: str) -> str:
-    """The line of a message of TensorRT that says something, without its place in the source."""
-    lines = [line for line in message.strip().splitlines() if 'checkMacros' not in line]
-    line = re.sub(r'\s*In \S+ at \S+|Error Code \d+: |\[\S+::?\S*( \w+)?\]\s*', '', lines[-1] if lines else message)
-    return line.strip().rstrip('.').replace('( ', '(')[:300]
 
 
 def parse_ranges(values: Sequence[Sequence[int]]) -> Tuple[Range, ...]:

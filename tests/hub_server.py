@@ -16,8 +16,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_xet import XetStore
 
-WRITE, READ = 'hf_write_token', 'hf_read_token'
-USERS = {WRITE: ('me', 'write'), READ: ('me', 'read')}
+WRITE, READ, GUEST = 'hf_write_token', 'hf_read_token', 'hf_guest_token'
+USERS = {WRITE: ('me', 'write'), READ: ('me', 'read'), GUEST: ('you', 'write')}
 
 
 @dataclass
@@ -264,8 +264,8 @@ class HubHandler(_Handler):
             self.refuse(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return repository, commit
 
-    def may_write(self, query):
-        if self.user and (self.user[1] == 'write' or query.get('create_pr')):
+    def may_write(self, query, name):
+        if self.user and self.user[1] == 'write' and (name.startswith(f'{self.user[0]}/') or query.get('create_pr')):
             return True
         self.refuse(403, 'Forbidden: you need write access')
         return False
@@ -279,7 +279,7 @@ class HubHandler(_Handler):
 
     def preupload(self, query, name, revision):
         repository, commit = self.find_commit(name, revision)
-        if commit is None or not self.may_write(query):
+        if commit is None or not self.may_write(query, name):
             return
         files = []
         for f in json.loads(self.body)['files']:
@@ -312,7 +312,7 @@ class HubHandler(_Handler):
 
     def commit(self, query, name, revision):
         repository, head = self.find_commit(name, revision)
-        if head is None or not self.may_write(query):
+        if head is None or not self.may_write(query, name):
             return
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         header = next(x['value'] for x in lines if x['key'] == 'header')
@@ -353,7 +353,7 @@ class HubHandler(_Handler):
 
     def branch(self, query, name, branch):
         repository, head = self.find_commit(name, 'main')
-        if head is None or not self.may_write(query):
+        if head is None or not self.may_write(query, name):
             return
         if branch in repository.branches:
             return self.refuse(409, 'Reference already exists')
@@ -362,7 +362,7 @@ class HubHandler(_Handler):
 
     def tag(self, query, name, revision):
         repository, commit = self.find_commit(name, revision)
-        if commit is None or not self.may_write(query):
+        if commit is None or not self.may_write(query, name):
             return
         tag = json.loads(self.body)['tag']
         if tag in repository.tags:
@@ -388,7 +388,7 @@ class HubHandler(_Handler):
                     ('converts', 'convert', {}))})
 
     def xet_token(self, query, name, kind, revision):
-        if self.find(name) is None or (kind == 'write' and not self.may_write(query)):
+        if self.find(name) is None or (kind == 'write' and not self.may_write(query, name)):
             return
         if not self.hub.xet:
             return self.refuse(404, 'no Xet here')

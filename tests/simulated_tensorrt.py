@@ -8,6 +8,7 @@ import ctypes
 import json
 import threading
 import types
+import weakref
 from enum import IntEnum
 from pathlib import Path
 
@@ -53,11 +54,12 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
     def guard(target, kind):
         return Guarded(target, kind, version)
 
-    class Logger:
-        ERROR, INTERNAL_ERROR = 1, 2
+    def take(logger):
+        """TensorRT keeps the first logger as long as anything of it lives, and ignores others."""
+        log.setdefault('logger', logger)
 
-        def __init__(self, *args):
-            pass
+    def complain(message):
+        log['logger'].log(1, message)
 
     class Config:
         cache = None
@@ -110,6 +112,7 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
         num_errors = 0
 
         def __init__(self, network, logger):
+            take(logger)
             self.network = object.__getattribute__(network, '_guard')[0]
 
         def parse(self, model):
@@ -118,7 +121,7 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
     class Builder:
         def __init__(self, logger):
-            pass
+            take(logger)
 
         def create_network(self, flags):
             log['network_flags'] = flags
@@ -137,6 +140,10 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             monitor.phase_finish('building')
             if not going_on:
                 return None
+            if log.get('refuses_build'):
+                complain('Error Code 10: Could not find any implementation for node stem.conv.')
+                return None
+            log['built_on'] = Cuda.cudaGetDevice()[1]
             model = object.__getattribute__(network, '_guard')[0].model
             return json.dumps(log['profiles']).encode() + b'\n' + model
 
@@ -150,32 +157,40 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             return True
 
         def set_input_shape(self, name, shape):
+            if log.get('refuses_shape'):
+                complain('IExecutionContext::setInputShape: Error Code 3: API Usage Error (dimension 0)')
+                return False
             self.shape = shape
-            return not log.get('refuses_shape')
+            self.shapes = {o.name: y.shape for o, y in self.evaluate(np.zeros(shape))}
+            return True
 
         def set_tensor_address(self, name, address):
+            assert address in Cuda.device, 'TensorRT reads and writes memory of the GPU'
             self.addresses[name] = address
             return True
 
         def get_tensor_shape(self, name):
-            session = self.engine.session
-            if name == session.get_inputs()[0].name:
-                return self.shape
-            output = next(o for o in session.get_outputs() if o.name == name)
-            return (self.shape[0], *output.shape[1:])
+            return self.shape if name == self.engine.session.get_inputs()[0].name else self.shapes[name]
 
         def execute_async_v3(self, stream):
+            session = self.engine.session
+            if {t.name for t in (*session.get_inputs(), *session.get_outputs())} != set(self.addresses):
+                return False
             if Cuda.captured is not None and log.get('refuses_capture'):
                 return False
-            Cuda.enqueue(self.execute)
+            Cuda.enqueue(self.execute, stream)
             return True
 
-        def execute(self):
+        def evaluate(self, x):
             session = self.engine.session
             tensor = session.get_inputs()[0]
-            dtype = np.uint8 if 'uint8' in tensor.type else np.float32
-            x = view(self.addresses[tensor.name], self.shape, dtype)
-            for output, value in zip(session.get_outputs(), session.run(None, {tensor.name: x})):
+            x = x.astype(np.uint8 if 'uint8' in tensor.type else np.float32, copy=False)
+            return zip(session.get_outputs(), session.run(None, {tensor.name: x}))
+
+        def execute(self):
+            tensor = self.engine.session.get_inputs()[0]
+            x = view(self.addresses[tensor.name], self.shape, np.uint8 if 'uint8' in tensor.type else np.float32)
+            for output, value in self.evaluate(x):
                 view(self.addresses[output.name], value.shape, value.dtype)[...] = value
 
     class Engine:
@@ -190,10 +205,13 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             return guard(log['runtime_config'], 'IRuntimeConfig')
 
         def create_execution_context(self, settings=None):
-            if log.get('no_memory'):
+            living = log.setdefault('living_contexts', weakref.WeakSet())
+            if len(living) >= log.get('room_for_contexts', 100):
                 return None
             log['contexts'] = log.get('contexts', 0) + 1
-            return guard(Context(self), 'IExecutionContext')
+            context = Context(self)
+            living.add(context)
+            return guard(context, 'IExecutionContext')
 
         def get_tensor_profile_shape(self, name, index):
             return [tuple(shape) for shape in self.profiles[index]]
@@ -204,13 +222,16 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
     class Runtime:
         def __init__(self, logger):
-            pass
+            take(logger)
 
         def deserialize_cuda_engine(self, data):
+            if log.get('refuses_engine'):
+                complain('[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)')
+                return None
             return guard(Engine(data), 'ICudaEngine')
 
     members = dict(
-        Logger=guard(Logger, 'Logger'), IProgressMonitor=type('IProgressMonitor', (), {}),
+        IProgressMonitor=type('IProgressMonitor', (), {}),
         ILogger=type('ILogger', (), dict(ERROR=1, INTERNAL_ERROR=2)),
         Builder=lambda logger: guard(Builder(logger), 'Builder'),
         Runtime=lambda logger: guard(Runtime(logger), 'Runtime'),
@@ -243,38 +264,56 @@ def view(address, shape, dtype):
 
 
 class Cuda:
-    """The module cuda.bindings.runtime: one stream, whose work is done at once unless it is captured."""
+    """The module cuda.bindings.runtime: one stream, whose work is done when somebody waits for it."""
     cudaHostAllocDefault = 0
     cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    buffers = {}
+    host = {}  # pinned
+    device = {}
+    pending = []
     captured = None
     launches = 0
+    STREAM = 7
 
     @classmethod
-    def enqueue(cls, work):
-        if cls.captured is None:
-            work()
-        else:
-            cls.captured.append(work)
+    def reset(cls):
+        cls.launches = 0
+        for found in (cls.host, cls.device, cls.pending):
+            found.clear()
 
     @classmethod
-    def cudaMalloc(cls, size):
+    def count_buffers(cls):
+        return len(cls.host) + len(cls.device)
+
+    @classmethod
+    def enqueue(cls, work, stream):
+        assert stream == cls.STREAM
+        (cls.pending if cls.captured is None else cls.captured).append(work)
+
+    @classmethod
+    def allocate(cls, memory, size):
         cls.used.append(cls.cudaGetDevice()[1])
         buffer = ctypes.create_string_buffer(size)
-        cls.buffers[ctypes.addressof(buffer)] = buffer
+        memory[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
 
     @classmethod
+    def cudaMalloc(cls, size):
+        return cls.allocate(cls.device, size)
+
+    @classmethod
     def cudaHostAlloc(cls, size, flags):
-        return cls.cudaMalloc(size)
+        return cls.allocate(cls.host, size)
 
     @classmethod
     def cudaFree(cls, address):
-        del cls.buffers[address]
+        del cls.device[address]
         return (0,)
 
-    cudaFreeHost = cudaFree
+    @classmethod
+    def cudaFreeHost(cls, address):
+        del cls.host[address]
+        return (0,)
 
     cudaStreamNonBlocking = 1
     chosen = threading.local()  # each thread has a GPU of its own choice
@@ -289,9 +328,9 @@ class Cuda:
         cls.chosen.index = index
         return (0,)
 
-    @staticmethod
-    def cudaStreamCreateWithFlags(flags):
-        return 0, 7
+    @classmethod
+    def cudaStreamCreateWithFlags(cls, flags):
+        return 0, cls.STREAM
 
     @staticmethod
     def cudaStreamDestroy(stream):
@@ -299,7 +338,10 @@ class Cuda:
 
     @classmethod
     def cudaMemcpyAsync(cls, target, source, size, kind, stream):
-        cls.enqueue(lambda: ctypes.memmove(target, source, size))
+        to_device = kind == cls.cudaMemcpyKind.cudaMemcpyHostToDevice
+        assert (target in cls.device, source in cls.host) == (to_device, to_device)
+        assert (target in cls.host, source in cls.device) == (not to_device, not to_device)
+        cls.enqueue(lambda: ctypes.memmove(target, source, size), stream)
         return (0,)
 
     @classmethod
@@ -326,9 +368,12 @@ class Cuda:
     def cudaGraphLaunch(cls, graph, stream):
         cls.launches += 1
         for work in graph:
-            work()
+            cls.enqueue(work, stream)
         return (0,)
 
-    @staticmethod
-    def cudaStreamSynchronize(stream):
+    @classmethod
+    def cudaStreamSynchronize(cls, stream):
+        assert stream == cls.STREAM and cls.captured is None
+        while cls.pending:
+            cls.pending.pop(0)()
         return (0,)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
-from hub_server import READ, WRITE, Fault, Hub
+from hub_server import GUEST, READ, WRITE, Fault, Hub
 from hub_xet import XetStore
 from safetensors.torch import load, load_file
 
@@ -86,7 +86,7 @@ def hub(server):
     hub.driver = driver
     yield hub
     assert hub.leaks == []
-    assert not any(secret in driver.log.read_text() for secret in (WRITE, READ, 'hf_wrong'))
+    assert not any(secret in driver.log.read_text() for secret in (WRITE, READ, GUEST, 'hf_wrong'))
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def run(hub, folder, token=WRITE, **options):
     hub.driver.ask(folder, token, options)
     answer = json.loads(hub.driver.process.stdout.readline())
     text = '\n'.join([*answer['said'], answer['text']])
-    assert not any(secret in text for secret in (WRITE, READ, 'hf_wrong')) and '\n' not in answer['text']
+    assert not any(secret in text for secret in (WRITE, READ, GUEST, 'hf_wrong')) and '\n' not in answer['text']
     return answer['kind'], answer['text']
 
 
@@ -190,7 +190,7 @@ def test_branch_and_pull_request(hub, folder):
     hub.create('me/net')
     assert run(hub, folder, revision='next')[0] == ''
     assert is_complete(hub, folder, 'next') and hub.repositories['me/net'].find('main')['files'] == {}
-    kind, text = run(hub, folder, token=READ, create_pr=True)
+    kind, text = run(hub, folder, token=GUEST, create_pr=True)
     assert kind == '' and '/discussions/1' in text and is_complete(hub, folder, 'refs/pr/1')
     assert hub.repositories['me/net'].find('main')['files'] == {}
 
@@ -198,25 +198,27 @@ def test_branch_and_pull_request(hub, folder):
 def test_a_pull_request_is_opened_once(hub, folder):
     hub.create('me/net')
     hub.faults.append(Fault('POST', COMMIT, after=True, cut=True))  # opened, but the answer was lost
-    addresses = [run(hub, folder, token=READ, create_pr=True) for _ in range(2)]
+    addresses = [run(hub, folder, token=GUEST, create_pr=True) for _ in range(2)]
     assert addresses[0] == addresses[1] == ('', f'{hub.endpoint}/me/net/discussions/1')
     assert hub.repositories['me/net'].pull_requests == 1 and count(hub) == 1
     (folder / 'config.json').write_text('{}')
-    assert run(hub, folder, token=READ, create_pr=True)[1].endswith('/discussions/2')
+    assert run(hub, folder, token=GUEST, create_pr=True)[1].endswith('/discussions/2')
     assert run(hub, folder)[0] == '' and run(hub, folder, create_pr=True) == ('', f'{hub.endpoint}/me/net')
     assert hub.repositories['me/net'].pull_requests == 2
 
 
 @pytest.mark.parametrize('token, options, message', [
-    (READ, dict(create_pr=True, revision='next'), '--revision names a branch to push to, and a pull request has its'),
+    (GUEST, dict(create_pr=True, revision='next'), '--revision names a branch to push to, and a pull request has its'),
     (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
     ('hf_wrong', {}, 'The Hub does not accept the token'),
-    (READ, {}, 'The token may only read; use one with write access, or --create-pr'),
+    (READ, {}, 'The token may only read; use one with write access'),
+    (READ, dict(create_pr=True), 'The token may only read; use one with write access'),
     (WRITE, dict(deadline=0.), '--deadline must be above 0 seconds, not 0'),
     (WRITE, dict(message=' '), '--message is empty'),
     (WRITE, dict(repo='no'), "'no' is not a repository name: its owner comes first, USER/no"),
     (WRITE, dict(repo='a b/c'), "'a b/c' is not a repository name"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
+    (GUEST, dict(repo='other/net'), 'The Hub does not let this token'),
     (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),
 ])
 def test_what_the_user_can_mend_is_one_sentence_and_uploads_nothing(hub, folder, token, options, message):
@@ -238,10 +240,13 @@ def test_private_push_never_goes_to_a_public_repository(hub, folder):
     assert not hub.has_been_sent() and count(hub) == 0
 
 
+@pytest.mark.parametrize('in_header', [False, True])
 @pytest.mark.parametrize('path', ['/preupload/', '/commit/main'])
-def test_reason_of_a_refusal_is_told(hub, folder, path):
+def test_reason_of_a_refusal_is_told(hub, folder, path, in_header):
     hub.create('me/net')
-    hub.faults.append(Fault('POST', path, status=403, body=b'{"error": "Storage limit reached"}'))
+    told = dict(headers={'X-Error-Message': 'Storage limit reached'}) if in_header else dict(
+        body=b'{"error": "Storage limit reached"}')
+    hub.faults.append(Fault('POST', path, status=403, **told))
     kind, text = run(hub, folder)
     assert kind == 'InputError' and count(hub) == 0
     assert 'The Hub does not let this token commit (HTTP 403, Storage limit reached); if it lacks write access' in text
@@ -265,8 +270,8 @@ except InputError as e:
     (dict(repo='me/net', tag='v1'), {}, 'The tag v1 is there already, on another commit; choose another'),
     (dict(repo='me/net', private=True), {}, 'me/net is there and public'),
     (dict(repo='me/net'), dict(HF_TOKEN=READ), 'The token may only read'),
-    (dict(repo='me/net', create_pr=True), dict(HF_TOKEN=READ), ''),
-    (dict(repo='me/new', create_pr=True), dict(HF_TOKEN=READ), 'There is no repository me/new to open'),
+    (dict(repo='me/net', create_pr=True), dict(HF_TOKEN=GUEST), ''),
+    (dict(repo='me/new', create_pr=True), dict(HF_TOKEN=GUEST), 'There is no repository me/new to open'),
     (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE keeps the Hub from being asked; unset it'),
     (dict(repo='me/net'), dict(HF_ENDPOINT='{}/elsewhere'), 'There is no Hub at .*/elsewhere to sign in to'),
 ])
@@ -320,6 +325,7 @@ BUSY = b'{"error": "Cannot create repo: another conflicting operation is in prog
     [Fault('POST', COMMIT, cut=True, after=True)],
     [Fault('POST', COMMIT, cut=True)],
     [Fault('POST', COMMIT, status=429, headers={'Retry-After': '0'})],
+    [Fault('POST', COMMIT, status=429, headers={'RateLimit': '"api";r=0;t=0', 'Retry-After': '9999'})],
     [Fault('POST', COMMIT, status=412, body=b'{"error": "A commit has happened since"}')],
     [Fault('POST', YAML, status=503, body=b'<html>busy</html>')],
     [Fault('POST', '/preupload/', status=502)],
@@ -547,7 +553,7 @@ def test_content_of_a_pull_request_is_verified(hub, folder):
     hub.create('me/net')
     tree = [{'type': 'file', 'path': 'README.md', 'oid': '0' * 40, 'size': 3}]
     hub.faults.append(Fault('GET', '/tree/refs%2Fpr%2F1', status=200, body=json.dumps(tree).encode(), times=9))
-    kind, text = run(hub, folder, token=READ, create_pr=True)
+    kind, text = run(hub, folder, token=GUEST, create_pr=True)
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 

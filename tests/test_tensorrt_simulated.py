@@ -2,6 +2,7 @@
 import fnmatch
 import gc
 import json
+import re
 import shutil
 import sys
 import threading
@@ -49,8 +50,7 @@ def simulated(request, monkeypatch, tmp_path):
         monkeypatch.setattr(place, 'query_gpu', lambda: dict(GPU))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     gc.collect()  # sessions of tests before
-    simulated_tensorrt.Cuda.launches = 0
-    simulated_tensorrt.Cuda.buffers.clear()
+    simulated_tensorrt.Cuda.reset()
     return dict(log=log, module=module, version=request.param, backend=name)
 
 
@@ -127,11 +127,12 @@ def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulate
     for thread in threads:
         thread.join()
     assert not wrong and len(session.bindings) == 2
-    buffers = simulated_tensorrt.Cuda.buffers
-    kept = {a for b in session.bindings.values() for a in (*b.memory.host, *b.memory.device)}
-    assert kept == set(buffers) and len(kept) == 2 * 2 * 3  # shapes, pinned and on the GPU, an input and two outputs
+    cuda = simulated_tensorrt.Cuda
+    for memory in ('host', 'device'):
+        kept = {a for b in session.bindings.values() for a in getattr(b.memory, memory)}
+        assert kept == set(getattr(cuda, memory)) and len(kept) == 2 * 3  # shapes, an input and two outputs
     session.close()
-    assert not buffers
+    assert not cuda.count_buffers()
 
 
 @pytest.mark.parametrize('fails', ['enqueue', 'instantiate'])
@@ -154,11 +155,61 @@ def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, file
     with pytest.raises(runtime.RuntimeInputError, match='The engine takes float32, not float64'):
         session.run(x.astype(np.float64))
     simulated['log']['refuses_shape'] = True
-    with pytest.raises(runtime.RuntimeInputError, match=r'TensorRT does not take inputs of \(4, 3, 32, 32\)'):
+    with pytest.raises(runtime.RuntimeInputError, match=r'not take inputs of \(4, 3, 32, 32\): .*API Usage Error'):
         session.run(np.zeros((4, 3, 32, 32), dtype=np.float32))
-    simulated['log']['no_memory'] = True
-    with pytest.raises(runtime.RuntimeInputError, match='no memory left on the GPU'):
-        session.run(x[:2])
+
+
+@each_package
+def test_simulated_memory_that_is_short_goes_to_the_batch_that_runs(simulated, files, tmp_path):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    session = runtime.TensorRTSession(tmp_path / 'x.engine')
+    expected = runtime.load(files / 'patches.onnx', 'cpu').session
+    simulated['log']['room_for_contexts'] = 2
+    for n in (1, 2, 3, 4, 1, 1):
+        x = np.random.default_rng(n).normal(size=(n, 3, 32, 32)).astype(np.float32)
+        np.testing.assert_allclose(session.run(x)[0], expected.run(x)[0], atol=1e-5)
+        assert len(session.bindings) <= 2
+    simulated['log']['room_for_contexts'] = 0
+    with pytest.raises(runtime.RuntimeInputError, match=r'no memory left .*for inputs of \(5, .*smaller batches'):
+        session.run(np.zeros((5, 3, 32, 32), dtype=np.float32))
+    assert not simulated_tensorrt.Cuda.count_buffers()
+
+
+@one_version
+def test_simulated_engine_that_does_not_load_is_not_built_again_and_says_why(simulated, files, tmp_path, monkeypatch):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    monkeypatch.setattr(export.tensorrt, 'build_engine', None)
+    simulated['log']['refuses_engine'] = True
+    with pytest.raises(runtime.RuntimeInputError, match=r'cannot load .*: Cuda Runtime \(out of memory\); look at'):
+        runtime.load(tmp_path / 'x.engine', rebuild=True)
+
+
+def test_simulated_build_beside_a_session_says_its_own_reason(simulated, files, tmp_path):
+    """TensorRT goes on with the logger of the session."""
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    session = runtime.load(tmp_path / 'x.engine').session
+    simulated['log']['refuses_build'] = True
+    with pytest.raises(InputError, match='cannot build the engine: Could not find any implementation for node stem'):
+        build_engine(files / 'patches.onnx', tmp_path / 'y.engine', EngineOptions())
+    assert session.logger.last.startswith('Could not find')
+
+
+@one_version
+def test_simulated_engine_is_built_on_the_gpu_its_sidecar_names(simulated, files, tmp_path):
+    simulated_tensorrt.Cuda.cudaSetDevice(1)
+    try:
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+        assert simulated['log']['built_on'] == 0 and simulated_tensorrt.Cuda.cudaGetDevice()[1] == 1
+    finally:
+        simulated_tensorrt.Cuda.cudaSetDevice(0)
+
+
+def test_names_of_the_cuda_runtime_are_there():
+    cuda = pytest.importorskip('cuda.bindings.runtime')
+    names = set(re.findall(r'(?:cudart|kinds)\.(cuda\w+)', (ROOT / 'export' / 'runtime.py').read_text()))
+    assert len(names) > 15
+    kinds = (cuda, cuda.cudaMemcpyKind, cuda.cudaStreamCaptureMode)
+    assert not [name for name in names if not any(hasattr(kind, name) for kind in kinds)]
 
 
 @one_version
@@ -210,7 +261,7 @@ def test_simulated_close_waits_for_the_batch_that_runs(simulated, files, tmp_pat
     def synchronize(stream):
         running.set()
         go_on.wait(30)
-        alive.append(len(cuda.buffers))
+        alive.append(cuda.count_buffers())
         return (0,)
 
     monkeypatch.setattr(cuda, 'cudaStreamSynchronize', synchronize)
@@ -223,7 +274,7 @@ def test_simulated_close_waits_for_the_batch_that_runs(simulated, files, tmp_pat
     go_on.set()
     for thread in threads:
         thread.join()
-    assert alive == [2 * 3] and not cuda.buffers
+    assert alive == [2 * 3] and not cuda.count_buffers()
 
 
 @each_package
@@ -377,9 +428,9 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
 def test_engine_of_a_tensorrt_that_is_not_here_hides_none_that_can_be_built_again(
         simulated, engines, tmp_path, monkeypatch):
     absent = engines('a', backend='tensorrt_rtx')
-    find_library = runtime._import_library
+    find_library = runtime.import_library
     monkeypatch.setattr(
-        runtime, '_import_library', lambda name: None if name == 'tensorrt_rtx' else find_library(name))
+        runtime, 'import_library', lambda name: None if name == 'tensorrt_rtx' else find_library(name))
     for rebuild in (False, True):
         with pytest.raises(runtime.RuntimeInputError, match='is not installed; pip install tensorrt-rtx[.]$'):
             runtime._find(tmp_path, 'auto', None, engine=True, rebuild=rebuild)
@@ -498,7 +549,7 @@ def test_simulated_engine_stays_on_the_first_gpu_and_leaves_the_thread_its_own(s
     runner.session.close()
     with pytest.raises(runtime.RuntimeInputError, match='x.engine was closed; load it again'):
         runner(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
-    assert cuda.buffers == {} and runner.session.engine is None and runner.session.runtime is None
+    assert not cuda.count_buffers() and runner.session.engine is None and runner.session.runtime is None
 
 
 @each_package

@@ -202,10 +202,10 @@ def build() -> gr.Blocks:
     baselines = [*names[1:], NOTHING]
     if not os.environ.get('MODELS'):  # whose second is what the first is compared with
         baselines = [name for name in names[1:] if find_method(MODELS[name]) != 'match'] or baselines
-    with gr.Blocks(title='Which class did each region match?') as page:
+    with gr.Blocks(title='Which class did each region match?', delete_cache=(3600, 3600)) as page:  # of uploads, in s
         gr.Markdown(
             '# Which class did each region match?\n'
-            'Residual networks with a [template matching block](https://arxiv.org/abs/2210.00992) say it in one '
+            'ResNets and DenseNets with a [template matching block](https://arxiv.org/abs/2210.00992) say it in one '
             'forward pass. Drop an image, then point at a class or choose it.')
         with gr.Row():
             with gr.Column(min_width=280):
