@@ -12,7 +12,6 @@ process held before, each in a process of its own. Images are random; nothing he
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,10 +31,9 @@ from timm.models.densenet import DenseBlock, DenseTransition
 from timm.task import ClassificationTask
 from torch.utils.benchmark import Timer
 
-import timm_tmblock
+from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
-from timm_tmblock.checkpoint import write_text
-from train.hardware import describe_hardware
+from train.hardware import describe_hardware, describe_versions
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
          ('dn100_tm_cat', 'dn100')]
@@ -296,16 +294,13 @@ def main() -> None:
         torch.compiler.reset()
     result = dict(
         command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
-        machine=dict(
-            hardware=describe_hardware(torch.device(args.device)), torch=torch.__version__, timm=timm.__version__,
-            timm_tmblock=timm_tmblock.__version__, python=platform.python_version()),
+        machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),
         ratios=[asdict(r) for r in ratios],
     )
     if args.output is None:
         print(render(result))
         return
-    for suffix, text in (('.json', json.dumps(result, indent=1) + '\n'), ('.md', render(result))):
-        write_text(args.output.with_suffix(suffix), text)
+    write_report(args.output, result, render(result))
 
 
 if __name__ == '__main__':

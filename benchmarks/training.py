@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -34,14 +33,13 @@ import torchvision.transforms as T
 from timm.data import create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-import timm_tmblock
+from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
-from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import parse_args, positive
 from train.data import decode, open_dataset
-from train.hardware import describe_hardware
+from train.hardware import describe_hardware, describe_versions
 from train.loader import InMemoryLoader
 from train.runner import resolve_device
 from train.train import Trainer
@@ -256,13 +254,9 @@ def main() -> None:
     rows = [row for group in groups for row in GROUPS[group](args, device)]
     result = dict(
         command=' '.join(['python benchmarks/training.py', *sys.argv[1:]]), hardware=describe_hardware(device),
-        versions=dict(
-            torch=torch.__version__, timm=timm.__version__, timm_tmblock=timm_tmblock.__version__,
-            python=platform.python_version()),
-        rows=rows)
+        versions=describe_versions(), rows=rows)
     if args.output:
-        for suffix, text in (('.json', json.dumps(result, indent=1) + '\n'), ('.md', render(result))):
-            write_text(Path(args.output + suffix), text)
+        write_report(args.output, result, render(result))
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ import yaml
 
 from export.images import name_set
 from train.config import SETTINGS
+from train.lineage import name_teachers
 
 
 def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
@@ -45,8 +46,7 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
     dataset = name if on_hub else Path(name).name
     dataset_id = on_hub[1] if on_hub and not Path(on_hub[1]).exists() else None
     start = settings.get('initial_checkpoint') or (settings['model'] if settings.get('pretrained') else None)
-    teachers = settings.get('kd_checkpoint') or settings.get('kd_model_name') or []  # files are weights of the names
-    teachers = [teachers] if isinstance(teachers, str) else teachers
+    teachers = name_teachers(dict(settings=settings))
     return dict(
         top1=(test or best)['top1'], top5=(test or best)['top5'],
         images=result['images']['test' if test else 'validation'], part=part, split=split,

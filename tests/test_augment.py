@@ -85,13 +85,11 @@ def test_policies_change_images_and_depend_on_the_seed_alone(policy, channels, s
     config = DataConfig((channels, size, size), (0.5,) * channels, (0.2,) * channels, policy=policy)
     function = create_policy(config)
     images = torch.randint(0, 256, (32, channels, size, size), dtype=torch.uint8)
-    before = random.random(), np.random.rand(), torch.rand(1)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     first = apply_policy(images, function, seed=7)
     after = random.random(), np.random.rand(), torch.rand(1)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     assert after == (random.random(), np.random.rand(), torch.rand(1))  # the run's own generators are untouched
-    assert before != after
     assert first.shape == images.shape and not torch.equal(first, images)
     assert torch.equal(apply_policy(images, function, seed=7), first)
     assert not torch.equal(apply_policy(images, function, seed=8), first)
@@ -143,11 +141,11 @@ def test_workers_outlive_an_epoch(monkeypatch):
 
 
 def test_random_erasing_is_timms_on_normalised_batches():
-    images = torch.full((40, 3, 16, 16), 255, dtype=torch.uint8)
-    dataset = InMemorySet(images, torch.arange(40), [str(i) for i in range(40)])
+    images = torch.full((1000, 3, 16, 16), 255, dtype=torch.uint8)
+    dataset = InMemorySet(images, torch.arange(1000), [str(i) for i in range(1000)])
     config = DataConfig((3, 16, 16), (0.5,) * 3, (0.5,) * 3, re_prob=0.5, re_count=2)
-    batch, _ = next(InMemoryLoader(dataset, config, 40, torch.device('cpu'), training=True).epoch(0))
+    batch, _ = next(InMemoryLoader(dataset, config, 1000, torch.device('cpu'), training=True).epoch(0))
     erased = (batch == 0).any(dim=(1, 2, 3))  # 'const': the mean colour
-    assert 5 <= erased.sum() <= 35
+    assert 430 <= erased.sum() <= 570  # 500 but for 4 standard deviations
     assert torch.equal(batch[~erased], torch.ones_like(batch[~erased]))
     assert ((batch == 0) | (batch == 1)).all()

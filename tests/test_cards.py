@@ -43,6 +43,15 @@ def copied(tmp_path, monkeypatch):
     return tmp_path, data
 
 
+def test_cards_need_nothing_that_the_analyses_do():
+    """A push installs the extras export, ort and hub."""
+    code = (
+        'import sys; sys.modules.update(dict.fromkeys(("scipy", "sklearn", "captum", "accelerate")))\n'
+        f'import export.publish, hub_cards.card; print(hub_cards.card.render({FULL!r}))')
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and f'# {FULL}' in run.stdout, run.stderr
+
+
 def test_every_pretrained_model_has_a_card_and_none_is_stale():
     import timm_tmblock  # noqa: F401
     files = {n: timm.get_pretrained_cfg(n).file for n in timm.list_pretrained('*')}

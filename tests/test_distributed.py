@@ -39,6 +39,22 @@ if trainer.main_process:
     save_file({{k: v.contiguous() for k, v in trainer.plain_model.state_dict().items()}}, sys.argv[1])
 trainer.accelerator.end_training()
 '''
+# the second process with a dataset of its own, or an experiment folder of its own
+APART = '''
+import os, sys
+sys.path.insert(0, {root!r})
+import train.record
+from train import train
+from train.processes import leaving_it_to_the_first
+from timm_tmblock.errors import exiting_on_input_error
+if os.environ['RANK'] == '1' and sys.argv[1] == 'dataset':
+    sys.argv[sys.argv.index('train[:24]')] = 'train[:30]'
+if os.environ['RANK'] == '1' and sys.argv[1] == 'output':
+    check = train.record.check_shared
+    train.record.check_shared = lambda settings: check(settings.with_name('none') / settings.name, seconds=1)
+with exiting_on_input_error(), leaving_it_to_the_first():
+    train.main(sys.argv[2:])
+'''
 
 
 def launch(processes, script, *flags, fails=False):
@@ -66,10 +82,10 @@ def measure(path: Path, dataset) -> dict:
         top5=hits[:5].sum().item())
 
 
-def test_updates_equal_those_of_one_process_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize('clip', [[], ['--clip-grad', '1']], ids=['unclipped', 'clipped'])
+def test_updates_equal_those_of_one_process_with_the_doubled_batch(tmp_path, clip):
     (tmp_path / 'step.py').write_text(STEP.format(root=str(ROOT)))
-    flags = [*FLAGS, '--opt', 'momentum', '--lr', '0.1', '--weight-decay', '0', '--padding', '0', '--hflip', '0',
-             '--clip-grad', '1']
+    flags = [*FLAGS, '--opt', 'momentum', '--lr', '0.1', '--weight-decay', '0', '--padding', '0', '--hflip', '0', *clip]
     weights = []
     for processes, batch_size in ((1, 12), (2, 6)):
         file = tmp_path / f'{processes}.safetensors'
@@ -126,6 +142,29 @@ def test_statistics_that_are_reduced_are_those_of_both_processes_in_the_ema_too(
     for name, values in weights[0].items():
         same = torch.equal(values, weights[1][name])
         assert same != name.endswith(('running_mean', 'running_var')), name
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--model', 'nothing'], "timm has no model 'nothing'"),
+    (['--dataset', 'hfds/me/nothing'], "Cannot open split 'train[:24]' of dataset 'hfds/me/nothing'"),
+    (['--output', f'{ROOT}/README.md'], 'Cannot write'),
+    (['--opt', 'sgd', '--lr', '1e20'], 'The loss or a weight was not finite'),
+])
+def test_what_ends_a_run_is_said_once_and_by_no_other_process(tmp_path, flags, message):
+    script = ROOT / 'train' / 'train.py'
+    run = launch(2, script, *FLAGS, '--batch-size', '6', '--output', str(tmp_path), *flags, fails=True)
+    assert run.stderr.count('error: ') == 1 and f'error: {message}' in run.stderr, run.stderr
+    own, _, launcher = run.stderr.partition('multiprocessing/api.py')  # which adds its report
+    assert 'Traceback' not in own and 'exitcode  : 2' in launcher
+
+
+def test_machines_with_other_datasets_or_folders_are_refused(tmp_path):
+    (tmp_path / 'apart.py').write_text(APART.format(root=str(ROOT)))
+    for what, message in (('dataset', 'has other images or classes on some machines'), (
+            'output', 'is not the same folder on all machines; name an --output that they share')):
+        flags = [*FLAGS, '--batch-size', '6', '--output', str(tmp_path / what)]
+        run = launch(2, tmp_path / 'apart.py', what, *flags, fails=True)
+        assert run.stderr.count('error: ') == 1 and message in run.stderr, run.stderr
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):

@@ -213,7 +213,7 @@ def test_fsdp_does_not_clip_by_value(monkeypatch):
     (['--sched', 'constant', '--warmup-epochs', '2', '--warmup-lr', '0', '--epochs', '4'], 40, {0: 0, 10: 0.5, 20: 1}),
     (['--sched', 'cosine', '--epochs', '3', '--cooldown-epochs', '1', '--min-lr', '0.01'], 40, {15: 0.505, 35: 0.01}),
     (['--sched', 'cosine', '--epochs', '3', '--warmup-epochs', '1', '--warmup-prefix'], 40, {10: 1}),
-    (['--sched', 'wsd', '--decay-epochs', '0.5', '--epochs', '4'], 40, {0: 1, 19: 1}),
+    (['--sched', 'wsd', '--decay-epochs', '0.5', '--epochs', '4'], 40, {0: 1, 20: 1, 25: 0.5, 30: 1 - 0.5 ** 0.5}),
 ])
 def test_schedule_is_stepped_by_updates(flags, updates, shape):
     args = parse_args(['--lr', '1', *flags])

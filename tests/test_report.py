@@ -330,11 +330,12 @@ def test_exceptions_in_the_table_of_the_paper_are_told():
     assert found['Template matching improves the baselines'] == (UNTESTED, EXCEPTION)
 
 
-@pytest.mark.parametrize('mu, eta, by_protocol, expected', [
-    (2.6, 30., False, UNTESTED), (2.6, 18., False, UNTESTED), (2.6, 30., True, UNDECIDED), (2.6, 18., True, HOLDS),
+@pytest.mark.parametrize('mu, eta, by_protocol, planned, expected', [
+    (2.6, 30., False, 7, UNTESTED), (2.6, 18., False, 7, UNTESTED), (2.6, 30., True, 9, UNDECIDED),
+    (2.6, 18., True, 7, HOLDS), (2.6, 18., True, 9, 'holds after 7 epochs'),
 ])
-def test_constants_of_one_network_refute_nothing(mu, eta, by_protocol, expected):
-    measured = dict(mu=mu, eta=eta, paper=dict(mu=2.5, eta=17.), epochs=7, opt='adam', images=1234,
+def test_constants_of_one_network_refute_nothing(mu, eta, by_protocol, planned, expected):
+    measured = dict(mu=mu, eta=eta, paper=dict(mu=2.5, eta=17.), epochs=7, planned=planned, opt='adam', images=1234,
                     by_protocol=by_protocol)
     verdict, evidence = verdicts(maximizer=measured)['A trained RN20 has μ = 2.5 and η = 17']
     assert verdict == expected

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 
 from timm_tmblock.checkpoint import remove, writing
@@ -38,6 +38,7 @@ class TrainState:
     layout: Dict[str, int] = field(default_factory=dict)  # what a batch number means
     run_id: str = ''  # the run's name among trackers
     hardware: List[str] = field(default_factory=list)  # that it was on so far, each named once
+    sharding: str = ''  # by which of FSDP and DeepSpeed a checkpoint is divided
 
 
 def store_plain_names(accelerator: Accelerator) -> None:
@@ -145,6 +146,14 @@ def load_checkpoint(
         content.pop('files')
         state = TrainState(**content)
         state.layout = {**layout, **state.layout}  # of runs that did not write all of it down
+        if content.get('sharding', name_sharding(accelerator)) != name_sharding(accelerator):
+            raise InputError(
+                f'Checkpoint {path} is of a run with {state.sharding or "whole weights"}, not with '
+                f'{name_sharding(accelerator) or "whole weights"}; launch it as it was.')
+        if state.sharding == 'DEEPSPEED' and state.layout['processes'] != layout['processes']:
+            raise InputError(
+                f'Checkpoint {path} is of {state.layout["processes"]} processes, which DeepSpeed cannot change; launch '
+                f'as many.')
         if state.layout != layout and state.batch:
             changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
             raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the same.')
@@ -160,6 +169,12 @@ def load_checkpoint(
         raise InputError(
             f'Checkpoint {path} does not fit this run ({shorten(reason, 120, placeholder=" ...")}); resume with the '
             f'same settings.') from e
+
+
+def name_sharding(accelerator: Accelerator) -> str:
+    """'FSDP' or 'DEEPSPEED', which divide the weights among the processes; otherwise nothing."""
+    kind = accelerator.distributed_type
+    return kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else ''
 
 
 def gather_running(sums: Dict[str, float]) -> List[Dict[str, float]]:

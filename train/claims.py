@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from train.config import NO_RECIPE, count_held_out, create_parser
-from train.lineage import find_legs
+from train.lineage import find_legs, list_names
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import Scores, label
 
@@ -63,6 +62,7 @@ class Difference:
         points = sum(map(statistics.mean, better)) - sum(map(statistics.mean, worse))
         if min(map(len, groups)) < 2:
             return cls(points, math.nan, decides=False)
+        from scipy.stats import t as student  # which cards, that import this file too, do without
         variances = [statistics.variance(runs) / len(runs) for runs in groups]
         error = math.sqrt(sum(variances))
         if not error:  # which no runs have, unless they are copies
@@ -181,8 +181,7 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     """What two runs of different networks must share to be compared."""
     settings = {**vars(create_parser().parse_args([])), **run['settings']}  # with flags that came after the run
     recipe = {key: value for key, value in settings.items() if key not in NO_RECIPE}
-    for key in ('kd_model_name', 'kd_checkpoint'):  # one name, before there could be several
-        recipe[key] = [recipe[key]] if isinstance(recipe[key], str) else recipe[key]
+    recipe.update({key: list_names(recipe[key]) for key in ('kd_model_name', 'kd_checkpoint')})
     images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
     if settings['sched'] not in ('step', 'wsd', 'rsqrt'):
         del recipe['decay_epochs']  # which no other schedule heeds
@@ -331,7 +330,10 @@ def judge_constants(evidence: Evidence) -> Judgement:
         return UNTESTED, [
             f"these are numbers of one network, and none was trained by the paper's recipe; one after "
             f'{measured["epochs"]} epochs of {measured["opt"].capitalize()} has {words}']
-    return HOLDS if all(near.values()) else UNDECIDED, [
+    verdict = HOLDS if all(near.values()) else UNDECIDED
+    if verdict == HOLDS and measured['epochs'] < measured['planned']:
+        verdict = f'{verdict} after {measured["epochs"]} epochs'
+    return verdict, [
         f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
         f'{measured["images"]:,} images, has {words}; '
         f'that cannot refute what another network had']

@@ -170,9 +170,10 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('optimizer, by timm')
     group.add_argument('--opt', default='adam', help="name of one of timm's optimizers")
     group.add_argument('--lr', type=from_zero, help='learning rate, 0.001 if neither this nor --lr-base is given')
-    group.add_argument('--lr-base', type=from_zero, help='learning rate at --lr-base-size images an update')
-    group.add_argument('--lr-base-size', type=positive, default=256, help='images an update that --lr-base is for')
-    group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help='how it grows with images')
+    group.add_argument('--lr-base', type=from_zero, help='learning rate at a global batch size of --lr-base-size')
+    group.add_argument('--lr-base-size', type=positive, default=256, help='global batch size that --lr-base is for')
+    group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help=(
+        'how it grows with the batch size'))
     group.add_argument('--weight-decay', type=from_zero, default=1e-4, help='weight decay')
     group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum of optimizers that have one')
     group.add_argument('--opt-eps', type=from_zero, help="epsilon; the optimizer's if not given")
@@ -324,8 +325,8 @@ def to_flag(setting: str) -> str:
 
 
 def count_held_out(settings: Dict[str, Any]) -> float:
-    """Share of the training images that a run holds out."""
-    if settings.get('val_split'):
+    """Share of the training images that a run holds out, beside splits and pools of their own."""
+    if settings.get('val_split') or settings.get('pool'):
         return 0.
     return 0.1 if settings['val_fraction'] is None else settings['val_fraction']
 

@@ -1,6 +1,7 @@
 """Accelerate's part of a run: processes, precision, compilation and trackers."""
 import os
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -11,6 +12,7 @@ from accelerate.utils import (
     DistributedType,
     DynamoBackend,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     TorchDynamoPlugin,
     is_torch_xla_available,
 )
@@ -46,6 +48,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
             log_with=_resolve_trackers(args.report_to) or None,
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             dynamo_plugin=compiler,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one may download while others wait
         )
     if accelerator.num_processes < launched:  # each would train alone and write to the same folder
         raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device, so '

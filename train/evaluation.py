@@ -1,4 +1,4 @@
-"""Measuring a network on a set: what training validates with and train/evaluate.py reports."""
+"""Measuring a network while it is trained; train/evaluate.py measures files of every kind."""
 from typing import Dict
 
 import torch

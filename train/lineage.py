@@ -1,7 +1,7 @@
 """Runs in train/results, and how long their weights were trained in all, where one began with those of another."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import yaml
 
@@ -63,9 +63,13 @@ def find_fillings(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[st
 
 
 def name_teachers(run: Dict[str, Any]) -> List[str]:
-    """Files or names of the networks whose soft targets a run learnt from."""
-    named = run['settings'].get('kd_checkpoint') or run['settings'].get('kd_model_name') or []
-    return [named] if isinstance(named, str) else list(named)  # one name, before there could be several
+    """Files or names of the networks whose soft targets a run learnt from; files are weights of the names."""
+    return list_names(run['settings'].get('kd_checkpoint') or run['settings'].get('kd_model_name'))
+
+
+def list_names(named: Union[None, str, List[str]]) -> List[str]:
+    """As settings have them, which once had one name alone."""
+    return [named] if isinstance(named, str) else list(named or [])
 
 
 def find_teachers(tag: str, runs: Dict[str, Dict[str, Any]]) -> List[str]:

@@ -236,7 +236,10 @@ class StreamingLoader:
         self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         if training:
             if len(self.loader) == 0:
-                raise InputError(f'{len(dataset)} training images do not fill one batch of {batch_size}.')
+                processes = torch.distributed.get_world_size() if distributed else 1
+                raise InputError(
+                    f'{len(dataset)} training images do not fill one batch of {batch_size} on {processes} processes; '
+                    f'use a smaller --batch-size.')
             with refusing(f'The augmentation {config.policy!r}'):
                 policy = create_policy(config)
             if policy is not None:  # after crop and flip, as in timm

@@ -16,7 +16,7 @@ BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs')
 
 
 def resolve_lr(args: Namespace, images_per_update: int) -> float:
-    """The learning rate: as given, or `--lr-base` scaled by the number of images an update sees."""
+    """The learning rate: as given, or `--lr-base` scaled with the global batch size."""
     if args.lr is not None:
         return args.lr
     if args.lr_base is None:

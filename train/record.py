@@ -1,6 +1,7 @@
 """The experiment folder: its name, the weights that deserve to be kept, and the table of epochs."""
 import csv
 import os
+import time
 import uuid
 from argparse import Namespace
 from datetime import datetime
@@ -32,6 +33,23 @@ def create_folder_name(args: Namespace) -> Path:
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
     return folder
+
+
+def check_shared(settings: Path, seconds: int = 60) -> None:
+    """
+    Args:
+        settings: What the first process has written into the experiment folder.
+        seconds: After which it is not seen; network file systems show new files late.
+
+    Raises:
+        InputError: If this machine does not see it.
+    """
+    for _ in range(seconds):
+        if settings.is_file():
+            return
+        time.sleep(1)
+    raise InputError(
+        f'{settings.parent} is not the same folder on all machines; name an --output that they share.')
 
 
 def describe_resumption(folder: Path) -> str:

@@ -24,7 +24,8 @@ from train.analysis import FILLS
 from train.claims import RUNS, Comparison, Evidence, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
-from train.tables import TITLES, name_hub_sets, read_results, render_table, say_provenance, tabulate
+from train.paper import DATASET_NAMES, DATASETS, TABLE_1
+from train.tables import TITLES, Scores, label, name_hub_sets, read_results, render_table, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL = Path(__file__).parent / 'recipes' / 'paper.yaml'
@@ -50,14 +51,15 @@ def collect(root: Path) -> Evidence:
         found = {tag: read_json(results / tag / 'analysis' / f'{name}.json') for tag in tags}
         return {tag: value for tag, value in found.items() if value}
 
+    protocol = yaml.safe_load(PROTOCOL.read_text())
     rn20 = results / 'rn20.cifar10'
     maximizer = read_json(rn20 / 'analysis' / 'maximizer.json')
     if maximizer:
         settings = yaml.safe_load((rn20 / SETTINGS).read_text())
-        by_protocol = settings['pool'] == [65, 15, 20] and settings['opt'] == 'adam'
-        maximizer.update(epochs=settings['epochs'], opt=settings['opt'], by_protocol=by_protocol)
+        maximizer.update(
+            epochs=settings['epochs'], planned=protocol['epochs'], opt=settings['opt'],
+            by_protocol=all(settings[key] == protocol[key] for key in protocol if key not in ('epochs', 'seed')))
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
-    planned = yaml.safe_load(PROTOCOL.read_text())['epochs']
     trained = {name: min(r['epochs'] for r in found) for name, (found, _) in paper.items() if found}
     return Evidence(
         scores={name: scores for name, (_, scores) in paper.items()},
@@ -69,7 +71,7 @@ def collect(root: Path) -> Evidence:
         words=read_analyses('words').get('rn26_tm.cifar10'),
         maximizer=maximizer,
         taught={tag for tag in runs if count_taught_epochs(tag, runs)},
-        short={name: epochs for name, epochs in trained.items() if epochs < planned},
+        short={name: epochs for name, epochs in trained.items() if epochs < protocol['epochs']},
     )
 
 
@@ -94,8 +96,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
             f'**Accuracies** decide a claim by Welch\'s t-test at 5 % over the runs of each setting (± is one standard '
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
-            f'takes more than three runs to see, if runs spread as ours do. Runs of fewer epochs than the protocol\'s '
-            f'say so.'), '',
+            f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
+            f'tests, so that one of a claim of many may be refuted by chance. Runs of fewer epochs than the '
+            f'protocol\'s say so.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10 alone, the last claim on all. A difference of two "
@@ -127,6 +130,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
             lines += [f'### {title}', '', *tabulate(name, scores), '', *say_provenance(results), '']
         else:
             empty.append(f'- {title}: `python train/reproduce.py {name} --output train/results/paper`')
+        if name == 'table1' and results:
+            empty += say_missing(scores)
     if empty:
         lines += ['Not run yet:', '', *empty, '']
     lines += say_comparisons(evidence)
@@ -155,12 +160,21 @@ def render_results(root: Path, evidence: Evidence) -> str:
         '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
         'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.',
         'Test images [influenced some choices](train/README.md#the-shipped-weights): optimizer and learning rate,',
-        'chosen for `rn26_tm`, and whether training went on.', '']
+        'chosen for `rn26_tm`, whether training went on, and the last teachers of `rn26_tm.dist_cifar10`.', '']
     analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
     analysed = [tag for tag in analysed if find_analyses(root, tag)]
     if analysed:
         lines += say_regions({tag: find_analyses(root, tag) for tag in analysed})
     return '\n'.join(lines)
+
+
+def say_missing(scores: Scores) -> List[str]:
+    """What of Table 1 has no run."""
+    missing = {DATASET_NAMES[d]: [label(row) for row in TABLE_1 if not scores.get((row, d))] for d in DATASETS}
+    parts = [
+        f'{name} ({"all rows" if len(rows) == len(TABLE_1) else ", ".join(rows)})'
+        for name, rows in missing.items() if rows]
+    return [f'- Table 1: {"; ".join(parts)}'] if parts else []
 
 
 def say_recipe(root: Path, tag: str) -> str:
@@ -190,7 +204,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         lines.append(
             f'| [{c.tag}](train/results/{c.tag}) | {Path(ours["dataset"]).name}{say_size(run)} | {c.epochs} '
             f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
-            f'| {c.difference}{"" if c.by_image else " ‡"}{" †" if ran_elsewhere(c, evidence) else ""} |')
+            f'| {c.difference}{"" if c.by_image else " ‡"}{" †" if ran_elsewhere(c, evidence) else ""}'
+            f'{" §" if c.tag in evidence.taught else ""} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     text = (
         f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
@@ -206,6 +221,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             'kept, the answers for single images are not known.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
+    if any(c.tag in evidence.taught for c in found):
+        text += ' §: the last stage of both had a teacher, the same.'
     return [*lines, '', *wrap(text), '']
 
 
@@ -298,7 +315,8 @@ def render_analysis(
             '| features | silhouette, classes | neighbours of the class | silhouette, superclasses '
             '| neighbours of the superclass |', '|---|---|---|---|---|',
             *(say_space(name, values) for name, values in found['geometry']['spaces'].items()), '',
-            f'Each region with its 10 nearest of other images, in the space itself; standard errors over images. '
+            f'Each region with its 10 nearest of other images, in the space itself; the silhouette is of all regions, '
+            f'those of the same image too. Standard errors are over images, given the others, so rather too small. '
             f'{say_chance(found["geometry"]["chance"])}', '',
             '![t-SNE of the features](geometry.png)', '', f'`{found["geometry"]["command"]}`', '']
     if 'mosaic' in found:

@@ -39,10 +39,9 @@ from train.config import HelpFormatter, Parser, positive
 from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
 from train.signals import stopping_at_signals
-from train.tables import render
+from train.tables import TITLES, render
 
 ROOT = Path(__file__).resolve().parent
-EXPERIMENTS = ('table1', 'lambda', 'depth', 'maximizers')
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def create_parser() -> Parser:
     parser = Parser(
         prog='reproduce.py', description='Run the experiments of the paper.', allow_abbrev=False,
         formatter_class=HelpFormatter)
-    parser.add_argument('experiment', choices=EXPERIMENTS)
+    parser.add_argument('experiment', choices=TITLES)
     parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['cifar10'])
     parser.add_argument('--data', nargs='+', default=[], metavar='SET=NAME', help=(
         'where a set is, as --dataset of train.py takes it: cifar10=hfds/folder'))

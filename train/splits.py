@@ -13,10 +13,13 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
+from train.config import count_held_out
 from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset, share_images
+from train.processes import agreeing
 
 
 @dataclass
@@ -63,6 +66,8 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
     Raises:
         InputError: If a split is missing, serves two ends, or differs from the others in its classes.
     """
+    if args.pool and args.pool[0] == 0:
+        raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
     names = {'train': args.train_split, 'validation': args.val_split, 'test': args.test_split}
     names = {part: name for part, name in names.items() if name}
     if 'train' not in names:
@@ -82,16 +87,23 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
             f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')
     splits = {}
     for part, name in names.items():
+        failure = None
         with accelerator.local_main_process_first():  # one process of each machine fills its cache
-            splits[part] = open_dataset(
-                args.dataset,
-                name,
-                root=args.data_dir,
-                input_key=args.input_key,
-                target_key=args.target_key,
-                download=args.dataset_download,
-                channels=channels,
-            )
+            try:
+                splits[part] = open_dataset(
+                    args.dataset,
+                    name,
+                    root=args.data_dir,
+                    input_key=args.input_key,
+                    target_key=args.target_key,
+                    download=args.dataset_download,
+                    channels=channels,
+                )
+            except Exception as e:  # to be raised where the others do not wait for this process
+                failure = e
+        with agreeing(accelerator):
+            if failure:
+                raise failure
     for other, part in combinations(splits, 2):
         if share_images(splits[other], splits[part]):
             raise InputError(
@@ -106,6 +118,11 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
         raise InputError(
             f'Dataset {args.dataset!r} has one class alone, {classes["train"][0]!r}; put the images of each class into '
             f'a folder of its name.')
+    if accelerator.num_processes > 1:
+        found = gather_object([(classes['train'], {part: len(split) for part, split in splits.items()})])
+        if any(other != found[0] for other in found):
+            raise InputError(
+                f'Dataset {args.dataset!r} has other images or classes on some machines; give all of them the same.')
     return splits
 
 
@@ -120,7 +137,7 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         part: fits_in_memory(sum(pooled) if args.pool else len(split), config, args.memory_limit)
         for part, split in splits.items()
     }
-    fraction = (0.1 if args.val_fraction is None else args.val_fraction) if 'validation' not in splits else 0.
+    fraction = count_held_out(vars(args))
     if not 0. <= fraction < 1.:
         raise InputError(f'--val-fraction must be at least 0 and less than 1, not {fraction}.')
     if not fits['train'] and (fraction or args.pool):
@@ -140,8 +157,6 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
 
     loaded = {part: load(part) if fits[part] else split for part, split in splits.items()}
     if args.pool:
-        if len(args.pool) != 3 or min(args.pool) < 0 or args.pool[0] <= 0:
-            raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
         digests = [digest for part in loaded.values() for digest in part.digests]
         whole = InMemorySet(images, targets, loaded['train'].class_names, digests)

@@ -9,7 +9,7 @@ With a recipe, which is for one process, on the first GPU:
 
     python train/train.py -c train/recipes/cifar10/rn26_tm.yaml
 
-On all GPUs of this machine, with the rate scaled to the images of an update:
+On all GPUs of this machine, with the learning rate scaled to the global batch size:
 
     accelerate launch --mixed_precision bf16 train/train.py --dataset hfds/uoft-cs/cifar10 --input-key img \
         --lr-base 0.001
@@ -72,6 +72,7 @@ from train.model import (
     take_up_checkpoint,
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
+from train.processes import agreeing, leaving_it_to_the_first
 from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
@@ -163,7 +164,8 @@ class Trainer:
         self.accelerator = accelerator = create_accelerator(args)
         take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
-        self.folder = record.create_folder_name(args)
+        with agreeing(accelerator):
+            self.folder = record.create_folder_name(args)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.data_config = config = create_data_config(args)
         splits = open_splits(args, config.input_size[0], accelerator)
@@ -182,7 +184,8 @@ class Trainer:
         teachers = [] if args.eval_only else create_teachers(
             args, self.class_names, config.input_size[0], accelerator.device)
 
-        parts = load_parts(splits, args, config, progress=self.main_process)
+        with agreeing(accelerator):
+            parts = load_parts(splits, args, config, progress=self.main_process)
         train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
         assert train_loader is not None
         self.train_loader = train_loader
@@ -211,11 +214,18 @@ class Trainer:
         self.layout = dict(
             processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
             updates_per_epoch=updates_per_epoch)
-        self.state = TrainState(layout=self.layout, run_id=uuid.uuid4().hex)
+        self.state = TrainState(
+            layout=self.layout, run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
             self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
             if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
+                before = self.state.layout['updates_per_epoch']
+                if args.max_steps and before != updates_per_epoch and not find_changes(
+                        args, self.folder / SETTINGS, ('max_steps',)):
+                    raise InputError(
+                        f'--max-steps {args.max_steps} was of epochs of {before} updates, which have '
+                        f'{updates_per_epoch} now; name it anew, or resume with the processes and batch size it had.')
                 done = self.state.update / self.state.layout['updates_per_epoch']
                 self.state.update, accelerator.step = round(done * updates_per_epoch), 0
                 self.state.layout = self.layout
@@ -250,6 +260,12 @@ class Trainer:
         )
 
     def start_record(self) -> None:
+        with agreeing(self.accelerator):
+            self._start_record()
+        with agreeing(self.accelerator):
+            record.check_shared(self.folder / SETTINGS)
+
+    def _start_record(self) -> None:
         args = self.args
         if self.main_process:
             check_disk_space(self.folder, network(self.model), args)
@@ -300,15 +316,16 @@ class Trainer:
                 result = self.result(self.test())
                 if self.main_process:
                     write_json(self.folder / 'result.json', result)
-                return result
+            self.accelerator.end_training()
+            return result
         except (KeyboardInterrupt, Exception) as e:
+            for tracker in self.accelerator.trackers:  # and no more, as the other processes would be waited for
+                tracker.finish()
             if isinstance(e, Exception) and not asked():
                 raise
             raise InputError(
                 f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
                 f'{self.describe_resumption()}.') from None
-        finally:
-            self.accelerator.end_training()
 
     def train_epoch(self) -> None:
         """The rest of the epoch in progress."""
@@ -462,8 +479,8 @@ class Trainer:
     @property
     def chosen(self) -> str:
         """Name of the weights the run is for: the best by validation, the last if nothing was validated."""
-        validated = self.val_loader is not None and (self.folder / 'best.safetensors').is_file()
-        return 'best' if validated else 'last'
+        known = self.args.eval_only or self.state.best is not None
+        return 'best' if known and (self.folder / 'best.safetensors').is_file() else 'last'
 
     def test(self) -> Optional[Dict[str, Any]]:
         """Accuracy of the chosen weights on the test part, which nothing else has looked at."""
@@ -486,19 +503,17 @@ class Trainer:
         if self.val_loader is None and self.test_loader is None:
             raise InputError('There are no images to measure the weights on; name a split with --test-split.')
         weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
-        try:
-            with naming_failures(advise_on_memory(args)):
-                model = self.plain_model
-                if args.resume:
-                    weights = str(self.folder / f'{self.chosen}.safetensors')
-                    model = load_model(weights, args.model).to(self.accelerator.device)
-                loaders = {'validation': self.val_loader, 'test': self.test_loader}
-                values = {
-                    part: validate(model, loader, self.accelerator, flip=args.tta == 'flip')
-                    for part, loader in loaders.items() if loader is not None
-                }
-        finally:
-            self.accelerator.end_training()
+        with naming_failures(advise_on_memory(args)):
+            model = self.plain_model
+            if args.resume:
+                weights = str(self.folder / f'{self.chosen}.safetensors')
+                model = load_model(weights, args.model).to(self.accelerator.device)
+            loaders = {'validation': self.val_loader, 'test': self.test_loader}
+            values = {
+                part: validate(model, loader, self.accelerator, flip=args.tta == 'flip')
+                for part, loader in loaders.items() if loader is not None
+            }
+        self.accelerator.end_training()
         return dict(self.describe_run(), weights=weights, **values)
 
     def describe_run(self) -> Dict[str, Any]:
@@ -563,7 +578,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
 
 if __name__ == '__main__':
-    with exiting_on_input_error():
+    with exiting_on_input_error(), leaving_it_to_the_first():
         result = main()
     if Accelerator().is_main_process:
         print(to_json(result))

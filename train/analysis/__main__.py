@@ -185,7 +185,7 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
         for name, network in networks.items() for layer, x in embed_regions(network, sample, layers).items()}
     measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
-    values = dict(spaces=measures, chance=geometry.find_chance(sample), neighbours=10)
+    values = dict(spaces=measures, chance=geometry.find_chance(sample))
     if args.baseline:
         values['baseline_sha256'] = hash_file(baseline.pretrained_cfg.get('file'))
     return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
@@ -208,7 +208,7 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
     figure = mosaic.draw_mosaics(
         mosaics, [f'{label(args.model)}: patches by their {name}' for name in spaces],
         [f'{geometry.describe(measures[name])}' for name in spaces], names, colors)
-    return dict(spaces=measures, chance=geometry.find_chance(sample), neighbours=10), figure
+    return dict(spaces=measures, chance=geometry.find_chance(sample)), figure
 
 
 def run_words(args: argparse.Namespace, model: Any) -> Outcome:
