@@ -1,4 +1,4 @@
-# make demo    train on the sample, export, explain: the whole path in about four minutes
+# make demo    train on the sample, export, explain
 # make test    the tests
 # make lint    ruff and mypy
 PYTHON ?= python3
