@@ -244,7 +244,7 @@ def test_private_push_never_goes_to_a_public_repository(hub, folder):
 @pytest.mark.parametrize('path', ['/preupload/', '/commit/main'])
 def test_reason_of_a_refusal_is_told(hub, folder, path, in_header):
     hub.create('me/net')
-    told = dict(headers={'X-Error-Message': 'Storage limit reached'}) if in_header else dict(
+    told = dict(headers={'X-Error-Message': 'Storage limit reached'}, body=b'{}') if in_header else dict(
         body=b'{"error": "Storage limit reached"}')
     hub.faults.append(Fault('POST', path, status=403, **told))
     kind, text = run(hub, folder)
@@ -645,7 +645,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
         'words.png', 'onnx/model.onnx', 'onnx/model.onnx.json'}
     card = files['README.md']['content'].decode()
-    assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'comparison:\n20 images of' in card
+    assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'on a CPU:\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()
     # engines of another machine stay, and stay on the card; those of another network and what is no sidecar do not
     network = json.loads(files['onnx/model.onnx.json']['content'])
