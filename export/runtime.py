@@ -320,7 +320,8 @@ class OnnxSession:
             try:
                 return session.run(names, inputs)
             except Exception as e:
-                if self.start_on_cpu is None or self.provider == 'CPUExecutionProvider' or not _is_of_gpu(e):
+                on_cpu = session.get_providers()[0] == 'CPUExecutionProvider'  # not self.session, which may be new
+                if self.start_on_cpu is None or on_cpu or not _is_of_gpu(e):
                     raise
                 with self.lock:
                     if self.session is session:  # no other thread has met it before
@@ -328,7 +329,6 @@ class OnnxSession:
             return self.session.run(names, inputs)
         except Exception as e:
             raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
-
 
     def _fall_back(self, error: Exception) -> Any:
         warnings.warn(f'ONNX Runtime goes on with the CPU: {_tell(error)}.', stacklevel=3)
