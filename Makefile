@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	@echo "Record               $(DEMO)/summary.csv, tensorboard --logdir $(DEMO)"
 
 test: $(VENV)/.installed $(VENV)/triton $(VENV)/space
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

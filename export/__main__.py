@@ -41,7 +41,7 @@ def add_content_options(command: Any) -> None:
 
 def add_onnx(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
-    from export.onnx import PRECISIONS, TARGETS
+    from export.precisions import PRECISIONS, TARGETS
     command = commands.add_parser(
         'onnx', help='write an ONNX file and check it against PyTorch',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -52,7 +52,15 @@ def add_onnx(commands: argparse._SubParsersAction) -> None:
     add_content_options(command)
     command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
     add_image_options(command)
-    command.set_defaults(run=run_onnx)
+    command.set_defaults(run=run_onnx_command)
+
+
+def run_onnx_command(args: argparse.Namespace) -> None:
+    from timm_tmblock.errors import InputError
+    if args.target != 'cpu' and args.precision != 'int8':
+        raise InputError(
+            f'--target is of int8, and {args.precision} files are for all; add --precision int8, or leave it out.')
+    run_onnx(args)
 
 
 def run_onnx(args: argparse.Namespace) -> None:
@@ -302,7 +310,7 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     card.add_argument('--keep-card', action='store_true', help='leave the card that the repository has, if it has one')
     command.add_argument('--license', metavar='ID', help='of weights of your own, as the Hub calls it: apache-2.0, mit')
     command.add_argument('--private', action='store_true')
-    command.add_argument('--revision', help='branch, created if need be')
+    command.add_argument('--revision', help='branch, created if need be; or refs/pr/N to go on with a pull request')
     command.add_argument('--tag', help='of the commit')
     command.add_argument('--message', default='Upload model, exports and card')
     command.add_argument('--create-pr', action='store_true', help='open a pull request instead')

@@ -31,8 +31,6 @@ except RuntimeInputError as e:
 from export.parity import check, check_batch
 from export.quantize import METHOD, quantize
 
-PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
-TARGETS = ('cpu', 'tensorrt')
 OPSETS = (18, 25)
 DEFAULT_OPSET = 18  # ONNX Runtime quantizes and runs on CUDA best what is no newer
 _TORCH_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}

@@ -2,12 +2,11 @@
 """What other runtimes make of exported ONNX files, beside ONNX Runtime.
 
     pip install openvino opencv-python-headless onnx2torch
-    python export/other_runtimes.py rn26_tm.onnx rn26_tm.int8.onnx    # writes export/results/other_runtimes.*
+    python export/other_runtimes.py rn26_tm.onnx rn26_tm.int8.onnx --output others    # others.json, others.md
 
 On the images of the sample in train/sample/images, at once and one by one, by those runtimes that are installed.
 """
 import argparse
-import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +18,12 @@ import torch
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's onnx.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from export.report import write_report
 from export.runtime import load
-from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error, first_line
 from train.hardware import describe_hardware
 
 ROOT = Path(__file__).resolve().parent
-RESULT = ROOT / 'results' / 'other_runtimes'
 IMAGES = ROOT.parent / 'train' / 'sample' / 'images'
 
 Run = Callable[[np.ndarray], List[np.ndarray]]
@@ -141,15 +139,17 @@ def render(rows: List[Dict[str, Any]], versions: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description='Compare other runtimes with ONNX Runtime.')
     parser.add_argument('files', nargs='+', type=Path, help='*.onnx of python -m export')
+    parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
     args = parser.parse_args()
     for path in args.files:
         if not path.is_file():
             raise InputError(f'There is no file {path}.')
     rows = [row for path in args.files for row in compare(path)]
     versions = f'onnxruntime {find_version("onnxruntime")} on {describe_hardware(torch.device("cpu"))}'
-    write_text(RESULT.with_suffix('.json'), json.dumps(dict(versions=versions, rows=rows), indent=1) + '\n')
-    write_text(RESULT.with_suffix('.md'), render(rows, versions))
-    print(RESULT.with_suffix('.md').read_text())
+    table = render(rows, versions)
+    print(table)
+    if args.output:
+        write_report(args.output, dict(versions=versions, rows=rows), table)
 
 
 if __name__ == '__main__':

@@ -34,7 +34,8 @@ TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
 WEIGHTS, ONNX = 'model.safetensors', 'onnx/model.onnx'
-OUR_ONNX = re.compile(r'onnx/model(_\w+)?\.onnx(\.json)?')
+OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
+PULL_REQUEST = re.compile(r'refs/pr/\d+')
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
 FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
@@ -59,6 +60,11 @@ class PushOptions:
     create_pr: bool = False
     deadline: float = 1800.  # seconds for all of it
 
+    @property
+    def pull_request(self) -> Optional[str]:
+        """The revision, if it is that of a pull request."""
+        return self.revision if self.revision and PULL_REQUEST.fullmatch(self.revision) else None
+
     def validate(self) -> None:
         """
         Raises:
@@ -74,7 +80,7 @@ class PushOptions:
             raise InputError(f'--deadline must be above 0 seconds, not {self.deadline:g}.')
         if not self.message.strip():
             raise InputError('--message is empty, and each commit of the Hub has one; say what is pushed.')
-        if self.tag and self.create_pr:
+        if self.tag and (self.create_pr or self.pull_request):
             raise InputError(
                 '--tag names a commit of the repository, which a pull request is not yet; leave one out.')
         if self.revision and self.create_pr:
@@ -255,15 +261,17 @@ class _Push:
         """Whether the repository is there.
 
         Raises:
-            InputError: If it is public and the push private, or it is not there for a pull request.
+            InputError: If it is public and the push private, or it or a pull request to go on with is not there.
         """
         options = self.options
         try:
             info = self._retry(lambda: self.api.repo_info(options.repo), 'look for the repository')
         except _Missing:
-            if options.create_pr:
-                raise InputError(f'There is no repository {options.repo} to open a pull request in.') from None
+            if options.create_pr or options.pull_request:
+                raise InputError(f'There is no repository {options.repo} for a pull request.') from None
             return False
+        if options.pull_request:
+            self._retry(lambda: self._find_head(options.pull_request), 'look for the pull request')
         if options.private and not info.private:
             raise InputError(
                 f'{options.repo} is there and public, so nothing pushed to it is private; make it private first, or '
@@ -278,7 +286,7 @@ class _Push:
                 lambda: self.api.create_repo(options.repo, private=options.private or None, exist_ok=True),
                 'create the repository')
             self._find_repository()  # somebody else may have created it meanwhile
-        if options.revision:
+        if options.revision and not options.pull_request:
             self._retry(
                 lambda: self.api.create_branch(options.repo, branch=str(options.revision), exist_ok=True),
                 'create the branch')
@@ -317,13 +325,16 @@ class _Push:
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
         """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
 
-        Engines of the same network stay, which may be of another machine.
+        Engines of the same network stay, which may be of another machine, and ONNX files that others put there.
         """
         kept = {file.as_posix() for file in self.files}
         exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
         if not exports or self._is_of_another_network(tree, revision):
             return exports
-        return [path for path in exports if f'{ONNX}.json' in kept and OUR_ONNX.fullmatch(path)]
+        if f'{ONNX}.json' not in kept:
+            return []
+        ours = {path: OUR_ONNX.fullmatch(path) for path in exports}
+        return [path for path, match in ours.items() if match and f'{match[1]}.json' in tree]  # with its sidecar
 
     def _is_of_another_network(self, tree: Dict[str, str], revision: str) -> bool:
         """As sidecars say, which have class names and preprocessing too; without any, by the file of the weights."""

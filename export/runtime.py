@@ -55,6 +55,9 @@ BUILT = ('backend', 'version', 'version_compatible', 'gpu', 'hardware_compatibil
 NO_REASON = 'it gives no reason'
 # float32 of ONNX Runtime on a GPU would be rounded to 10 bits of mantissa before each convolution
 CUDA_OPTIONS = {'use_tf32': '0'}
+# what the message of ONNX Runtime says of the GPU, after signatures and places in its source
+_GPU_FAILURE = re.compile(r'(CUDA|CUDNN|CUBLAS)\S* (failure|error)[^;\n]*|Failed to allocate memory[^;\n]*')
+_preloading = threading.Lock()
 
 
 class RuntimeInputError(ValueError):
@@ -74,8 +77,9 @@ class EngineMismatchError(RuntimeInputError):
 
 
 def _tell(error: BaseException) -> str:
-    """The first line of what another library says went wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What another library says went wrong: of a GPU, or the first line."""
+    of_gpu = _GPU_FAILURE.search(str(error))
+    return (of_gpu[0] if of_gpu else (str(error).strip().splitlines() or [type(error).__name__])[0]).strip()[:200]
 
 
 # Images
@@ -109,7 +113,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         file_format = image.format
         if file_format == 'EPS':
             raise RuntimeInputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
-        image = ImageOps.exif_transpose(image)
+        image = _turn_upright(image)
         if 0 in image.size:
             raise RuntimeInputError(f'{name} has no pixels.')
         if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
@@ -137,6 +141,16 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise RuntimeInputError(f'{name} has too many pixels ({e}); scale it down.') from e
     except Exception as e:  # Pillow has a kind of error for each way in which a file can be broken
         raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data turn it, as it is where they cannot be read."""
+    image.load()
+    try:
+        image.getexif()
+    except Exception:  # of many kinds, and harmless to Pillow, too, which skips such data where it needs none
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.Image:
@@ -257,6 +271,7 @@ class OnnxSession:
         if threads is not None and threads < 1:
             raise RuntimeInputError(f'The threads of ONNX Runtime must be at least 1, not {threads}.')
         ort = import_onnxruntime()
+        is_free = device == 'auto'
         device = _pick_device(device)
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         options = ort.SessionOptions()
@@ -269,9 +284,7 @@ class OnnxSession:
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
-            if hasattr(ort, 'preload_dlls'):  # the loader does not find CUDA and cuDNN where pip installs them
-                with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses
-                    ort.preload_dlls()
+            _preload(ort)
         content = read_file(path)
         # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
         start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
@@ -300,6 +313,8 @@ class OnnxSession:
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         check_metadata(self.metadata, path)
+        if is_free and device == 'cuda' and (self.metadata.get('quantization') or {}).get('target') == 'cpu':
+            self.session = start(providers=['CPUExecutionProvider'])  # where it was compared with PyTorch, too
         self.metadata['input']['shape'] = self.session.get_inputs()[0].shape  # another tool may have fixed the batch
         if 'file_sha256' in self.metadata and not is_described(content, self.metadata):
             warnings.warn(
@@ -337,8 +352,18 @@ class OnnxSession:
 
 
 def _is_of_gpu(error: Exception) -> bool:
-    """Whether an error of ONNX Runtime is of a provider; those of the file and its input have types of their own."""
-    return type(error) is RuntimeError or type(error).__name__ == 'EPFail'
+    """Whether an error of ONNX Runtime is of a provider, by its type or, where that says nothing, by its text."""
+    name = type(error).__name__
+    by_text = name in ('Fail', 'RuntimeException') and _GPU_FAILURE.search(str(error)) is not None
+    return type(error) is RuntimeError or name in ('EPFail', 'DeviceReset') or by_text
+
+
+def _preload(ort: Any) -> None:
+    """Load CUDA and cuDNN, which the loader does not find where pip installs them."""
+    if hasattr(ort, 'preload_dlls'):
+        # it prints what it misses; of two threads one would take the other's silence for standard output
+        with _preloading, contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 class TensorRTSession:
@@ -541,7 +566,9 @@ class _Binding:
         except RuntimeInputError:  # not every engine can be captured
             self.captures = False
         error, captured = cudart.cudaStreamEndCapture(session.stream)  # in any case, or the stream is of no more use
-        if self.captures and int(error) == 0:
+        if not self.captures:
+            cudart.cudaGetLastError()  # which would be taken for one of what runs next
+        elif int(error) == 0:
             error, self.memory.graph = cudart.cudaGraphInstantiate(captured, 0)
         if int(error) != 0:
             self.captures, self.memory.graph = False, None
@@ -972,6 +999,10 @@ class Runner:
         """
         if not self._batches:
             return self.session.run(batch)
+        if not len(batch):
+            return [
+                np.zeros((0, *(n if isinstance(n, int) else 0 for n in output['shape'][1:])), output['dtype'])
+                for output in self.metadata['outputs']]
         largest = max(high for _, high in self._batches)
         parts = []
         for start in range(0, len(batch), largest):
@@ -1085,8 +1116,10 @@ def load(
                 f'{path} is not an engine, and engines alone are built again; name one, ask for one of a folder, or '
                 f'leave rebuild out.')
         return Runner(OnnxSession(path, device, allow_fallback, threads))
-    if device == 'cpu':
+    if device == 'cpu' or allow_fallback:
         raise RuntimeInputError('Engines run on NVIDIA GPUs alone; give the ONNX file for the CPU.')
+    if threads is not None:
+        raise RuntimeInputError('Threads are of ONNX Runtime, and engines have none; leave them out.')
     try:
         return Runner(TensorRTSession(path, cuda_graphs))
     except EngineMismatchError:
@@ -1102,7 +1135,9 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
 
         from export.tensorrt import rebuild_engine
     except ImportError as e:
-        raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
+        if e.name and e.name.split('.')[0] == 'export':
+            raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
+        raise RuntimeInputError(f'Building an engine needs {e.name}; pip install -e ".[export,tensorrt]".') from e
     try:
         with FileLock(path.with_name(f'.{path.name}.lock')):  # the workers of a server begin at once
             with contextlib.suppress(EngineMismatchError):
@@ -1112,6 +1147,8 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
         raise RuntimeInputError(f'{path} cannot be built again: {e.strerror or e}.') from e
     except RuntimeInputError:
         raise
+    except ImportError as e:
+        raise RuntimeInputError(f'Building an engine needs {e.name}; pip install -e ".[export,tensorrt]".') from e
     except ValueError as e:
         raise RuntimeInputError(str(e)) from e
     return Runner(TensorRTSession(path, cuda_graphs))
@@ -1125,20 +1162,20 @@ def _find(
         rebuild: bool = False,
 ) -> Path:
     path = Path(source)
-    if revision and path.exists():
+    if revision and os.path.exists(path):
         raise RuntimeInputError(f'{path} is a local path, which has no revisions; leave the revision out.')
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix not in ('.onnx', *ENGINE_SUFFIXES):
             raise RuntimeInputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
         if engine and path.suffix == '.onnx':
             raise RuntimeInputError(f'{path} is not an engine; name one, or a folder or repository that holds some.')
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)
     is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source))
     if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not is_name:
-        raise RuntimeInputError(f'There is no file or folder {source}.')
-    if path.parent.is_dir():  # a path with a mistake in it, most likely
+        raise RuntimeInputError(f'There is no file or folder {source}, or none that may be read.')
+    if os.path.isdir(path.parent):  # a path with a mistake in it, most likely
         raise RuntimeInputError(
             f'There is no file or folder {source}; as the folder {path.parent} is here, it is not looked for on the '
             f'Hub.')
@@ -1252,7 +1289,7 @@ def list_images(paths: Sequence[str]) -> List[Path]:
     """
     found: List[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path's, no error where nobody may look
             found += sorted(
                 f for f in path.rglob('*')
                 if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.')

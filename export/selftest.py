@@ -6,7 +6,8 @@ from typing import Any, Dict, List, Optional
 from export.bench import describe_machine, measure, open_file
 from export.check import check_file
 from export.images import Images
-from export.onnx import PRECISIONS, OnnxOptions, export_onnx
+from export.onnx import OnnxOptions, export_onnx
+from export.precisions import PRECISIONS
 from export.runtime import NotInstalledError, RuntimeInputError, import_onnxruntime, query_gpu
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError

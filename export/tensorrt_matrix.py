@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import timm_tmblock  # noqa: F401  registers the models
 from export.images import Images
-from export.onnx import PRECISIONS, OnnxOptions, create_onnx, serialize
+from export.onnx import OnnxOptions, create_onnx, serialize
+from export.precisions import PRECISIONS
 from export.report import write_report
 from export.runtime import import_tensorrt
 from export.tensorrt import EngineOptions, build_engine

@@ -1,3 +1,4 @@
+import copy
 import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
@@ -11,6 +12,16 @@ import torch
 import torch.nn as nn
 
 import timm_tmblock  # noqa: F401  registers the models
+
+# files that take longest, which two workers begin with; one test alone may be most of a file
+LONGEST = (
+    'test_timm_suite', 'test_push', 'test_distributed', 'test_export', 'test_tensorrt', 'test_resume', 'test_cards',
+    'test_integrations', 'test_space', 'test_reproduce', 'test_tensorrt_simulated', 'test_bench', 'test_fuse')
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 class OneThreadSession(onnxruntime.InferenceSession):
@@ -44,12 +55,21 @@ def make_trained_like(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+@pytest.fixture(scope='session')
+def _trained_like():
+    return {}
+
+
 @pytest.fixture
-def trained_like():
+def trained_like(_trained_like):
     """A function that creates a model with weights as after training."""
     def create(name: str, **kwargs) -> nn.Module:
-        torch.manual_seed(0)
-        return make_trained_like(timm.create_model(name, **kwargs)).eval()
+        key = name, repr(sorted(kwargs.items()))
+        if key not in _trained_like:
+            torch.manual_seed(0)
+            _trained_like[key] = make_trained_like(timm.create_model(name, **kwargs)).eval()
+        torch.manual_seed(1)  # of what a test draws itself
+        return copy.deepcopy(_trained_like[key])
 
     return create
 
@@ -78,7 +98,7 @@ def write_unchecked(images):
     from export.onnx import create_onnx, serialize
 
     def write(model: nn.Module, path, options) -> None:
-        proto, metadata = create_onnx(model, options, images(model))
+        proto, metadata = create_onnx(model, options, images(model) if options.precision == 'int8' else None)
         path.write_bytes(serialize(proto, metadata))
         write_sidecar(path, metadata)
 

@@ -102,6 +102,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # an answer's body would wait for the client to confirm its headers
     hub: Hub
 
     def log_message(self, *args: Any) -> None:

@@ -355,6 +355,10 @@ class Cuda:
         return 0, graph
 
     @staticmethod
+    def cudaGetLastError():
+        return (0,)
+
+    @staticmethod
     def cudaGraphInstantiate(graph, flags):
         return 0, list(graph)
 

@@ -123,10 +123,29 @@ def test_commands_of_the_training_lead_from_one_to_the_next(name):
     assert before + sum(run.epochs for run in runs) == count_epochs(name, known)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_snippets_run(name, tmp_path, write_unchecked):
+KINDS = {'patches': FULL, 'none': 'rn26.cifar10', 'concat': 'dn100_tm_cat.cifar100'}  # cards whose snippets are run
+
+
+def find_snippets(name):
     text = str(cards.render(name, 'user/net'))
-    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    return re.findall(r'```python\n(.*?)```', text, re.DOTALL), next(
+        line for line in text.splitlines() if line.startswith('python runtime.py run onnx/'))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_snippets_are_those_that_are_run_of_weights_that_load(name, tmp_path):
+    from export.publish import save_model
+    model = timm.create_model(name, pretrained=True).eval()
+    assert find_snippets(name) == find_snippets(KINDS['patches' if model.has_template_matching else 'none'])
+    save_model(model, tmp_path / 'net')
+    x = torch.randn(2, 3, *model.pretrained_cfg['input_size'][1:])
+    with torch.inference_mode():
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True).eval()(x), model(x))
+
+
+@pytest.mark.parametrize('name', KINDS.values())
+def test_snippets_run(name, tmp_path, write_unchecked):
+    blocks, command = find_snippets(name)
     data = cards.load_data(name)
     model = timm.create_model(f'{data["model"]}.{data["tag"]}', pretrained=True).eval()
     patches = model.has_template_matching
@@ -152,7 +171,6 @@ def test_snippets_run(name, tmp_path, write_unchecked):
         with Image.open(tmp_path / 'explained.png') as picture:
             assert picture.width > 500
     shutil.copy(ROOT / 'export' / 'runtime.py', tmp_path)
-    command = next(line for line in text.splitlines() if line.startswith('python runtime.py run onnx/'))
     run = subprocess.run(
         [sys.executable, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and f'photo.jpg: {label}' in run.stdout, run.stderr

@@ -10,23 +10,27 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data.transforms_factory import create_transform
+from torch.utils.data import DataLoader
 
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import IMAGE_SUFFIXES
 from train import data
 from train.augment import DataConfig
 from train.data import (
+    ImageSet,
     InMemorySet,
     check_classes,
     decode,
     fits_in_memory,
     get_class_names,
     open_dataset,
+    read_batches,
     share_images,
 )
 from train.evaluation import validate
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
+from train.signals import outlive_sigterm
 from train.splits import hash_pixels
 
 CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -324,6 +328,23 @@ def test_groups_of_classes_are_no_splits(tmp_path):
         Image.new('RGB', (8, 8)).save(tmp_path / group / name / '0.png')
     assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['car', 'cat', 'dog']
     assert get_class_names(open_dataset('torch/folder', 'train', str(tmp_path))) == ['animals', 'vehicles']
+
+
+def test_workers_end_with_what_they_were_for(tmp_path):
+    for i in range(40):
+        (tmp_path / 'a').mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'a' / f'{i:02}.png')
+    (tmp_path / 'a' / '03.png').write_bytes(b'no image')
+    source = ImageSet(open_dataset(str(tmp_path), 'train'), 3)
+    loader = DataLoader(source, batch_size=2, num_workers=2, worker_init_fn=outlive_sigterm, collate_fn=list)
+    with pytest.raises(InputError, match='03.png'):
+        list(read_batches(loader))
+    assert not multiprocessing.active_children()
+    batches = read_batches(loader)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()  # as where an error ends the loop over them
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize('image, label, message', [

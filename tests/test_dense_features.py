@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_tmblock.layers import dense_features
 from timm_tmblock.layers.dense_features import can_share_features
+from timm_tmblock.models import tm_densenet
 from timm_tmblock.models.tm_densenet import DenseLayer, DenseStage
 
 
@@ -47,17 +48,26 @@ def test_shared_features_equal_the_plain_layers(memory_format, depth, batch_size
 
 
 def test_whole_networks_train_the_same(monkeypatch):
+    forward_shared, calls = tm_densenet.forward_shared, []
+
+    def count(*args):
+        calls.append(1)
+        return forward_shared(*args)
+
     for name in ('dn100', 'dn100_tm_cat'):
         torch.manual_seed(0)
         model = timm.create_model(name).double()
         x = torch.randn(3, 3, 32, 32).double()
         results = []
+        calls.clear()
+        monkeypatch.setattr(tm_densenet, 'forward_shared', count)
         for shared in (True, False):
             copied = copy.deepcopy(model)
             if not shared:
                 monkeypatch.setattr('timm_tmblock.models.tm_densenet.can_share_features', lambda *args: False)
             results.append(run(copied, x))
         monkeypatch.undo()
+        assert len(calls) == 4  # the stages of the first
         torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
 
 

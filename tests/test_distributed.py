@@ -154,14 +154,16 @@ def test_statistics_are_those_of_the_first_process_or_the_mean_of_both_in_the_em
     flags = [*FLAGS, '--batch-size', '6', '--model-ema', '--dist-bn', mode, '--output', str(tmp_path)]
     launch(2, tmp_path / 'recorded.py', str(tmp_path), *flags)
     assert len(list(tmp_path.glob('?.?.safetensors'))) == 4  # the network and its EMA, of two processes
-    first, second = (load_file(tmp_path / f'{rank}.2.safetensors') for rank in range(2))
-    for name, values in load_file(tmp_path / 'run' / 'last.safetensors').items():  # of the EMA
-        if name.endswith(('running_mean', 'running_var')):
-            assert not torch.equal(first[name], second[name]), name
-            expected = (first[name].double() + second[name]) / 2 if mode == 'reduce' else first[name]
-            torch.testing.assert_close(values, expected.to(values.dtype), rtol=1e-6, atol=1e-7)
-        else:
-            torch.testing.assert_close(values, first[name], rtol=0, atol=0)
+    network = find_checkpoints(tmp_path / 'run')[-1] / 'model.safetensors'
+    for number, file in enumerate((network, tmp_path / 'run' / 'last.safetensors'), 1):  # the latter of the EMA
+        first, second = (load_file(tmp_path / f'{rank}.{number}.safetensors') for rank in range(2))
+        for name, values in load_file(file).items():
+            if name.endswith(('running_mean', 'running_var')):
+                assert not torch.equal(first[name], second[name]), name
+                expected = (first[name].double() + second[name]) / 2 if mode == 'reduce' else first[name]
+                torch.testing.assert_close(values, expected.to(values.dtype), rtol=1e-6, atol=1e-7)
+            else:
+                torch.testing.assert_close(values, first[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('flags, message', [

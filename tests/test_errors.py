@@ -33,6 +33,13 @@ def test_bad_input_is_one_sentence_and_two():
     assert run('raise InputError("No; give another.")') == (2, 'first\n', 'error: No; give another.\n')
 
 
+def test_file_that_nobody_may_use_is_one_sentence():
+    name = 300 * 'x'
+    assert run(f'open({name!r})') == (2, 'first\n', f'error: {name} cannot be used: File name too long.\n')
+    code, output, errors = run('open("nothing")')  # which no message was written for
+    assert code == 1 and 'Traceback' in errors
+
+
 @pytest.mark.parametrize('unbuffered', [False, True])
 @pytest.mark.parametrize('body', [
     '[print("x" * 1000) for _ in range(1000)]',

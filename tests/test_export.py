@@ -28,7 +28,7 @@ from export.load import load
 from export.metadata import describe_model, replace_with_sidecar
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from export.tensorrt import read_onnx
-from timm_tmblock import Explainer, PatchSupervised, explain
+from timm_tmblock import Explainer, explain
 from timm_tmblock.checkpoint import load_model, save_weights, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import forward_class_activation
@@ -79,7 +79,8 @@ def test_outputs_equal_pytorch_at_any_batch_size(exported, batch_size):
 
 @pytest.mark.parametrize('name, kwargs', [
     ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)),
-    ('dn100_tm_cat', {}), ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
+    ('dn100_tm_cat', {}), ('dn100_tm', dict(layers=(2, 2, 2, 2))), ('dn100', dict(layers=(2, 2, 2, 2))),
+    ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
     ('rn26_tm', dict(global_pool='avgmax')), ('wrn16', dict(global_pool='catavgmax')),
     ('rn26_tm', dict(patch_size=3)), ('rn26_tm', dict(num_templates=200)),
 ])
@@ -112,11 +113,17 @@ def test_patch_logits_leave_nothing_behind_when_left_out(exported):
     assert b'patch' not in plain.read_bytes().replace(b'tm.patch_mean.', b'')  # the layer that all need
 
 
-def test_auxiliary_head_is_not_exported(trained_like, images):
-    model = trained_like('rn26')
-    alone, _ = create_onnx(model, OnnxOptions(), images(model))
-    supervised, _ = create_onnx(PatchSupervised(model).model, OnnxOptions(), images(model))
-    assert supervised.SerializeToString(deterministic=True) == alone.SerializeToString(deterministic=True)
+def test_auxiliary_head_is_not_exported(tmp_path):
+    from train.train import main as train
+    train(['--model', 'rn26', '--aux-head', '--train-split', 'train[:24]', '--val-fraction', '0', '--batch-size', '12',
+           '--max-steps', '1', '--device', 'cpu', '--report-to', 'none', '--output', str(tmp_path), '--experiment',
+           'run'])
+    model = load(str(tmp_path / 'run' / 'last.safetensors'))
+    graph = create_onnx(model, OnnxOptions(), None)[0].graph
+    plain = create_onnx(load('rn26'), OnnxOptions(), None)[0].graph
+    assert type(model) is type(timm.create_model('rn26'))
+    assert [(t.name, t.dims) for t in graph.initializer] == [(t.name, t.dims) for t in plain.initializer]
+    assert [o.name for o in graph.output] == ['logits']
 
 
 def test_file_alone_is_enough_to_classify(exported):
@@ -194,6 +201,22 @@ def test_graph_holds_folded_norms_and_no_training_operator(exported):
     assert operators.count('BatchNormalization') == 7 + 1 + 1
 
 
+def test_report_on_other_runtimes_is_written_where_it_is_asked_for_alone(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(other_runtimes, 'RUNTIMES', {})
+    committed = ROOT / 'export' / 'results' / 'other_runtimes.md'
+    before = committed.read_bytes()
+    for flags in ([], ['--output', str(tmp_path / 'x')]):
+        monkeypatch.setattr(sys, 'argv', ['other_runtimes.py', str(exported[3]), *flags])
+        other_runtimes.main()
+        assert '| file | runtime |' in capsys.readouterr().out and committed.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {'x.json', 'x.md'}
+
+
+def test_target_is_of_int8_alone(tmp_path):
+    with pytest.raises(InputError, match='--target is of int8, and fp16 files are for all; add --precision int8'):
+        main(['onnx', 'rn26_tm', '--output', str(tmp_path / 'x.onnx'), '--precision', 'fp16', '--target', 'tensorrt'])
+
+
 def test_other_runtimes_are_compared_with_onnxruntime(exported, monkeypatch):
     by_runtime = {row['runtime'].partition(' ')[0]: row for row in other_runtimes.compare(exported[3])}
     for output in ('logits', 'patch_logits'):
@@ -247,7 +270,7 @@ def test_dynamic_height_and_width(trained_like, tmp_path, images):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = model.forward_patch_logits(x)
-        for got, y in zip(session.run(None, {'image': x.numpy()}), expected):
+        for got, y in zip(session.run(None, {'image': x.numpy()}), expected, strict=True):
             np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
 
 
@@ -425,7 +448,7 @@ def test_soft_maximizers_export(trained_like, tmp_path, images):
         x = torch.randn(batch_size, 3, 32, 32)
         with torch.no_grad():
             outputs = model.forward_patch_logits(x)
-        for got, expected in zip(session.run(None, {'image': x.numpy()}), outputs):
+        for got, expected in zip(session.run(None, {'image': x.numpy()}), outputs, strict=True):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
@@ -584,7 +607,8 @@ def test_network_of_timm_that_has_a_fuse_of_its_own_is_refused(tmp_path):
 def test_class_activation_maps_take_the_place_of_patch_logits(
         trained_like, images, tmp_path, name, precision, softmax):
     pretrained = name.startswith('rn26')
-    model = timm.create_model(name, pretrained=True).eval() if pretrained else trained_like(name, num_templates=3)
+    model = timm.create_model(name, pretrained=True).eval() if pretrained else trained_like(
+        name, num_templates=3, layers=(2, 2, 2, 2))
     path = tmp_path / 'x.onnx'
     options = OnnxOptions(precision, patch_logits=True, method='cam', softmax=softmax)
     metadata = export_onnx(model, path, options, images(model, 64, 80))
@@ -597,7 +621,7 @@ def test_class_activation_maps_take_the_place_of_patch_logits(
         x = normalize(model, torch.from_numpy(images(model, 64, 80).held_out[:n]))
         with torch.no_grad():
             expected = forward_class_activation(copy.deepcopy(model).double(), x.double())
-        for got, y in zip(session.run(None, {'image': x.numpy()}), expected):
+        for got, y in zip(session.run(None, {'image': x.numpy()}), expected, strict=True):
             y = y.softmax(1).numpy() if softmax else y.numpy()
             np.testing.assert_allclose(got, y, rtol=0, atol=tolerance * np.abs(y).max())
     assert check_file(path, model, images(model, 64, 80))[1] is None

@@ -28,7 +28,7 @@ NORMS_LEFT = {
 
 
 def assert_equal(got, expected):
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 

@@ -50,6 +50,18 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'x.png', 'L')), np.rot90(GREY, -1))
 
 
+@pytest.mark.parametrize('read', [read_image, runtime.read_image])
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+def test_exif_data_that_cannot_be_read_are_left_out(tmp_path, read, suffix):
+    image = Image.fromarray(GREY)
+    density = {} if suffix == 'png' else dict(dpi=(1, 1))
+    image.save(tmp_path / f'x.{suffix}', exif=b'Exif\0\0no TIFF header', **density)
+    with pytest.raises(SyntaxError):
+        Image.open(tmp_path / f'x.{suffix}').getexif()
+    np.testing.assert_array_equal(
+        np.asarray(read(tmp_path / f'x.{suffix}', 'L')), np.asarray(Image.open(tmp_path / f'x.{suffix}')))
+
+
 def test_arrays_and_pil_images_are_taken():
     np.testing.assert_array_equal(np.asarray(read_image(GREY, 'L')), GREY)
     np.testing.assert_array_equal(np.asarray(read_image(Image.fromarray(GREY), 'L')), GREY)

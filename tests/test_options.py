@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
@@ -235,7 +235,11 @@ def test_weights_that_were_never_validated_can_be(tmp_path):
     flags = [f for f in TINY if f not in ('--val-split', 'test[:15]')]
     main([*flags, '--val-fraction', '0', '--output', str(tmp_path), '--max-steps', '1'])
     measured = main(['--resume', str(tmp_path / 'run'), '--eval-only', '--val-split', 'test[:15]'])
-    assert measured['weights'].endswith('last.safetensors') and 0 <= measured['validation']['top1'] <= 100
+    assert measured['weights'].endswith('last.safetensors')
+    (images, targets), = create_trainer(tmp_path / 'other').val_loader.epoch(0)
+    with torch.no_grad():
+        right = (load_model(tmp_path / 'run' / 'last.safetensors')(images).argmax(1) == targets).double().mean()
+    assert measured['validation']['top1'] == pytest.approx(100 * right.item())
 
 
 def test_adaptive_clipping_leaves_out_each_of_several_heads(tmp_path, monkeypatch):
@@ -280,9 +284,11 @@ def test_without_validation_the_last_weights_are_tested(tmp_path):
 
 def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path, monkeypatch):
     result = main([*TINY, '--output', str(tmp_path), '--test-split', 'test[15:40]'])
+    settings = tmp_path / 'run' / SETTINGS
+    settings.write_text(settings.read_text().replace('push_to_hub: null', 'push_to_hub: me/run'))
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     monkeypatch.setattr('train.train.check_push', lambda *args: pytest.fail('nothing is pushed'))
-    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only', '--push-to-hub', 'me/run'])
+    measured = main(['--resume', str(tmp_path / 'run'), '--eval-only'])
     assert measured['validation']['top1'] == result['best']['top1']
     assert measured['test']['loss'] == pytest.approx(result['test']['loss'], rel=1e-6)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == files
@@ -381,6 +387,21 @@ def test_pretrained_networks_are_tuned_to_other_classes(tmp_path, two_classes, w
     before, after = load_file(file if weights == 'cifar100' else file.with_stem('rn26_tm.cifar10')), model.state_dict()
     kept = [k for k in before if 'running' not in k and 'num_batches' not in k and before[k].shape == after[k].shape]
     assert len(kept) > 40 and all(torch.equal(before[k].float(), after[k]) for k in kept)
+
+
+def test_weights_that_say_nothing_of_themselves_are_tuned_to_other_classes(tmp_path, two_classes):
+    before = load_file(ROOT / 'timm_tmblock' / 'weights' / 'rn26_tm.cifar100.safetensors')
+    save_file(before, tmp_path / 'foreign.safetensors')  # as timm's save_for_hf leaves them
+    trainer = create_trainer(
+        tmp_path, '--dataset', str(two_classes), '--train-split', 'train', '--val-split', '', '--val-fraction', '0',
+        '--initial-checkpoint', str(tmp_path / 'foreign.safetensors'))
+    model = trainer.plain_model
+    assert model.num_classes == model.get_patch_classifier().num_templates == 2
+    name = 'layer1.blocks.0.conv1.weight'
+    assert torch.equal(model.state_dict()[name], before[name].float())
+    save_file({'layer1.blocks.0.conv1.weight': torch.zeros(1)}, tmp_path / 'part.safetensors')
+    with pytest.raises(InputError, match='does not hold weights of rn26_tm: it has no fc.weight'):
+        create_trainer(tmp_path, '--initial-checkpoint', str(tmp_path / 'part.safetensors'))
 
 
 def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
@@ -495,6 +516,38 @@ def test_teacher_by_name_goes_before_that_of_a_recipe(tmp_path):
     assert (args.kd_model_name, args.kd_checkpoint) == (['rn26_tm'], None)
 
 
+def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(tmp_path):
+    (tmp_path / 'r.yaml').write_text('kd_model_name: [rn26_tm.dist_cifar100]\n')
+    args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--kd-checkpoint', 'mine.safetensors'])
+    assert (args.kd_model_name, args.kd_checkpoint) == (None, ['mine.safetensors'])
+    (tmp_path / 'r.yaml').write_text('kd_model_name: [rn26]\nkd_checkpoint: [a.safetensors]\n')
+    args = parse_args(['-c', str(tmp_path / 'r.yaml')])
+    assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['a.safetensors'])
+
+
+@pytest.mark.parametrize('flags, recipe, message', [
+    (['--kd-temperature', '2'], 'kd_checkpoint: a.safetensors', '--kd-temperature only applies with a teacher'),
+    (['--model-ema-decay', '0.9'], 'model_ema: true', '--model-ema-decay only applies with --model-ema; add it'),
+    (['--no-model-ema-warmup'], 'model_ema: true', '--model-ema-warmup only applies with --model-ema'),
+    (['--eval-only', '--push-to-hub', 'me/net'], None, '--eval-only trains nothing to publish'),
+])
+def test_flag_that_would_change_nothing_is_refused_unless_a_recipe_has_its_use(tmp_path, flags, recipe, message):
+    with pytest.raises(InputError, match=message):
+        parse_args(flags)
+    if recipe:
+        (tmp_path / 'r.yaml').write_text(recipe)
+        parse_args(['-c', str(tmp_path / 'r.yaml'), *flags])
+    key = flags[0].lstrip('-').replace('no-', '').replace('-', '_')
+    value = {'kd_temperature': 2, 'model_ema_decay': 0.9}.get(key, False)
+    (tmp_path / 'r.yaml').write_text(f'{key}: {json.dumps(value)}\n')  # for others to build on
+    parse_args(['-c', str(tmp_path / 'r.yaml')])
+
+
+def test_short_flags_are_timms():
+    args = parse_args(['-b', '7', '-vb', '9', '-j', '3'])
+    assert (args.batch_size, args.val_batch_size, args.workers) == (7, 9, 3)
+
+
 def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     names = list(reversed(CIFAR10_LABELS))
     weights = tmp_path / 'teacher.safetensors'
@@ -554,6 +607,8 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
+    (['--model', 'hf-hub:me/birds'], 'begin with the weights of hf-hub:me/birds, name its architecture'),
+    (['--model', 'zzzz'], "timm has no model 'zzzz'; is it one of .*rn26_tm"),
     (['--kd-model-name', 'no_such'], 'no_such is not a model with pretrained weights'),
     (['--kd-model-name', 'wrn16'], 'wrn16 is not a model with pretrained weights'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
@@ -650,6 +705,13 @@ def test_notebook_launcher_trains(tmp_path):
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / 'run' / 'best.safetensors').is_file()
+
+
+def test_loss_of_a_baseline_is_cross_entropy(tmp_path):
+    trainer = create_trainer(tmp_path, '--model', 'rn26', '--smoothing', '0.3')
+    images, targets = next(trainer.train_loader.epoch(0))
+    result = trainer.task(images, targets)
+    torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], targets, label_smoothing=0.3))
 
 
 @pytest.mark.parametrize('model', [['rn26_tm'], ['rn26', '--aux-head']])

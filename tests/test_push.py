@@ -29,7 +29,7 @@ DRIVER = '''
 import json, os, sys
 from pathlib import Path
 import export.push
-from export.push import PushError, PushOptions, push
+from export.push import PushError, PushOptions, check_access, push
 from timm_tmblock.errors import InputError
 export.push.WAITS = (0.05,)
 import huggingface_hub.utils._http as http
@@ -42,7 +42,9 @@ for line in sys.stdin:
     folder, said = Path(request['folder']), []
     files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
     try:
-        answer = dict(kind='', text=push(folder, files, PushOptions(**request['options']), said.append))
+        options = PushOptions(**request['options'])
+        text = check_access(options) if request['only_check'] else push(folder, files, options, said.append)
+        answer = dict(kind='', text=text or '')
     except (InputError, PushError) as e:
         answer = dict(kind=type(e).__name__, text=str(e))
     print(json.dumps(dict(answer, said=said)), flush=True)
@@ -59,8 +61,9 @@ class Driver:
                 [sys.executable, '-c', DRIVER], cwd=ROOT, env=environment(hub, HF_HOME=str(log.parent)),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
 
-    def ask(self, folder, token, options):
-        request = dict(folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options))
+    def ask(self, folder, token, options, only_check=False):
+        request = dict(
+            folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options), only_check=only_check)
         print(json.dumps(request), file=self.process.stdin, flush=True)
 
 
@@ -121,9 +124,9 @@ def environment(hub, token=WRITE, **more):
             'HF_XET_CLIENT_RETRY_BASE_DELAY': '10ms', **more}
 
 
-def run(hub, folder, token=WRITE, **options):
+def run(hub, folder, token=WRITE, only_check=False, **options):
     """Name of the error, '' if there was none, and what was said; one sentence, and no token."""
-    hub.driver.ask(folder, token, options)
+    hub.driver.ask(folder, token, options, only_check)
     answer = json.loads(hub.driver.process.stdout.readline())
     text = '\n'.join([*answer['said'], answer['text']])
     assert not any(secret in text for secret in (WRITE, READ, GUEST, 'hf_wrong')) and '\n' not in answer['text']
@@ -207,6 +210,18 @@ def test_a_pull_request_is_opened_once(hub, folder):
     assert hub.repositories['me/net'].pull_requests == 2
 
 
+def test_an_open_pull_request_goes_on(hub, folder):
+    hub.create('me/net')
+    assert run(hub, folder, token=GUEST, create_pr=True)[1].endswith('/discussions/1')
+    (folder / 'config.json').write_text('{"b": 2}')
+    assert run(hub, folder, revision='refs/pr/1')[0] == ''
+    assert is_complete(hub, folder, 'refs/pr/1') and hub.repositories['me/net'].find('main')['files'] == {}
+    assert hub.repositories['me/net'].pull_requests == 1
+    kind, text = run(hub, folder, revision='refs/pr/2')
+    assert kind == '_Missing' and 'me/net or its revision is not there' in text
+    assert not any('/branch/' in request for request in hub.requests)
+
+
 @pytest.mark.parametrize('token, options, message', [
     (GUEST, dict(create_pr=True, revision='next'), '--revision names a branch to push to, and a pull request has its'),
     (None, {}, 'There is no Hub token here; run "hf auth login" or set HF_TOKEN'),
@@ -217,9 +232,11 @@ def test_a_pull_request_is_opened_once(hub, folder):
     (WRITE, dict(message=' '), '--message is empty'),
     (WRITE, dict(repo='no'), "'no' is not a repository name: its owner comes first, USER/no"),
     (WRITE, dict(repo='a b/c'), "'a b/c' is not a repository name"),
-    (WRITE, dict(create_pr=True), 'There is no repository me/net to open a pull request in'),
+    (WRITE, dict(create_pr=True), 'There is no repository me/net for a pull request'),
     (GUEST, dict(repo='other/net'), 'The Hub does not let this token'),
     (WRITE, dict(create_pr=True, tag='v1'), '--tag names a commit of the repository'),
+    (WRITE, dict(revision='refs/pr/1', tag='v1'), '--tag names a commit of the repository'),
+    (WRITE, dict(revision='refs/pr/1'), 'There is no repository me/net for a pull request'),
 ])
 def test_what_the_user_can_mend_is_one_sentence_and_uploads_nothing(hub, folder, token, options, message):
     kind, text = run(hub, folder, token, **options)
@@ -269,9 +286,9 @@ except InputError as e:
     (dict(repo='me/net', tag='v1', revision='next'), {}, ''),  # so is the branch
     (dict(repo='me/net', tag='v1'), {}, 'The tag v1 is there already, on another commit; choose another'),
     (dict(repo='me/net', private=True), {}, 'me/net is there and public'),
-    (dict(repo='me/net'), dict(HF_TOKEN=READ), 'The token may only read'),
-    (dict(repo='me/net', create_pr=True), dict(HF_TOKEN=GUEST), ''),
-    (dict(repo='me/new', create_pr=True), dict(HF_TOKEN=GUEST), 'There is no repository me/new to open'),
+    (dict(repo='me/net'), READ, 'The token may only read'),
+    (dict(repo='me/net', create_pr=True), GUEST, ''),
+    (dict(repo='me/new', create_pr=True), GUEST, 'There is no repository me/new for a pull'),
     (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE keeps the Hub from being asked; unset it'),
     (dict(repo='me/net'), dict(HF_ENDPOINT='{}/elsewhere'), 'There is no Hub at .*/elsewhere to sign in to'),
 ])
@@ -279,6 +296,11 @@ def test_what_makes_a_push_impossible_is_found_before_the_work(lfs, folder, opti
     assert run(lfs, folder, tag='v1')[0] == ''
     (folder / 'config.json').write_text('{"a": 1}')
     assert run(lfs, folder)[0] == ''
+    if not environ or isinstance(environ, str):  # a token
+        kind, text = run(lfs, folder, environ or WRITE, only_check=True, **options)
+        assert (kind == '') is (message == '') and re.match(message or '$', text), text
+        return
+    # which the client reads when it is imported
     environ = {key: value.format(lfs.endpoint) for key, value in environ.items()}
     checked = subprocess.run(
         [sys.executable, '-c', CHECK, repr(options)], cwd=ROOT, env=environment(lfs, **environ), capture_output=True,
@@ -290,7 +312,7 @@ def test_what_makes_a_push_impossible_is_found_before_the_work(lfs, folder, opti
 def test_onnx_files_that_are_left_out_go_and_engines_of_the_network_stay(hub, folder, same):
     about = dict(weights_sha256='a', class_names=['x', 'y'], preprocessing={})
     files = {'onnx/model.onnx.json': json.dumps(about), 'onnx/model_int8.onnx': 'int8',
-             'onnx/model_int8.onnx.json': '{}', 'onnx/by_hand.onnx': 'other',
+             'onnx/model_int8.onnx.json': '{}', 'onnx/by_hand.onnx': 'other', 'onnx/model_quantized.onnx': 'of others',
              'engines/a/x.engine': 'plan', 'engines/a/x.engine.json': json.dumps(about)}
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +326,7 @@ def test_onnx_files_that_are_left_out_go_and_engines_of_the_network_stay(hub, fo
     assert run(hub, folder)[0] == ''
     left = {path for path in hub.repositories['me/net'].find('main')['files'] if path in files}
     assert left == {'onnx/model.onnx.json'} | (
-        {'onnx/by_hand.onnx', 'engines/a/x.engine', 'engines/a/x.engine.json'} if same else set())
+        {path for path in files if 'int8' not in path} if same else set())
 
 
 def test_card_the_hub_refuses_ends_the_push_before_anything_is_sent(hub, folder):

@@ -117,6 +117,9 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
         for other in ('random', "another image's class map"):
             assert len(compare_maps(maps[other])['better']) == 4
 
+    assert '`rn26_tm.cifar100` | [where the evidence is](#explain), about as well as occlusion does; as well as' in TEXT
+    assert '`rn26_tm.dist_cifar100` | less than CAM, on CIFAR-100 less than occlusion too |' in TEXT
+
     def tell(mask, other, verdict):
         return [measure.partition(' (')[0] for measure in compare_maps(found[mask][other])[verdict]]
 
@@ -231,6 +234,8 @@ def test_row_of_each_pretrained_network(tag):
 def test_default_weights_are_marked():
     marked = set(re.findall(r'\| \[`(\S+)`\]\(\S+\) \* \|', TEXT))
     listed = set(re.findall(r'(?m)^\| \[`(\S+)`\]', TEXT))
+    rows = re.findall(r'\| \[`(\S+)`\]\(train/results/\S+\)(?: \*)? \|.+\|\n', TEXT)
+    assert set(rows) == listed and len(rows) == 9  # those that are compared with the results above
     default = {f'{tag.partition(".")[0]}.{timm.get_pretrained_cfg(tag.partition(".")[0]).tag}' for tag in listed}
     assert marked == default & listed and len(marked) == 3
 

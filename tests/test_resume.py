@@ -98,7 +98,7 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, processes, pat
 
 def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
     """The file size limit stands in for the disk: both make a write fail half-way."""
-    flags = [*FLAGS, '--batch-size', '12']
+    flags = [*FLAGS, '--batch-size', '12', '--sched', 'constant']
     main([*flags, '--output', str(tmp_path / 'whole')])
     folder = tmp_path / 'cut' / 'run'
     script = ROOT / 'train' / 'train.py'
@@ -116,6 +116,11 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
     assert 'the disk is full' in full.stderr.splitlines()[-1]
     assert find_checkpoints(folder) == before
     assert [p.name for p in (folder / 'checkpoints').iterdir()] == [before[0].name]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(['--resume', str(folder), '--max-steps', '6'])['updates'] == 6
+    a, b = (load_file(tmp_path / f / 'run' / 'last.safetensors') for f in ('whole', 'cut'))
+    for name in a:  # of as many threads or others
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('damage', ['cut short', 'missing', 'unfinished'])
@@ -209,7 +214,9 @@ def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, ca
     before = find_steps(tmp_path / 'run')
     assert main(['--resume', str(tmp_path / 'run'), *flags])['updates'] == steps
     assert find_steps(tmp_path / 'run') == before + steps - taken  # all of them by the optimizer too
-    numbers = re.findall(r'Epoch (\d+)/(\d+): training loss', capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert f'going on with {batch_size} images an update, which had 6 by 1 processes, at a learning rate of' in printed
+    numbers = re.findall(r'Epoch (\d+)/(\d+): training loss', printed)
     assert numbers and all(int(number) <= int(last) for number, last in numbers)
 
 
@@ -278,20 +285,38 @@ def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
     assert result['hardware'] == 'one machine, then another'
 
 
+def test_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path, monkeypatch):
+    flags = [*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1']
+    Trainer(parse_args(flags)).start_record()  # killed here
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr('train.train.open_splits', lambda *args: pytest.fail('that is soon enough'))
+    with pytest.raises(InputError, match='that run ended before its first; begin it again with the same command'):
+        main(['--resume', str(tmp_path / 'run')])
+    monkeypatch.undo()
+    assert main(flags)['epochs'] == 1
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finished')
+    main([*FLAGS, '--batch-size', '12', '--output', str(folder), '--epochs', '1'])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
 @pytest.mark.parametrize('flags', [
     ['--opt', 'momentum'], ['--opt-args', 'amsgrad=True'], ['--opt-betas', '0.5', '0.6'], ['--weight-decay', '0.5'],
     ['--seed', '7'], ['--experiment', 'other'], ['--output', 'elsewhere'], ['--pretrained'],
     ['--initial-checkpoint', 'x.safetensors'], ['--val-split', 'test[24:30]'], ['--train-split', 'train[36:72]'],
     ['--split-seed', '1'], ['--pool', '65', '15', '20']])
-def test_what_a_checkpoint_settles_cannot_change(tmp_path, flags):
-    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1'])
-    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+def test_what_a_checkpoint_settles_cannot_change(finished, flags):
+    before = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
     message = f'^{flags[0]} cannot change in a run that goes on'
     for eval_only in ([], ['--eval-only']):
         if not eval_only or flags[0] in ('--train-split', '--split-seed', '--pool'):
             with pytest.raises(InputError, match=message):
-                main(['--resume', str(tmp_path / 'run'), '--epochs', '2', *flags, *eval_only])
-    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+                main(['--resume', str(finished / 'run'), '--epochs', '2', *flags, *eval_only])
+    assert {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()} == before
 
 
 def test_finished_run_without_checkpoints_is_not_written_over(tmp_path):

@@ -363,7 +363,8 @@ def test_foreign_file_and_future_opset_are_one_sentence(folder, tmp_path):
     assert runtime.load(tmp_path / 'foreign.onnx', 'cpu')(IMAGES / 'ship.png').label == 'ship'
 
 
-def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(folder, monkeypatch, capsys):
+@pytest.mark.parametrize('kind', [RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException])
+def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(folder, monkeypatch, capsys, kind):
     """As where the driver is too old, of which ONNX Runtime prints four lines before it takes the CPU."""
     real = onnxruntime.InferenceSession
 
@@ -371,7 +372,7 @@ def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(fol
         if providers[0] != 'CPUExecutionProvider':
             if kwargs.get('enable_fallback', 1):
                 print('*************** EP Error ***************')
-            raise RuntimeError('CUDA failure 35: CUDA driver version is insufficient')
+            raise kind(f'{300 * "a signature "}: CUDA failure 35: CUDA driver version is insufficient ; GPU=0')
         return real(content, options, providers=['CPUExecutionProvider'], **kwargs)
 
     monkeypatch.setattr(onnxruntime, 'InferenceSession', start)
@@ -383,6 +384,50 @@ def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(fol
         runtime.main(['run', str(folder / 'plain.onnx'), str(IMAGES / 'ship.png'), *flags])
     printed = capsys.readouterr()
     assert json.loads(printed.out)['top'][0][0] == 'ship' and 'EP Error' not in printed.err
+
+
+def test_error_of_the_file_is_none_of_the_gpu(folder, monkeypatch):
+    session = runtime.load(folder / 'plain.onnx', 'cpu', allow_fallback=True).session
+
+    class Failing:
+        def run(self, *args):
+            raise ERRORS.Fail('no such input')
+
+        def get_providers(self):
+            return ['CUDAExecutionProvider']
+
+    session.session = Failing()
+    with pytest.raises(runtime.RuntimeInputError, match='ONNX Runtime failed: no such input'):
+        session.run(np.zeros((1, 3, 32, 32), dtype=np.float32))
+
+
+@pytest.mark.parametrize('device, expected', [('auto', 'CPUExecutionProvider'), ('cuda', 'CUDAExecutionProvider')])
+def test_int8_for_cpus_runs_on_one_unless_the_gpu_is_asked_for(folder, tmp_path, monkeypatch, device, expected):
+    real, preloaded = onnxruntime.InferenceSession, []
+
+    class OnGpu:
+        def __init__(self, content, options, providers, **kwargs):
+            self.providers = [p if isinstance(p, str) else p[0] for p in providers]
+            self.real = real(content, options, providers=['CPUExecutionProvider'], **kwargs)
+
+        def get_providers(self):
+            return self.providers
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    proto = onnx.load(folder / 'plain.onnx')
+    onnx.helper.set_model_props(proto, {
+        **{p.key: p.value for p in proto.metadata_props}, 'quantization': '{"target": "cpu"}'})
+    onnx.save(proto, tmp_path / 'x.onnx')
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', OnGpu)
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: ['CUDAExecutionProvider'])
+    monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: preloaded.append(print('missing')), raising=False)
+    monkeypatch.setattr(runtime, 'query_gpu', lambda: dict(name='a GPU'))
+    runner = runtime.load(tmp_path / 'x.onnx', device)
+    assert runner.session.provider == expected and preloaded
+    assert runtime.load(folder / 'plain.onnx', device).session.provider == 'CUDAExecutionProvider'
+    assert runner(IMAGES / 'ship.png').label == 'ship'
 
 
 @pytest.mark.parametrize('threads', [0, -1])
@@ -404,8 +449,22 @@ def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder):
     assert runtime.load(folder / 'plain.onnx', 'cuda', allow_fallback=True).session.provider == 'CPUExecutionProvider'
 
 
+ERRORS = onnxruntime.capi.onnxruntime_pybind11_state
+
+
+@pytest.mark.parametrize('error, said', [
+    (ERRORS.EPFail('cuDNN failed'), 'cuDNN failed'),
+    (ERRORS.Fail(
+        '[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Conv node. Status Message: CUDNN '
+        'failure 1001: CUDNN_STATUS_NOT_INITIALIZED ; GPU=0 ; hostname=h ; file=conv.cc'),
+     'CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED'),
+    (ERRORS.RuntimeException(
+        '[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : running Conv node: /src/bfc_arena.cc:376 void* '
+        'onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate memory for requested buffer of '
+        'size 9'), 'Failed to allocate memory for requested buffer of size 9'),
+], ids=['EPFail', 'Fail', 'RuntimeException'])
 @pytest.mark.parametrize('allowed', [False, True])
-def test_failure_of_the_gpu_at_run_time_goes_on_with_the_cpu_if_allowed_alone(folder, allowed):
+def test_failure_of_the_gpu_at_run_time_goes_on_with_the_cpu_if_allowed_alone(folder, allowed, error, said):
     session = runtime.load(folder / 'plain.onnx', 'cpu', allow_fallback=allowed).session
     calls, all_at_once = [], threading.Barrier(3)
 
@@ -414,7 +473,7 @@ def test_failure_of_the_gpu_at_run_time_goes_on_with_the_cpu_if_allowed_alone(fo
             calls.append(args)
             if all_at_once.wait(30) == 0:  # later than the others
                 time.sleep(1)
-            raise onnxruntime.capi.onnxruntime_pybind11_state.EPFail('cuDNN failed')
+            raise error
 
         def get_providers(self):
             return ['CUDAExecutionProvider', 'CPUExecutionProvider']
@@ -433,7 +492,7 @@ def test_failure_of_the_gpu_at_run_time_goes_on_with_the_cpu_if_allowed_alone(fo
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == 3 * ([(1, 10)] if allowed else ['ONNX Runtime failed: cuDNN failed'])
+    assert results == 3 * ([(1, 10)] if allowed else [f'ONNX Runtime failed: {said}'])
     assert len(calls) == 3 and (session.session is failing) is not allowed
 
 
@@ -494,5 +553,5 @@ def test_grey_networks_run_as_in_pytorch(trained_like, write_unchecked, tmp_path
     runner = runtime.load(tmp_path / 'x.onnx', 'cpu')
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, s, dtype=np.uint8) for s in ((32, 32), (32, 32, 3), (50, 40, 3))]
-    for picture, prediction in zip(pictures, runner(pictures, batch_size=2)):
+    for picture, prediction in zip(pictures, runner(pictures, batch_size=2), strict=True):
         np.testing.assert_allclose(prediction.probabilities, explain(model, picture).probabilities, atol=1e-4)

@@ -145,7 +145,7 @@ def test_images_that_have_two_names_serve_one_end(tmp_path, flags):
     for split in ('train', 'val', 'validation')[:1 + len(flags) // 2]:
         shutil.copytree(SAMPLE / 'images', tmp_path / 'split' / split / 'a')
     if len(flags) == 2:  # no splits: timm takes all images for each
-        with pytest.raises(InputError, match="'train' and 'val' of dataset .* have images in common"):
+        with pytest.raises(InputError, match="has no folders for 'train' and 'val', .* or leave out --val-split"):
             load('--dataset', str(tmp_path / 'flat'), *flags)
     else:
         (tmp_path / 'split' / 'val').rename(tmp_path / 'split' / 'eval')

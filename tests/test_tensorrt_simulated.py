@@ -94,7 +94,7 @@ def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, 
     expected = runtime.load(files / f'{name}.onnx', 'cpu')
     paths = sorted((ROOT / 'train' / 'sample' / 'images').iterdir())
     for batch_size in (1, 3, 7, 3, 10, 3):  # small profile, large one, and again
-        for a, b in zip(runner(paths, batch_size), expected(paths, batch_size)):
+        for a, b in zip(runner(paths, batch_size), expected(paths, batch_size), strict=True):
             np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-6)
             if name == 'patches':
                 np.testing.assert_allclose(a.patch_probabilities, b.patch_probabilities, atol=1e-6)
@@ -104,6 +104,8 @@ def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, 
         assert simulated_tensorrt.Cuda.launches > 10  # a graph for each shape, from its second batch on
     else:  # captures by itself
         assert simulated_tensorrt.Cuda.launches == 0 and simulated['log']['runtime_config'].cuda_graph_strategy == 1
+    empty = runner.run(runner.to_input(np.zeros((0, 32, 32, 3), dtype=np.uint8)))
+    assert [y.shape for y in empty] == [(0, 10), (0, 10, 8, 8)][:1 + (name == 'patches')]
     with pytest.raises(runtime.RuntimeInputError, match=r'takes inputs of \(1, .*\) or .* not \(17, '):
         runner.session.run(runner.to_input(np.zeros((17, 32, 32, 3), dtype=np.uint8)))
 
@@ -117,7 +119,7 @@ def test_simulated_session_is_shared_by_threads_and_frees_what_it_drops(simulate
     def work(i):
         x = np.random.default_rng(i).normal(size=(1 + i % 5, 3, 32, 32)).astype(np.float32)
         for _ in range(4):
-            for a, b in zip(session.run(x), expected.run(x)):
+            for a, b in zip(session.run(x), expected.run(x), strict=True):
                 if not np.allclose(a, b, atol=1e-5):
                     wrong.append(i)
 
@@ -148,7 +150,7 @@ def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, file
     expected = runtime.load(files / 'patches.onnx', 'cpu').session
     x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
     for _ in range(4):
-        for a, b in zip(session.run(x), expected.run(x)):
+        for a, b in zip(session.run(x), expected.run(x), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert simulated_tensorrt.Cuda.captured is None and simulated_tensorrt.Cuda.launches == 0
     assert len(graphs) == (simulated['backend'] == 'tensorrt')  # what was captured, once
@@ -559,7 +561,7 @@ def test_simulated_engine_takes_any_number_of_images(simulated, files, tmp_path,
     runner, expected = runtime.load(tmp_path / 'x.engine'), runtime.load(files / 'patches.onnx', 'cpu')
     x = np.random.default_rng(0).standard_normal((43, 3, 32, 32)).astype(np.float32)
     for n in (1, 2, 10, 43):
-        for got, wanted in zip(runner.run(x[:n]), expected.run(x[:n])):
+        for got, wanted in zip(runner.run(x[:n]), expected.run(x[:n]), strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 

@@ -5,6 +5,7 @@
 """
 from timm import create_model as create_model
 
+from . import analysis as analysis
 from . import layers as layers
 from . import models as models
 from ._version import __version__ as __version__

@@ -156,7 +156,7 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
     overlay = {k: description[k] for k in _PRETRAINED_CFG_KEYS if k in description}
     overlay['license'] = None  # which is for those who trained the weights to say
     if not description:
-        overlay.update(num_classes=_count_classes(path, name), label_names=None)  # of which classes, nobody knows
+        overlay.update(num_classes=count_classes(path, name), label_names=None)  # of which classes, nobody knows
     try:
         model = timm.create_model(
             name,
@@ -203,8 +203,19 @@ def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) 
         raise InputError(f'{path} holds weights of {described}, not of {name}.')
 
 
-def _count_classes(path: Union[str, Path], name: str) -> int:
+def count_classes(path: Union[str, Path], name: str) -> int:
+    """How many classes the classifier in a weight file has.
+
+    Args:
+        path: Weight file.
+        name: Model it is of.
+
+    Raises:
+        InputError: If it has no classifier.
+    """
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    if isinstance(classifier, (tuple, list)):  # of a network with several
+        classifier = classifier[0]
     with safe_open(path, 'pt') as file:
         if f'{classifier}.weight' not in file.keys():
             raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.')

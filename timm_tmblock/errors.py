@@ -1,9 +1,13 @@
 """The error of bad input, and how the command lines end."""
+import errno
 import os
 import select
 import sys
 from contextlib import contextmanager, suppress
 from typing import Iterator, Tuple, Type
+
+# of files that the user names: nobody may enter their folder, their name is too long, the disk is full or read-only
+_OF_FILES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -37,6 +41,11 @@ def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
         if not _is_unread():  # it was another pipe
             raise
         sys.exit(1)
+    except OSError as e:
+        if e.errno not in _OF_FILES:
+            raise
+        print(f'error: {e.filename or "A file"} cannot be used: {e.strerror}.', file=sys.stderr)
+        sys.exit(2)
     finally:
         with suppress(BrokenPipeError, AttributeError, ValueError):  # gone; none at all; closed
             sys.stdout.flush()

@@ -30,6 +30,16 @@ def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
     return found
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data turn it, as it is where they cannot be read."""
+    image.load()
+    try:
+        image.getexif()
+    except Exception:  # of many kinds, and harmless to Pillow, too, which skips such data where it needs none
+        return image
+    return ImageOps.exif_transpose(image)
+
+
 def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
     """Read an image and convert it to 8 bits in `mode`, upright and on white where it is transparent.
 
@@ -58,8 +68,7 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
             file_format = image.format
             if file_format == 'EPS':  # Pillow has Ghostscript run it
                 raise InputError(f'{name} is PostScript, a program; give a PNG, JPEG or WebP file.')
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            image = _turn_upright(image)
         if 0 in image.size:
             raise InputError(f'{name} has no pixels.')
     except FileNotFoundError as e:

@@ -10,14 +10,14 @@ from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequ
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_tmblock.errors import InputError, first_line
+from timm_tmblock.errors import InputError, say_why_not_loaded
 
 SETTINGS = 'args.yaml'  # in the experiment folder
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
     lr_base=('lr',), epochs=('max_steps',), val_split=('val_fraction',), val_fraction=('val_split',),
-    pool=('val_fraction',), kd_model_name=('kd_checkpoint',))
+    pool=('val_fraction',), kd_model_name=('kd_checkpoint',), kd_checkpoint=('kd_model_name',))
 
 # settings that two runs of one recipe may differ in: the network, and where and how it ran
 NO_RECIPE = (
@@ -125,11 +125,12 @@ def create_parser() -> Parser:
     group.add_argument('--split-seed', type=seed, default=0, help='of the division of --val-fraction and --pool')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
-    group.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
+    group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
+        'decode splits of up to this many GB into memory, where dividing and padding them takes as much again'))
     group.add_argument(
-        '--workers', type=not_negative, default=4, help='processes that decode images and apply --aa')
-    group.add_argument('--batch-size', type=positive, default=128, help='images per process and step')
-    group.add_argument('--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
+        '-j', '--workers', type=not_negative, default=4, help='processes that decode images and apply --aa')
+    group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')
+    group.add_argument('-vb', '--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
         'images per process, to measure'))
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
@@ -285,7 +286,7 @@ def refusing(settings: str) -> Iterator[None]:
     except InputError:
         raise
     except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError) as e:
-        reason = first_line(e)
+        reason = say_why_not_loaded(e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
         reason = f'there is no argument {unknown[1]!r}' if unknown else reason
         raise InputError(f'{settings} cannot be used: {reason}') from e
@@ -309,7 +310,26 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for recipe in recipes:
         settings = _override(settings, _read_known(parser, Path(recipe)))
     settings = {k: v for k, v in _override(settings, given).items() if k not in given}
-    return parser.parse_args(_make_flags(parser, settings) + argv)
+    args = parser.parse_args(_make_flags(parser, settings) + argv)
+    _check_given(given, args)
+    return args
+
+
+def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse flags of the command line that would change nothing; recipes may have them for others to build on.
+
+    Raises:
+        InputError: For those.
+    """
+    has_teacher = args.kd_model_name or args.kd_checkpoint
+    for flag, needed, have in (
+            ('kd_temperature', 'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
+            ('model_ema_decay', '--model-ema', args.model_ema),
+            ('model_ema_warmup', '--model-ema', args.model_ema)):
+        if flag in given and not have:
+            raise InputError(f'{to_flag(flag)} only applies with {needed}; add it.')
+    if 'push_to_hub' in given and args.eval_only:
+        raise InputError('--eval-only trains nothing to publish; leave out --push-to-hub.')
 
 
 def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[str]] = None) -> List[str]:
@@ -393,7 +413,7 @@ def _make_flags(parser: Parser, settings: Dict[str, Any]) -> List[str]:
 
 
 def _flag(action: argparse.Action, value: Any) -> List[str]:
-    option = action.option_strings[0]
+    option = next(o for o in action.option_strings if o.startswith('--'))
     if value is None:
         return []
     if isinstance(action, argparse.BooleanOptionalAction):

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -151,7 +151,8 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
         if splits:
             raise InputError(
                 f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}; name one of these with the flag '
-                f'for it (--split of evaluate.py, --check-split of exports).')
+                f'for it (--train-split, --val-split or --test-split in training, --split of evaluate.py, '
+                f'--check-split of exports).')
 
 
 def share_images(a: Any, b: Any) -> bool:
@@ -294,12 +295,25 @@ def decode(
         _Chunks(source, config, digest), batch_size=None, num_workers=workers,
         worker_init_fn=outlive_sigterm, generator=torch.Generator())  # of its own, or the global one would advance
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
-        for number, (pixels, labels, names) in enumerate(chunks):
+        for number, (pixels, labels, names) in enumerate(read_batches(chunks)):
             part = slice(number * CHUNK, (number + 1) * CHUNK)
             images[part], targets[part] = pixels, labels
             digests += names
             bar.update(len(labels))
     return InMemorySet(images, targets, class_names, digests)
+
+
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a DataLoader, whose workers end with them, also where one fails or the reader leaves.
+
+    PyTorch's iterators leave that to the garbage collector, which waits 10 seconds for each worker.
+    """
+    batches: Any = iter(loader)
+    try:
+        yield from batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
 
 
 def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import HelpFormatter, Parser, gigabytes, positive
+from train.config import HelpFormatter, Parser, gigabytes, not_negative, positive
 from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -47,7 +47,7 @@ def create_parser() -> Parser:
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
     add_data_options(parser)
     parser.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
-    parser.add_argument('--workers', type=int, default=4, help='decoding processes of larger sets')
+    parser.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
     parser.add_argument('--batch-size', type=positive, default=256)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
     parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='autocast of PyTorch')
@@ -78,8 +78,8 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         check_classes(args.model, runner.class_names, args.dataset, names)
     channels_last = runner.kind == 'PyTorch'
     if fits_in_memory(len(dataset), config, args.memory_limit):
-        return InMemoryLoader(
-            decode(dataset, config), config, args.batch_size, runner.device, channels_last=channels_last)
+        images = decode(dataset, config, num_workers=args.workers)
+        return InMemoryLoader(images, config, args.batch_size, runner.device, channels_last=channels_last)
     return StreamingLoader(
         dataset, config, args.batch_size, runner.device, num_workers=args.workers, channels_last=channels_last)
 
@@ -158,6 +158,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     args = create_parser().parse_args(argv)
     runner = create_runner(args.model, args.checkpoint, args.device, PRECISIONS[args.precision])
+    if args.precision != 'float32' and runner.kind != 'PyTorch':
+        raise InputError(f'{args.model} has the precision it was exported with; leave out --precision.')
     with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
         if args.output:

@@ -26,7 +26,7 @@ def advise_on_memory(args: Namespace) -> str:
     return (
         f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half} '
         f'--grad-accum-steps {2 * args.grad_accum_steps}{" --no-cuda-graph" if args.cuda_graph else ""}, '
-        f'which makes the same updates, or {other}')
+        f'which makes updates of as many images (batch norm sees fewer at a time), or {other}')
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
 from train.config import refusing
-from train.data import ImageSet, InMemorySet
+from train.data import ImageSet, InMemorySet, read_batches
 from train.signals import outlive_sigterm
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
@@ -258,7 +258,7 @@ class StreamingLoader:
             sampler.set_epoch(epoch)
         elif hasattr(sampler, 'generator'):
             sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        for batch, (images, targets) in enumerate(self.loader):
+        for batch, (images, targets) in enumerate(read_batches(self.loader)):
             if batch >= start:
                 yield (images.to(self.device, non_blocking=self.pinned, memory_format=self.memory_format),
                        targets.to(self.device, non_blocking=self.pinned))

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
-from timm_tmblock.checkpoint import check_model, read_description
+from timm_tmblock.checkpoint import check_model, count_classes, read_description
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
@@ -20,7 +20,11 @@ from train.data import check_classes
 
 def check_model_name(name: str) -> None:
     if not timm.is_model(name):
-        near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models(module='resnet', filter='rn*')
+        if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+            raise InputError(
+                f'--model takes names registered with timm; to begin with the weights of {name}, name its architecture '
+                f'(config.json) with --model and its model.safetensors with --initial-checkpoint.')
+        near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models('*_tm')
         raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
     try:
         timm.get_pretrained_cfg(name)
@@ -87,7 +91,8 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
     if args.initial_checkpoint and not args.resume:
         description = read_description(args.initial_checkpoint)
         # the classifier is kept where the number of classes is the same, as with any weights of timm
-        overlay = dict(file=args.initial_checkpoint, num_classes=description.get('num_classes', len(class_names)))
+        num_classes = description.get('num_classes') or count_classes(args.initial_checkpoint, args.model)
+        overlay = dict(file=args.initial_checkpoint, num_classes=num_classes)
     templates = args.model_kwargs.get('num_templates', len(class_names))
     if templates != len(class_names):
         raise InputError(

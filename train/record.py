@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from timm_tmblock.checkpoint import remove, save_weights, writing
 from timm_tmblock.errors import InputError
 from train.checkpoint import TrainState, find_checkpoints
+from train.config import SETTINGS
 
 
 def create_folder_name(args: Namespace) -> Path:
@@ -25,6 +26,11 @@ def create_folder_name(args: Namespace) -> Path:
     if args.resume:
         if not Path(args.resume).is_dir():
             raise InputError(f'There is no experiment folder {args.resume} to resume.')
+        begun = (Path(args.resume) / SETTINGS).is_file() and not (Path(args.resume) / 'result.json').is_file()
+        if begun and not args.eval_only and not find_checkpoints(Path(args.resume)):
+            raise InputError(
+                f'{args.resume} holds no checkpoint to resume from: that run ended before its first; begin it again '
+                f'with the same command, with --checkpoint-interval for an earlier one.')
         return Path(args.resume)
     # several runs may begin in one second
     names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']

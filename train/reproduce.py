@@ -39,7 +39,7 @@ from train.config import HelpFormatter, Parser, positive
 from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
 from train.signals import stopping_at_signals
-from train.tables import TITLES, render
+from train.tables import TITLES, name_hub_sets, render
 
 ROOT = Path(__file__).resolve().parent
 
@@ -102,7 +102,7 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     """
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
         cell = json.loads((path / 'cell.json').read_text())
-        if cell.get('data') == dataset and cell['flags'] != ' '.join(flags):
+        if cell.get('data') == dataset and name_hub_sets(cell['flags']) != name_hub_sets(' '.join(flags)):
             raise InputError(
                 f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
                 f'share to be compared; choose another --output.')
@@ -146,7 +146,7 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
     if is_begun(path):
         begun = json.loads((path / 'cell.json').read_text())['command']
-        if begun != wanted:
+        if name_hub_sets(begun) != name_hub_sets(wanted):  # wherever the copy lies
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
         return  # not one that train.py wrote and nobody has labelled yet

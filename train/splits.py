@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
@@ -106,14 +107,21 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                 raise failure
     for other, part in combinations(splits, 2):
         if share_images(splits[other], splits[part]):
+            roots = [getattr(getattr(splits[p], 'reader', splits[p]), 'root', None) for p in (other, part)]
+            if names[other] != names[part] and all(root and Path(root) == Path(args.dataset) for root in roots):
+                raise InputError(
+                    f'{args.dataset} has no folders for {names[other]!r} and {names[part]!r}, so each would be all of '
+                    f'its images; make them, or leave out --{"val" if part == "validation" else part}-split.')
             raise InputError(
                 f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} have images in common; name '
                 f'others for {other} and {part}.')
     classes = {part: get_class_names(split) for part, split in splits.items()}
     for part in classes:
         if classes[part] != classes['train']:
+            one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
+            which = f', {one!r} is in one alone' if one is not None else ', in their order'
             raise InputError(
-                f'The classes of splits {names["train"]!r} and {names[part]!r} differ; they must be the same.')
+                f'The classes of splits {names["train"]!r} and {names[part]!r} differ{which}; they must be the same.')
     if len(classes['train']) < 2:
         raise InputError(
             f'Dataset {args.dataset!r} has one class alone, {classes["train"][0]!r}; put the images of each class into '

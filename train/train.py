@@ -226,6 +226,8 @@ class Trainer:
                     raise InputError(
                         f'--max-steps {args.max_steps} was of epochs of {before} updates, which have '
                         f'{updates_per_epoch} now; name it anew, or resume with the processes and batch size it had.')
+                if self.main_process:
+                    self.tell_change(self.state.layout)
                 done = self.state.update / self.state.layout['updates_per_epoch']
                 self.state.update, accelerator.step = round(done * updates_per_epoch), 0
                 self.state.layout = self.layout
@@ -242,6 +244,15 @@ class Trainer:
         if hardware not in self.state.hardware:
             self.state.hardware.append(hardware)
         self.clock = time.perf_counter()
+
+    def tell_change(self, before: Dict[str, int]) -> None:
+        """Say so where updates have another number of images than in the run that goes on."""
+        was, now = (
+            layout['processes'] * layout['batch_size'] * layout['grad_accum_steps'] for layout in (before, self.layout))
+        if was != now:
+            print(
+                f'going on with {now} images an update, which had {was} by {before["processes"]} processes, at a '
+                f'learning rate of up to {self.peak_lr:g}', flush=True)
 
     def describe(self) -> Dict[str, Any]:
         """What the weights are, for whoever loads them."""
