@@ -271,7 +271,7 @@ class OnnxSession:
         if threads is not None and threads < 1:
             raise RuntimeInputError(f'The threads of ONNX Runtime must be at least 1, not {threads}.')
         ort = import_onnxruntime()
-        is_free = device == 'auto'
+        automatic = device == 'auto'
         device = _pick_device(device)
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         options = ort.SessionOptions()
@@ -313,7 +313,7 @@ class OnnxSession:
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         check_metadata(self.metadata, path)
-        if is_free and device == 'cuda' and (self.metadata.get('quantization') or {}).get('target') == 'cpu':
+        if automatic and device == 'cuda' and (self.metadata.get('quantization') or {}).get('target') == 'cpu':
             self.session = start(providers=['CPUExecutionProvider'])  # where it was compared with PyTorch, too
         self.metadata['input']['shape'] = self.session.get_inputs()[0].shape  # another tool may have fixed the batch
         if 'file_sha256' in self.metadata and not is_described(content, self.metadata):

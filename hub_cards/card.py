@@ -359,6 +359,6 @@ def render(
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         engines=engines,
-        rates=dict(torch=f'{rates["eager"]:.0f} (eager)' if 'eager' in rates else ''),
+        rates=dict(torch=f'{rates["eager"]:.0f} (eager, as created)' if 'eager' in rates else ''),
         latency=latency,
     )

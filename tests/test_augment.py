@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 
 import train.loader
 from timm_tmblock.errors import InputError
@@ -144,7 +145,11 @@ def test_random_erasing_is_timms_on_normalised_batches():
     images = torch.full((1000, 3, 16, 16), 255, dtype=torch.uint8)
     dataset = InMemorySet(images, torch.arange(1000), [str(i) for i in range(1000)])
     config = DataConfig((3, 16, 16), (0.5,) * 3, (0.5,) * 3, re_prob=0.5, re_count=2)
+    random.seed(0)
     batch, _ = next(InMemoryLoader(dataset, config, 1000, torch.device('cpu'), training=True).epoch(0))
+    random.seed(0)
+    expected = RandomErasing(0.5, mode='const', max_count=2, device='cpu')(torch.ones(1000, 3, 16, 16))
+    assert torch.equal(batch, expected)
     erased = (batch == 0).any(dim=(1, 2, 3))  # 'const': the mean colour
     assert 430 <= erased.sum() <= 570  # 500 but for 4 standard deviations
     assert torch.equal(batch[~erased], torch.ones_like(batch[~erased]))
