@@ -49,7 +49,7 @@ def open_file(path: Path, device: str, name: str = '') -> Contestant:
     import torch
 
     is_engine = path.suffix in ENGINE_SUFFIXES
-    runner = load(path, 'auto' if is_engine else device, threads=torch.get_num_threads())
+    runner = load(path) if is_engine else load(path, device, threads=torch.get_num_threads())
     shape = runner.preprocessing['input_size']
     kind = 'TensorRT' if is_engine else f'ONNX Runtime {runner.session.provider.removesuffix("ExecutionProvider")}'
 

@@ -148,7 +148,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         image.getexif()
-    except Exception:  # of many kinds, and harmless to Pillow, too, which skips such data where it needs none
+    except Exception:  # of many kinds; Pillow, too, goes on without such data where it can
         return image
     return ImageOps.exif_transpose(image)
 
@@ -271,12 +271,17 @@ class OnnxSession:
         if threads is not None and threads < 1:
             raise RuntimeInputError(f'The threads of ONNX Runtime must be at least 1, not {threads}.')
         ort = import_onnxruntime()
-        automatic = device == 'auto'
-        device = _pick_device(device)
-        wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
+        content = read_file(path)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
+        # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
+        start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
+        automatic = device == 'auto'
+        device = _pick_device(device)
+        if automatic and device == 'cuda' and _is_for_cpu(path, start):
+            device = 'cpu'
+        wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
                 f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], use --device cpu, or (of run '
@@ -285,9 +290,6 @@ class OnnxSession:
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
             _preload(ort)
-        content = read_file(path)
-        # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
-        start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
         self.start_on_cpu = functools.partial(start, providers=['CPUExecutionProvider']) if allow_fallback else None
         self.lock = threading.Lock()
         try:
@@ -313,8 +315,6 @@ class OnnxSession:
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = _read_sidecar(path)
         check_metadata(self.metadata, path)
-        if automatic and device == 'cuda' and (self.metadata.get('quantization') or {}).get('target') == 'cpu':
-            self.session = start(providers=['CPUExecutionProvider'])  # where it was compared with PyTorch, too
         self.metadata['input']['shape'] = self.session.get_inputs()[0].shape  # another tool may have fixed the batch
         if 'file_sha256' in self.metadata and not is_described(content, self.metadata):
             warnings.warn(
@@ -349,6 +349,18 @@ class OnnxSession:
         warnings.warn(f'ONNX Runtime goes on with the CPU: {_tell(error)}.', stacklevel=3)
         assert self.start_on_cpu is not None
         return self.start_on_cpu()
+
+
+def _is_for_cpu(path: Path, start: Callable[..., Any]) -> bool:
+    """Whether a file is int8 for CPUs, as its sidecar says, or it itself."""
+    with contextlib.suppress(Exception):  # what is wrong with it is told where it is loaded
+        if sidecar(path).is_file():
+            metadata = _read_sidecar(path)
+        else:
+            session = start(providers=['CPUExecutionProvider'])
+            metadata = parse_properties(session.get_modelmeta().custom_metadata_map)
+        return metadata['quantization']['target'] == 'cpu'
+    return False
 
 
 def _is_of_gpu(error: Exception) -> bool:
@@ -566,12 +578,12 @@ class _Binding:
         except RuntimeInputError:  # not every engine can be captured
             self.captures = False
         error, captured = cudart.cudaStreamEndCapture(session.stream)  # in any case, or the stream is of no more use
-        if not self.captures:
-            cudart.cudaGetLastError()  # which would be taken for one of what runs next
-        elif int(error) == 0:
+        if self.captures and int(error) == 0:
             error, self.memory.graph = cudart.cudaGraphInstantiate(captured, 0)
         if int(error) != 0:
             self.captures, self.memory.graph = False, None
+        if not self.captures:
+            cudart.cudaGetLastError()  # which would be taken for one of what runs next
         if captured:
             cudart.cudaGraphDestroy(captured)
 
@@ -1093,7 +1105,8 @@ def load(
 
     Args:
         source: .onnx file or TensorRT engine with its sidecar, a folder of ONNX files, or a Hub repository 'user/name'.
-        device: 'cpu', 'cuda', or 'auto' for the GPU where there is one; engines are always on the GPU.
+        device: 'cpu', 'cuda', or 'auto' for the GPU where there is one, but for int8 files of CPUs; engines are always
+            on the GPU.
         allow_fallback: Let ONNX Runtime use the CPU where the GPU was asked for.
         threads: Threads of ONNX Runtime, its own choice if None.
         cuda_graphs: Replay a CUDA graph for each batch size of an engine.
@@ -1130,14 +1143,14 @@ def load(
 
 def _build_again(path: Path, cuda_graphs: bool) -> Runner:
     """Build an engine for this machine, by one process at a time, and open it."""
+    if not (Path(__file__).parent / 'tensorrt.py').is_file():
+        raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.')
     try:
         from filelock import FileLock
 
         from export.tensorrt import rebuild_engine
     except ImportError as e:
-        if e.name and e.name.split('.')[0] == 'export':
-            raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.') from e
-        raise RuntimeInputError(f'Building an engine needs {e.name}; pip install -e ".[export,tensorrt]".') from e
+        raise RuntimeInputError(_miss(e)) from e
     try:
         with FileLock(path.with_name(f'.{path.name}.lock')):  # the workers of a server begin at once
             with contextlib.suppress(EngineMismatchError):
@@ -1148,10 +1161,14 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
     except RuntimeInputError:
         raise
     except ImportError as e:
-        raise RuntimeInputError(f'Building an engine needs {e.name}; pip install -e ".[export,tensorrt]".') from e
+        raise RuntimeInputError(_miss(e)) from e
     except ValueError as e:
         raise RuntimeInputError(str(e)) from e
     return Runner(TensorRTSession(path, cuda_graphs))
+
+
+def _miss(error: ImportError) -> str:
+    return f'Building an engine needs {error.name or _tell(error)}; pip install -e ".[export,tensorrt]".'
 
 
 def _find(

@@ -109,5 +109,6 @@ def write_unchecked(images):
 def fresh_accelerate():
     """Accelerate keeps precision and device for the life of a process; each test has its own."""
     from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

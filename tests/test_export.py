@@ -78,7 +78,7 @@ def test_outputs_equal_pytorch_at_any_batch_size(exported, batch_size):
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('rn20_tm', {}), ('rn26', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)),
+    ('rn20_tm', {}), ('rn26', {}), ('rn38_tm', {}), ('wrn16_tm', dict(num_classes=3, num_templates=7)),
     ('dn100_tm_cat', {}), ('dn100_tm', dict(layers=(2, 2, 2, 2))), ('dn100', dict(layers=(2, 2, 2, 2))),
     ('rn26_tm.mini_imagenet', {}), ('rn26_tm', dict(in_chans=1, global_pool='max')),
     ('rn26_tm', dict(global_pool='avgmax')), ('wrn16', dict(global_pool='catavgmax')),
@@ -113,7 +113,7 @@ def test_patch_logits_leave_nothing_behind_when_left_out(exported):
     assert b'patch' not in plain.read_bytes().replace(b'tm.patch_mean.', b'')  # the layer that all need
 
 
-def test_auxiliary_head_is_not_exported(tmp_path):
+def test_auxiliary_head_is_not_exported(tmp_path, fresh_accelerate):
     from train.train import main as train
     train(['--model', 'rn26', '--aux-head', '--train-split', 'train[:24]', '--val-fraction', '0', '--batch-size', '12',
            '--max-steps', '1', '--device', 'cpu', '--report-to', 'none', '--output', str(tmp_path), '--experiment',

@@ -523,6 +523,8 @@ def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(
     (tmp_path / 'r.yaml').write_text('kd_model_name: [rn26]\nkd_checkpoint: [a.safetensors]\n')
     args = parse_args(['-c', str(tmp_path / 'r.yaml')])
     assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['a.safetensors'])
+    args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--kd-checkpoint', 'moved.safetensors'])
+    assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['moved.safetensors'])
 
 
 @pytest.mark.parametrize('flags, recipe, message', [

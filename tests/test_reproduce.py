@@ -235,6 +235,8 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
     (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
     (['lambda', '--', '--patch-loss-weight=0.5'], '--patch-loss-weight is set by the experiment'),
     (['maximizers', '--', '--batch-size', '128'], '--batch-size is set by the experiment'),
+    (['maximizers', '--', '-b', '128'], '-b is set by the experiment'),
+    (['maximizers', '--', '-b128'], '-b128 is set by the experiment'),
     (['table1', '--', '--seed', '3'], '--seed is set by the experiment'),
     (['table1', '--', '--pool', '80', '20', '0'], 'of the test part, which --pool leaves empty'),
     (['table1', '--', '--pool', '80', '20', '0.0'], 'of the test part, which --pool leaves empty'),

@@ -119,8 +119,8 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(['--resume', str(folder), '--max-steps', '6'])['updates'] == 6
     a, b = (load_file(tmp_path / f / 'run' / 'last.safetensors') for f in ('whole', 'cut'))
-    for name in a:  # of as many threads or others
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6)
+    for name in a:  # the process with the limit has one thread
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=0 if torch.get_num_threads() == 1 else 0.01)
 
 
 @pytest.mark.parametrize('damage', ['cut short', 'missing', 'unfinished'])
@@ -215,7 +215,7 @@ def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, ca
     assert main(['--resume', str(tmp_path / 'run'), *flags])['updates'] == steps
     assert find_steps(tmp_path / 'run') == before + steps - taken  # all of them by the optimizer too
     printed = capsys.readouterr().out
-    assert f'going on with {batch_size} images an update, which had 6 by 1 processes, at a learning rate of' in printed
+    assert f'an update has {batch_size} images now, which had 6 before (processes: 1); learning rate up to' in printed
     numbers = re.findall(r'Epoch (\d+)/(\d+): training loss', printed)
     assert numbers and all(int(number) <= int(last) for number, last in numbers)
 

@@ -18,6 +18,7 @@ import timm
 import export.check
 import export.runtime as runtime
 import export.tensorrt
+from export.bench import open_file
 from export.check import check_file
 from export.onnx import OnnxOptions
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
@@ -87,6 +88,17 @@ def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path
         assert metadata['engine']['gpu'] is None and caches == []
 
 
+def test_simulated_engine_is_timed(simulated, files, tmp_path):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3),)))
+    contestant = open_file(tmp_path / 'x.engine', 'cuda')
+    assert contestant.name == 'TensorRT, x.engine'
+    assert [y.shape for y in contestant.run(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
+    for kwargs, message in ((dict(threads=2), 'engines have none; leave them out'), (
+            dict(allow_fallback=True), 'Engines run on NVIDIA GPUs alone')):
+        with pytest.raises(runtime.RuntimeInputError, match=message):
+            runtime.load(tmp_path / 'x.engine', **kwargs)
+
+
 @pytest.mark.parametrize('name', ['patches', 'pixels'])
 def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, name):
     build_engine(files / f'{name}.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3), (1, 4, 16))))
@@ -149,10 +161,12 @@ def test_simulated_capture_that_fails_leaves_a_session_that_runs(simulated, file
     session = runtime.TensorRTSession(tmp_path / 'x.engine')
     expected = runtime.load(files / 'patches.onnx', 'cpu').session
     x = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    forgotten = simulated_tensorrt.Cuda.forgotten
     for _ in range(4):
         for a, b in zip(session.run(x), expected.run(x), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert simulated_tensorrt.Cuda.captured is None and simulated_tensorrt.Cuda.launches == 0
+    assert simulated_tensorrt.Cuda.forgotten - forgotten == len(graphs)
     assert len(graphs) == (simulated['backend'] == 'tensorrt')  # what was captured, once
     with pytest.raises(runtime.RuntimeInputError, match='The engine takes float32, not float64'):
         session.run(x.astype(np.float64))
@@ -581,6 +595,21 @@ def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulat
 
 
 @each_package
+def test_what_building_again_needs_is_named(simulated, files, tmp_path, monkeypatch):
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    sidecar = tmp_path / 'x.engine.json'
+    metadata = json.loads(sidecar.read_text())
+    metadata['engine']['version'] = '9.9'
+    sidecar.write_text(json.dumps(metadata))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'filelock', None)
+        with pytest.raises(runtime.RuntimeInputError, match=r'Building an engine needs filelock; pip install -e "'):
+            runtime.load(tmp_path / 'x.engine', rebuild=True)
+    monkeypatch.setattr(runtime, '__file__', str(tmp_path / 'runtime.py'))
+    with pytest.raises(runtime.RuntimeInputError, match='Building needs a checkout of timm-tmblock'):
+        runtime.load(tmp_path / 'x.engine', rebuild=True)
+
+
 def test_rebuilding_from_another_file_is_refused(simulated, files, tmp_path):
     shutil.copy(files / 'patches.onnx', tmp_path / 'a.onnx')
     build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())

@@ -35,7 +35,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         image.getexif()
-    except Exception:  # of many kinds, and harmless to Pillow, too, which skips such data where it needs none
+    except Exception:  # of many kinds; Pillow, too, goes on without such data where it can
         return image
     return ImageOps.exif_transpose(image)
 

@@ -394,6 +394,8 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
 
 def _override(below: Dict[str, Any], above: Dict[str, Any]) -> Dict[str, Any]:
     replaced = {other for key, others in OVERRIDES.items() if above.get(key) is not None for other in others}
+    if above.get('kd_checkpoint') is not None and below.get('kd_checkpoint') is not None:
+        replaced.discard('kd_model_name')  # of weights that name no network
     return {**{k: v for k, v in below.items() if k not in replaced}, **above}
 
 

@@ -91,7 +91,9 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
     if args.initial_checkpoint and not args.resume:
         description = read_description(args.initial_checkpoint)
         # the classifier is kept where the number of classes is the same, as with any weights of timm
-        num_classes = description.get('num_classes') or count_classes(args.initial_checkpoint, args.model)
+        cfg = timm.get_pretrained_cfg(args.model)
+        num_classes = description.get('num_classes') or (
+            count_classes(args.initial_checkpoint, args.model) if cfg and cfg.classifier else len(class_names))
         overlay = dict(file=args.initial_checkpoint, num_classes=num_classes)
     templates = args.model_kwargs.get('num_templates', len(class_names))
     if templates != len(class_names):

@@ -38,7 +38,7 @@ def leaving_it_to_the_first() -> Iterator[None]:
     launched = 'LOCAL_RANK' in os.environ
     try:
         yield
-    except InputError:
+    except (InputError, OSError):
         if os.environ.get('LOCAL_RANK', '0') != '0':
             time.sleep(PATIENCE)
         raise

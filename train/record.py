@@ -27,10 +27,10 @@ def create_folder_name(args: Namespace) -> Path:
         if not Path(args.resume).is_dir():
             raise InputError(f'There is no experiment folder {args.resume} to resume.')
         begun = (Path(args.resume) / SETTINGS).is_file() and not (Path(args.resume) / 'result.json').is_file()
-        if begun and not args.eval_only and not find_checkpoints(Path(args.resume)):
+        if begun and not args.eval_only and not any((Path(args.resume) / 'checkpoints').glob('*')):
             raise InputError(
                 f'{args.resume} holds no checkpoint to resume from: that run ended before its first; begin it again '
-                f'with the same command, with --checkpoint-interval for an earlier one.')
+                f'with the same command, and with --checkpoint-interval, where an epoch is too long to lose.')
         return Path(args.resume)
     # several runs may begin in one second
     names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']

@@ -18,6 +18,7 @@ OUTPUT/EXPERIMENT/ holds a folder a cell with its result.json and log.txt, and t
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -36,10 +37,11 @@ from tqdm import tqdm
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.checkpoint import find_checkpoints
 from train.config import HelpFormatter, Parser, positive
+from train.config import create_parser as create_train_parser
 from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
 from train.signals import stopping_at_signals
-from train.tables import TITLES, name_hub_sets, render
+from train.tables import TITLES, render
 
 ROOT = Path(__file__).resolve().parent
 
@@ -94,6 +96,11 @@ def is_begun(path: Path) -> bool:
         (path / 'result.json').is_file() or bool(find_checkpoints(path)))
 
 
+def _name_set(flags: str) -> str:
+    """With the last part of the set's name alone, wherever a copy lies."""
+    return re.sub(r'(?<=--dataset )\S*/', '', flags)
+
+
 def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     """Refuse to set runs beside others of the set that had other flags, as if they were of one protocol.
 
@@ -102,7 +109,7 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     """
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
         cell = json.loads((path / 'cell.json').read_text())
-        if cell.get('data') == dataset and name_hub_sets(cell['flags']) != name_hub_sets(' '.join(flags)):
+        if cell.get('data') == dataset and _name_set(cell['flags']) != _name_set(' '.join(flags)):
             raise InputError(
                 f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
                 f'share to be compared; choose another --output.')
@@ -127,8 +134,12 @@ def check_settings(cells: List[Cell], flags: List[str]) -> None:
         '-c', '--config', '--seed', '--output', '--experiment', '--resume', '--model', '--aux-head', '--no-aux-head',
         '--dataset', '--pretrained', '--initial-checkpoint', '--eval-only'}
     own.update(flag for cell in cells for flag in cell.flags if flag.startswith('--'))
+    for action in create_train_parser()._actions:  # by all their names
+        if own & set(action.option_strings):
+            own.update(action.option_strings)
+    short = tuple(flag for flag in own if not flag.startswith('--'))
     for flag in flags:
-        if flag.partition('=')[0] in own:
+        if flag.partition('=')[0] in own or not flag.startswith('--') and flag.startswith(short):  # -b64, too
             raise InputError(
                 f'{flag.partition("=")[0]} is set by the experiment, for each run its own; leave it out'
                 f'{" and name the set with --data" if flag.startswith("--dataset") else ""}.')
@@ -146,7 +157,7 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
     if is_begun(path):
         begun = json.loads((path / 'cell.json').read_text())['command']
-        if name_hub_sets(begun) != name_hub_sets(wanted):  # wherever the copy lies
+        if _name_set(begun) != _name_set(wanted):
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
         return  # not one that train.py wrote and nobody has labelled yet

@@ -107,10 +107,11 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                 raise failure
     for other, part in combinations(splits, 2):
         if share_images(splits[other], splits[part]):
+            folder = Path(args.data_dir or args.dataset)
             roots = [getattr(getattr(splits[p], 'reader', splits[p]), 'root', None) for p in (other, part)]
-            if names[other] != names[part] and all(root and Path(root) == Path(args.dataset) for root in roots):
+            if names[other] != names[part] and all(root and Path(root) == folder for root in roots):
                 raise InputError(
-                    f'{args.dataset} has no folders for {names[other]!r} and {names[part]!r}, so each would be all of '
+                    f'{folder} has no folders for {names[other]!r} and {names[part]!r}, so each would be all of '
                     f'its images; make them, or leave out --{"val" if part == "validation" else part}-split.')
             raise InputError(
                 f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} have images in common; name '
@@ -119,7 +120,7 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
     for part in classes:
         if classes[part] != classes['train']:
             one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
-            which = f', {one!r} is in one alone' if one is not None else ', in their order'
+            which = ' in their order' if one is None else f' ({one!r} is in one of them alone)'
             raise InputError(
                 f'The classes of splits {names["train"]!r} and {names[part]!r} differ{which}; they must be the same.')
     if len(classes['train']) < 2:

@@ -251,8 +251,8 @@ class Trainer:
             layout['processes'] * layout['batch_size'] * layout['grad_accum_steps'] for layout in (before, self.layout))
         if was != now:
             print(
-                f'going on with {now} images an update, which had {was} by {before["processes"]} processes, at a '
-                f'learning rate of up to {self.peak_lr:g}', flush=True)
+                f'an update has {now} images now, which had {was} before (processes: {before["processes"]}); '
+                f'learning rate up to {self.peak_lr:g}', flush=True)
 
     def describe(self) -> Dict[str, Any]:
         """What the weights are, for whoever loads them."""
