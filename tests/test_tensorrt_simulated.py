@@ -594,7 +594,7 @@ def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulat
         runtime.load(path)
 
 
-@each_package
+@one_version
 def test_what_building_again_needs_is_named(simulated, files, tmp_path, monkeypatch):
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
     sidecar = tmp_path / 'x.engine.json'
@@ -610,6 +610,7 @@ def test_what_building_again_needs_is_named(simulated, files, tmp_path, monkeypa
         runtime.load(tmp_path / 'x.engine', rebuild=True)
 
 
+@each_package
 def test_rebuilding_from_another_file_is_refused(simulated, files, tmp_path):
     shutil.copy(files / 'patches.onnx', tmp_path / 'a.onnx')
     build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())
