@@ -88,11 +88,12 @@ def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path
         assert metadata['engine']['gpu'] is None and caches == []
 
 
+@each_package
 def test_simulated_engine_is_timed(simulated, files, tmp_path):
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3),)))
     contestant = open_file(tmp_path / 'x.engine', 'cuda')
     assert contestant.name == 'TensorRT, x.engine'
-    assert [y.shape for y in contestant.run(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
+    assert [y.shape for y in contestant.call(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
     for kwargs, message in ((dict(threads=2), 'engines have none; leave them out'), (
             dict(allow_fallback=True), 'Engines run on NVIDIA GPUs alone')):
         with pytest.raises(runtime.RuntimeInputError, match=message):
