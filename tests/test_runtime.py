@@ -403,11 +403,12 @@ def test_error_of_the_file_is_none_of_the_gpu(folder, monkeypatch):
 
 @pytest.mark.parametrize('device, expected', [('auto', 'CPUExecutionProvider'), ('cuda', 'CUDAExecutionProvider')])
 def test_int8_for_cpus_runs_on_one_unless_the_gpu_is_asked_for(folder, tmp_path, monkeypatch, device, expected):
-    real, preloaded = onnxruntime.InferenceSession, []
+    real, preloaded, started = onnxruntime.InferenceSession, [], []
 
     class OnGpu:
         def __init__(self, content, options, providers, **kwargs):
             self.providers = [p if isinstance(p, str) else p[0] for p in providers]
+            started.append(self.providers[0])
             self.real = real(content, options, providers=['CPUExecutionProvider'], **kwargs)
 
         def get_providers(self):
@@ -421,11 +422,13 @@ def test_int8_for_cpus_runs_on_one_unless_the_gpu_is_asked_for(folder, tmp_path,
         **{p.key: p.value for p in proto.metadata_props}, 'quantization': '{"target": "cpu"}'})
     onnx.save(proto, tmp_path / 'x.onnx')
     monkeypatch.setattr(onnxruntime, 'InferenceSession', OnGpu)
-    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: ['CUDAExecutionProvider'])
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: [
+        'CUDAExecutionProvider', 'CPUExecutionProvider'])
     monkeypatch.setattr(onnxruntime, 'preload_dlls', lambda: preloaded.append(print('missing')), raising=False)
     monkeypatch.setattr(runtime, 'query_gpu', lambda: dict(name='a GPU'))
     runner = runtime.load(tmp_path / 'x.onnx', device)
-    assert runner.session.provider == expected and preloaded
+    assert runner.session.provider == started[-1] == expected
+    assert ('CUDAExecutionProvider' in started) is bool(preloaded) is (device == 'cuda')
     assert runtime.load(folder / 'plain.onnx', device).session.provider == 'CUDAExecutionProvider'
     assert runner(IMAGES / 'ship.png').label == 'ship'
 
