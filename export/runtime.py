@@ -1167,8 +1167,8 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
     return Runner(TensorRTSession(path, cuda_graphs))
 
 
-def _miss(error: ImportError) -> str:
-    return f'Building an engine needs {error.name or _tell(error)}; pip install -e ".[export,tensorrt]".'
+def _miss(library: ImportError) -> str:
+    return f'Building an engine needs {library.name or _tell(library)}; pip install -e ".[export,tensorrt]".'
 
 
 def _find(
