@@ -273,6 +273,7 @@ class Cuda:
     pending = []
     captured = None
     forgotten = 0  # last errors
+    lock = threading.Lock()
     launches = 0
     STREAM = 7
 
@@ -380,6 +381,7 @@ class Cuda:
     @classmethod
     def cudaStreamSynchronize(cls, stream):
         assert stream == cls.STREAM and cls.captured is None
-        while cls.pending:
-            cls.pending.pop(0)()
+        with cls.lock:  # of several sessions one may find the work of another
+            while cls.pending:
+                cls.pending.pop(0)()
         return (0,)
