@@ -277,10 +277,11 @@ class OnnxSession:
         options.intra_op_num_threads = threads or 0
         # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
         start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
-        automatic = device == 'auto'
-        device = _pick_device(device)
-        if automatic and device == 'cuda' and _is_for_cpu(path, start):
-            device = 'cpu'
+        start_on_cpu = functools.partial(start, providers=['CPUExecutionProvider'])
+        if device == 'auto':
+            device = _pick_device(device)
+            if device == 'cuda' and _is_for_cpu(path, start_on_cpu):
+                device = 'cpu'
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
@@ -290,7 +291,7 @@ class OnnxSession:
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
             _preload(ort)
-        self.start_on_cpu = functools.partial(start, providers=['CPUExecutionProvider']) if allow_fallback else None
+        self.start_on_cpu = start_on_cpu if allow_fallback else None
         self.lock = threading.Lock()
         try:
             try:
@@ -351,14 +352,13 @@ class OnnxSession:
         return self.start_on_cpu()
 
 
-def _is_for_cpu(path: Path, start: Callable[..., Any]) -> bool:
+def _is_for_cpu(path: Path, start_on_cpu: Callable[[], Any]) -> bool:
     """Whether a file is int8 for CPUs, as its sidecar says, or it itself."""
     with contextlib.suppress(Exception):  # what is wrong with it is told where it is loaded
         if sidecar(path).is_file():
             metadata = _read_sidecar(path)
         else:
-            session = start(providers=['CPUExecutionProvider'])
-            metadata = parse_properties(session.get_modelmeta().custom_metadata_map)
+            metadata = parse_properties(start_on_cpu().get_modelmeta().custom_metadata_map)
         return metadata['quantization']['target'] == 'cpu'
     return False
 

@@ -138,10 +138,15 @@ def open_dataset(
     return dataset
 
 
-def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
-    # where timm finds no folder of the split, it takes all images under the root
+def is_whole_folder(dataset: Any, root: Path) -> bool:
+    """Whether a split is all images under the root, which timm takes where it finds no folder of the split."""
     source = getattr(dataset, 'reader', dataset)
-    if isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root:
+    return isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root
+
+
+def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
+    source = getattr(dataset, 'reader', dataset)
+    if is_whole_folder(dataset, root):
         folders = sorted(path for path in root.iterdir() if path.is_dir())
         classes = Counter(
             path.name for folder in folders for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')

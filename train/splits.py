@@ -19,7 +19,15 @@ from accelerate.utils import gather_object
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.config import count_held_out
-from train.data import InMemorySet, decode, fits_in_memory, get_class_names, open_dataset, share_images
+from train.data import (
+    InMemorySet,
+    decode,
+    fits_in_memory,
+    get_class_names,
+    is_whole_folder,
+    open_dataset,
+    share_images,
+)
 from train.processes import agreeing
 
 
@@ -108,8 +116,8 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
     for other, part in combinations(splits, 2):
         if share_images(splits[other], splits[part]):
             folder = Path(args.data_dir or args.dataset)
-            roots = [getattr(getattr(splits[p], 'reader', splits[p]), 'root', None) for p in (other, part)]
-            if names[other] != names[part] and all(root and Path(root) == folder for root in roots):
+            whole = all(is_whole_folder(splits[p], folder) for p in (other, part))
+            if whole and names[other] != names[part]:
                 raise InputError(
                     f'{folder} has no folders for {names[other]!r} and {names[part]!r}, so each would be all of '
                     f'its images; make them, or leave out --{"val" if part == "validation" else part}-split.')
