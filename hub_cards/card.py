@@ -26,6 +26,8 @@ REQUIRED = (
     'latency', 'pictures', 'notes')
 TAGS = ['image-classification', 'timm', 'onnx', 'arxiv:2210.00992']
 PATCH_TAGS = ['template-matching', 'explainability']
+# rows of benchmarks/deployment.py
+PYTORCH = {'eager': 'eager, as created', 'eager, prepared': 'norms folded, channels_last', 'compiled': 'compiled'}
 
 
 def choose_tags(has_patches: bool, has_engines: bool) -> List[str]:
@@ -154,8 +156,8 @@ def _read_template(name: str) -> str:
 
 def _count_leads(trust: Optional[Dict[str, Any]]) -> Dict[str, Dict[str, int]]:
     """For each other map, on how many measures the class map is better, worse, and neither."""
-    return {name: {verdict: len(found) for verdict, found in compare_maps(row).items()}
-            for name, row in list(trust['maps'].items())[1:]} if trust else {}
+    return {name: {verdict: len(found) for verdict, found in compare_maps(trust, name).items()}
+            for name in list(trust['maps'])[1:]} if trust else {}
 
 
 def tell_command(analysis: Dict[str, Any], dataset_id: str) -> str:
@@ -359,6 +361,6 @@ def render(
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         engines=engines,
-        rates=dict(torch=f'{rates["eager"]:.0f} (eager, as created)' if 'eager' in rates else ''),
+        rates=dict(torch=', '.join(f'{rates[key]:.0f} ({said})' for key, said in PYTORCH.items() if key in rates)),
         latency=latency,
     )

@@ -1,6 +1,7 @@
 """Measuring: the numbers are those of independent formulas, and the same for PyTorch and ONNX Runtime."""
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
     written = json.loads((tmp_path / 'out.json').read_text())
     assert {k: written[k] for k in result if k != 'versions'} == {k: v for k, v in result.items() if k != 'versions'}
     assert np.trace(written['confusion']) / 37 * 100 == pytest.approx(result['top1'])
+    hits = (logits.argmax(1) == dataset.targets).numpy()
+    assert written['right'] == np.packbits(hits).tobytes().hex()
+    labels = b''.join(struct.pack('<q', label) for label in dataset.targets.tolist())
+    assert written['targets_sha256'] == hashlib.sha256(labels).hexdigest()
     assert written['class_names'][3] == 'cat'
     with Image.open(tmp_path / 'out.png') as picture:
         assert picture.width > 1000

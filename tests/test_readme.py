@@ -111,39 +111,50 @@ def test_pixels_a_region_depends_on():
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
-    names = ('trust', 'trust_blur')
-    found = {name: read('train', 'results', TAG, 'analysis', f'{name}.json')['maps'] for name in names}
-    for maps in found.values():
-        for other in ('random', "another image's class map"):
-            assert len(compare_maps(maps[other])['better']) == 4
+    most, least = 'what is right without the more evident half', 'what is right without the less evident half'
 
-    assert '`rn26_tm.cifar100` | [where the evidence is](#explain), about as well as occlusion does; as well as' in TEXT
+    def tell(tag, mask, other):
+        found = compare_maps(read('train', 'results', tag, 'analysis', f'{mask}.json'), other)
+        return [[measure.partition(' (')[0] for measure in found[verdict]] for verdict in ('better', 'worse')]
+
+    for tag in (TAG, 'rn26_tm.cifar100'):
+        for mask in ('trust', 'trust_blur'):
+            for other in ('random', "another image's class map"):
+                assert tell(tag, mask, other) == [['deletion', 'insertion', most, least], []]
+        for other in ('occlusion', 'Grad-CAM'):
+            (better, worse), (better_blurred, worse_blurred) = (tell(tag, m, other) for m in ('trust', 'trust_blur'))
+            assert len(better) >= len(worse) and len(better) + len(worse) <= 3
+            assert len(worse_blurred) > len(better_blurred)
+    assert (
+        '`rn26_tm.cifar100` | [where the evidence is](#explain): about as well as occlusion and CAM if the mean colour '
+        'masks it, less well if a blurred image does |') in TEXT
+
+    assert tell(TAG, 'trust', 'occlusion') == [['deletion'], []]
+    assert tell(TAG, 'trust', 'Grad-CAM') == [['deletion', least], ['insertion']]
+    for other in ('occlusion', 'Grad-CAM', 'CAM probabilities'):
+        assert tell(TAG, 'trust_blur', other) == [[], ['deletion', 'insertion', most]]
+
+    for mask in ('trust', 'trust_blur'):
+        for tag in ('dist_cifar10', 'dist_cifar100'):
+            assert tell(f'rn26_tm.{tag}', mask, "another image's class map") == [
+                ['deletion', 'insertion', most, least], []]
+            assert tell(f'rn26_tm.{tag}', mask, 'Grad-CAM')[1][:3] == ['deletion', 'insertion', most]
+            better, worse = tell(f'rn26_tm.{tag}', mask, 'occlusion')
+            assert not worse if tag == 'dist_cifar10' else not better and worse
     assert '`rn26_tm.dist_cifar100` | less than CAM, on CIFAR-100 less than occlusion too |' in TEXT
 
-    def tell(mask, other, verdict):
-        return [measure.partition(' (')[0] for measure in compare_maps(found[mask][other])[verdict]]
 
-    assert tell('trust', 'occlusion', 'better') == ['deletion', 'insertion'] and not tell('trust', 'occlusion', 'worse')
-    assert not tell('trust_blur', 'occlusion', 'better') and len(tell('trust_blur', 'occlusion', 'worse')) == 3
-    assert tell('trust', 'Grad-CAM', 'better') == ['deletion', 'what is right without the less evident half']
-    assert tell('trust', 'Grad-CAM', 'worse') == ['insertion']
-    for other in ('Grad-CAM', 'CAM probabilities'):
-        worse = compare_maps(found['trust_blur'][other])['worse']
-        assert [measure.partition(' (')[0] for measure in worse] == [
-            'deletion', 'insertion', 'what is right without the more evident half']
-    for name in names:
-        maps = read('train', 'results', 'rn26_tm.cifar100', 'analysis', f'{name}.json')['maps']
-        assert len(compare_maps(maps['CAM probabilities'])['better']) == 4
-        assert abs(len(compare_maps(maps['Grad-CAM'])['better']) - len(compare_maps(maps['Grad-CAM'])['worse'])) <= 1
-        for tag in ('dist_cifar10', 'dist_cifar100'):
-            maps = read('train', 'results', f'rn26_tm.{tag}', 'analysis', f'{name}.json')['maps']
-            assert len(compare_maps(maps["another image's class map"])['better']) == 4
-            worse = [measure.partition(' (')[0] for measure in compare_maps(maps['Grad-CAM'])['worse']]
-            assert worse[:3] == ['deletion', 'insertion', 'what is right without the more evident half']
-            by = compare_maps(maps['occlusion'])
-            assert not by['worse'] if tag == 'dist_cifar10' else not by['better'] and len(by['worse']) >= 2
-    before = read('train', 'results', 'rn26_tm_37_epochs.cifar10', 'analysis', 'trust.json')['maps']['Grad-CAM']
-    assert len(compare_maps(before)['worse']) == 3 and not compare_maps(before)['better']
+def test_maps_of_distilled_networks_lead_those_of_other_images_about_as_much():
+    def find_leads(tag, mask):
+        row = read('train', 'results', tag, 'analysis', f'{mask}.json')['maps']["another image's class map"]
+        return [abs(row[f'{key}_lead']) for key in ('deletion', 'insertion', 'without_most', 'without_least')]
+
+    for dataset in ('cifar10', 'cifar100'):
+        ratios = [
+            taught / alone for mask in ('trust', 'trust_blur') for taught, alone in zip(
+                find_leads(f'rn26_tm.dist_{dataset}', mask), find_leads(f'rn26_tm.{dataset}', mask))]
+        assert 0.7 < min(ratios) < 1 < max(ratios) < 1.8
+    assert 'The maps of the distilled `rn26_tm` lead those of other images about as much' in PLAIN
 
 
 def test_neighbours_of_regions():
@@ -262,9 +273,9 @@ def test_differences_from_the_baselines():
     section = RESULTS[RESULTS.index('## With and without template matching'):]
     rows = re.findall(
         r'\| \[([\w.]+)\]\(\S+\) \| \S+(?: at 24×24)? \| \d+ \| ([\d.]+) % \| \[([\w.]+)\]\(\S+\) \| ([\d.]+) % '
-        r'\| (\S+) ± (\S+)( ‡)?(?: †)?(?: §)? \|', section)
+        r'\| (\S+) ± (\S+)( ‡)?(?: †)?( §)? \|', section)
     beyond = [0, 0]
-    for ours, top1, baseline, other, difference, error, unpaired in rows:
+    for ours, top1, baseline, other, difference, error, unpaired, _ in rows:
         found = [read('train', 'results', name, 'evaluation.json') for name in (ours, baseline)]
         p, q = (e['top1'] / 100 for e in found)
         expected = 100 * ((p * (1 - p) + q * (1 - q)) / 10000) ** 0.5
@@ -278,14 +289,17 @@ def test_differences_from_the_baselines():
         beyond[p < q] += abs(100 * (p - q)) > 2 * expected
     assert f'Of {len(rows)} differences {beyond[0]} are more than two such errors above zero and {beyond[1]} more' in (
         ' '.join(section.split()))
-    last = {  # of each network and set, as rows are by epochs
-        re.sub(r'_(\d+px|\d+_epochs)\.|\.dist_', '.', ours): float(difference) for ours, *_, difference, _, _ in rows}
-    numbers, ends = sorted(float(row[4]) for row in rows), sorted(last.values())
+    alone, taught = ([row for row in rows if bool(row[-1]) == marked] for marked in (False, True))
+    last = {re.sub(r'_(\d+px|\d+_epochs)\.', '.', row[0]): row for row in alone}  # of each pair, as rows are by epochs
+    ends, earlier = (sorted(float(row[4]) for row in found) for found in (
+        last.values(), (row for row in alone if row not in last.values())))
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
+    (_, _, _, _, difference, *_), = taught
+    assert '24px' in min(alone, key=lambda row: float(row[4]))[0]
     assert (
         f'in {count} comparisons of a network with its baseline, trained alike, one run each, the difference is '
-        f'{ends[0]:.2f} to {ends[-1]:+.2f} points, in earlier stages of these runs {numbers[0]:.2f} to '
-        f'{numbers[-1]:+.2f} ('
+        f'{ends[0]:.2f} to {ends[-1]:+.2f} points, in earlier stages of these runs {earlier[0]:.2f} (of 24×24 pixels) '
+        f'to {earlier[-1]:+.2f}, and {difference} in the one of which both had a teacher'
     ).replace('-', '−') in PLAIN
 
 

@@ -72,9 +72,9 @@ class Difference:
 
     @classmethod
     def of_images(cls, ours: Dict[str, Any], theirs: Dict[str, Any]) -> 'Difference':
-        """Of two evaluations on the same images: image by image if both have the answers, else as of images of each."""
+        """Of two evaluations on the same images: image by image if that can be told, else as of images of each."""
         n = ours['images']
-        if have_answers(ours, theirs):
+        if are_paired(ours, theirs):
             a, b = (unpack(e['right'], n).astype(float) for e in (ours, theirs))
             variance = (a - b).var() / n
         else:
@@ -100,9 +100,10 @@ class Difference:
         return f'{self.points:+.2f}' if math.isnan(self.error) else f'{self.points:+.2f} ± {self.error:.2f}'
 
 
-def have_answers(*evaluations: Dict[str, Any]) -> bool:
-    """Whether it is known of each which images were right."""
-    return all('right' in e for e in evaluations)
+def are_paired(ours: Dict[str, Any], theirs: Dict[str, Any]) -> bool:
+    """Whether it is known of both which images were right, in one order: copies of a set may differ in theirs."""
+    known = all(key in e for e in (ours, theirs) for key in ('right', 'targets_sha256'))
+    return known and ours['targets_sha256'] == theirs['targets_sha256']
 
 
 def unpack(right: str, images: int) -> np.ndarray:
@@ -119,6 +120,7 @@ class Comparison:
     difference: Difference
     pair: Tuple[str, str]  # network and dataset; several of one pair are stages of their training
     by_image: bool  # whether the error is of what they answer for the same images
+    taught: bool  # whether both had a teacher
 
     def __str__(self) -> str:
         return f'{self.difference} ({self.tag})'
@@ -159,6 +161,8 @@ def compare_rows(
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
+    if len(lines) > 1:
+        lines = [f'{line}, by itself: {verdict}' for line, verdict in zip(lines, verdicts)]
     return combined(verdicts), lines
 
 
@@ -222,13 +226,15 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
             difference = Difference.of_images(ours, theirs)
             epochs = sum(run['epochs'] for run in legs)
             found.append(
-                Comparison(tag, other, epochs, difference, (model, dataset), have_answers(ours, theirs)))
+                Comparison(
+                    tag, other, epochs, difference, (model, dataset), are_paired(ours, theirs),
+                    tag in evidence.taught))
     return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 
 
 def find_last(comparisons: List[Comparison]) -> List[Comparison]:
-    """The longest training of each pair."""
-    return list({c.pair: c for c in comparisons}.values())
+    """The longest training of each pair without a teacher, which would be compared too."""
+    return list({c.pair: c for c in comparisons if not c.taught}.values())
 
 
 def summarize(comparisons: List[Comparison]) -> List[str]:
@@ -237,12 +243,16 @@ def summarize(comparisons: List[Comparison]) -> List[str]:
         ordered = sorted(found, key=lambda c: c.difference.points)
         return ' to '.join(dict.fromkeys(map(str, (ordered[0], ordered[-1]))))
 
-    if not comparisons:
-        return []
     last = find_last(comparisons)
-    told = f'with other recipes, one run each: {say_range(last)} points, {len(last)} in all'
-    if len(comparisons) > len(last):
-        told += f'; {say_range(comparisons)} points with earlier stages, {len(comparisons)} in all'
+    if not last:
+        return []
+    told = f'with other recipes, one run each, ± over test images: {say_range(last)} points, {len(last)} in all'
+    alone = [c for c in comparisons if not c.taught]
+    if len(alone) > len(last):
+        told += f'; {say_range(alone)} points with earlier stages, {len(alone)} in all'
+    taught = [c for c in comparisons if c.taught]
+    if taught:
+        told += f'; {say_range(taught)} points where both had a teacher'
     return [f'{told} ([table]({TABLE}))']
 
 
@@ -270,6 +280,13 @@ def judge_baselines(evidence: Evidence) -> Judgement:
     if not lines:
         return UNDECIDED, ["not run with the paper's protocol", *summarize(others), *exceptions]
     return say_epochs(verdict, evidence, 'table1'), [*lines, *summarize(others), *exceptions]
+
+
+def judge_supervision(evidence: Evidence) -> Judgement:
+    """Beside it, what the supervision alone does for the baseline."""
+    verdict, lines = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
+    alone, more = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
+    return say_epochs(verdict, evidence, 'table1'), [*lines, *(f'{line}, by itself: {alone}' for line in more)]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:
@@ -335,7 +352,7 @@ def judge_constants(evidence: Evidence) -> Judgement:
         verdict = f'{verdict} after {measured["epochs"]} epochs'
     return verdict, [
         f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
-        f'{measured["images"]:,} images, has {words}; '
+        f'{measured["images"]:,} images, some of which it was trained on, has {words}; '
         f'that cannot refute what another network had']
 
 
@@ -414,13 +431,19 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
 
 
 def judge_value_vectors(evidence: Evidence) -> Judgement:
-    """By what the output has without them, and what they have beside averaging over the patch, with no template."""
+    """By what the output has without them, and what they have beside the patch mean and beside class scores."""
+    analyses = {
+        tag: dict(found, spaces={**found['spaces'], **evidence.mosaic[tag]['spaces']})
+        for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
     verdict, lines = judge_spaces(
-        evidence.geometry, evidence.taught, 'class_neighbour_rate', [(OUTPUT, 'shortcut'), ('values', 'patch mean')],
+        analyses, evidence.taught, 'class_neighbour_rate',
+        [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')],
         {OUTPUT: '',
          'shortcut': ' without them, in the projected input',
          'values': ' in the value vectors alone',
-         'patch mean': ' in the mean of the input over patches, with no template'})
+         'patch mean': ' in the mean of the input over patches, with no template',
+         'value embeddings': ' in the value vectors of fewer regions',
+         'class scores': ' in the class scores of these'})
     return verdict, introduce('neighbours of the class at the output', lines)
 
 
@@ -429,6 +452,11 @@ def judge_values(evidence: Evidence) -> Judgement:
         evidence.mosaic, evidence.taught, 'superclass_silhouette', [('value embeddings', 'class scores')],
         {'value embeddings': '', 'class scores': ' by scores'})
     return verdict, introduce('silhouette of the superclasses by values', lines)
+
+
+def adds_values(model: str) -> bool:
+    """Whether a network adds value vectors; where they are concatenated, a norm follows, which undoes their scale."""
+    return '_cat' not in model
 
 
 def judge_mixing(evidence: Evidence) -> Judgement:
@@ -445,10 +473,12 @@ def judge_mixing(evidence: Evidence) -> Judgement:
     if judged > 2:
         lines = [f'{lines[0]} to {lines[-1]}, in {judged} networks']
     for key, factor, digits, unit, what in (
+            ('matched_off', 100, 1, ' %', 'regions where its coefficient is 0'),
             ('matched_share', 100, 0, ' %', 'its share of what is mixed'),
-            ('value_spread', 1, 2, '', 'how much the mixed values vary, of what they join')):
+            ('value_spread', 1, 2, '', 'how much the mixed values vary, of what they are added to')):
         ordered = sorted(
-            (factor * found[key], tag) for tag, found in evidence.mixing.items() if tag not in evidence.taught)
+            (factor * found[key], tag) for tag, found in evidence.mixing.items()
+            if tag not in evidence.taught and (key != 'value_spread' or adds_values(evidence.runs[tag]['model'])))
         ends = [f'{value:.{digits}f}{unit} ({tag})' for value, tag in (ordered[0], ordered[-1])] if ordered else []
         lines += introduce(what, [' to '.join(dict.fromkeys(ends))] if ends else [])
     return say_of(combine_all(verdicts), judged), introduce(
@@ -474,7 +504,7 @@ def judge(evidence: Evidence) -> List[Claim]:
         ('Template matching improves the baselines', '4.2, Table 1', judge_baselines(evidence)),
         ('It is not the additional parameters that improve them', '4.2', (UNTESTED, [])),
         ('It improves shallow networks more (here: RN26 more than RN38)', '4.2, Table 1', judge_shallow(evidence)),
-        ('It does more than auxiliary supervision alone', '4.2, Table 1', rows('rn26_tm', 'rn26_aux')),
+        ('It does more than auxiliary supervision alone', '4.2, Table 1', judge_supervision(evidence)),
         ('With it two blocks a stage are mostly above three without', '4.2, Table 1',
          rows('rn26_tm', 'rn38', combine_most)),
         ('In DenseNet, concatenation is marginally above addition (here: mostly)', '4.2, Table 1',
@@ -484,11 +514,12 @@ def judge(evidence: Evidence) -> List[Claim]:
         (f'Soft maximizers do as well as BN-ReLU (no more than {MARGIN:g} point below it)', '4.1, Figure 3',
          judge_soft_maximizers(evidence)),
         ('A trained RN20 has μ = 2.5 and η = 17', '4.1', judge_constants(evidence)),
-        ("Features are clustered by what they mean at the block's output, not before it nor in the baseline",
+        ("Features are clustered by what they mean at the block's output, not before it nor in the baseline (here: "
+         'more than single positions there)',
          '4.3, Figure 5', judge_block_output(evidence)),
         ('There animals lie apart from vehicles', '4.3, Figure 5', judge_block_output(evidence, 'superclass')),
         ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
-         'mean over the patch)',
+         'mean over the patch and than the class scores that weight them)',
          '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),

@@ -11,6 +11,7 @@ Prints the result as JSON; with --output also writes NAME.json, with the confusi
 images were right, and NAME.png.
 """
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -85,7 +86,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
 
 
 def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, Any]:
-    """Everything there is to say of a runner on a set: what `main` prints, 'reliability', 'confusion' and 'right'."""
+    """Everything there is to say of a runner on a set: what `main` prints, and what it writes beside."""
     logits: List[np.ndarray] = []
     mirrored: List[np.ndarray] = []
     targets: List[np.ndarray] = []
@@ -119,7 +120,9 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
         values['images_per_second'] = round(timed / seconds, 1)
     return dict(
         values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]),
-        right=np.packbits(scores.argmax(1) == classes).tobytes().hex())
+        answers=dict(  # two evaluations are compared by these, image by image
+            right=np.packbits(scores.argmax(1) == classes).tobytes().hex(),
+            targets_sha256=hashlib.sha256(classes.astype('<i8').tobytes()).hexdigest()))  # by which orders are told
 
 
 def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
@@ -166,7 +169,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             with writing(Path(f'{args.output}.json')) as tmp:
                 tmp.touch()  # what cannot be written is told before the work
         values = measure(runner, loader, args.tta == 'flip', args.bins)
-    reliability, confusion, right = (values.pop(key) for key in ('reliability', 'confusion', 'right'))
+    reliability, confusion, answers = (values.pop(key) for key in ('reliability', 'confusion', 'answers'))
     result = dict(
         model=args.model,
         weights_sha256=hash_file(runner.weights),
@@ -184,7 +187,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         full = dict(
             result, class_names=names, confusion=confusion.tolist(),
             reliability={k: v.tolist() for k, v in vars(reliability).items()},
-            right=right)  # which images, in their order: a bit of each, as two evaluations of one set are compared by
+            **answers)
         write_json(Path(f'{args.output}.json'), full)
         draw(full, reliability, Path(f'{args.output}.png'))
     return result

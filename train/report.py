@@ -21,7 +21,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
-from train.claims import RUNS, Comparison, Evidence, compare_others, find_last, judge
+from train.claims import RUNS, Comparison, Evidence, adds_values, compare_others, find_last, judge
 from train.config import SETTINGS, Parser
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
@@ -85,7 +85,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
     lines = [
         '# Results', '',
         'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
-        'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).', '',
+        'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).',
+        "Commands name the Hub's sets; the runs read copies with the same images in another order. So the commands",
+        'train with the same images in other batches, and analyses of a part of a set take other images of it.', '',
         '## What the paper claims', '',
         *wrap(
             'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
@@ -205,7 +207,7 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             f'| [{c.tag}](train/results/{c.tag}) | {Path(ours["dataset"]).name}{say_size(run)} | {c.epochs} '
             f'| {ours["top1"]:.2f} % | [{c.baseline}](train/results/{c.baseline}) | {theirs["top1"]:.2f} % '
             f'| {c.difference}{"" if c.by_image else " ‡"}{" †" if ran_elsewhere(c, evidence) else ""}'
-            f'{" §" if c.tag in evidence.taught else ""} |')
+            f'{" §" if c.taught else ""} |')
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     text = (
         f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
@@ -221,7 +223,7 @@ def say_comparisons(evidence: Evidence) -> List[str]:
             'kept, the answers for single images are not known.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
-    if any(c.tag in evidence.taught for c in found):
+    if any(c.taught for c in found):
         text += ' §: the last stage of both had a teacher, the same.'
     return [*lines, '', *wrap(text), '']
 
@@ -234,8 +236,8 @@ def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
     return ours != theirs
 
 
-def count_measures(row: Dict[str, float]) -> str:
-    found = compare_maps(row)
+def count_measures(trust: Dict[str, Any], name: str) -> str:
+    found = compare_maps(trust, name)
     return f'{len(found["better"])}+ {len(found["worse"])}−'
 
 
@@ -260,22 +262,26 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
             'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
             'the row (–: not measured so). Insertion starts from the blurred image in both rows of a network, so that '
-            'it is the same in both but for occlusion.'), '',
+            'it is the same in both; with occlusion by the mean colour it is not compared (three measures). A random '
+            'map masks regions that are scattered, which takes more from an image than as many that lie together: the '
+            "fairer control is another image's map."), '',
         *wrap(
             'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
             'share of that weight in the sum of all; how much the mixture varies over the regions, as a multiple of '
-            'what it joins. Where that is small, the block adds little, whatever it matched.'), '',
+            'what it is added to. Where that is small, the block adds little, whatever it matched; where it is '
+            'concatenated, a norm follows, so that its scale says nothing. ReLU(BN(·)) of a class rises with its '
+            'score, so that some agreement is built in.'), '',
         f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most | its share | mixture |',
         '|---|---|---|' + '---|' * len(MAPS) + '---|---|---|']
     for tag, found in analyses.items():
         mixed = '– | – | –'
         if 'mixing' in found:
             shares = [f'{100 * found["mixing"][key]:.0f} %' for key in ('agreement', 'matched_share')]
-            mixed = ' | '.join([*shares, f'{found["mixing"]["value_spread"]:.2f}'])
+            mixed = ' | '.join([*shares, f'{found["mixing"]["value_spread"]:.2f}' if adds_values(tag) else '–'])
         link = f'[{tag}](train/results/{tag}/analysis/README.md)'
         rows = [(fill, found[name]) for name, fill in TRUST.items() if name in found]
         for fill, trust in rows:
-            cells = [count_measures(trust['maps'][other]) if is_comparable(trust, other) else '–' for other in MAPS]
+            cells = [count_measures(trust, other) if is_comparable(trust, other) else '–' for other in MAPS]
             lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
         if not rows:
             lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
@@ -288,6 +294,10 @@ def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
+def is_of_copy(dataset: str) -> bool:
+    return name_hub_sets(dataset) != dataset
+
+
 def render_analysis(
         tag: str,
         found: Dict[str, Any],
@@ -297,6 +307,9 @@ def render_analysis(
     """The page on the regions of one network, into whose training images `fillings` put the mean colour."""
     settings = list(dict.fromkeys(map(say_setting, found.values())))
     lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
+    if any(is_of_copy(analysis['settings']['dataset']) for analysis in found.values()):
+        lines[2] += (' Images were taken from a shuffled copy of the set; from the Hub\'s, in its own order, the same '
+                     'commands take others.')
     if not shipped:
         lines += ['Of weights that do not ship any more; the commands measure those that do.', '']
     if 'trust' in found:
@@ -307,8 +320,8 @@ def render_analysis(
         lines += ['## The same, masked by a blurred image', '', *say_trust(found['trust_blur']), '',
                   '![Deletion and insertion curves](trust_blur.png)', '', f'`{found["trust_blur"]["command"]}`', '']
     if 'mixing' in found:
-        lines += ['## Does the block mix what the class map shows?', '', *say_mixing(found['mixing']), '',
-                  f'`{found["mixing"]["command"]}`', '']
+        lines += ['## Does the block mix what the class map shows?', '',
+                  *say_mixing(found['mixing'], adds_values(tag)), '', f'`{found["mixing"]["command"]}`', '']
     if 'geometry' in found:
         lines += [
             '## Features by class', '',
@@ -343,7 +356,7 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
         return f'{row[key]:.{digits}f} ± {row[f"{key}_error"]:.{digits}f}'
 
     lines = [
-        f'Parts are masked by {FILLS[trust.get("fill", "mean")]}. '
+        f'Parts are masked by {FILLS[trust.get("fill", "mean")]}; insertion uncovers a blurred image. '
         f'{trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. '
         f'{trust["patch_accuracy"]:.1f} % of the regions match the class of their image, '
         f'{trust["patch_agreement"]:.1f} % the class that is predicted.', '',
@@ -358,8 +371,8 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
               'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
               "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
               say_occlusion(trust), '']
-    for name, row in list(trust['maps'].items())[1:]:
-        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(row).items() if parts]
+    for name in list(trust['maps'])[1:]:
+        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
     return lines + ['', 'A lead above zero is in favour of the class map.']
 
@@ -371,7 +384,7 @@ def say_occlusion(trust: Dict[str, Any]) -> str:
     return f'hides windows of {side}×{side} pixels by {FILLS[trust["fill"]]}, and is of log-odds, as the class map is.'
 
 
-def say_mixing(mixing: Dict[str, float]) -> List[str]:
+def say_mixing(mixing: Dict[str, float], added: bool = True) -> List[str]:
     """How far the mixing coefficients follow the patch logits."""
     shares = {key: f'{100 * mixing[key]:.1f} ± {100 * mixing[f"{key}_error"]:.1f} %' for key in (
         'agreement', 'matched_share', 'matched_off')}
@@ -381,8 +394,9 @@ def say_mixing(mixing: Dict[str, float]) -> List[str]:
         f'{mixing["images"]:,} images the class that matches',
         f'best has the largest coefficient too; it has {shares["matched_share"]} of the sum of them, and in '
         f'{shares["matched_off"]} of the regions it is 0.',
-        f'Over the regions the value vectors, mixed, vary {mixing["value_spread"]:.2f} times as much as what they',
-        'join.']
+        *([f'Over the regions the value vectors, mixed, vary {mixing["value_spread"]:.2f} times as much as what they',
+           'are added to.'] if added else [
+            'The mixed value vectors are concatenated, and a norm follows, so that their scale says nothing.'])]
 
 
 def say_fillings(fillings: Optional[List[str]]) -> str:
@@ -399,14 +413,20 @@ def say_fillings(fillings: Optional[List[str]]) -> str:
             f'patches.')
 
 
-def compare_maps(row: Dict[str, float]) -> Dict[str, List[str]]:
-    """By which measures the class map is better or worse than another by two standard errors, each with its lead."""
+def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
+    """By which measures the class map is better or worse than another by two standard errors, each with its lead.
+
+    Insertion starts from the blurred image, whatever masks, so that occlusion by the mean colour is not compared by it.
+    """
+    row = trust['maps'][name]
     verdicts: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
     for key, sign, digits, title in (
             ('deletion', -1, 3, 'deletion'),
             ('insertion', 1, 3, 'insertion'),
             ('without_most', -1, 1, 'what is right without the more evident half'),
             ('without_least', 1, 1, 'what is right without the less evident half')):
+        if key == 'insertion' and name == 'occlusion' and trust.get('fill', 'mean') == 'mean':
+            continue
         lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
         verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
         verdicts[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
