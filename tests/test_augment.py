@@ -21,6 +21,7 @@ from train.augment import (
     create_policy,
     crop_and_flip,
     pad,
+    seeded,
 )
 from train.data import InMemorySet
 from train.loader import InMemoryLoader, TrainingBatches
@@ -103,6 +104,18 @@ def test_policies_fill_with_the_mean_colour(policy):
     changed = apply_policy(images, create_policy(config), seed=0)
     assert not torch.equal(changed, images)
     assert torch.equal(changed, changed[:, :, 8:9, 8:9].expand_as(changed))
+
+
+def test_policies_seed_no_generator_of_a_gpu(monkeypatch):
+    """Dropout draws from it."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', seeds.append)
+    before = torch.get_rng_state()
+    with seeded(3):
+        first = torch.rand(4)
+    with seeded(3):
+        assert torch.equal(torch.rand(4), first)
+    assert seeds == [] and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize('policy', ['rand-q3', 'autoaugment', 'augmix-q3', 'zzz'])

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder, ImageNet
 
 from timm_tmblock.errors import InputError
 from timm_tmblock.image import IMAGE_SUFFIXES
@@ -23,6 +25,7 @@ from train.data import (
     decode,
     fits_in_memory,
     get_class_names,
+    is_whole_folder,
     open_dataset,
     read_batches,
     share_images,
@@ -144,6 +147,17 @@ def folder(tmp_path):
                 Image.new('RGB', (8 + 4 * j, 8 + 2 * j), (60 * i, 100, 50 * j)).convert(mode).save(
                     tmp_path / split / name / f'{j}.png')
     return tmp_path
+
+
+def test_classes_of_torchvisions_imagenet_have_their_first_name_and_its_splits_are_no_whole_folder():
+    reader = ImageNet.__new__(ImageNet)
+    reader.class_to_idx = {'tench': 0, 'Tinca tinca': 0, 'goldfish': 1, 'Carassius auratus': 1, 'great white shark': 2}
+    reader.root = 'somewhere'
+    assert get_class_names(reader) == ['tench', 'goldfish', 'great white shark']
+    assert not is_whole_folder(reader, Path('somewhere'))
+    folder = ImageFolder.__new__(ImageFolder)
+    folder.root = 'somewhere'
+    assert is_whole_folder(folder, Path('somewhere'))
 
 
 def test_folder_of_images_is_decoded_to_the_input_size(folder):

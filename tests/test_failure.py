@@ -88,6 +88,14 @@ def test_memory_of_a_gpu_that_runs_out_is_named_too(tmp_path, monkeypatch):
     assert_stops(tmp_path, r'try --batch-size 6')
 
 
+def test_device_without_memory_to_measure_with_gets_a_batch_size_of_measuring(tmp_path, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')
+
+    monkeypatch.setattr('train.train.validate', out_of_memory)
+    assert_stops(tmp_path, 'too little memory: try --val-batch-size 128')
+
+
 @pytest.mark.parametrize('model, on_gpu, told', [
     ('dn100_tm', True, True), ('dn100_tm', False, False), ('rn26_tm', True, False)])
 def test_dense_networks_can_take_less_memory_of_a_gpu(monkeypatch, model, on_gpu, told):

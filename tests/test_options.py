@@ -36,7 +36,6 @@ TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size
 
 
 def create_trainer(tmp_path, *flags) -> Trainer:
-    AcceleratorState._reset_state(reset_partial_state=True)
     return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
 
 
@@ -527,22 +526,37 @@ def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(
     assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['moved.safetensors'])
 
 
-@pytest.mark.parametrize('flags, recipe, message', [
-    (['--kd-temperature', '2'], 'kd_checkpoint: a.safetensors', '--kd-temperature only applies with a teacher'),
-    (['--model-ema-decay', '0.9'], 'model_ema: true', '--model-ema-decay only applies with --model-ema; add it'),
-    (['--no-model-ema-warmup'], 'model_ema: true', '--model-ema-warmup only applies with --model-ema'),
-    (['--eval-only', '--push-to-hub', 'me/net'], None, '--eval-only trains nothing to publish'),
+@pytest.mark.parametrize('flags, recipe, needed', [
+    (['--kd-temperature', '2'], 'kd_checkpoint: a.safetensors', 'a teacher, --kd-model-name or --kd-checkpoint'),
+    (['--model-ema-decay', '0.9'], 'model_ema: true', '--model-ema'),
+    (['--no-model-ema-warmup'], 'model_ema: true', '--model-ema'),
+    (['--clip-mode', 'agc'], 'clip_grad: 0.1', '--clip-grad'),
+    (['--mixup-prob', '0.5'], 'mixup: 0.2', '--mixup or --cutmix'),
+    (['--mixup-mode', 'elem'], 'cutmix: 1.0', '--mixup or --cutmix'),
+    (['--mixup-off-epoch', '3'], 'mixup: 0.2', '--mixup or --cutmix'),
+    (['--mixup-switch-prob', '0.1'], '{mixup: 0.2, cutmix: 1.0}', '--mixup and --cutmix'),
+    (['--remode', 'pixel'], 'reprob: 0.5', '--reprob'),
+    (['--recount', '2'], 'reprob: 0.5', '--reprob'),
+    (['--lr-base-size', '64'], 'lr_base: 0.1', '--lr-base'),
+    (['--lr-base-scale', 'sqrt'], 'lr_base: 0.1', '--lr-base'),
+    (['--layer-decay-min-scale', '0.1'], 'layer_decay: 0.7', '--layer-decay'),
+    (['--warmup-lr', '0.1'], 'warmup_epochs: 2.0', '--warmup-epochs'),
+    (['--warmup-prefix'], 'warmup_epochs: 2.0', '--warmup-epochs'),
 ])
-def test_flag_that_would_change_nothing_is_refused_unless_a_recipe_has_its_use(tmp_path, flags, recipe, message):
-    with pytest.raises(InputError, match=message):
+def test_flag_that_would_change_nothing_is_refused_unless_a_recipe_has_its_use(tmp_path, flags, recipe, needed):
+    setting = flags[0].replace('--no-', '--')
+    with pytest.raises(InputError, match=f'^{setting} only applies with {needed}; add it.$'):
         parse_args(flags)
-    if recipe:
-        (tmp_path / 'r.yaml').write_text(recipe)
-        parse_args(['-c', str(tmp_path / 'r.yaml'), *flags])
-    key = flags[0].lstrip('-').replace('no-', '').replace('-', '_')
-    value = {'kd_temperature': 2, 'model_ema_decay': 0.9}.get(key, False)
-    (tmp_path / 'r.yaml').write_text(f'{key}: {json.dumps(value)}\n')  # for others to build on
+    (tmp_path / 'r.yaml').write_text(recipe)
+    parse_args(['-c', str(tmp_path / 'r.yaml'), *flags])
+    value = flags[1] if len(flags) > 1 else json.dumps(flags[0] == setting)
+    (tmp_path / 'r.yaml').write_text(f'{setting.lstrip("-").replace("-", "_")}: {value}\n')  # for others to build on
     parse_args(['-c', str(tmp_path / 'r.yaml')])
+
+
+def test_measurement_publishes_nothing():
+    with pytest.raises(InputError, match='--eval-only trains nothing to publish'):
+        parse_args(['--eval-only', '--push-to-hub', 'me/net'])
 
 
 def test_short_flags_are_timms():
@@ -638,7 +652,9 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--sched', 'step', '--cooldown-epochs', '5'], "'step' has no lowest rate to stay at; leave out --cooldown-epoch"),
     (['--sched', 'rsqrt'], "'rsqrt' falls as far as the warmup was long; set --warmup-epochs"),
     (['--lr-noise-pct', '0'], 'must be above 0'),
-    (['--mixup', '0.2', '--batch-size', '1'], 'use a --batch-size of 2 or more'),
+    (['--mixup', '0.2', '--batch-size', '1'], 'in pairs; use an even --batch-size'),
+    (['--cutmix', '0.2', '--batch-size', '3'], 'in pairs; use an even --batch-size'),
+    (['--sched', 'none'], 'a rate that stays the same is --sched constant'),
     (['--padding', '-1'], 'must be at least 0, not -1'),
     (['--mixup', '0.2', '--cutmix-minmax', '0.1', '0.5'], '--cutmix-minmax only applies with --cutmix'),
     (['--seed', '-1'], 'must be from 0 to'),
@@ -681,9 +697,24 @@ def test_compiled_run_keeps_the_names_of_its_weights(tmp_path):
     expected = timm.create_model('rn26_tm').state_dict().keys()
     for name in ('last', 'best'):
         assert load_file(tmp_path / 'run' / f'{name}.safetensors').keys() == expected
-    AcceleratorState._reset_state(reset_partial_state=True)
     resumed = main(['--resume', str(tmp_path / 'run'), '--torchcompile', 'no', '--max-steps', '3'])
     assert resumed['history'][0] == result['history'][0] and resumed['updates'] == 3
+
+
+def test_each_run_of_one_process_has_its_own_precision_and_compiler():
+    """As in a notebook."""
+    found = []
+    for flags in (['--mixed-precision', 'bf16', '--torchcompile', 'aot_eager'], [], ['--mixed-precision', 'no']):
+        accelerator = create_accelerator(parse_args([*TINY, *flags]))
+        found.append((accelerator.mixed_precision, accelerator.state.dynamo_plugin.backend.value))
+    assert found == [('bf16', 'AOT_EAGER'), ('no', 'NO'), ('no', 'NO')]
+
+
+def test_launcher_that_has_another_device_than_the_flag_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')  # as accelerate launch --cpu does
+    with pytest.raises(InputError, match='--device cuda was asked for, but Accelerate was set up for cpu'):
+        create_accelerator(parse_args([*TINY, '--device', 'cuda']))
 
 
 def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
-from train.config import parse_args
+from train.config import check_resumed, dump_args, find_changes_of_finished, parse_args
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +274,43 @@ def test_finished_run_keeps_the_record_of_how_it_was_trained(tmp_path):
         main(['--resume', str(folder), '--lr', '0.5', '--mixup', '0.3'])
     assert before == {name: (folder / name).read_bytes() for name in before}
     assert 'flip_top1' in main(['--resume', str(folder), '--tta', 'flip'])['test']  # measured in another way
+
+
+def test_finished_run_keeps_the_record_of_its_images(tmp_path):
+    flags = [f for f in FLAGS if f not in ('--val-split', 'test[:15]')]
+    main([*flags, '--batch-size', '12', '--epochs', '1', '--output', str(tmp_path)])
+    folder = tmp_path / 'run'
+    before = {name: (folder / name).read_bytes() for name in ('args.yaml', 'result.json', 'best.safetensors')}
+    with pytest.raises(InputError, match='is trained to its end, where --val-fraction can change nothing'):
+        main(['--resume', str(folder), '--val-fraction', '0'])
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    path = folder / 'args.yaml'
+    again = ['--resume', str(folder)]
+    assert find_changes_of_finished(parse_args([*again, '--val-fraction', '0.1']), path) == []  # as without the flag
+    assert find_changes_of_finished(parse_args([*again, '--dataset', 'copy/of/sample']), path) == []
+    assert find_changes_of_finished(parse_args([*again, '--dataset', 'hfds/other']), path) == ['dataset']
+
+
+@pytest.mark.parametrize('flags', [['--test-split', 'test[:24]'], ['--test-split', ''], ['--val-split', 'test[24:36]']])
+def test_splits_that_are_pooled_cannot_change_where_they_are_measured_alone(tmp_path, flags):
+    path = tmp_path / 'args.yaml'
+    begun = ['--output', str(tmp_path), '--val-split', 'test[36:48]', '--test-split', 'test[48:60]']
+    path.write_text(dump_args(parse_args([*begun, '--pool', '65', '15', '20'])))
+    asked = ['--resume', str(tmp_path), '--eval-only', *flags]
+    with pytest.raises(InputError, match=f'^{flags[0]} cannot change in a run that goes on: the images would be div'):
+        check_resumed(parse_args(asked), path)
+    path.write_text(dump_args(parse_args(begun)))
+    check_resumed(parse_args(asked), path)
+
+
+def test_trackers_count_on_where_updates_have_more_images(tmp_path):
+    flags = [*FLAGS, '--output', str(tmp_path), '--report-to', 'tensorboard']
+    main([*flags, '--batch-size', '6', '--epochs', '2'])  # 12 updates
+    for batch_size, epochs in ((12, 3), (3, 4)):  # 6 of which stand for those, and 3 more; 36, and 12 more
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(['--resume', str(tmp_path / 'run'), '--batch-size', str(batch_size), '--epochs', str(epochs)])
+    seen = EventAccumulator(str(tmp_path / 'run' / 'timm-tmblock')).Reload()
+    assert [event.step for event in seen.Scalars('eval/top1')] == [6, 12, 15, 48]
 
 
 def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):

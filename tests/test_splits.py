@@ -78,6 +78,15 @@ def test_held_out_part_is_of_the_training_split_alone():
     assert set(fingerprints(everything.train)) == seen | held_out
 
 
+@pytest.mark.parametrize('weights', [['--pretrained'], ['--initial-checkpoint', 'some.safetensors']])
+def test_weights_that_may_have_seen_all_training_images_are_not_measured_on_a_part_of_them(weights):
+    flags = ['--eval-only', *weights, '--train-split', 'train[:200]', '--test-split', 'test[:50]']
+    parts = load(*flags)
+    assert parts.validation is None and (len(parts.train), len(parts.test)) == (200, 50)
+    assert len(load(*flags, '--val-fraction', '0.1').validation) == 20  # asked for, as of a run that held it out
+    load(*flags, '--memory-limit', '0')  # nothing is to be divided
+
+
 @pytest.mark.parametrize('flags, config', [
     ([], dict(input_size=(3, 24, 24))), ([], dict(crop_pct=0.8)), ([], dict(interpolation='bilinear')),
     (['--pool', '65', '15', '20'], dict(input_size=(3, 24, 24)))])

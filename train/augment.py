@@ -162,7 +162,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed the generators that policies draw from, and put them back afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; dropout draws from a GPU's
         np.random.seed(seed % 2 ** 32)
         random.seed(seed)
         try:

@@ -39,6 +39,16 @@ class TrainState:
     run_id: str = ''  # the run's name among trackers
     hardware: List[str] = field(default_factory=list)  # that it was on so far, each named once
     sharding: str = ''  # by which of FSDP and DeepSpeed a checkpoint is divided
+    tracker_offset: int = 0  # of what trackers count, which take no step below an earlier one
+
+    @property
+    def tracker_step(self) -> int:
+        return self.update + self.tracker_offset
+
+    def rescale(self, update: int, layout: Dict[str, int]) -> None:
+        """Go on with updates of another size, of which as many as have been made are `update`."""
+        self.tracker_offset = max(0, self.tracker_step - update)
+        self.update, self.layout = update, layout
 
 
 def store_plain_names(accelerator: Accelerator) -> None:

@@ -322,12 +322,20 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
         InputError: For those.
     """
     has_teacher = args.kd_model_name or args.kd_checkpoint
-    for flag, needed, have in (
-            ('kd_temperature', 'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
-            ('model_ema_decay', '--model-ema', args.model_ema),
-            ('model_ema_warmup', '--model-ema', args.model_ema)):
-        if flag in given and not have:
-            raise InputError(f'{to_flag(flag)} only applies with {needed}; add it.')
+    mixes = args.mixup or args.cutmix
+    for flags, needed, have in (
+            (['kd_temperature'], 'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
+            (['model_ema_decay', 'model_ema_warmup'], '--model-ema', args.model_ema),
+            (['clip_mode'], '--clip-grad', args.clip_grad is not None),
+            (['mixup_prob', 'mixup_mode', 'mixup_off_epoch'], '--mixup or --cutmix', mixes),
+            (['mixup_switch_prob'], '--mixup and --cutmix', args.mixup and args.cutmix),
+            (['remode', 'recount'], '--reprob', args.reprob),
+            (['lr_base_size', 'lr_base_scale'], '--lr-base', args.lr_base is not None),
+            (['layer_decay_min_scale'], '--layer-decay', args.layer_decay is not None),
+            (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
+        for flag in flags:
+            if flag in given and not have:
+                raise InputError(f'{to_flag(flag)} only applies with {needed}; add it.')
     if 'push_to_hub' in given and args.eval_only:
         raise InputError('--eval-only trains nothing to publish; leave out --push-to-hub.')
 
@@ -338,6 +346,17 @@ def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[s
     now = yaml.safe_load(dump_args(args))
     asked = (k for k in now if (k not in NO_RECIPE if keys is None else k in keys))
     return [k for k in asked if k in before and now[k] != before[k]]
+
+
+def find_changes_of_finished(args: argparse.Namespace, path: Path) -> List[str]:
+    """Settings that a finished run has otherwise: of the recipe, and what images it was trained on."""
+    before = {'val_fraction': None, **yaml.safe_load(path.read_text())}
+    changes = find_changes(args, path)
+    if count_held_out(before) != count_held_out(vars(args)):
+        changes.append('val_fraction')
+    if Path(before['dataset']).name != Path(args.dataset).name:  # another copy is no change
+        changes.append('dataset')
+    return changes
 
 
 def to_flag(setting: str) -> str:
@@ -358,13 +377,15 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
     """
     if not path.is_file():
         return
-    changes = find_changes(args, path, DIVISION + (() if args.eval_only else SETTLED))
+    division = DIVISION + (('val_split', 'test_split') if args.pool else ())  # which are pooled
+    changes = find_changes(args, path, division + (() if args.eval_only else SETTLED))
     before, now = map(count_held_out, ({'val_fraction': None, **yaml.safe_load(path.read_text())}, vars(args)))
     if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('val_fraction')
     if changes:
-        division = 'the images would be divided anew, and it would be measured on some it was trained on'
-        reason = division if changes[0] in DIVISION else 'its checkpoint settles that'
+        reason = 'its checkpoint settles that'
+        if changes[0] in division:
+            reason = 'the images would be divided anew, and it would be measured on some it was trained on'
         raise InputError(
             f'{to_flag(changes[0])} cannot change in a run that goes on: {reason}; leave it out, or begin another run '
             f'with --initial-checkpoint.')

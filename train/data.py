@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -141,7 +141,8 @@ def open_dataset(
 def is_whole_folder(dataset: Any, root: Path) -> bool:
     """Whether a split is all images under the root, which timm takes where it finds no folder of the split."""
     source = getattr(dataset, 'reader', dataset)
-    return isinstance(source, (ReaderImageFolder, ImageFolder)) and Path(source.root) == root
+    kinds = ReaderImageFolder, ImageFolder  # not those derived from it: ImageNet has splits under its root
+    return type(source) in kinds and Path(source.root) == root
 
 
 def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
@@ -212,7 +213,10 @@ def get_class_names(dataset: Any) -> List[str]:
     class_to_idx = getattr(reader, 'class_to_idx', None)
     if not class_to_idx:
         raise InputError('The label column does not say its classes; cast it to datasets.ClassLabel first.')
-    return [str(c) for c, _ in sorted(class_to_idx.items(), key=lambda item: item[1])]
+    names: Dict[int, str] = {}
+    for name, index in class_to_idx.items():
+        names.setdefault(index, str(name))  # of ImageNet's several the first
+    return [names[index] for index in sorted(names)]
 
 
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:

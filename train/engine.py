@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
@@ -33,6 +34,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
         if not available:
             raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
+    if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
+        AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
     compiler = _create_compiler(args)
     if args.grad_accum_steps > 1 and _captures_graphs(args):
         raise InputError(
@@ -50,6 +53,10 @@ def create_accelerator(args: Namespace) -> Accelerator:
             dynamo_plugin=compiler,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one may download while others wait
         )
+    if args.device not in ('auto', accelerator.device.type):  # by `accelerate launch --cpu`
+        raise InputError(
+            f'--device {args.device} was asked for, but Accelerate was set up for {accelerator.device.type}; leave out '
+            f'--device, or launch without --cpu.')
     if accelerator.num_processes < launched:  # each would train alone and write to the same folder
         raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device, so '
                          f'each would train alone; use --device cpu, or launch a single process.')
@@ -154,12 +161,12 @@ def _resolve_trackers(names: List[str]) -> List[str]:
     return names
 
 
-def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_id: str, update: int) -> None:
+def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_id: str, step: int) -> None:
     """Begin the run in every tracker or, where that knows it by `run_id` or its folder, take it up."""
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
     settings: Dict[str, Dict[str, Any]] = {
-        # what a resumed run repeats is not shown twice; the values of the checkpoint's update were written before it
-        'tensorboard': {'purge_step': update + 1 if update else None},
+        # what a resumed run repeats is not shown twice; the values of the checkpoint's step were written before it
+        'tensorboard': {'purge_step': step + 1 if step else None},
         'wandb': {'name': folder.name, 'id': run_id, 'resume': 'allow', 'dir': str(folder)},
         'mlflow': {'run_name': folder.name},
         'trackio': {'name': folder.name, 'resume': 'allow'},

@@ -49,7 +49,9 @@ def create_schedule(
     for key in BY_EPOCHS:
         kwargs[key] *= updates_per_epoch
     kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in kwargs['decay_milestones']]
-    if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant', 'none'):
+    if args.sched == 'none':  # by which timm sets no rate at all, neither a new one in a run that goes on
+        raise InputError("There is no schedule 'none'; a rate that stays the same is --sched constant.")
+    if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant'):
         raise InputError(f'The schedule {args.sched!r} has no lowest rate to stay at; leave out --cooldown-epochs.')
     if args.sched == 'rsqrt' and not args.warmup_epochs:
         raise InputError("The schedule 'rsqrt' falls as far as the warmup was long; set --warmup-epochs.")

@@ -52,7 +52,16 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import DataConfig
 from train.checkpoint import TrainState
-from train.config import SETTINGS, check_resumed, dump_args, find_changes, parse_args, refusing, to_flag
+from train.config import (
+    SETTINGS,
+    check_resumed,
+    dump_args,
+    find_changes,
+    find_changes_of_finished,
+    parse_args,
+    refusing,
+    to_flag,
+)
 from train.data import InMemorySet, get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
@@ -144,8 +153,8 @@ def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mix
     low, high = args.cutmix_minmax or (0., 1.)
     if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
         raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
-    if args.batch_size < 2:
-        raise InputError('--mixup and --cutmix mix the images of a batch; use a --batch-size of 2 or more.')
+    if args.batch_size % 2:
+        raise InputError('--mixup and --cutmix mix the images of a batch in pairs; use an even --batch-size.')
     if not 0 <= int(low * height) < int(high * height) <= height:
         raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
     with refusing('These settings of mixup'):
@@ -229,8 +238,8 @@ class Trainer:
                 if self.main_process:
                     self.tell_change(self.state.layout)
                 done = self.state.update / self.state.layout['updates_per_epoch']
-                self.state.update, accelerator.step = round(done * updates_per_epoch), 0
-                self.state.layout = self.layout
+                self.state.rescale(round(done * updates_per_epoch), self.layout)
+                accelerator.step = 0
             if self.state.update > self.updates:
                 raise InputError(
                     f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
@@ -282,7 +291,7 @@ class Trainer:
             check_disk_space(self.folder, network(self.model), args)
             if self.state.update < self.updates:
                 remove(self.folder / 'result.json')  # of a run that was shorter
-            elif changes := find_changes(args, self.folder / SETTINGS):
+            elif changes := find_changes_of_finished(args, self.folder / SETTINGS):
                 raise InputError(
                     f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
                     f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
@@ -298,7 +307,7 @@ class Trainer:
                 f'{describe_hardware(self.accelerator.device, self.accelerator.num_processes)}, '
                 f'mixed precision {self.accelerator.mixed_precision}\n'
                 f'writing to {self.folder}', flush=True)
-        start_trackers(self.accelerator, args, self.folder, self.state.run_id, self.state.update)
+        start_trackers(self.accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
 
     def describe_resumption(self) -> str:
         return record.describe_resumption(self.folder)
@@ -427,7 +436,7 @@ class Trainer:
         last = state.update == self.updates
         if self.val_loader is not None and (last or (state.epoch + 1) % args.val_interval == 0):
             for prefix, model in candidates.items():
-                values = validate(model, self.val_loader, self.accelerator, flip=args.tta == 'flip')
+                values = self.measure(model, self.val_loader)
                 evaluation.update({prefix + key: value for key, value in values.items()})
         state.history.append({
             'epoch': state.epoch, 'lr': self.lr, **{f'train_{k}': v for k, v in metrics.items()},
@@ -447,6 +456,11 @@ class Trainer:
         state.epoch, state.batch = state.epoch + 1, 0
         self.meter = Meter(self.accelerator.device)
         self.save()
+
+    def measure(self, model: torch.nn.Module, loader: Loader, desc: str = 'Validating') -> Dict[str, float]:
+        half = self.args.val_batch_size // 2
+        with naming_failures(f'try --val-batch-size {half}' if half else 'use a smaller model or image size'):
+            return validate(model, loader, self.accelerator, flip=self.args.tta == 'flip', desc=desc)
 
     def keep_weights(self, candidates: Dict[str, torch.nn.Module], evaluation: Dict[str, float]) -> None:
         """Write the last weights and, where validation says so, the best."""
@@ -473,7 +487,7 @@ class Trainer:
                     description)
 
     def log(self, values: Dict[str, float]) -> None:
-        self.accelerator.log({**values, 'lr': self.lr}, step=self.state.update)
+        self.accelerator.log({**values, 'lr': self.lr}, step=self.state.tracker_step)
 
     def check_finite(self) -> None:
         """Refuse to write down what has gone wrong, on any process."""
@@ -502,7 +516,7 @@ class Trainer:
         model = load_model(path).to(self.accelerator.device)
         if self.args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        values = validate(model, self.test_loader, self.accelerator, flip=self.args.tta == 'flip', desc='Testing')
+        values = self.measure(model, self.test_loader, 'Testing')
         if self.main_process:
             print('Test: ' + ', '.join(f'{k} {v:.4g}' for k, v in values.items()), flush=True)
         self.log({f'test/{k}': v for k, v in values.items()})
@@ -521,8 +535,7 @@ class Trainer:
                 model = load_model(weights, args.model).to(self.accelerator.device)
             loaders = {'validation': self.val_loader, 'test': self.test_loader}
             values = {
-                part: validate(model, loader, self.accelerator, flip=args.tta == 'flip')
-                for part, loader in loaders.items() if loader is not None
+                part: self.measure(model, loader) for part, loader in loaders.items() if loader is not None
             }
         self.accelerator.end_training()
         return dict(self.describe_run(), weights=weights, **values)
