@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from conftest import make_trained_like
 from timm.models import load_checkpoint, model_parameters
 
@@ -23,6 +24,19 @@ def test_parameter_count_is_the_papers(num_classes):
 def test_head_is_where_the_model_is():
     model = timm.create_model('rn26', device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in PatchSupervised(model).parameters()} == {('meta', torch.bfloat16)}
+
+
+def test_preprocessing_is_the_models():
+    model = timm.create_model('rn26', in_chans=1, img_size=48)
+    expected = timm.data.resolve_input_data_config(model)
+    assert timm.data.resolve_input_data_config(PatchSupervised(model)) == expected
+    assert expected['input_size'] == (1, 48, 48)
+
+
+def test_model_that_is_compiled_or_distributed_already_is_refused():
+    for wrapped in (torch.compile(timm.create_model('rn26')), nn.DataParallel(timm.create_model('rn26'))):
+        with pytest.raises(ValueError, match='compiled or distributed; wrap it in PatchSupervised before'):
+            PatchSupervised(wrapped)
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 5])

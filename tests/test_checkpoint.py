@@ -58,6 +58,8 @@ def test_weights_load_under_each_name_of_their_network(tmp_path, described, aske
     (dict(model='rn26_tm'), 'rn26', 'holds weights of rn26_tm, not of rn26'),
     (dict(model='rn26_tm.cifar10'), 'rn38_tm', 'holds weights of rn26_tm.cifar10, not of rn38_tm'),
     (dict(model='rn26_tm', model_args=dict(img_size=2)), None, 'img_size must be at least 4'),
+    (dict(model='rn26_tm'), 'rn26_tm.foo', "^rn26_tm has no tag 'foo'; it has cifar10, .*mini_imagenet"),
+    ({}, 'rn26_tm.foo', "^rn26_tm has no tag 'foo'"),
     ({}, None, 'does not say which model')])
 def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, description, asked, message):
     path = tmp_path / 'weights.safetensors'
@@ -89,7 +91,7 @@ def test_weights_come_with_the_preprocessing_they_were_trained_with(tmp_path, va
     save_weights(path, state, dict(model='rn20', num_classes=2, **value))
     (key, expected), = value.items()
     found = load_model(path).pretrained_cfg[key]
-    assert (list(found) if isinstance(expected, list) else found) == expected
+    assert found == (tuple(expected) if isinstance(expected, list) else expected)  # tuples, as timm's
 
 
 def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):

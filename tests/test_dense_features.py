@@ -174,6 +174,7 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].norm2.act.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks.__setitem__(1, checkpoint_wrapper(stage.blocks[1])),
     lambda stage: stage.blocks[1].__setattr__('__class__', type('Other', (DenseLayer,), {})),
+    lambda stage: stage.blocks[1].compile(backend='eager'),
     lambda stage: stage.blocks[1].conv1.__setattr__('forward', stage.blocks[1].conv1.forward),  # as Accelerate does
     lambda stage: stage.blocks[1].norm1.register_parameter('weight', None),
     lambda stage: nn.utils.parametrizations.weight_norm(stage.blocks[0].conv1),

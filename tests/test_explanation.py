@@ -1,5 +1,7 @@
 """Explanations say what the network computed, at the right place, for any image."""
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -325,6 +327,27 @@ def test_names_by_index_are_those_of_the_outputs(tmp_path):
     expected = [f'bird {i}' for i in range(11)]
     assert Explainer(model).class_names == expected
     assert describe_model(model, resolve_data_config({}, model=model))['class_names'] == expected
+
+
+def test_heat_map_is_of_the_predicted_class_where_another_has_its_name(regions):
+    names = ['crane', 'bee', 'crane']
+    regions[:, 2, 1] = 0.1, 0.1, 0.8
+    found = Explanation(Image.new('RGB', (16, 16)), np.array([0.1, 0.2, 0.7]), regions, names, names)
+    assert found.template_index() == 2 and found.template_index('crane') == 0
+    other = Explanation(found.image, found.probabilities, regions, ['a', 'bee', 'crane'], ['a', 'bee', 'crane'])
+    assert np.array_equal(found.heat_map(), other.heat_map()) and found.heat_map().argmax() // 16 in (8, 9, 10)
+    panel = (2 * (288 + 16) + 16, 36, 3 * (288 + 16), 36 + 288)
+    assert np.array_equal(*(np.asarray(e.picture().crop(panel)) for e in (found, other)))
+
+
+def test_names_of_files_that_are_not_utf_8_come_out_as_they_are(tmp_path, monkeypatch):
+    path = os.fsencode(tmp_path) + b'/caf\xe9.png'
+    Image.new('RGB', (32, 32)).save(os.fsdecode(path), format='PNG')
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(out, encoding='utf-8'))
+    main(['explain', 'rn26_tm', os.fsdecode(path)])
+    sys.stdout.flush()
+    assert out.getvalue().startswith(path + b': ')
 
 
 def test_unknown_class_is_refused(regions):

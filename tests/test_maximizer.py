@@ -56,6 +56,14 @@ def test_soft_maximizer_equals_its_definition(epsilon, scale, batch_size):
             np.testing.assert_allclose(out[n, :, i, j] / 17., expected, rtol=tolerance, atol=1e-30)
 
 
+def test_soft_maximizer_does_not_overflow_in_half_precision():
+    a = torch.tensor([900., 899., -1000., 3.]).view(1, 4, 1, 1)
+    out = SoftMaximizer(mu=2.5, eta=1., epsilon=100.)(a.half())  # 100 times 900 is no number of it
+    assert out.dtype == torch.half and out.flatten().tolist() == [1, 0, 0, 0]
+    with torch.autocast('cpu', dtype=torch.half):
+        assert SoftMaximizer(mu=2.5, eta=1., epsilon=100.)(a.half()).flatten().tolist() == [1, 0, 0, 0]
+
+
 def test_soft_maximizer_solves_its_problem():
     """No other feasible point has a larger objective in (P3)."""
     generator = torch.Generator().manual_seed(2)

@@ -81,9 +81,15 @@ def test_oblong_images_get_patches_of_their_shorter_side():
     assert (model.img_size, model.patch_reduction, model.patch_size) == ((48, 160), 4, 6)
 
 
-def test_pooled_map_of_the_config_is_that_of_the_image_size():
-    assert timm.create_model('rn26_tm').pretrained_cfg['pool_size'] == (8, 8)
-    assert timm.create_model('rn26_tm', img_size=48).pretrained_cfg['pool_size'] is None  # not that of another size
+@pytest.mark.parametrize('name', ['rn20_tm', 'rn26_tm', 'wrn16', 'dn100_tm'])
+@pytest.mark.parametrize('img_size', [24, 32, 50, 84, 130, (48, 160)])
+def test_pooled_map_of_the_config_is_that_of_the_image_size(name, img_size):
+    model = timm.create_model(name, img_size=img_size, device='meta')
+    side = model.forward_features(torch.empty(2, *model.pretrained_cfg['input_size'], device='meta')).shape[2:]
+    assert model.pretrained_cfg['pool_size'] == side
+
+
+def test_mini_imagenet_has_the_pixels_of_imagenet():
     cfg = timm.create_model('rn26_tm.mini_imagenet').pretrained_cfg
     assert (cfg['mean'], cfg['std']) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
 
@@ -368,9 +374,13 @@ def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_
     ('rn26_tm', dict(num_classes=10, pretrained_cfg_overlay=dict(label_names=['a'] * 10)), True),
     ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED)), False),  # any file of 10 classes
     ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED, label_names=['a'] * 10)), True),
+    *((name, resolve_model_input_args(name, **kwargs), named) for name, kwargs, named in (  # as timm's scripts do
+        ('rn26_tm', dict(num_classes=10), False), ('rn26_tm', {}, True))),
+    ('rn26_tm', dict(resolve_model_input_args('rn26_tm', num_classes=10), pretrained=True), True),
 ])
 def test_new_classifiers_have_no_names_of_the_pretrained_classes(name, kwargs, named):
-    assert (timm.create_model(name, **kwargs).pretrained_cfg.get('label_names') is not None) == named
+    model = timm.create_model(**dict(kwargs, model_name=name))
+    assert (model.pretrained_cfg.get('label_names') is not None) == named
 
 
 @pytest.mark.parametrize('num_classes', [5, 10])

@@ -8,18 +8,19 @@ import argparse
 import json
 import runpy
 import sys
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import List, Optional, Set
+from typing import Any, Callable, List, Optional, Set
 
 from .checkpoint import load_pretrained, writing
-from .errors import InputError, exiting_on_input_error
+from .errors import InputError, exiting_on_input_error, make_names_printable
 from .explanation import METHODS, Explainer
 from .image import list_images
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Run a command.
+def main(argv: Optional[List[str]] = None) -> Optional[Callable[[], Any]]:
+    """Run a command, of which a script is left to be called.
 
     Raises:
         InputError: If an image could not be explained, or a model or script cannot be read.
@@ -46,18 +47,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     command.add_argument('arguments', nargs=argparse.REMAINDER)
     command.set_defaults(run=run_script)
     args = parser.parse_args(argv)
-    args.run(args)
+    return args.run(args)
 
 
-def run_script(args: argparse.Namespace) -> None:
+def run_script(args: argparse.Namespace) -> Callable[[], Any]:
     if not args.script.is_file():
         raise InputError(f'There is no script {args.script}.')
     sys.argv = [str(args.script), *args.arguments]
     sys.path[0] = str(args.script.resolve().parent)
-    runpy.run_path(str(args.script), run_name='__main__')
+    return partial(runpy.run_path, str(args.script), run_name='__main__')
 
 
 def explain(args: argparse.Namespace) -> None:
+    make_names_printable()
     model = load_pretrained(args.model, args.checkpoint) if args.checkpoint else args.model
     explainer = Explainer(model, args.method)
     images = list_images(args.images)
@@ -92,4 +94,6 @@ def explain(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     with exiting_on_input_error():
-        main()
+        script = main()
+    if script is not None:  # whose errors are its own
+        script()

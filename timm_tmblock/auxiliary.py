@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
+from timm.utils import unwrap_model
 
 from .layers import PatchClassifier
 from .models._base import TemplateMatchingNet
@@ -16,7 +17,8 @@ from .models._base import TemplateMatchingNet
 class PatchSupervised(nn.Module):
     """A baseline and, for its training, a classifier of the patches at the input of its last stage.
 
-    `model` stays as it is: what is evaluated, saved and exported is `model`, in which nothing of `aux` is left.
+    `model` stays as it is: what is evaluated, saved and exported is `model`, in which nothing of `aux` is left. To
+    distribute, shard or hook its training take the whole, as parts of `model` are called one by one then.
 
     Examples:
 
@@ -37,6 +39,8 @@ class PatchSupervised(nn.Module):
             ValueError: If the model has no place for the classifier, has patch logits of its own, or has no classes.
         """
         super().__init__()
+        if not isinstance(model, TemplateMatchingNet) and isinstance(unwrap_model(model), TemplateMatchingNet):
+            raise ValueError('This model is compiled or distributed; wrap it in PatchSupervised before.')
         if not isinstance(model, TemplateMatchingNet):
             raise ValueError(f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like.')
         if model.has_template_matching:
@@ -52,6 +56,15 @@ class PatchSupervised(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.model.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        return self.model.in_chans
+
+    @property
+    def _traits(self) -> Dict[str, Any]:
+        # of the input, beside in_chans and pretrained_cfg, for timm's data config
+        return getattr(self.model, '_traits', {})
 
     @property
     def pretrained_cfg(self) -> Optional[Dict[str, Any]]:

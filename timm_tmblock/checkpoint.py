@@ -153,7 +153,9 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
     check_model(path, description, name)
     if not timm.is_model(name):
         raise InputError(f'timm has no model {name!r}; timm.list_models("*_tm*") lists those with template matching.')
-    overlay = {k: description[k] for k in _PRETRAINED_CFG_KEYS if k in description}
+    check_tag(name)
+    overlay = {k: tuple(v) if k in ('input_size', 'mean', 'std') else v  # of JSON, which has lists
+               for k, v in description.items() if k in _PRETRAINED_CFG_KEYS}
     overlay['license'] = None  # which is for those who trained the weights to say
     if not description:
         overlay.update(num_classes=count_classes(path, name), label_names=None)  # of which classes, nobody knows
@@ -190,6 +192,19 @@ def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) 
         raise InputError(
             f'{source} is not a model with pretrained weights ({say_why_not_loaded(e)}); name one of '
             f'timm.list_pretrained(), or give a weight file of training (*.safetensors) in its place.') from e
+
+
+def check_tag(name: str) -> None:
+    """
+    Raises:
+        InputError: If the model, which is registered, has no such pretrained tag.
+    """
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        base, _, tag = name.partition('.')
+        tags = [m.partition('.')[2] for m in timm.list_models(f'{base}.*', include_tags=True)]
+        raise InputError(f'{base} has no tag {tag!r}; it has {", ".join(filter(None, tags))}.') from e
 
 
 def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) -> None:

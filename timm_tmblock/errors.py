@@ -1,5 +1,7 @@
 """The error of bad input, and how the command lines end."""
+import codecs
 import errno
+import io
 import os
 import select
 import sys
@@ -27,6 +29,13 @@ def say_why_not_loaded(error: BaseException) -> str:
     """`first_line`, but of PyTorch's error of weights, whose first is a headline, the last."""
     text = str(error).strip()
     return text.split('\n')[-1].strip() if text.startswith('Error(s) in loading') else first_line(error)
+
+
+def make_names_printable() -> None:
+    """Let standard output take names of files that are not UTF-8, and what its encoding lacks as its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_utf8 = codecs.lookup(sys.stdout.encoding).name == 'utf-8'
+        sys.stdout.reconfigure(errors='surrogateescape' if is_utf8 else 'backslashreplace')
 
 
 @contextmanager

@@ -74,10 +74,12 @@ class Explanation:
             InputError: If there is no such class.
         """
         if name is None:
-            best = self.top(1)[0][0]
-            if best not in self.template_names:
+            best = int(self.probabilities.argmax())
+            if list(self.template_names) == list(self.class_names):  # two of which may have one name
+                return best
+            name = self.class_names[best]
+            if name not in self.template_names:
                 return int(self.patch_probabilities.mean(axis=(1, 2)).argmax())
-            name = best
         if name not in self.template_names:
             raise InputError(f'There is no class {name!r}; the classes are {", ".join(self.template_names)}.')
         return list(self.template_names).index(name)
@@ -95,7 +97,9 @@ class Explanation:
         Raises:
             InputError: If there is no such class.
         """
-        index = self.template_index(class_name)
+        return self._heat_map(self.template_index(class_name))
+
+    def _heat_map(self, index: int) -> np.ndarray:
         if self.activations is None:
             values = self.patch_probabilities[index]
         else:
@@ -327,7 +331,7 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     base = explanation.image.resize((size, height), Image.Resampling.BICUBIC)
     colors = np.array([class_color(i) for i in range(len(explanation.template_names))], dtype=np.uint8)
     regions = Image.fromarray(colors[classes]).resize((size, height), Image.Resampling.NEAREST)
-    heat = Image.fromarray(explanation.heat_map(explanation.template_names[index])).resize(
+    heat = Image.fromarray(explanation._heat_map(index)).resize(
         (size, height), Image.Resampling.BILINEAR)
     heat_image = Image.fromarray(_heat_color(np.asarray(heat)))
     grey = base.convert('L').convert('RGB')

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
-from timm_tmblock.checkpoint import check_model, count_classes, read_description
+from timm_tmblock.checkpoint import check_model, check_tag, count_classes, read_description
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
@@ -26,13 +26,7 @@ def check_model_name(name: str) -> None:
                 f'(config.json) with --model and its model.safetensors with --initial-checkpoint.')
         near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models('*_tm')
         raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError as e:
-        base = name.partition('.')[0]
-        tags = [m.partition('.')[2] for m in timm.list_models(f'{base}.*', include_tags=True)]
-        raise InputError(
-            f'{base} has no tag {name.partition(".")[2]!r}; it has {", ".join(filter(None, tags))}.') from e
+    check_tag(name)
 
 
 def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:

@@ -59,10 +59,11 @@ def _is_plain_layer(layer: Any, eps: Optional[float]) -> bool:
 
 
 def _is_intercepted(module: nn.Module) -> bool:
-    # by hooks, or a `forward` of the instance as Accelerate gives it; most would not be called, and what others return
-    # may cut a layer off from the backward, which goes from layer to layer
+    # by hooks, a compiler, or a `forward` of the instance as Accelerate gives it; most would not be called, and what
+    # others return may cut a layer off from the backward, which goes from layer to layer
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or 'forward' in vars(module))
+                or module._backward_pre_hooks or 'forward' in vars(module)
+                or getattr(module, '_compiled_call_impl', None) is not None)
 
 
 def forward_shared(layers: Iterable[Any], x: torch.Tensor) -> torch.Tensor:

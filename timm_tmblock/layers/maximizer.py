@@ -57,7 +57,8 @@ class SoftMaximizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=self.mu)  # (B, K + 1, H, W)
         # the backward of soft-max is Proposition 3.2 applied to a vector
-        return self.eta * torch.softmax(self.epsilon * x, dim=1)[:, :-1]
+        x = self.epsilon * (x - x.amax(dim=1, keepdim=True))  # fp16 overflows to minus infinity alone
+        return self.eta * torch.softmax(x, dim=1)[:, :-1]
 
     @torch.jit.ignore
     def jacobian(self, x: torch.Tensor) -> torch.Tensor:

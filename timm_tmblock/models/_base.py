@@ -31,7 +31,7 @@ class TemplateMatchingNet(nn.Module):
     and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
 
     `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
-    are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger from 256 on (twice as wide in
+    are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as wide in
     RN20), and patches half as wide as that map. Parameters are the same for every size, so weights of one size are a
     start for another.
 
@@ -41,6 +41,7 @@ class TemplateMatchingNet(nn.Module):
     feature_info: List[Dict[str, Any]]
     patch_reduction: int
     patch_size: int
+    map_size: Tuple[int, int]  # of the last feature map at img_size, which is pooled
     if TYPE_CHECKING:
         tm: Any
 
@@ -410,7 +411,8 @@ def create_network(
     if any(overlay.get(key) for key in ('url', 'hf_hub_id')):
         overlay.setdefault('file', None)  # the weights of the package, which timm would prefer
     others = any(overlay.get(key) is not None for key in ('url', 'hf_hub_id', 'file', 'state_dict'))
-    if others or kwargs.get('num_classes') is not None and not pretrained and not kwargs.get('pretrained_cfg'):
+    of_registry = not kwargs.get('pretrained_cfg') or _is_of_package(kwargs['pretrained_cfg'])
+    if others or kwargs.get('num_classes') is not None and not pretrained and of_registry:
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.file == weights_path(f'{variant}.{cfg.tag}') and (cfg.url or cfg.hf_hub_id):
@@ -425,7 +427,8 @@ def create_network(
     # what a folder was laid out for: its config may have images of another size, and those asked for come first
     was_saved = img_size is not None and to_2tuple(img_size) == to_2tuple(saved.get('img_size'))
     img_size = input_size if img_size is None or was_saved and 'input_size' in overlay else to_2tuple(img_size)
-    if img_size != input_size and not was_saved:
+    resized = img_size != input_size and not was_saved
+    if resized:
         overlay.update(input_size=(cfg.input_size[0], *img_size), pool_size=None)
     model = build_model_with_cfg(
         model_cls,
@@ -437,6 +440,8 @@ def create_network(
         img_size=img_size,
         **kwargs,
     )
+    if isinstance(model, TemplateMatchingNet) and resized:
+        model.pretrained_cfg['pool_size'] = model.map_size
     if isinstance(model, TemplateMatchingNet) and model.has_template_matching:
         # a saved model is rebuilt from these, then perhaps with another number of classes
         update_model_args(model, num_templates=model.tm.num_templates)
@@ -445,6 +450,12 @@ def create_network(
             '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
             variant, *img_size, model.patch_reduction, model.patch_size, model.patch_size)
     return model
+
+
+def _is_of_package(cfg: Any) -> bool:
+    """Whether a config, as timm's scripts resolve one, is of weights in the package; a tag is a name."""
+    file = cfg.get('file') if isinstance(cfg, dict) else None
+    return file is not None and Path(file).parent == Path(weights_path('')).parent
 
 
 def create_cfg(**kwargs) -> Dict[str, Any]:

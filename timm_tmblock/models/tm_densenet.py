@@ -182,7 +182,7 @@ class DenseNetSmall(TemplateMatchingNet):
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
             img_size: Image size the network is laid out for. From 64 on there is a 2x2 average pooling after stage 3
-                too, from 128 on the stem is strided. Other sizes run all the same.
+                too, from 128 on the stem is strided. Other sizes run all the same, if the poolings leave something.
             global_pool: Global pooling type.
             stem_width: Output channels of the stem convolution.
             template_matching: Put a template matching block between the last two stages.
@@ -235,6 +235,7 @@ class DenseNetSmall(TemplateMatchingNet):
                 chs //= 2
             elif i == 2:
                 self.pool3 = nn.AvgPool2d(2) if halved else nn.Identity()
+        self.map_size = map_size
         self.norm = norm_act_layer(chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs unless one is pooled
         self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='norm'))

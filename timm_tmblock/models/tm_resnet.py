@@ -283,6 +283,7 @@ class PreActResNet(TemplateMatchingNet):
                 self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
         if len(layers) == 3 and template_matching:
             self.feature_info[1]['module'] = 'tm'
+        self.map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
         self.norm = norm_act_layer(in_chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
         self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module='norm'))
