@@ -13,8 +13,8 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -35,6 +35,7 @@ WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
 WEIGHTS, ONNX = 'model.safetensors', 'onnx/model.onnx'
 OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
+ENGINE_SOURCE = re.compile(r'engines/[^/]+/[^/]+-[0-9a-f]{8}\.onnx(?:\.json)?')  # of export/publish.py
 PULL_REQUEST = re.compile(r'refs/pr/\d+')
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
@@ -325,7 +326,8 @@ class _Push:
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
         """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
 
-        Engines of the same network stay, which may be of another machine, and ONNX files that others put there.
+        Engines of the same network stay, which may be of another machine, with their sources, and ONNX files that
+        others put there.
         """
         kept = {file.as_posix() for file in self.files}
         exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
@@ -334,7 +336,24 @@ class _Push:
         if f'{ONNX}.json' not in kept:
             return []
         ours = {path: OUR_ONNX.fullmatch(path) for path in exports}
-        return [path for path, match in ours.items() if match and f'{match[1]}.json' in tree]  # with its sidecar
+        left = [path for path, match in ours.items() if match and f'{match[1]}.json' in tree]  # with its sidecar
+        return left + self._find_sources_left(tree, kept, revision)
+
+    def _find_sources_left(self, tree: Dict[str, str], kept: Set[str], revision: str) -> List[str]:
+        """ONNX files beside the engines that are pushed, which no engine there will name as what it was built from."""
+        folders = {str(PurePosixPath(path).parent) for path in kept if path.startswith('engines/')}
+        beside = [path for path in tree if path not in kept and str(PurePosixPath(path).parent) in folders]
+        sources = [path for path in beside if ENGINE_SOURCE.fullmatch(path)]
+        if not sources:
+            return []
+        named = set()
+        for path in (path for path in beside if path.endswith('.json') and path not in sources):
+            theirs = self.api.hf_hub_download(self.options.repo, path, revision=revision)
+            try:
+                named.add(str(PurePosixPath(path).parent / json.loads(Path(theirs).read_text())['engine']['onnx']))
+            except (ValueError, KeyError, TypeError):  # nothing of ours, which names none
+                continue
+        return [path for path in sources if path.removesuffix('.json') not in named]
 
     def _is_of_another_network(self, tree: Dict[str, str], revision: str) -> bool:
         """As sidecars say, which have class names and preprocessing too; without any, by the file of the weights."""

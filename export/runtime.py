@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
 METADATA_VERSION = 2  # export/metadata.py says what is in it
@@ -143,14 +143,21 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         raise RuntimeInputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
 
 
+_UPRIGHT = {  # by the orientation of EXIF data
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+
+
 def _turn_upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF data turn it, as it is where they cannot be read."""
     image.load()
     try:
-        image.getexif()
+        turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:  # of many kinds; Pillow, too, goes on without such data where it can
         return image
-    return ImageOps.exif_transpose(image)
+    # Pillow's exif_transpose writes all the data anew, which fails where one of them is not as it should be
+    return image if turn is None else image.transpose(turn)
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.Image:
@@ -1309,8 +1316,8 @@ def list_images(paths: Sequence[str]) -> List[Path]:
         if os.path.isdir(path):  # unlike Path's, no error where nobody may look
             found += sorted(
                 f for f in path.rglob('*')
-                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.')
-                and not f.name.endswith('.explained.png') and f.is_file())
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.endswith('.explained.png')
+                and not any(part.startswith('.') for part in f.relative_to(path).parts) and f.is_file())
         else:
             found.append(path)
     if not found:
@@ -1360,6 +1367,8 @@ def run(args: argparse.Namespace) -> None:
     if args.explain and args.explain.suffix.lower() in IMAGE_SUFFIXES and args.explain.suffix.lower() != '.png':
         raise RuntimeInputError(f'--explain writes PNG files, not {args.explain.suffix}; name a .png, or a folder.')
     paths = list_images(args.images)
+    if args.explain and args.explain.suffix.lower() == '.png' and len(paths) > 1:
+        raise RuntimeInputError(f'{args.explain} is one picture, for {len(paths)} images; name a folder.')
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is not a result
         _run(args, paths, out)
@@ -1379,7 +1388,7 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
     for done, (path, prediction) in enumerate(runner.stream(paths, args.batch_size, skip), 1):
         result: Dict[str, Any] = dict(image=str(path), top=prediction.top(args.top))
         if args.explain:
-            result['picture'] = str(_write_picture(prediction, path, args.explain, len(paths) > 1))
+            result['picture'] = str(_write_picture(prediction, path, args.explain))
         if args.json:
             print(json.dumps(result), file=out)
         else:
@@ -1392,8 +1401,8 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
         raise RuntimeInputError(f'{len(failed)} of {len(paths)} images could not be read.')
 
 
-def _write_picture(prediction: Prediction, path: Any, target: Path, several: bool) -> Path:
-    if several or target.suffix.lower() != '.png':
+def _write_picture(prediction: Prediction, path: Any, target: Path) -> Path:
+    if target.suffix.lower() != '.png':
         target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.explained.png'
     picture = prediction.picture()
     tmp = target.with_name(f'.{target.name}.tmp')

@@ -169,7 +169,7 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
         preferred = ', '.join(map(str, sorted(size for size in set(best) if size > 1)))
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
-    elif metadata['input']['shape'][0] != 'batch':
+    elif isinstance(metadata['input']['shape'][0], int):
         raise InputError(f'{path} takes one batch size alone; export it with a dynamic batch.')
     threads = 1 if options.threads is None else options.threads
     if min(max_batch, options.instances, threads) < 1 or options.max_delay < 0:

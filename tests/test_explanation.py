@@ -214,10 +214,14 @@ def test_package_and_runtime_find_the_same_images(tmp_path):
     for name in (f'{i}/x{suffix.upper() if i else suffix}' for i in range(2) for suffix in IMAGE_SUFFIXES):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    for name in ('.x.png', 'x.explained.png', '0/x-1a2b3c.explained.png'):  # the last two of runs before
+    for name in ('.x.png', '1/.thumbnails/x.png', '.cache/0/x.png', 'x.explained.png',
+                 '0/x-1a2b3c.explained.png'):  # the last two of runs before
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = list_images([tmp_path, 'missing.png'])
     assert len(found) == 2 * len(IMAGE_SUFFIXES) + 1 and found == runtime.list_images([str(tmp_path), 'missing.png'])
+    hidden = tmp_path / '.cache' / '0'
+    assert list_images([hidden]) == runtime.list_images([str(hidden)]) == [hidden / 'x.png']  # as one names it
 
 
 @pytest.mark.parametrize('width, height', [(56, 40), (40, 56), (100, 5)])

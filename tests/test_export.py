@@ -362,6 +362,23 @@ def test_batch_that_another_tool_fixed_is_the_files(exported, tmp_path, capsys, 
         main(['triton', str(path), '--output', str(tmp_path / 'repository')])
 
 
+@pytest.mark.parametrize('name', ['N', ''])
+def test_batch_that_another_tool_called_otherwise_is_dynamic(exported, tmp_path, name):
+    _, _, plain, _ = exported
+    proto = onnx.load(plain)
+    for tensor in (*proto.graph.input, *proto.graph.output):
+        dim = tensor.type.tensor_type.shape.dim[0]
+        dim.Clear()
+        if name:
+            dim.dim_param = name
+    onnx.save(proto, tmp_path / 'other.onnx')
+    main(['triton', str(tmp_path / 'other.onnx'), '--output', str(tmp_path / 'repository')])
+    expected = tmp_path / 'expected'
+    main(['triton', str(plain), '--output', str(expected), '--name', 'other'])
+    config = Path('other') / 'config.pbtxt'
+    assert (tmp_path / 'repository' / config).read_text() == (expected / config).read_text()
+
+
 def test_pointer_of_git_lfs_is_named(tmp_path):
     (tmp_path / 'x.onnx').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3955164\n')
     for call in (lambda: runtime.load(tmp_path / 'x.onnx', 'cpu'), lambda: read_onnx(tmp_path / 'x.onnx'),

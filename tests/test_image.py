@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from export import runtime
 from timm_tmblock.errors import InputError
@@ -42,12 +42,27 @@ def test_transparency_shows_white(tmp_path):
     assert np.asarray(read_image(save(palette, tmp_path / 'p.png')))[0, 1].tolist() == [255, 255, 255]
 
 
-def test_exif_orientation_is_applied(tmp_path):
+@pytest.mark.parametrize('read', [read_image, runtime.read_image])
+@pytest.mark.parametrize('orientation', range(10))  # of which 0 and 9 are none
+def test_exif_orientation_is_applied(tmp_path, read, orientation):
     image = Image.fromarray(GREY)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
+    exif[0x0112] = orientation
     image.save(tmp_path / 'x.png', exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'x.png', 'L')), np.rot90(GREY, -1))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'x.png')))
+    assert np.array_equal(expected, GREY) == (orientation in (0, 1, 9))
+    np.testing.assert_array_equal(np.asarray(read(tmp_path / 'x.png', 'L')), expected)
+
+
+@pytest.mark.parametrize('read', [read_image, runtime.read_image])
+def test_orientation_is_applied_where_other_exif_data_are_not_as_they_should_be(tmp_path, read):
+    entries = ((0x0112, 3, 1, struct.pack('<HH', 6, 0)), (0x011A, 2, 3, b'72\0\0'))  # a resolution that is a text
+    directory = b''.join(struct.pack('<HHI', tag, kind, count) + value for tag, kind, count, value in entries)
+    Image.fromarray(GREY).save(
+        tmp_path / 'x.png', exif=b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', 2) + directory + b'\0' * 4)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(tmp_path / 'x.png'))
+    np.testing.assert_array_equal(np.asarray(read(tmp_path / 'x.png', 'L')), np.rot90(GREY, -1))
 
 
 @pytest.mark.parametrize('read', [read_image, runtime.read_image])
@@ -130,7 +145,7 @@ def test_whatever_a_broken_file_makes_pillow_raise_is_one_sentence(tmp_path, mon
         raise raised
 
     Image.new('RGB', (4, 4)).save(tmp_path / 'x.png')
-    monkeypatch.setattr('PIL.ImageOps.exif_transpose', fail)
+    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', fail)
     with pytest.raises(error, match='x.png cannot be decoded'):
         read(tmp_path / 'x.png')
 
@@ -149,7 +164,7 @@ def test_memory_that_runs_out_is_no_broken_file(tmp_path, monkeypatch, read):
         raise MemoryError
 
     Image.new('RGB', (4, 4)).save(tmp_path / 'x.png')
-    monkeypatch.setattr('PIL.ImageOps.exif_transpose', fail)
+    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', fail)
     with pytest.raises(MemoryError):
         read(tmp_path / 'x.png')
 

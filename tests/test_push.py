@@ -329,6 +329,37 @@ def test_onnx_files_that_are_left_out_go_and_engines_of_the_network_stay(hub, fo
         {path for path in files if 'int8' not in path} if same else set())
 
 
+def test_sources_of_engines_that_are_pushed_anew_go(hub, folder):
+    about = dict(weights_sha256='a', class_names=['x', 'y'], preprocessing={})
+    engine, other = 'engines/a/x.engine', 'engines/a/of_another_machine.engine'
+
+    def write(path, content):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    def build(path, source):
+        write(path, 'plan')
+        write(f'{path}.json', dict(about, engine=dict(onnx=source)))
+        for name in (source, f'{source}.json'):
+            write(f'engines/a/{name}', 'onnx')
+
+    write('onnx/model.onnx.json', about)
+    build(engine, 'x-00000000.onnx')
+    build(other, 'y-11111111.onnx')
+    for path in ('engines/a/by_hand.onnx', 'engines/b/z-22222222.onnx', 'engines/a/notes.json'):
+        write(path, 'of others')
+    assert run(hub, folder)[0] == ''
+    for path in (folder / 'engines').rglob('*.*'):
+        path.unlink()
+    build(engine, 'x-33333333.onnx')
+    assert run(hub, folder)[0] == ''
+    found = {path for path in hub.repositories['me/net'].find('main')['files'] if path.startswith('engines/')}
+    assert found == {
+        *(f'{path}{end}' for path in (engine, other, 'engines/a/x-33333333.onnx', 'engines/a/y-11111111.onnx')
+          for end in ('', '.json')),
+        'engines/a/by_hand.onnx', 'engines/b/z-22222222.onnx', 'engines/a/notes.json'}
+
+
 def test_card_the_hub_refuses_ends_the_push_before_anything_is_sent(hub, folder):
     (folder / 'README.md').write_text('---\nlicense: apache-2.0\nwidget: no\n---\n')
     kind, text = run(hub, folder)

@@ -231,6 +231,11 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
     assert run.returncode == 0 and (tmp_path / 'one.png').is_file()
 
 
+def test_one_picture_of_several_images_is_refused_before_any_is_read(tmp_path):
+    with pytest.raises(runtime.RuntimeInputError, match='one.png is one picture, for 2 images; name a folder'):
+        runtime.main(['run', str(tmp_path / 'none.onnx'), 'a.jpg', 'b.jpg', '--explain', str(tmp_path / 'one.png')])
+
+
 def test_module_of_the_checkout_runs_without_pytorch_too(folder):
     run = subprocess.run(
         [sys.executable, '-X', 'importtime', '-m', 'export', 'run', folder / 'plain.onnx', IMAGES / 'ship.png'],

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import IO, List, Sequence, Union
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
 
@@ -21,8 +21,8 @@ def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
         if path.is_dir():
             found += sorted(
                 f for f in path.rglob('*')
-                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.')
-                and not f.name.endswith('.explained.png') and f.is_file())
+                if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.endswith('.explained.png')
+                and not any(part.startswith('.') for part in f.relative_to(path).parts) and f.is_file())
         else:
             found.append(path)
     if not found:
@@ -30,14 +30,21 @@ def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
     return found
 
 
+_UPRIGHT = {  # by the orientation of EXIF data
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+
+
 def _turn_upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF data turn it, as it is where they cannot be read."""
     image.load()
     try:
-        image.getexif()
+        turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:  # of many kinds; Pillow, too, goes on without such data where it can
         return image
-    return ImageOps.exif_transpose(image)
+    # Pillow's exif_transpose writes all the data anew, which fails where one of them is not as it should be
+    return image if turn is None else image.transpose(turn)
 
 
 def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
