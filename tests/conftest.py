@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from forks import Forks
 
 import timm_tmblock  # noqa: F401  registers the models
 
@@ -103,6 +104,13 @@ def write_unchecked(images):
         write_sidecar(path, metadata)
 
     return write
+
+
+@pytest.fixture(scope='session')
+def forks():
+    """Runs training scripts in processes of their own; its `run` takes what comes after `python` in a command."""
+    with Forks('train.train', 'train.reproduce', env={**os.environ, 'OMP_NUM_THREADS': '1'}) as server:
+        yield server
 
 
 @pytest.fixture

@@ -72,14 +72,25 @@ train.main(sys.argv[2:])
 '''
 
 
-def launch(processes, script, *flags, fails=False):
-    # accelerate's --cpu --num_processes 2 starts one process where there is no MPI; its config file starts two
+def launch_by_accelerate(script, *flags, code=0):
+    # its --cpu --num_processes 2 starts one process where there is no MPI; its config file starts two
     command = ['-m', 'accelerate.commands.launch', '--config_file', str(CONFIG), '--main_process_port', '0']
     run = subprocess.run(
-        [sys.executable, *(command if processes > 1 else []), str(script), *flags],
+        [sys.executable, *command, str(script), *flags],
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
         capture_output=True, text=True, cwd=ROOT)
-    assert (run.returncode != 0) is fails, run.stderr[-3000:]
+    assert run.returncode == code, run.stderr[-3000:]
+    return run
+
+
+@pytest.fixture
+def launch(forks):
+    """A function that runs a script in one process or in two, which takes less than the launcher does."""
+    def run(processes, script, *flags, code=0):
+        run = forks.run(script, *flags, processes=processes, CUDA_VISIBLE_DEVICES='')
+        assert run.returncode == code, run.stderr[-3000:]
+        return run
+
     return run
 
 
@@ -98,7 +109,7 @@ def measure(path: Path, dataset) -> dict:
 
 
 @pytest.mark.parametrize('clip', [[], ['--clip-grad', '1']], ids=['unclipped', 'clipped'])
-def test_updates_equal_those_of_one_process_with_the_doubled_batch(tmp_path, clip):
+def test_updates_equal_those_of_one_process_with_the_doubled_batch(tmp_path, launch, clip):
     (tmp_path / 'step.py').write_text(STEP.format(root=str(ROOT)))
     flags = [*FLAGS, '--opt', 'momentum', '--lr', '0.1', '--weight-decay', '0', '--padding', '0', '--hflip', '0', *clip]
     weights = []
@@ -124,11 +135,12 @@ def folder_of_images(tmp_path_factory):
 
 
 @pytest.mark.parametrize('memory', ['in memory', 'streamed'])
-def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_path, folder_of_images, memory):
+def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_path, launch, folder_of_images, memory):
     flags = ['--dataset', str(folder_of_images), '--val-split', 'validation', '--batch-size', '4', '--model-ema',
              '--val-batch-size', '4', '--workers', '1', '--memory-limit', '4' if memory == 'in memory' else '0',
              '--epochs', '2', '--report-to', 'none', '--experiment', 'run', '--checkpoint-hist', '2']
-    run = launch(2, ROOT / 'train' / 'train.py', *flags, '--output', str(tmp_path))
+    command = [ROOT / 'train' / 'train.py', *flags, '--output', str(tmp_path)]
+    run = launch_by_accelerate(*command) if memory == 'in memory' else launch(2, *command)
     assert run.stdout.count('writing to') == run.stdout.count('{"model"') == 1
     result = json.loads(run.stdout.splitlines()[-1])
     assert result['processes'] == 2 and result['updates'] == 2 * (24 // 8)
@@ -149,7 +161,7 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
 
 
 @pytest.mark.parametrize('mode', ['broadcast', 'reduce'])
-def test_statistics_are_those_of_the_first_process_or_the_mean_of_both_in_the_ema_too(tmp_path, mode):
+def test_statistics_are_those_of_the_first_process_or_the_mean_of_both_in_the_ema_too(tmp_path, launch, mode):
     (tmp_path / 'recorded.py').write_text(RECORDED.format(root=str(ROOT)))
     flags = [*FLAGS, '--batch-size', '6', '--model-ema', '--dist-bn', mode, '--output', str(tmp_path)]
     launch(2, tmp_path / 'recorded.py', str(tmp_path), *flags)
@@ -166,33 +178,43 @@ def test_statistics_are_those_of_the_first_process_or_the_mean_of_both_in_the_em
                 torch.testing.assert_close(values, first[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('flags, message', [
+FAILURES = [
     (['--model', 'nothing'], "timm has no model 'nothing'"),
     (['--dataset', 'hfds/me/nothing'], "Cannot open split 'train[:24]' of dataset 'hfds/me/nothing'"),
     (['--output', f'{ROOT}/README.md'], 'Cannot write'),
     (['--opt', 'sgd', '--lr', '1e20'], 'The loss or a weight was not finite'),
-])
-def test_what_ends_a_run_is_said_once_and_by_no_other_process(tmp_path, flags, message):
+]
+
+
+@pytest.mark.parametrize('flags, message', FAILURES)
+def test_what_ends_a_run_is_said_once_and_by_no_other_process(tmp_path, launch, flags, message):
     script = ROOT / 'train' / 'train.py'
-    run = launch(2, script, *FLAGS, '--batch-size', '6', '--output', str(tmp_path), *flags, fails=True)
+    run = launch(2, script, *FLAGS, '--batch-size', '6', '--output', str(tmp_path), *flags, code=2)
     assert run.stderr.count('error: ') == 1 and f'error: {message}' in run.stderr, run.stderr
+    assert 'Traceback' not in run.stderr
+
+
+def test_launcher_tells_that_it_was_the_input(tmp_path):
+    flags, message = FAILURES[0]
+    run = launch_by_accelerate(ROOT / 'train' / 'train.py', '--output', str(tmp_path), *flags, code=1)
     own, _, launcher = run.stderr.partition('multiprocessing/api.py')  # which adds its report
-    assert 'Traceback' not in own and 'exitcode  : 2' in launcher
+    assert own.count('error: ') == 1 and f'error: {message}' in own and 'Traceback' not in own
+    assert 'exitcode  : 2' in launcher
 
 
-def test_machines_with_other_datasets_or_folders_are_refused(tmp_path):
+def test_machines_with_other_datasets_or_folders_are_refused(tmp_path, launch):
     (tmp_path / 'apart.py').write_text(APART.format(root=str(ROOT)))
     for what, message in (('dataset', 'has other images or classes on some machines'), (
             'output', 'is not the same folder on all machines; name an --output that they share')):
         flags = [*FLAGS, '--batch-size', '6', '--output', str(tmp_path / what)]
-        run = launch(2, tmp_path / 'apart.py', what, *flags, fails=True)
+        run = launch(2, tmp_path / 'apart.py', what, *flags, code=2)
         assert run.stderr.count('error: ') == 1 and message in run.stderr, run.stderr
 
 
-def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, launch):
     (tmp_path / 'alone.py').write_text(
         f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train.engine\nfrom train.train import main\n'
         f'train.engine._has_collectives = lambda: True\nmain(sys.argv[1:])\n')  # as on Macs, whose GPU joins none
-    run = launch(2, tmp_path / 'alone.py', '--output', str(tmp_path / 'output'), fails=True)
+    run = launch(2, tmp_path / 'alone.py', '--output', str(tmp_path / 'output'), code=1)
     assert '2 processes were launched, but Accelerate joins none' in run.stderr
     assert not (tmp_path / 'output').exists()

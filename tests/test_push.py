@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+from forks import Forks
 from hub_server import GUEST, READ, WRITE, Fault, Hub
 from hub_xet import XetStore
 from safetensors.torch import load, load_file
@@ -610,16 +611,23 @@ def test_content_of_a_pull_request_is_verified(hub, folder):
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 
-def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tmp_path):
+@pytest.fixture
+def forks_of_hub(lfs, tmp_path):
+    """Programs that know the server, whose client reads its address when it is imported."""
+    env = environment(lfs, HF_HOME=str(tmp_path / 'hf'), OMP_NUM_THREADS='1')
+    with Forks('train.train', 'torch.onnx', 'onnxscript', 'export.__main__', 'export.push', env=env) as server:
+        yield server
+
+
+def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, forks_of_hub, tmp_path):
     hub = lfs
     from timm_tmblock.checkpoint import load_model
     command = [
-        sys.executable, 'train/train.py', '--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size',
+        'train/train.py', '--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size',
         '12', '--epochs', '1', '--device', 'cpu', '--report-to', 'none', '--output', str(tmp_path), '--experiment', 'a',
         '--push-to-hub', 'me/run']
-    env = environment(hub, HF_HOME=str(tmp_path / 'hf'))
     hub.faults += [Fault('GET', '/api/whoami-v2', status=422), Fault('POST', CREATE, status=403)]
-    failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    failed = forks_of_hub.run(*command)
     result = json.loads(failed.stdout.splitlines()[-1])
     assert failed.returncode == 0 and result['pushed'] is None and load_model(result['weights']['best'])
     assert 'The Hub could not be asked about the token (Could not sign in: HTTP 422' in failed.stderr
@@ -630,9 +638,7 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
         'import sys; from pathlib import Path; from train.config import parse_args; from train.publish import publish;'
         'print(publish(Path(sys.argv[1]), parse_args(sys.argv[2:])))')
     flags = ['--val-split', 'test[:15]', '--push-to-hub', 'me/run', '--hub-private']
-    pushed = subprocess.run(
-        [sys.executable, '-c', code, result['weights']['best'], *flags], cwd=ROOT, env=env, capture_output=True,
-        text=True)
+    pushed = forks_of_hub.run('-c', code, result['weights']['best'], *flags)
     assert '/me/run/commit/' in pushed.stdout, pushed.stderr
     files = hub.repositories['me/run'].find('main')['files']
     assert hub.repositories['me/run'].private and count(hub, 'me/run') == 1 and 'onnx/model_fp16.onnx' in files
@@ -642,14 +648,12 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, tm
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
 
 
-def test_token_is_asked_about_before_the_training(lfs, tmp_path):
+def test_token_is_asked_about_before_the_training(lfs, forks_of_hub, tmp_path):
     out = tmp_path / 'out'
-    command = [sys.executable, 'train/train.py', '--device', 'cpu', '--output', str(out), '--push-to-hub', 'me/run']
-    env = environment(lfs, HF_HOME=str(tmp_path / 'hf'))
+    command = ['train/train.py', '--device', 'cpu', '--output', str(out), '--push-to-hub', 'me/run']
     lfs.faults.append(Fault('GET', '/api/whoami-v2', status=401))
     for token, message in (('', 'no Hub token here; run "hf auth login"'), (None, 'does not accept the token')):
-        ended = subprocess.run(
-            command, cwd=ROOT, env=env if token is None else dict(env, HF_TOKEN=token), capture_output=True, text=True)
+        ended = forks_of_hub.run(*command, **({} if token is None else dict(HF_TOKEN=token)))
         assert ended.returncode == 2 and message in ended.stderr and ended.stdout == ''
         assert len(ended.stderr.splitlines()) == 1 and not out.exists()
 
@@ -683,15 +687,14 @@ def test_pushed_files_are_downloaded_whole_by_either_transport(hub, folder, tmp_
     assert any('xet-read-token' in r for r in hub.requests) == bool(hub.xet and disable_xet == '0')
 
 
-def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
+def test_command_lists_what_it_would_push_then_publishes_it(lfs, forks_of_hub):
     hub = lfs
-    env = environment(hub, HF_HOME=str(tmp_path))
     flags = ['--precisions', 'fp32', '--tag', 'v1', '--check-images', '20']
-    command = [sys.executable, '-m', 'export', 'push', 'rn26_tm', '--repo', 'me/birds', *flags]
-    dry = subprocess.run([*command, '--dry-run'], cwd=ROOT, env=env, capture_output=True, text=True)
+    command = ['-m', 'export', 'push', 'rn26_tm', '--repo', 'me/birds', *flags]
+    dry = forks_of_hub.run(*command, '--dry-run')
     assert dry.returncode == 0, dry.stderr
     assert 'onnx/model.onnx.json' in dry.stdout and 'hf-hub:me/birds' in dry.stdout and not hub.requests
-    pushed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    pushed = forks_of_hub.run(*command)
     assert pushed.returncode == 0, pushed.stderr
     files = hub.repositories['me/birds'].find('v1')['files']
     assert set(files) == {
@@ -713,7 +716,7 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
         for path, data in ((f'engines/{name}/x.engine', b'plan'), (f'engines/{name}/x.engine.json', text)):
             files[path] = dict(oid=hashlib.sha1(data).hexdigest(), size=len(data), lfs=False, content=data)
     command[command.index('v1')] = 'v2'
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    again = forks_of_hub.run(*command)
     assert again.returncode == 0, again.stderr
     card = hub.repositories['me/birds'].find('v2')['files']['README.md']['content'].decode()
     assert [line for line in card.splitlines() if line.startswith('| `engines/')] == [
@@ -724,11 +727,11 @@ def test_command_lists_what_it_would_push_then_publishes_it(lfs, tmp_path):
     files['README.md'] = dict(
         oid=hashlib.sha1(b'blob %d\0' % len(edited) + edited).hexdigest(), size=len(edited), lfs=False, content=edited)
     command[command.index('v2')] = 'v3'
-    kept = subprocess.run([*command, '--keep-card'], cwd=ROOT, env=env, capture_output=True, text=True)
+    kept = forks_of_hub.run(*command, '--keep-card')
     assert kept.returncode == 0, kept.stderr
     assert hub.repositories['me/birds'].find('v3')['files']['README.md']['content'] == edited
     hub.faults.append(Fault('GET', '/api/whoami-v2', status=422, times=9))
-    failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    failed = forks_of_hub.run(*command)
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith('error: Could not sign in: HTTP 422')
     assert hashlib.sha256(files['model.safetensors']['content']).hexdigest() in hub.blobs
 

@@ -1,12 +1,8 @@
 """A run that is killed, at any place, goes on to the very weights and log of one that is not."""
 import json
-import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,11 +44,15 @@ train.main(sys.argv[1:])
 '''
 
 
-def run(script, *flags, processes=1, **kwargs):
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launch, str(script), *flags], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+LIMITED = '''
+import resource, signal, sys
+from timm_tmblock.errors import exiting_on_input_error
+from train.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # weights fit, the optimizer does not
+with exiting_on_input_error():
+    main(sys.argv[1:])
+'''
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -75,20 +75,20 @@ def assert_same(a: Path, b: Path) -> None:
     (1, 'checkpoint.asdict = die_at_call(checkpoint.asdict, 5, "0")', []),
     (2, 'train.Trainer.step = die_at_call(train.Trainer.step, 6, "1")', PERTURBED),
 ], ids=['before a step', 'within a checkpoint', 'the second of two processes'])
-def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, processes, patch, flags):
+def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, processes, patch, flags):
     flags = [*FLAGS, *flags, '--batch-size', str(12 // processes)]
     script = ROOT / 'train' / 'train.py'
-    whole = run(script, *flags, '--output', str(tmp_path / 'whole'), processes=processes)
+    whole = forks.run(script, *flags, '--output', str(tmp_path / 'whole'), processes=processes)
     assert whole.returncode == 0, whole.stderr[-2000:]
 
     killer = tmp_path / 'killer.py'
     killer.write_text(KILLER.format(root=str(ROOT), patch=patch))
-    killed = run(killer, *flags, '--output', str(tmp_path / 'killed'), processes=processes)
+    killed = forks.run(killer, *flags, '--output', str(tmp_path / 'killed'), processes=processes)
     folder = tmp_path / 'killed' / 'run'
     assert killed.returncode != 0 and (processes > 1 or killed.returncode == -signal.SIGKILL)
     assert json.loads((find_checkpoints(folder)[-1] / 'state.json').read_text())['update'] in (3, 4, 5)
 
-    resumed = run(script, '--resume', str(folder), processes=processes)  # with the settings of the run
+    resumed = forks.run(script, '--resume', str(folder), processes=processes)  # with the settings of the run
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert_same(tmp_path / 'whole' / 'run', folder)
     results = [json.loads(r.stdout.splitlines()[-1]) for r in (whole, resumed)]
@@ -96,21 +96,18 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, processes, pat
         assert results[0][key] == results[1][key]
 
 
-def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
+def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path, forks):
     """The file size limit stands in for the disk: both make a write fail half-way."""
     flags = [*FLAGS, '--batch-size', '12', '--sched', 'constant']
     main([*flags, '--output', str(tmp_path / 'whole')])
     folder = tmp_path / 'cut' / 'run'
     script = ROOT / 'train' / 'train.py'
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))  # weights fit, the optimizer does not
-
-    started = run(script, *flags, '--output', str(tmp_path / 'cut'), '--checkpoint-interval', '3', '--max-steps', '3')
+    started = forks.run(
+        script, *flags, '--output', str(tmp_path / 'cut'), '--checkpoint-interval', '3', '--max-steps', '3')
     assert started.returncode == 0, started.stderr[-2000:]
     before = find_checkpoints(folder)
-    full = run(script, '--resume', str(folder), '--max-steps', '6', '--checkpoint-interval', '1', preexec_fn=limit)
+    full = forks.run('-c', LIMITED, '--resume', str(folder), '--max-steps', '6', '--checkpoint-interval', '1')
     assert full.returncode == 2
     assert full.stderr.splitlines()[-1].startswith(f'error: Cannot write {folder}/checkpoints')
     assert 'the disk is full' in full.stderr.splitlines()[-1]

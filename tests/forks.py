@@ -1,0 +1,128 @@
+"""Python programs in processes of their own that do not import PyTorch anew: forked from one that has.
+
+Start-up takes longer than most runs of the tests. What a program reads from its environment when it is imported has to
+be in that of the server. Modules that start a thread to be joined at the end, as onnxruntime, cannot be in the server.
+"""
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import count
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Forks:
+    """A process that has imported modules, and of which programs are forked; a context manager that ends it."""
+
+    def __init__(self, *modules: str, env=None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.numbers = count()
+        self.lock = threading.Lock()
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+    def __enter__(self) -> 'Forks':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.folder.cleanup()
+
+    def run(self, *command, processes: int = 1, **env: str) -> subprocess.CompletedProcess:
+        """Run a command as `python COMMAND` does: a script, '-m' and a module, or '-c' and code, and its arguments.
+
+        Of several processes each has its rank in the environment, and one that fails ends the others, as with torchrun.
+        """
+        folder = Path(self.folder.name) / str(next(self.numbers))
+        folder.mkdir()
+        job = dict(folder=str(folder), command=list(map(str, command)), processes=processes, env=env)
+        with self.lock:
+            self.server.stdin.write(json.dumps(job) + '\n')
+            self.server.stdin.flush()
+        while not (folder / 'codes').exists():
+            assert self.server.poll() is None, 'the process to fork from has ended'
+            time.sleep(0.02)
+        codes = json.loads((folder / 'codes').read_text())
+        out, err = ((folder / name).read_text() for name in ('out', 'err'))
+        return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
+
+
+def serve() -> dict:
+    """Fork for each job; returns in the process that is to run one."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for programs
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            job = json.loads(line)
+            rank = start(job)
+            return become(job, rank)
+    sys.exit()
+
+
+def start(job: dict) -> int:
+    """Fork the processes of a job and wait for them; returns the rank in each of these."""
+    if job['processes'] > 1:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            job['env'].update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    running = {}
+    for rank in range(job['processes']):
+        pid = os.fork()
+        if pid == 0:
+            return rank
+        running[pid] = rank
+    codes = [0] * len(running)
+    while running:
+        pid, status = os.wait()
+        codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        for other in running if code else ():
+            os.kill(other, signal.SIGTERM)
+    path = Path(job['folder']) / 'codes'
+    path.with_suffix('.tmp').write_text(json.dumps(codes))
+    path.with_suffix('.tmp').rename(path)
+    os._exit(0)
+
+
+def become(job: dict, rank: int) -> dict:
+    """Take the environment and the files of a program."""
+    for fd, name, flags in (
+            (0, os.devnull, os.O_RDONLY), (1, f'{job["folder"]}/out', os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            (2, f'{job["folder"]}/err', os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
+        file = os.open(name, flags, 0o600)
+        os.dup2(file, fd)
+        os.close(file)
+    os.environ.update(job['env'])
+    if job['processes'] > 1:
+        for name, value in (('RANK', rank), ('WORLD_SIZE', job['processes'])):
+            os.environ[name] = os.environ[f'LOCAL_{name}'] = str(value)
+    return job
+
+
+def execute(first: str, *arguments: str) -> None:
+    """What `python` does with its command line."""
+    if first == '-c':
+        sys.argv = ['-c', *arguments[1:]]
+        exec(compile(arguments[0], '<string>', 'exec'), {'__name__': '__main__'})
+    elif first == '-m':
+        sys.argv = [first, *arguments[1:]]
+        runpy.run_module(arguments[0], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv = [first, *arguments]
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name='__main__')
+
+
+if __name__ == '__main__':
+    sys.path[0] = str(ROOT)
+    for module in sys.argv[1:]:
+        __import__(module)
+    execute(*serve()['command'])
