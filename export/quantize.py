@@ -14,8 +14,8 @@ from tqdm import tqdm
 METHOD = 'MinMax'
 BATCH_SIZE = 64
 # A CPU is fast with unsigned activations alone, and where nothing between two convolutions is in floating point.
-# TensorRT takes neither zero points other than 0 nor a bias in int32; it fuses what is between convolutions itself, and
-# loses least where the sum that a residual network adds to stays in floating point.
+# TensorRT takes neither zero points other than 0 nor a bias in int32; it fuses what is between convolutions itself, for
+# which their outputs must be free of 8 bits, as is the sum that a residual network adds to.
 SETTINGS: Dict[str, Dict[str, Any]] = {
     'cpu': dict(
         activation_type=QuantType.QUInt8,
@@ -23,7 +23,9 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'tensorrt': dict(
         activation_type=QuantType.QInt8,
         op_types_to_quantize=['Conv'],
-        extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False)),
+        extra_options=dict(
+            ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False,
+            OpTypesToExcludeOutputQuantization=['Conv'])),
 }
 
 
@@ -45,7 +47,7 @@ def quantize(
         images: np.ndarray,
         prepare: Callable[[np.ndarray], np.ndarray],
 ) -> Tuple[onnx.ModelProto, List[str]]:
-    """Quantize a float32 network, weights channel by channel, but for the nodes of `find_sensitive`.
+    """Quantize a float32 network, weights channel by channel, but for sensitive nodes and scores.
 
     Args:
         proto: ONNX model in float32; for the CPU with norms as convolutions.
@@ -57,6 +59,8 @@ def quantize(
         The quantized model, and the names of the nodes kept in float32.
     """
     kept = find_sensitive(proto.graph, readers=target == 'tensorrt')
+    if target == 'cpu':
+        kept += find_region_scores(proto.graph)
     with tempfile.TemporaryDirectory() as folder, _silence():
         path = Path(folder) / 'quantized.onnx'
         quantize_static(
@@ -95,6 +99,24 @@ def find_sensitive(graph: onnx.GraphProto, readers: bool) -> List[str]:
             elif node.op_type == 'Conv':
                 kept.append(node.name)
     return kept
+
+
+def find_region_scores(graph: onnx.GraphProto) -> List[str]:
+    """Names of the nodes that make the second output, from its convolution on, and of those that read what they make.
+
+    In 8 bits regions and classes would have the same scores, and an output that something quantized reads is of 8 bits.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    found: List[str] = []
+    tensors = [output.name for output in graph.output[1:]]
+    while tensors:
+        node = makers.get(tensors.pop())
+        if node is not None and node.name not in found:
+            found.append(node.name)
+            if node.op_type != 'Conv':
+                tensors += node.input
+    made = {name for node in graph.node if node.name in found for name in node.output}
+    return found + [node.name for node in graph.node if node.name not in found and made & set(node.input)]
 
 
 @contextlib.contextmanager

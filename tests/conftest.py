@@ -1,4 +1,5 @@
 import copy
+import gc
 import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
@@ -23,6 +24,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # a million objects of what was imported, which each full collection would look through
 
 
 class OneThreadSession(onnxruntime.InferenceSession):
