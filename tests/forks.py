@@ -37,14 +37,15 @@ class Forks:
         self.server.wait()
         self.folder.cleanup()
 
-    def run(self, *command, processes: int = 1, **env: str) -> subprocess.CompletedProcess:
+    def run(self, *command, processes: int = 1, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
         """Run a command as `python COMMAND` does: a script, '-m' and a module, or '-c' and code, and its arguments.
 
         Of several processes each has its rank in the environment, and one that fails ends the others, as with torchrun.
         """
         folder = Path(self.folder.name) / str(next(self.numbers))
         folder.mkdir()
-        job = dict(folder=str(folder), command=list(map(str, command)), processes=processes, env=env)
+        job = dict(
+            folder=str(folder), command=list(map(str, command)), processes=processes, cwd=str(cwd), env=env)
         with self.lock:
             self.server.stdin.write(json.dumps(job) + '\n')
             self.server.stdin.flush()
@@ -100,6 +101,7 @@ def become(job: dict, rank: int) -> dict:
         file = os.open(name, flags, 0o600)
         os.dup2(file, fd)
         os.close(file)
+    os.chdir(job['cwd'])
     os.environ.update(job['env'])
     if job['processes'] > 1:
         for name, value in (('RANK', rank), ('WORLD_SIZE', job['processes'])):
@@ -109,6 +111,7 @@ def become(job: dict, rank: int) -> dict:
 
 def execute(first: str, *arguments: str) -> None:
     """What `python` does with its command line."""
+    sys.path[0] = '' if first in ('-c', '-m') else str(Path(first).parent)
     if first == '-c':
         sys.argv = ['-c', *arguments[1:]]
         exec(compile(arguments[0], '<string>', 'exec'), {'__name__': '__main__'})
@@ -117,7 +120,6 @@ def execute(first: str, *arguments: str) -> None:
         runpy.run_module(arguments[0], run_name='__main__', alter_sys=True)
     else:
         sys.argv = [first, *arguments]
-        sys.path.insert(0, str(Path(first).parent))
         runpy.run_path(first, run_name='__main__')
 
 

@@ -144,7 +144,7 @@ def test_snippets_are_those_that_are_run_of_weights_that_load(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', KINDS.values())
-def test_snippets_run(name, tmp_path, write_unchecked):
+def test_snippets_run(name, tmp_path, write_unchecked, forks):
     blocks, command = find_snippets(name)
     data = cards.load_data(name)
     model = timm.create_model(f'{data["model"]}.{data["tag"]}', pretrained=True).eval()
@@ -158,7 +158,7 @@ def test_snippets_run(name, tmp_path, write_unchecked):
     shutil.copy(image, tmp_path / 'photo.jpg')
     with_timm, with_onnx = ''.join(blocks[:-1]).replace('hf-hub:user/net', f'local-dir:{tmp_path / "net"}'), blocks[-1]
     code = f'{with_timm}del image\n{with_onnx}'
-    run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    run = forks.run('-c', code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     config = timm.data.resolve_model_data_config(model)

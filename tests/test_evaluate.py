@@ -2,8 +2,6 @@
 import hashlib
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -219,10 +217,8 @@ def test_set_of_the_same_classes_in_another_order_is_refused(tmp_path):
     assert main(['rn26_tm', *flags])['images'] == 10
 
 
-def test_command_prints_json_and_exits_with_2():
-    run = subprocess.run(
-        [sys.executable, str(ROOT / 'train' / 'evaluate.py'), 'rn26_tm', *FLAGS], capture_output=True, text=True)
-    assert json.loads(run.stdout)['images'] == 37
-    run = subprocess.run(
-        [sys.executable, str(ROOT / 'train' / 'evaluate.py'), 'nothing'], capture_output=True, text=True)
+def test_command_prints_json_and_exits_with_2(forks):
+    script = ROOT / 'train' / 'evaluate.py'
+    assert json.loads(forks.run(script, 'rn26_tm', *FLAGS).stdout)['images'] == 37
+    run = forks.run(script, 'nothing')
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith('error: nothing is not a model')

@@ -3,7 +3,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -410,8 +409,7 @@ def test_images_of_one_name_get_a_picture_each(tmp_path):
         'same-2.explained.png', 'same-3.explained.png', 'same.explained.png']
 
 
-def test_command_exits_with_2_and_one_line(tmp_path):
-    run = subprocess.run(
-        [sys.executable, '-m', 'timm_tmblock', 'explain', 'nothing', 'x.png'], capture_output=True, text=True)
+def test_command_exits_with_2_and_one_line(forks):
+    run = forks.run('-m', 'timm_tmblock', 'explain', 'nothing', 'x.png')
     assert run.returncode == 2
     assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1

@@ -3,7 +3,6 @@ import copy
 import errno
 import hashlib
 import json
-import subprocess
 import sys
 import threading
 from argparse import ArgumentParser
@@ -682,9 +681,8 @@ def test_int8_without_calibration_images_is_refused(pretrained, images):
         create_onnx(pretrained, OnnxOptions('int8'), none)
 
 
-def test_command_exits_with_2_and_one_line():
-    run = subprocess.run(
-        [sys.executable, '-m', 'export', 'onnx', 'nothing', '--output', 'x.onnx'], capture_output=True, text=True)
+def test_command_exits_with_2_and_one_line(forks):
+    run = forks.run('-m', 'export', 'onnx', 'nothing', '--output', 'x.onnx')
     assert run.returncode == 2
     assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1
 

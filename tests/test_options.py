@@ -1,9 +1,6 @@
 """Settings of the training script: each has the effect its name says."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -731,11 +728,11 @@ def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
         parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml')])
 
 
-def test_notebook_launcher_trains(tmp_path):
+def test_notebook_launcher_trains(tmp_path, forks):
     code = (
         'import accelerate, train.train\n'
         f'accelerate.notebook_launcher(train.train.main, ({[*TINY, "--output", str(tmp_path)]!r},), num_processes=1)\n')
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
+    run = forks.run('-c', code)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / 'run' / 'best.safetensors').is_file()
 

@@ -329,8 +329,8 @@ def test_damaged_image_stops_before_training(tmp_path):
     assert not (tmp_path / 'damaged').exists()
 
 
-def test_command_exits_with_2_and_one_line():
-    run = run_command('--model', 'nothing')
+def test_command_exits_with_2_and_one_line(forks):
+    run = forks.run(ROOT / 'train' / 'train.py', '--model', 'nothing')
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: timm has no model 'nothing'")
     assert 'Traceback' not in run.stderr
