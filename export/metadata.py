@@ -20,7 +20,7 @@ outputs: for each its name, dtype, shape and meaning ('class scores', 'class pro
 opset: of the ONNX operators.
 precision: 'fp32', 'fp16', 'bf16' or 'int8'.
 quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
-    how many), and float_nodes, the names of convolutions kept in floating point.
+    how many), and float_nodes, the names of nodes kept in floating point.
 parity: comparison with PyTorch in float32, see export/parity.py.
 
 Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 METHOD = 'MinMax'
 BATCH_SIZE = 64
-# A CPU is fast with unsigned activations alone, and where nothing between two convolutions is in floating point.
-# TensorRT takes neither zero points other than 0 nor a bias in int32; it fuses what is between convolutions itself, for
-# which their outputs must be free of 8 bits, as is the sum that a residual network adds to.
+# A CPU is fast with unsigned activations alone, and where little between two convolutions is in floating point.
+# TensorRT takes neither zero points other than 0 nor a bias in int32; it can fuse what is between convolutions itself
+# where their outputs are free of 8 bits, as is the sum that a residual network adds to.
 SETTINGS: Dict[str, Dict[str, Any]] = {
     'cpu': dict(
         activation_type=QuantType.QUInt8,
@@ -56,7 +56,8 @@ def quantize(
         prepare: Makes the model's input of some of them.
 
     Returns:
-        The quantized model, and the names of the nodes kept in float32.
+        The quantized model, and the names of the nodes kept in float32: of `find_sensitive`, for a CPU of
+        `find_region_scores` too.
     """
     kept = find_sensitive(proto.graph, readers=target == 'tensorrt')
     if target == 'cpu':

@@ -231,7 +231,12 @@ class Prediction:
         if self.patch_probabilities is None:
             raise RuntimeInputError('The file has no patch scores; export it again with --patch-logits.')
         templates, label = list(self.template_names), self.label
-        shown = templates.index(label) if label in templates else int(self.patch_probabilities.mean((1, 2)).argmax())
+        if templates == list(self.class_names):  # two of which may have one name
+            shown = int(self.probabilities.argmax())
+        elif label in templates:
+            shown = templates.index(label)
+        else:
+            shown = int(self.patch_probabilities.mean((1, 2)).argmax())
         classes = self.patch_probabilities.argmax(axis=0)
         palette = np.array([_color(i) for i in range(len(templates))], dtype=np.uint8)
         height = max(1, round(size * self.image.height / self.image.width))

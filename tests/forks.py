@@ -1,8 +1,10 @@
 """Python programs in processes of their own that do not import PyTorch anew: forked from one that has.
 
-Start-up takes longer than most runs of the tests. What a program reads from its environment when it is imported has to
-be in that of the server. Modules that start a thread to be joined at the end, as onnxruntime, cannot be in the server.
+Start-up takes longer than most runs of the tests. What a module reads from its environment when it is imported has to
+be in that of the server. Modules that start a thread to be joined at the end, as onnxruntime, cannot be in the server;
+nor do programs tell here that they would not find a module of it.
 """
+import contextlib
 import json
 import os
 import runpy
@@ -33,14 +35,15 @@ class Forks:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+        self.server.terminate()
+        self.server.communicate()
         self.folder.cleanup()
 
     def run(self, *command, processes: int = 1, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
         """Run a command as `python COMMAND` does: a script, '-m' and a module, or '-c' and code, and its arguments.
 
-        Of several processes each has its rank in the environment, and one that fails ends the others, as with torchrun.
+        Of several processes each has its rank in the environment, and one that fails ends the others, as with torchrun;
+        its code is the code.
         """
         folder = Path(self.folder.name) / str(next(self.numbers))
         folder.mkdir()
@@ -49,12 +52,16 @@ class Forks:
         with self.lock:
             self.server.stdin.write(json.dumps(job) + '\n')
             self.server.stdin.flush()
-        while not (folder / 'codes').exists():
-            assert self.server.poll() is None, 'the process to fork from has ended'
-            time.sleep(0.02)
-        codes = json.loads((folder / 'codes').read_text())
-        out, err = ((folder / name).read_text() for name in ('out', 'err'))
-        return subprocess.CompletedProcess(command, next(filter(None, codes), 0), out, err)
+        try:
+            while not (folder / 'code').exists():
+                assert self.server.poll() is None, 'the process to fork from has ended'
+                time.sleep(0.02)
+        except BaseException:  # as of a test that takes too long
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                os.killpg(int((folder / 'group').read_text()), signal.SIGKILL)
+            raise
+        code, out, err = ((folder / name).read_text() for name in ('code', 'out', 'err'))
+        return subprocess.CompletedProcess(command, int(code), out, err)
 
 
 def serve() -> dict:
@@ -75,22 +82,32 @@ def start(job: dict) -> int:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             job['env'].update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
-    running = {}
+    os.setsid()
+    write(job, 'group', os.getpid())
+    running = set()
     for rank in range(job['processes']):
         pid = os.fork()
         if pid == 0:
             return rank
-        running[pid] = rank
-    codes = [0] * len(running)
+        running.add(pid)
+    code = 0
     while running:
         pid, status = os.wait()
-        codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        running.remove(pid)
+        code = code or os.waitstatus_to_exitcode(status)
         for other in running if code else ():
             os.kill(other, signal.SIGTERM)
-    path = Path(job['folder']) / 'codes'
-    path.with_suffix('.tmp').write_text(json.dumps(codes))
-    path.with_suffix('.tmp').rename(path)
+            # where it waits for the one that is gone, as torchrun does
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGKILL) for other in running])
+            signal.alarm(30)
+    write(job, 'code', code)
     os._exit(0)
+
+
+def write(job: dict, name: str, value: int) -> None:
+    path = Path(job['folder']) / name
+    path.with_suffix('.tmp').write_text(str(value))
+    path.with_suffix('.tmp').rename(path)
 
 
 def become(job: dict, rank: int) -> dict:

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
@@ -155,7 +154,6 @@ def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
     main([*TINY, '--output', str(tmp_path)])
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['mixed_precision'] == 'bf16'
 
 
@@ -187,7 +185,6 @@ def test_fsdp_in_16_bits_is_refused(monkeypatch):
     assert args.channels_last
     create_accelerator(args)
     assert not args.channels_last  # which FSDP2 has no parameters in
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(InputError, match='FSDP casts batch norms .* use --mixed-precision no'):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
 

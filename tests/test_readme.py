@@ -8,6 +8,7 @@ import timm
 import torch
 
 import timm_tmblock  # noqa: F401  registers the models
+from export.parity import LIMITS
 from train.claims import compare_others
 from train.lineage import count_epochs, read_runs
 from train.paper import TABLE_1
@@ -144,17 +145,20 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     assert '`rn26_tm.dist_cifar100` | less than CAM, on CIFAR-100 less than occlusion too |' in TEXT
 
 
-def test_maps_of_distilled_networks_lead_those_of_other_images_about_as_much():
+def test_how_far_maps_of_distilled_networks_lead_those_of_other_images():
     def find_leads(tag, mask):
         row = read('train', 'results', tag, 'analysis', f'{mask}.json')['maps']["another image's class map"]
         return [abs(row[f'{key}_lead']) for key in ('deletion', 'insertion', 'without_most', 'without_least')]
 
+    found = []
     for dataset in ('cifar10', 'cifar100'):
         ratios = [
             taught / alone for mask in ('trust', 'trust_blur') for taught, alone in zip(
                 find_leads(f'rn26_tm.dist_{dataset}', mask), find_leads(f'rn26_tm.{dataset}', mask))]
-        assert 0.7 < min(ratios) < 1 < max(ratios) < 1.8
-    assert 'The maps of the distilled `rn26_tm` lead those of other images about as much' in PLAIN
+        found += ratios
+    assert (
+        f'The maps of the distilled `rn26_tm` lead those of other images {min(found):.1f} to {max(found):.1f} times as '
+        f'much') in PLAIN
 
 
 def test_neighbours_of_regions():
@@ -334,11 +338,11 @@ def test_results_of_other_runtimes():
 
 def test_int8_of_a_hundred_classes():
     parity = read('export', 'results', 'rn26_tm.cifar100', 'rn26_tm.int8.onnx.json')['parity']
-    logits, top1 = parity['outputs']['logits'], parity['top1']
+    logits, top1, limit = parity['outputs']['logits'], parity['top1'], LIMITS['int8']
     assert (
         f'keeps {100 * logits["same_class"]:.2f} % of all classes, {100 * logits["same_class_decided"]:.2f} % of those '
-        f'that are no tie, which chance allows, and {top1["exported"]:.2f} % top-1 of PyTorch\'s '
-        f'{top1["pytorch"]:.2f} %'
+        f'that are no tie ({100 * (limit.decided - limit.allow(parity["images"])):.2f} % would do, two standard errors '
+        f'of so many images below the limit), and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %'
     ) in ' '.join(EXPORT.split())
 
 

@@ -146,6 +146,10 @@ def test_claims_of_table_1():
     assert found['It does more than auxiliary supervision alone'] == (UNDECIDED, (
         'RN26-Ours against RN26-aux, CIFAR-10: -0.10 ± 0.08 points (3 and 3 runs); RN26-aux against RN26, CIFAR-10: '
         '+2.10 ± 0.08 points (3 and 3 runs), by itself: holds'))
+    both = {**table, **{(row, 'cifar100'): runs(top1) for row, top1 in (('rn26', 60.), ('rn26_aux', 60.1))}}
+    told = verdicts(scores=dict(table1=both))['It does more than auxiliary supervision alone'][1]
+    assert re.findall(r'RN26-aux against RN26, (\S+): [^;]+ \(3 and 3 runs\), by itself: (\w+)(?:;|$)', told) == [
+        ('CIFAR-10', 'holds'), ('CIFAR-100', 'undecided')]
     assert found['It gains from depth'] == (UNTESTED, '–')
     table.update({('rn38_tm', 'cifar10'): runs(92.)})
     found = verdicts(scores=dict(table1=table, depth={('rn26', 'cifar10'): [89.]}))
@@ -235,6 +239,8 @@ def test_networks_of_one_recipe_are_compared():
     assert (  # the last of a pair is the last without a teacher
         f'{alone}+2.00 ± 0.38 (rn26_tm.cifar10) points, 1 in all; +0.10 ± 0.35 (rn26_tm.longer) points where both had '
         f'a teacher (') in compare(taught={'rn26_tm.longer', 'rn26.longer'})[1]
+    taught = compare(taught=set(runs))[1]
+    assert f'{alone}+0.10 ± 0.35 (rn26_tm.longer) to +2.00 ± 0.38 (rn26_tm.cifar10) points where both had' in taught
     assert 'longer' not in compare_with(run('rn26', opt='sgd'))[1]  # which trained the first 13 of them
     evaluations['rn26.cifar10']['images'] = evaluations['rn26_tm.longer']['images'] = 500
     assert compare() == (UNTESTED, EXCEPTION)

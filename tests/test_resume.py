@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,7 +112,6 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path, forks):
     assert 'the disk is full' in full.stderr.splitlines()[-1]
     assert find_checkpoints(folder) == before
     assert [p.name for p in (folder / 'checkpoints').iterdir()] == [before[0].name]
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert main(['--resume', str(folder), '--max-steps', '6'])['updates'] == 6
     a, b = (load_file(tmp_path / f / 'run' / 'last.safetensors') for f in ('whole', 'cut'))
     for name in a:  # the process with the limit has one thread
@@ -207,7 +205,6 @@ def test_part_of_an_epoch_is_counted_whatever_the_size_of_an_update(tmp_path, ca
     trainer = Trainer(parse_args(['--resume', str(tmp_path / 'run'), *flags]))
     assert trainer.state.update == 2 * 6 // batch_size
     taken = trainer.state.update
-    AcceleratorState._reset_state(reset_partial_state=True)
     before = find_steps(tmp_path / 'run')
     assert main(['--resume', str(tmp_path / 'run'), *flags])['updates'] == steps
     assert find_steps(tmp_path / 'run') == before + steps - taken  # all of them by the optimizer too
@@ -304,7 +301,6 @@ def test_trackers_count_on_where_updates_have_more_images(tmp_path):
     flags = [*FLAGS, '--output', str(tmp_path), '--report-to', 'tensorboard']
     main([*flags, '--batch-size', '6', '--epochs', '2'])  # 12 updates
     for batch_size, epochs in ((12, 3), (3, 4)):  # 6 of which stand for those, and 3 more; 36, and 12 more
-        AcceleratorState._reset_state(reset_partial_state=True)
         main(['--resume', str(tmp_path / 'run'), '--batch-size', str(batch_size), '--epochs', str(epochs)])
     seen = EventAccumulator(str(tmp_path / 'run' / 'timm-tmblock')).Reload()
     assert [event.step for event in seen.Scalars('eval/top1')] == [6, 12, 15, 48]
@@ -322,7 +318,6 @@ def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
 def test_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path, monkeypatch):
     flags = [*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1']
     Trainer(parse_args(flags)).start_record()  # killed here
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr('train.train.open_splits', lambda *args: pytest.fail('that is soon enough'))
     with pytest.raises(InputError, match='that run ended before its first; begin it again with the same command'):
         main(['--resume', str(tmp_path / 'run')])
@@ -334,7 +329,6 @@ def test_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path, mon
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('finished')
     main([*FLAGS, '--batch-size', '12', '--output', str(folder), '--epochs', '1'])
-    AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 

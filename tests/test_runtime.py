@@ -231,6 +231,16 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
     assert run.returncode == 0 and (tmp_path / 'one.png').is_file()
 
 
+def test_picture_is_of_the_predicted_class_where_another_has_its_name():
+    regions = np.random.default_rng(0).dirichlet([1, 1, 1], (4, 4)).transpose(2, 0, 1)
+    pictures = [
+        np.asarray(runtime.Prediction(
+            Image.new('RGB', (32, 32)), np.array([0.1, 0.2, 0.7]), regions, names, names).picture())
+        for names in (['crane', 'bee', 'crane'], ['stork', 'bee', 'crane'])]
+    left = 2 * pictures[0].shape[1] // 3
+    assert np.array_equal(*(picture[30:-60, left:] for picture in pictures))
+
+
 def test_one_picture_of_several_images_is_refused_before_any_is_read(tmp_path):
     with pytest.raises(runtime.RuntimeInputError, match='one.png is one picture, for 2 images; name a folder'):
         runtime.main(['run', str(tmp_path / 'none.onnx'), 'a.jpg', 'b.jpg', '--explain', str(tmp_path / 'one.png')])

@@ -54,10 +54,11 @@ def build_real(source, path, **options):
 @real
 @pytest.mark.parametrize('cell', matrix.cover(), ids=lambda c: f'{c.model}-{c.precision}-{c.size}-{c.patches}')
 def test_builder_takes_every_network(cell, tmp_path, monkeypatch):
-    if cell.model.startswith('dn100'):  # of two layers a stage, which have all the operators of sixteen
+    is_dense = cell.model.startswith('dn100')
+    if is_dense:  # of two layers a stage, which have all the operators of sixteen; the committed table is of sixteen
         monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, layers=(2, 2, 2, 2)))
     result = matrix.build(cell, tmp_path, {})
-    assert result['megabytes'] > 0.2
+    assert result['megabytes'] > (0.2 if is_dense else 1)
 
 
 def test_covering_part_has_every_value_and_the_whole_is_committed():

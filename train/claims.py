@@ -244,16 +244,16 @@ def summarize(comparisons: List[Comparison]) -> List[str]:
         return ' to '.join(dict.fromkeys(map(str, (ordered[0], ordered[-1]))))
 
     last = find_last(comparisons)
-    if not last:
-        return []
-    told = f'with other recipes, one run each, ± over test images: {say_range(last)} points, {len(last)} in all'
-    alone = [c for c in comparisons if not c.taught]
+    alone, taught = ([c for c in comparisons if c.taught == has_teacher] for has_teacher in (False, True))
+    told = []
+    if last:
+        told.append(f'{say_range(last)} points, {len(last)} in all')
     if len(alone) > len(last):
-        told += f'; {say_range(alone)} points with earlier stages, {len(alone)} in all'
-    taught = [c for c in comparisons if c.taught]
+        told.append(f'{say_range(alone)} points with earlier stages, {len(alone)} in all')
     if taught:
-        told += f'; {say_range(taught)} points where both had a teacher'
-    return [f'{told} ([table]({TABLE}))']
+        told.append(f'{say_range(taught)} points where both had a teacher')
+    what = 'with other recipes, one run each, ± over test images'
+    return [f'{what}: {"; ".join(told)} ([table]({TABLE}))'] if told else []
 
 
 Judgement = Tuple[str, List[str]]
@@ -286,7 +286,9 @@ def judge_supervision(evidence: Evidence) -> Judgement:
     """Beside it, what the supervision alone does for the baseline."""
     verdict, lines = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
     alone, more = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
-    return say_epochs(verdict, evidence, 'table1'), [*lines, *(f'{line}, by itself: {alone}' for line in more)]
+    if len(more) == 1:  # of several each has its own
+        more = [f'{more[0]}, by itself: {alone}']
+    return say_epochs(verdict, evidence, 'table1'), [*lines, *more]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:

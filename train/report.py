@@ -269,8 +269,8 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
             'share of that weight in the sum of all; how much the mixture varies over the regions, as a multiple of '
             'what it is added to. Where that is small, the block adds little, whatever it matched; where it is '
-            'concatenated, a norm follows, so that its scale says nothing. ReLU(BN(·)) of a class rises with its '
-            'score, so that some agreement is built in.'), '',
+            'concatenated, a norm follows, so that its scale says nothing. Where the scale of its norm is positive, '
+            'the weight of a class rises with its score, so that some agreement is built in.'), '',
         f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most | its share | mixture |',
         '|---|---|---|' + '---|' * len(MAPS) + '---|---|---|']
     for tag, found in analyses.items():
@@ -371,6 +371,8 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
               'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
               "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
               say_occlusion(trust), '']
+    if 'occlusion' in trust['maps'] and trust.get('fill', 'mean') == 'mean':
+        lines += ['Insertion is not compared with occlusion, which hid by what insertion does not start from.', '']
     for name in list(trust['maps'])[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')

@@ -200,7 +200,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = create_loader(parts.validation, config, args, accelerator)
         self.test_loader = create_loader(parts.test, config, args, accelerator)
-        self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
+        self.mixup = None if args.eval_only else create_mixup(args, config.input_size[1], len(self.class_names))
 
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
         if updates_per_epoch == 0 and not args.eval_only:
@@ -388,8 +388,6 @@ class Trainer:
         hard_targets = targets
         if self.mixup is not None:
             self.mixup.mixup_enabled = not args.mixup_off_epoch or state.epoch < args.mixup_off_epoch
-            even = len(images) // 2 * 2  # mixup pairs images
-            images, hard_targets = images[:even], targets[:even]
             images, targets = self.mixup(images, hard_targets)
         if self.scheduler is not None:
             self.scheduler.step_update(state.update)
@@ -526,7 +524,9 @@ class Trainer:
         """Measure the model as it is, on the validation and the test part."""
         args = self.args
         if self.val_loader is None and self.test_loader is None:
-            raise InputError('There are no images to measure the weights on; name a split with --test-split.')
+            raise InputError(
+                'There are no images to measure the weights on; name a split with --test-split, or --val-fraction if a '
+                'part of the training images was held out.')
         weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
         with naming_failures(advise_on_memory(args)):
             model = self.plain_model
