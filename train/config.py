@@ -118,8 +118,8 @@ def create_parser() -> Parser:
     group.add_argument('--train-split', default='train', help='images to train on')
     group.add_argument('--val-split', help='images that choose the best weights; by default a part of the train split')
     group.add_argument('--val-fraction', type=finite, help=(
-        'part of the train split held out for that choice, 0.1 if not given, but none where --eval-only measures weights '
-        'that may have seen it; 0: train on all, keep the last weights'))
+        'part of the train split held out for that choice, 0.1 if not given, but none where --eval-only measures '
+        'weights that may have seen it; 0: train on all, keep the last weights'))
     group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
