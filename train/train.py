@@ -32,25 +32,21 @@ import uuid
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.models import PretrainedCfg
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
 from timm_tmblock.checkpoint import load_model, remove, save_weights, write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
-from train.augment import DataConfig
 from train.checkpoint import TrainState
 from train.config import (
     SETTINGS,
@@ -62,14 +58,15 @@ from train.config import (
     refusing,
     to_flag,
 )
-from train.data import InMemorySet, get_class_names
+from train.data import get_class_names
 from train.engine import create_accelerator, start_trackers
 from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
 from train.hardware import describe_hardware, describe_versions, find_commit
-from train.loader import InMemoryLoader, Loader, StreamingLoader
+from train.inputs import create_data_config, create_loader, create_mixup
+from train.loader import Loader
 from train.meter import Meter
 from train.model import (
     check_model_name,
@@ -77,7 +74,6 @@ from train.model import (
     create_model,
     network,
     network_weights,
-    resolve_img_size,
     take_up_checkpoint,
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
@@ -86,81 +82,6 @@ from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import check_loss_weights, create_task, create_teachers
-
-
-def create_data_config(args: Namespace) -> DataConfig:
-    cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
-    channels = args.model_kwargs.get('in_chans', cfg.input_size[0])
-
-    def fit(values: Sequence[float]) -> Tuple[float, ...]:
-        """One averaged value for grey images, one a channel otherwise."""
-        return (round(sum(values) / len(values), 4),) if channels == 1 else tuple(values)
-
-    config = DataConfig(
-        input_size=(channels, *resolve_img_size(args, cfg)),
-        mean=tuple(args.mean or fit(cfg.mean)),
-        std=tuple(args.std or fit(cfg.std)),
-        interpolation=args.interpolation or cfg.interpolation,
-        crop_pct=args.crop_pct or cfg.crop_pct,
-        crop_mode=args.crop_mode or cfg.crop_mode,
-        padding=args.padding,
-        padding_mode=args.padding_mode,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        scale=args.scale and tuple(args.scale),
-        ratio=args.ratio and tuple(args.ratio),
-        policy=args.aa,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
-    if config.input_size[0] not in (1, 3):
-        raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
-    if not len(config.mean) == len(config.std) == config.input_size[0]:
-        raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
-    for name, span in (('--scale', config.scale), ('--ratio', config.ratio)):
-        if span and span[0] > span[1]:
-            raise InputError(f'{name} takes the smallest value and the largest, not {span[0]:g} {span[1]:g}.')
-    return config
-
-
-def create_loader(
-        part: Any,
-        config: DataConfig,
-        args: Namespace,
-        accelerator: Accelerator,
-        training: bool = False,
-) -> Optional[Loader]:
-    """Batches of one part of the data, this process's share of them."""
-    if part is None:
-        return None
-    batch_size = args.batch_size if training else args.val_batch_size
-    common: Dict[str, Any] = dict(
-        training=training, seed=args.seed, num_workers=args.workers, channels_last=args.channels_last)
-    if isinstance(part, InMemorySet):
-        return InMemoryLoader(
-            part, config, batch_size, accelerator.device, rank=accelerator.process_index,
-            world_size=accelerator.num_processes, **common)
-    return StreamingLoader(
-        part, config, batch_size, accelerator.device, rank=accelerator.process_index,
-        distributed=accelerator.num_processes > 1, **common)
-
-
-def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mixup]:
-    """timm's mixup and cutmix, None where neither is asked for."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        return None
-    low, high = args.cutmix_minmax or (0., 1.)
-    if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
-        raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
-    if args.batch_size % 2:
-        raise InputError('--mixup and --cutmix mix the images of a batch in pairs; use an even --batch-size.')
-    if not 0 <= int(low * height) < int(high * height) <= height:
-        raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
-    with refusing('These settings of mixup'):
-        return Mixup(
-            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-            label_smoothing=args.smoothing, num_classes=num_classes)
 
 
 class Trainer:
