@@ -296,8 +296,11 @@ def test_eval_only_measures_what_training_recorded_and_writes_nothing(tmp_path, 
     ['--initial-checkpoint', str(ROOT / 'timm_tmblock' / 'weights' / 'rn26_tm.cifar10.safetensors')],
 ])
 def test_what_measures_weights_from_elsewhere_is_named(start):
-    with pytest.raises(InputError, match='which the weights may have seen; name a split with --test-split'):
+    with pytest.raises(InputError, match='may have seen all training images.* or the --val-fraction that was held out'):
         main([*start, '--eval-only', '--device', 'cpu', '--report-to', 'none'])
+    part = ['--train-split', 'train[:200]', '--val-fraction', '0.1']
+    measured = main([*start, *part, '--eval-only', '--device', 'cpu', '--report-to', 'none'])
+    assert 'top1' in measured['validation'] and 'test' not in measured
 
 
 def test_measuring_without_images_is_refused(tmp_path):

@@ -302,7 +302,7 @@ def test_differences_from_the_baselines():
     assert '24px' in min(alone, key=lambda row: float(row[4]))[0]
     assert (
         f'in {count} comparisons of a network with its baseline, trained alike, one run each, the difference is '
-        f'{ends[0]:.2f} to {ends[-1]:+.2f} points, in earlier stages of these runs {earlier[0]:.2f} (of 24×24 pixels) '
+        f'{ends[0]:.2f} to {ends[-1]:+.2f} points, in earlier stages of these runs {earlier[0]:.2f} (at 24×24 pixels) '
         f'to {earlier[-1]:+.2f}, and {difference} in the one of which both had a teacher'
     ).replace('-', '−') in PLAIN
 

@@ -87,10 +87,11 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                 f'Split {names["test"]!r} is named for {part} and for test; what measures the network must not take '
                 f'part in its training or choice.')
     begun = args.pretrained or args.initial_checkpoint
-    if args.eval_only and begun and not (args.resume or args.val_split or args.test_split or args.pool):
+    named = args.val_split or args.test_split or args.pool or args.val_fraction
+    if args.eval_only and begun and not (args.resume or named):
         raise InputError(
-            'A part of the training images would be measured, which the weights may have seen; name a split with '
-            '--test-split.')
+            'The weights may have seen all training images, so none are measured; name a split with --test-split, or '
+            'the --val-fraction that was held out.')
     if args.val_fraction is not None and (args.val_split or args.pool):
         raise InputError(
             f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')

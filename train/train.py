@@ -445,9 +445,7 @@ class Trainer:
         """Measure the model as it is, on the validation and the test part."""
         args = self.args
         if self.val_loader is None and self.test_loader is None:
-            raise InputError(
-                'There are no images to measure the weights on; name a split with --test-split, or --val-fraction if a '
-                'part of the training images was held out.')
+            raise InputError('There are no images to measure the weights on; name a split with --test-split.')
         weights = args.initial_checkpoint or ('pretrained' if args.pretrained else 'random')
         with naming_failures(advise_on_memory(args)):
             model = self.plain_model
