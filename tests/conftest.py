@@ -17,8 +17,9 @@ import timm_tmblock  # noqa: F401  registers the models
 
 # files that take longest, which two workers begin with; one test alone may be most of a file
 LONGEST = (
-    'test_timm_suite', 'test_push', 'test_distributed', 'test_export', 'test_tensorrt', 'test_resume', 'test_cards',
-    'test_integrations', 'test_space', 'test_reproduce', 'test_tensorrt_simulated', 'test_bench', 'test_fuse')
+    'test_export', 'test_push', 'test_integrations', 'test_resume', 'test_tensorrt', 'test_distributed', 'test_space',
+    'test_timm_suite', 'test_cards', 'test_training', 'test_reproduce', 'test_publish', 'test_bench',
+    'test_tensorrt_simulated', 'test_options')
 
 
 def pytest_collection_modifyitems(items):
