@@ -1,6 +1,7 @@
 """Numbers in README and in the READMEs of the folders are those of the committed results, and their links lead on."""
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from export.parity import LIMITS
 from train.claims import compare_others
 from train.lineage import count_epochs, read_runs
 from train.paper import TABLE_1
-from train.report import collect, compare_maps
+from train.report import collect, compare_maps, is_comparable
 from train.tables import format_scores, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,17 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
             better, worse = tell(f'rn26_tm.{tag}', mask, 'occlusion')
             assert not worse if tag == 'dist_cifar10' else not better and worse
     assert '`rn26_tm.dist_cifar100` | less than CAM, on CIFAR-100 less than occlusion too |' in TEXT
+
+
+def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
+    for name in ('rn38_tm', 'wrn16_tm', 'dn100_tm', 'dn100_tm_cat'):
+        for tag in (path.name for path in (ROOT / 'hub_cards' / 'models').glob(f'{name}.*.yaml')):
+            for mask in ('trust', 'trust_blur'):
+                trust = read('train', 'results', tag.removesuffix('.yaml'), 'analysis', f'{mask}.json')
+                for other in filter(partial(is_comparable, trust), ('occlusion', 'Grad-CAM')):
+                    found = compare_maps(trust, other)
+                    assert len(found['worse']) > len(found['better']) + 1, (tag, mask, other)
+    assert '`dn100_tm_cat` | less than occlusion and CAM;' in TEXT
 
 
 def test_how_far_maps_of_distilled_networks_lead_those_of_other_images():
