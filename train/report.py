@@ -306,10 +306,11 @@ def render_analysis(
 ) -> str:
     """The page on the regions of one network, into whose training images `fillings` put the mean colour."""
     settings = list(dict.fromkeys(map(say_setting, found.values())))
-    lines = [f'# {tag}, region by region', '', f'Measured on {" and on ".join(settings)}.', '']
+    measured = f'Measured on {" and on ".join(settings)}.'
     if any(is_of_copy(analysis['settings']['dataset']) for analysis in found.values()):
-        lines[2] += (' Images were taken from a shuffled copy of the set; from the Hub\'s, in its own order, the same '
+        measured += (" Images were taken from a shuffled copy of the set; from the Hub's, in its own order, the same "
                      'commands take others.')
+    lines = [f'# {tag}, region by region', '', measured, '']
     if not shipped:
         lines += ['Of weights that do not ship any more; the commands measure those that do.', '']
     if 'trust' in found:
