@@ -10,10 +10,11 @@ import torch
 
 import timm_tmblock  # noqa: F401  registers the models
 from export.parity import LIMITS
-from train.claims import compare_others
+from train.comparison import compare_others
+from train.evidence import collect
 from train.lineage import count_epochs, read_runs
 from train.paper import TABLE_1
-from train.report import collect, compare_maps, is_comparable
+from train.report import compare_maps, is_comparable
 from train.tables import format_scores, read_results
 
 ROOT = Path(__file__).parent.parent

@@ -12,19 +12,9 @@ from scipy.stats import ttest_ind
 
 from timm_tmblock.errors import InputError
 from train import report
-from train.claims import (
-    FAILS,
-    HOLDS,
-    UNDECIDED,
-    UNTESTED,
-    Difference,
-    Evidence,
-    combine_all,
-    combine_most,
-    compare_others,
-    find_recipe,
-    judge,
-)
+from train.claims import UNTESTED, combine_all, combine_most, judge
+from train.comparison import FAILS, HOLDS, UNDECIDED, Difference, compare_others, find_recipe
+from train.evidence import Evidence
 from train.lineage import count_epochs, count_taught_epochs, find_fillings
 
 ROOT = Path(__file__).parent.parent

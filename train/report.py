@@ -7,7 +7,6 @@
 The results are those of reproduce.py (train/results/paper/EXPERIMENT, as its --output train/results/paper writes
 them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results/MODEL.TAG/analysis).
 """
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -21,58 +20,21 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.analysis import FILLS
-from train.claims import RUNS, Comparison, Evidence, adds_values, compare_others, find_last, judge
-from train.config import SETTINGS, Parser
-from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers, read_runs
+from train.claims import adds_values, judge
+from train.comparison import RUNS, Comparison, compare_others, find_last
+from train.config import Parser
+from train.evidence import Evidence, collect, read_json
+from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import TITLES, Scores, label, name_hub_sets, read_results, render_table, say_provenance, tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-PROTOCOL = Path(__file__).parent / 'recipes' / 'paper.yaml'
 ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur', 'mixing')
 TRUST = dict(trust='mean colour', trust_blur='blurred image')  # analyses, and what masks in them
 
 
 def wrap(text: str) -> List[str]:
     return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def collect(root: Path) -> Evidence:
-    results = root / 'train' / 'results'
-    runs = read_runs(results)
-    matching = [tag for tag, run in runs.items() if '_tm' in run['model']]
-    tags = [tag for tag in matching if tag.startswith('rn26_tm.') and Path(runs[tag]['dataset']).name == 'cifar10']
-
-    def read_analyses(name: str, tags: List[str] = tags) -> Dict[str, Any]:
-        found = {tag: read_json(results / tag / 'analysis' / f'{name}.json') for tag in tags}
-        return {tag: value for tag, value in found.items() if value}
-
-    protocol = yaml.safe_load(PROTOCOL.read_text())
-    rn20 = results / 'rn20.cifar10'
-    maximizer = read_json(rn20 / 'analysis' / 'maximizer.json')
-    if maximizer:
-        settings = yaml.safe_load((rn20 / SETTINGS).read_text())
-        maximizer.update(
-            epochs=settings['epochs'], planned=protocol['epochs'], opt=settings['opt'],
-            by_protocol=all(settings[key] == protocol[key] for key in protocol if key not in ('epochs', 'seed')))
-    paper = {name: read_results(results / 'paper' / name) for name in TITLES}
-    trained = {name: min(r['epochs'] for r in found) for name, (found, _) in paper.items() if found}
-    return Evidence(
-        scores={name: scores for name, (_, scores) in paper.items()},
-        evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in runs},
-        runs=runs,
-        geometry=read_analyses('geometry'),
-        mosaic=read_analyses('mosaic'),
-        mixing=read_analyses('mixing', matching),
-        words=read_analyses('words').get('rn26_tm.cifar10'),
-        maximizer=maximizer,
-        taught={tag for tag in runs if count_taught_epochs(tag, runs)},
-        short={name: epochs for name, epochs in trained.items() if epochs < protocol['epochs']},
-    )
 
 
 def say_setting(result: Dict[str, Any]) -> str:
