@@ -12,7 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
 from train.lineage import find_fillings, find_legs, read_runs
-from train.report import compare_maps, is_comparable, say_fillings
+from train.report import compare_maps, say_fillings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -279,8 +279,6 @@ def render(
     mixing = _load_json(mixing_path) if has_patches and (ROOT / mixing_path).is_file() else None
     for where, result in (('trust', trust), ('trust_blur', blurred), ('mixing', mixing)):
         _check_numbers(result, f'{data.get("analysis")}: {where}')
-    if trust:
-        trust['maps'] = {name: row for name, row in trust['maps'].items() if is_comparable(trust, name)}
     sidecars = exports
     if sidecars is None:
         sidecars = {

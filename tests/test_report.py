@@ -371,7 +371,8 @@ def test_trust_is_decided_by_two_standard_errors():
         return {f'{key}{end}': value for key in ('deletion', 'insertion', 'without_most', 'without_least')
                 for end, value in (('', 0.5), ('_error', 0.01), ('_lead', lead), ('_lead_error', error))}
     maps = {'class map': row(0, 1), 'Grad-CAM': row(0.01, 0.01), 'random': row(0.2, 0.01)}
-    lines = report.say_trust(dict(images=10, top1=90., patch_accuracy=80., patch_agreement=81., maps=maps))
+    lines = report.say_trust(
+        dict(images=10, top1=90., patch_accuracy=80., patch_agreement=81., fill='blur', occlusion_window=16, maps=maps))
     grad_cam, random = (line for line in lines if line.startswith('- Against'))
     assert grad_cam == (
         '- Against Grad-CAM, the class map is not significantly different by deletion (-0.010 ± 0.010), insertion '

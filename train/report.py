@@ -203,11 +203,6 @@ def count_measures(trust: Dict[str, Any], name: str) -> str:
     return f'{len(found["better"])}+ {len(found["worse"])}−'
 
 
-def is_comparable(trust: Dict[str, Any], name: str) -> bool:
-    """Whether a map was measured, and occlusion as it is now: with smaller windows it was a worse map."""
-    return name in trust['maps'] and (name != 'occlusion' or 'occlusion_window' in trust)
-
-
 MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
@@ -223,7 +218,7 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             "much by chance, so that a single + or − says little; 150 images show less than 600. Another image's class "
             'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
             'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
-            'the row (–: not measured so). Insertion starts from the blurred image in both rows of a network, so that '
+            'the row. Insertion starts from the blurred image in both rows of a network, so that '
             'it is the same in both; with occlusion by the mean colour it is not compared (three measures). A random '
             'map masks regions that are scattered, which takes more from an image than as many that lie together: the '
             "fairer control is another image's map."), '',
@@ -243,7 +238,7 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
         link = f'[{tag}](train/results/{tag}/analysis/README.md)'
         rows = [(fill, found[name]) for name, fill in TRUST.items() if name in found]
         for fill, trust in rows:
-            cells = [count_measures(trust, other) if is_comparable(trust, other) else '–' for other in MAPS]
+            cells = [count_measures(trust, other) for other in MAPS]
             lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
         if not rows:
             lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
@@ -319,7 +314,7 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
         return f'{row[key]:.{digits}f} ± {row[f"{key}_error"]:.{digits}f}'
 
     lines = [
-        f'Parts are masked by {FILLS[trust.get("fill", "mean")]}; insertion uncovers a blurred image. '
+        f'Parts are masked by {FILLS[trust["fill"]]}; insertion uncovers a blurred image. '
         f'{trust["images"]:,} images, top-1 {trust["top1"]:.1f} %. '
         f'{trust["patch_accuracy"]:.1f} % of the regions match the class of their image, '
         f'{trust["patch_agreement"]:.1f} % the class that is predicted.', '',
@@ -333,20 +328,14 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
               'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
               'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
               "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
-              say_occlusion(trust), '']
-    if 'occlusion' in trust['maps'] and trust.get('fill', 'mean') == 'mean':
+              f'hides windows of {trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by '
+              f'{FILLS[trust["fill"]]}, and is of log-odds, as the class map is.', '']
+    if trust['fill'] == 'mean':
         lines += ['Insertion is not compared with occlusion, which hid by what insertion does not start from.', '']
     for name in list(trust['maps'])[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
     return lines + ['', 'A lead above zero is in favour of the class map.']
-
-
-def say_occlusion(trust: Dict[str, Any]) -> str:
-    side = trust.get('occlusion_window')
-    if side is None:  # as it was
-        return 'hides windows of two cells by the mean colour, and is of the logit.'
-    return f'hides windows of {side}×{side} pixels by {FILLS[trust["fill"]]}, and is of log-odds, as the class map is.'
 
 
 def say_mixing(mixing: Dict[str, float], added: bool = True) -> List[str]:
@@ -390,7 +379,7 @@ def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
             ('insertion', 1, 3, 'insertion'),
             ('without_most', -1, 1, 'what is right without the more evident half'),
             ('without_least', 1, 1, 'what is right without the less evident half')):
-        if key == 'insertion' and name == 'occlusion' and trust.get('fill', 'mean') == 'mean':
+        if key == 'insertion' and name == 'occlusion' and trust['fill'] == 'mean':
             continue
         lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
         verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
