@@ -33,15 +33,16 @@ class Images:
 
 def add_image_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('images the file is checked on, and calibrated for int8')
-    group.add_argument('--dataset', default='sample', help='as in train.py')
+    group.add_argument('--dataset', default='sample', help=(
+        "'sample', torch/<name>, hfds/<hub id or folder>, or a folder with one of class folders for each split"))
     group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     group.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
     group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
     group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
-    group.add_argument('--calibration-images', type=int, default=512, help='at most so many')
-    group.add_argument('--check-images', type=int, default=512, help='at most so many')
+    group.add_argument('--calibration-images', type=int, default=512, help='most images to calibrate on')
+    group.add_argument('--check-images', type=int, default=512, help='most images to compare on')
 
 
 def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:

@@ -248,12 +248,15 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
     for dataset, column in (('cifar100', 2), ('mini_imagenet', 3)):
         assert format_scores([70.]) in '\n'.join(lines := tabulate('table1', {('rn38', dataset): [70.]}))
         assert f'| RN38 | 70.00 (1 run) | {TABLE_1["rn38"][column]:.2f} |' in lines
-    assert '- Seeds: 0; 1' in text and '- Epochs: 3\n' in text and '- `python train/train.py --seed 1`' in text
+    assert '- Seeds: 0; 1' in text and '- Epochs: 3\n' in text
+    assert '- `python train/train.py --seed 0`, also with --seed 1\n' in text
 
 
 @pytest.mark.parametrize('flags, message', [
     (['table2'], 'invalid choice'), (['table1', '--data', 'mnist=x'], '--data takes'),
     (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
+    (['depth', '--rows', 'wrn16_tm'], 'depth has no row wrn16_tm; --rows takes rn26, rn26_tm, rn38'),
+    (['lambda', '--rows', 'rn26'], 'lambda has no row rn26; leave out --rows'),
     (['lambda', '--', '--patch-loss-weight=0.5'], '--patch-loss-weight is set by the experiment'),
     (['maximizers', '--', '--batch-size', '128'], '--batch-size is set by the experiment'),
     (['maximizers', '--', '-b', '128'], '-b is set by the experiment'),

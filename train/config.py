@@ -112,7 +112,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', default='sample', help=(
         "'sample' (2,000 images of CIFAR-10 that come with the project), torch/<name>, hfds/<hub id or folder>, or a "
-        'folder with train/ and validation/ class folders'))
+        'folder with train/, of class folders, and one like it for each split that --val-split and --test-split name'))
     group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
     group.add_argument('--train-split', default='train', help='images to train on')
@@ -123,7 +123,7 @@ def create_parser() -> Parser:
     group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
-    group.add_argument('--split-seed', type=seed, default=0, help='of the division of --val-fraction and --pool')
+    group.add_argument('--split-seed', type=seed, default=0, help='seed of the division by --val-fraction and --pool')
     group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
@@ -164,7 +164,7 @@ def create_parser() -> Parser:
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
     group.add_argument('--cuda-graph', action=boolean, default=False, help=(
-        'capture whole training steps, the optimizer among them, as a CUDA graph: the faster the smaller the kernels'))
+        'capture whole training steps, the optimizer among them, as a CUDA graph: gains most where kernels are small'))
     group.add_argument('--mean', type=finite, nargs='+', help=(
         "mean pixel of the set by channel, in [0, 1]; the model's if not given"))
     group.add_argument('--std', type=above_zero, nargs='+', help='standard deviation of its pixels, likewise')
@@ -233,8 +233,8 @@ def create_parser() -> Parser:
     group.add_argument('--mixup', type=from_zero, default=0., help='alpha of mixup, 0 for none')
     group.add_argument('--cutmix', type=from_zero, default=0., help='alpha of cutmix, 0 for none')
     group.add_argument('--cutmix-minmax', type=fraction, nargs=2, help='range of the side of the part that is cut')
-    group.add_argument('--mixup-prob', type=fraction, default=1., help='of a batch to be mixed at all')
-    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='of cutmix where both are on')
+    group.add_argument('--mixup-prob', type=fraction, default=1., help='probability of a batch to be mixed at all')
+    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='share of cutmix where both are on')
     group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help='what has one mixture')
     group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help='first epoch without mixing; 0: none')
     group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
@@ -250,7 +250,7 @@ def create_parser() -> Parser:
     group.add_argument('--kd-checkpoint', nargs='+', metavar='FILE', help=(
         'weights of the teacher, or of several; those of this script name their model'))
     group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both soft-maxes')
-    group.add_argument('--task-loss-weight', type=from_zero, help='of the loss without the teacher, 1 if not given')
+    group.add_argument('--task-loss-weight', type=from_zero, help='weight of the loss on labels, 1 if not given')
     group.add_argument('--distill-loss-weight', type=from_zero, help=(
         "of the teacher's part; if not given, 1 - task-loss-weight where that is given, else 1"))
 
@@ -268,7 +268,7 @@ def create_parser() -> Parser:
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
         "'flip': report accuracy averaged with the mirrored image too"))
     group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
-    group.add_argument('--seed', type=seed, default=42, help='of weights, order and augmentation')
+    group.add_argument('--seed', type=seed, default=42, help='seed of weights, order and augmentation')
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='where to train')
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')

@@ -189,7 +189,8 @@ def _find_rows(dataset: Any) -> List[Tuple[str, int, int]]:
 
 def add_data_options(parser: ArgumentParser) -> None:
     """Flags that name a labelled split, for what measures a network on one."""
-    parser.add_argument('--dataset', default='sample', help='as in train.py')
+    parser.add_argument('--dataset', default='sample', help=(
+        "'sample', torch/<name>, hfds/<hub id or folder>, or a folder with one of class folders for each split"))
     parser.add_argument('--split', default='test')
     parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')

@@ -53,7 +53,7 @@ def create_parser() -> Parser:
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
     parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='autocast of PyTorch')
     parser.add_argument('--tta', choices=['none', 'flip'], default='none', help="'flip': with the mirrored image too")
-    parser.add_argument('--bins', type=positive, default=15, help='of the calibration error')
+    parser.add_argument('--bins', type=positive, default=15, help='bins of the calibration error')
     parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.png')
     return parser
 

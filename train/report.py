@@ -61,8 +61,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
             f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
-            f'tests, so that one of a claim of many may be refuted by chance. Runs of fewer epochs than the '
-            f'protocol\'s say so.'), '',
+            f'tests, so a claim spanning many comparisons may have one refuted by chance. Runs of fewer epochs than '
+            f'the protocol\'s say so.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10 alone, the last claim on all. A difference of two "
@@ -138,7 +138,9 @@ def say_missing(scores: Scores) -> List[str]:
     parts = [
         f'{name} ({"all rows" if len(rows) == len(TABLE_1) else ", ".join(rows)})'
         for name, rows in missing.items() if rows]
-    return [f'- Table 1: {"; ".join(parts)}'] if parts else []
+    return [
+        f'- Table 1: {"; ".join(parts)}; [the command](train/README.md#reproduce-the-paper) with `--rows` and '
+        f'`--datasets`'] if parts else []
 
 
 def say_recipe(root: Path, tag: str) -> str:
@@ -181,8 +183,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
     if not all(c.by_image for c in found):
         text += (
-            ' ‡: as if each had been tested on images of its own, which is larger: of these weights, which were not '
-            'kept, the answers for single images are not known.')
+            ' ‡: the larger error of two independent sets of test images: these weights were not kept, so their '
+            'answers image by image are unknown.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
     if any(c.taught for c in found):

@@ -11,7 +11,7 @@ once, on one GPU or spread over several. What is finished is not run again, what
 stopped: the same command continues. Flags after -- go to every run:
 
     python train/reproduce.py table1 --rows rn26 rn26_tm --epochs 40 \
-        --data cifar10=hfds/../shared/datasets/cifar10 -- --mixed-precision bf16
+        --data cifar10=hfds/FOLDER/cifar10 -- --mixed-precision bf16       # a copy of the Hub's set
 
 OUTPUT/EXPERIMENT/ holds a folder a cell with its result.json and log.txt, and the table and figure over all of them.
 """
@@ -250,7 +250,7 @@ def create_parser() -> Parser:
         f'of table1 and depth, all if not given: {", ".join(TABLE_1)}'))
     parser.add_argument('--lambdas', nargs='+', type=float, default=LAMBDAS)
     parser.add_argument('--perturbed-32', action='store_true', help='the perturbed maximizer in batches of 32, too')
-    parser.add_argument('--num-samples', type=positive, help='of the perturbed maximizer, 600 in the paper')
+    parser.add_argument('--num-samples', type=positive, help='samples of the perturbed maximizer, 600 in the paper')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--epochs', type=positive, help="the recipe's if not given")
     parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
@@ -271,6 +271,10 @@ def main(argv: Optional[List[str]] = None) -> Path:
     unknown = sorted(set(sources) - set(DATASETS))
     if unknown or not all(sources.values()):
         raise InputError(f'--data takes SET=NAME with a set of {", ".join(DATASETS)}.')
+    known = dict(table1=TABLE_1, depth=DEPTH).get(args.experiment, ())
+    if unknown := [row for row in args.rows or () if row not in known]:
+        advice = f'--rows takes {", ".join(known)}' if known else 'leave out --rows'
+        raise InputError(f'{args.experiment} has no row {unknown[0]}; {advice}.')
     folder = Path(args.output) / args.experiment
     check_test_part(extra)
     flags = [*(['--epochs', str(args.epochs)] if args.epochs else []), *extra]

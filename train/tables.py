@@ -119,7 +119,13 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
         lines.append(
             f'- Training images, cropped and mirrored, that were right in the last epoch: {min(shares):.1f} to '
             f'{max(shares):.1f} %')
-    return lines + [f'- `python train/{r["command"]}`' for r in results]
+    commands: Dict[str, List[str]] = {}  # of one seed, and the seeds of the runs that differ in theirs alone
+    for result in results:
+        alike = re.sub(r' --seed \d+', '', result['command'])
+        commands.setdefault(alike, [result['command']]).append(str(result['seed']))
+    return lines + [
+        f'- `python train/{command}`' + (f', also with --seed {" and ".join(others)}' if others else '')
+        for command, _, *others in commands.values()]
 
 
 def _say(value: Any) -> str:

@@ -66,7 +66,7 @@ def create_parser() -> Parser:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
                 'or as many as the smallest class has'))
         if regions:
-            sub.add_argument('--regions', type=positive, default=regions, help='of each image, drawn at random')
+            sub.add_argument('--regions', type=positive, default=regions, help='regions of each image, drawn at random')
             sub.add_argument('--max-regions', type=positive, default=max_regions, help=(
                 'in all; of sets with many classes there are fewer images of each'))
         return sub

@@ -2,7 +2,7 @@
 
 Writes data/*.parquet, and images/*.png, the first test image of each class as a file to try things on.
 
-    python train/sample/make.py ../shared/datasets/cifar10
+    python train/sample/make.py uoft-cs/cifar10        # or a copy of it
 """
 import sys
 from collections import Counter
