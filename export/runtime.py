@@ -125,7 +125,9 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         if image.has_transparency_data:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert(mode)
+        image = image.convert(mode)  # a copy
+        image.info.clear()  # of EXIF data too, by which the next reader would turn it again
+        return image
     except FileNotFoundError as e:
         raise RuntimeInputError(f'There is no image {name}.') from e
     except IsADirectoryError as e:

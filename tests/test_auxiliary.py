@@ -106,6 +106,19 @@ def test_preprocessing_and_classifier_are_the_models(supervised):
     assert supervised.model.layer4.grad_checkpointing
 
 
+def test_compiled_baseline_is_what_is_evaluated(supervised):
+    task = TemplateMatchingTask(supervised)
+    x, targets = torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 2])
+    state = supervised.state_dict()
+    loss = task.train()(x, targets)['loss']
+    supervised.load_state_dict(state)
+    compiled = task.compile(backend='eager')
+    assert task.get_eval_model() is compiled and timm.utils.unwrap_model(compiled) is supervised.model
+    assert set(task.get_checkpoint_state()['state_dict']) == set(supervised.model.state_dict())
+    torch.testing.assert_close(task.train()(x, targets)['loss'], loss)
+    torch.testing.assert_close(compiled.eval()(x), supervised.model.eval()(x))
+
+
 def test_compiled_average_is_what_is_evaluated(supervised):
     task = TemplateMatchingTask(supervised)
     task.setup_ema()

@@ -185,7 +185,7 @@ def test_card_of_weights_without_results_says_so(tmp_path):
         model='rn26', license='apache-2.0', class_names=['ant', 'bee'], outputs=[{}],
         preprocessing=dict(input_size=[3, 32, 32]), parity=dict(images=80, outputs=dict(logits=dict(same_class=1.))))}
     text = str(cards.render_plain(load_model(tmp_path / 'w.safetensors'), 'user/ants', exports))
-    assert 'ant, bee' in text and 'has not been measured' in text and 'hf-hub:user/ants' in text
+    assert 'ant, bee' in text and 'did not measure its accuracy' in text and 'hf-hub:user/ants' in text
     assert 'which class each region' not in text and '| `onnx/model.onnx` | fp32 | 100.00 % |' in text
     assert ModelCard(text).data.get('library_name') == 'timm'
 

@@ -312,6 +312,17 @@ def test_heat_map_is_of_the_template_most_regions_match_where_none_is_of_the_cla
     assert explanation.template_index() == 0
     regions[:, 1:] = np.array([0.2, 0.5, 0.3])[:, None, None]
     assert explanation.template_index() == 1 and explanation.picture().width > 0
+    with pytest.raises(InputError, match=r"'ant' has no template of its own; use method=\"cam\" .* template 0"):
+        explanation.heat_map('ant')
+    with pytest.raises(InputError, match="no class 'owl'; the templates are template 0, template 1, template 2"):
+        explanation.heat_map('owl')
+
+
+def test_explanation_is_its_picture_in_a_notebook(regions):
+    explanation = make_explanation(regions)
+    assert len(repr(explanation)) < 100 and explanation != make_explanation(regions)  # which arrays cannot be asked
+    shown = Image.open(io.BytesIO(explanation._repr_png_()))
+    assert np.array_equal(np.asarray(shown), np.asarray(explanation.picture()))
 
 
 def test_heat_map_of_no_evidence_is_cold(regions):

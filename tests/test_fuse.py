@@ -10,6 +10,7 @@ from test_models import MODELS
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 
@@ -17,7 +18,7 @@ from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.checkpoint import load_pretrained
 from timm_tmblock.errors import InputError
 from timm_tmblock.layers import TemplateMatching
-from timm_tmblock.models.tm_resnet import PreActBasic, PreActResNet
+from timm_tmblock.models.tm_resnet import PreActBasic, PreActBottleneck, PreActResNet
 
 # those that follow an addition or a concatenation: the first of each block and the last of the network, but for the
 # ResNets' first, which follows the stem alone; in the DenseNets also those of the transitions
@@ -38,6 +39,14 @@ def outputs(model, x):
         if model.has_template_matching:
             return (model(x), model.forward_features(x), *model.forward_patch_logits(x))
         return model(x), model.forward_features(x)
+
+
+def test_network_with_a_wrapped_first_block_fuses_to_the_same_outputs(trained_like):
+    model = trained_like('rn26_tm')
+    x = torch.randn(3, 3, 32, 32)
+    expected = outputs(model, x)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, PreActBottleneck))
+    assert_equal(outputs(model.fuse(), x), expected)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(img_size=84, num_classes=100)])

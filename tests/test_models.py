@@ -83,9 +83,13 @@ def test_oblong_images_get_patches_of_their_shorter_side():
 
 @pytest.mark.parametrize('name', ['rn20_tm', 'rn26_tm', 'wrn16', 'dn100_tm'])
 @pytest.mark.parametrize('img_size', [24, 32, 50, 84, 130, (48, 160)])
-def test_pooled_map_of_the_config_is_that_of_the_image_size(name, img_size):
-    model = timm.create_model(name, img_size=img_size, device='meta')
-    side = model.forward_features(torch.empty(2, *model.pretrained_cfg['input_size'], device='meta')).shape[2:]
+@pytest.mark.parametrize('by', ['img_size', 'overlay'])
+def test_pooled_map_of_the_config_is_that_of_the_image_size(name, img_size, by):
+    size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+    kwargs = dict(img_size=img_size) if by == 'img_size' else dict(pretrained_cfg_overlay=dict(input_size=(3, *size)))
+    model = timm.create_model(name, device='meta', **kwargs)
+    assert model.img_size == model.pretrained_cfg['input_size'][1:] == size
+    side = model.forward_features(torch.empty(2, 3, *size, device='meta')).shape[2:]
     assert model.pretrained_cfg['pool_size'] == side
 
 

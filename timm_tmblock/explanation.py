@@ -39,7 +39,7 @@ _HEAT = np.array([
 ], dtype=float)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Explanation:
     """What a network made of an image, region by region.
 
@@ -71,7 +71,7 @@ class Explanation:
             name: The predicted class if None; if that has no template, the one most probable over all regions.
 
         Raises:
-            InputError: If there is no such class.
+            InputError: If there is no such class, or it has no template.
         """
         if name is None:
             best = int(self.probabilities.argmax())
@@ -81,7 +81,12 @@ class Explanation:
             if name not in self.template_names:
                 return int(self.patch_probabilities.mean(axis=(1, 2)).argmax())
         if name not in self.template_names:
-            raise InputError(f'There is no class {name!r}; the classes are {", ".join(self.template_names)}.')
+            names = ', '.join(self.template_names)
+            if name in self.class_names:
+                raise InputError(
+                    f'{name!r} has no template of its own; use method="cam" (--method cam) or a template of {names}.')
+            kind = 'classes' if list(self.template_names) == list(self.class_names) else 'templates'
+            raise InputError(f'There is no class {name!r}; the {kind} are {names}.')
         return list(self.template_names).index(name)
 
     def heat_map(self, class_name: Optional[str] = None) -> np.ndarray:
@@ -118,6 +123,10 @@ class Explanation:
             InputError: If there is no such class.
         """
         return _draw(self, class_name, size)
+
+    def _repr_png_(self) -> Optional[bytes]:
+        """The picture, as notebooks show it."""
+        return self.picture()._repr_png_()
 
 
 class Explainer:

@@ -101,4 +101,6 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert(mode)
+    image = image.convert(mode)  # a copy
+    image.info.clear()  # of EXIF data too, by which the next reader would turn it again
+    return image

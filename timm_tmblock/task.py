@@ -84,10 +84,19 @@ class TemplateMatchingTask(ClassificationTask):
         found = None if module is None else unwrap_model(module)
         return found if isinstance(found, PatchSupervised) else None
 
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile the model before DDP wrapping; returns what is evaluated, of `PatchSupervised(model)` the model."""
+        supervised = self._find_auxiliary()
+        compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
+        if supervised is None:
+            return compiled
+        self.eval_model = torch.compile(supervised.model, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """Return the model for validation and checkpoints: of `PatchSupervised(model)`, the model."""
-        if module is None and ema and hasattr(self, 'eval_model_ema'):  # set by compile_ema()
-            return self.eval_model_ema
+        if module is None and hasattr(self, 'eval_model_ema' if ema else 'eval_model'):  # set when it was compiled
+            return super().get_eval_model(ema=ema)
         supervised = self._find_auxiliary(module, ema)
         return super().get_eval_model(module, ema) if supervised is None else supervised.model
 

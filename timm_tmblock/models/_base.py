@@ -427,8 +427,7 @@ def create_network(
     # what a folder was laid out for: its config may have images of another size, and those asked for come first
     was_saved = img_size is not None and to_2tuple(img_size) == to_2tuple(saved.get('img_size'))
     img_size = input_size if img_size is None or was_saved and 'input_size' in overlay else to_2tuple(img_size)
-    resized = img_size != input_size and not was_saved
-    if resized:
+    if img_size != input_size and not was_saved:
         overlay.update(input_size=(cfg.input_size[0], *img_size), pool_size=None)
     model = build_model_with_cfg(
         model_cls,
@@ -440,12 +439,14 @@ def create_network(
         img_size=img_size,
         **kwargs,
     )
-    if isinstance(model, TemplateMatchingNet) and resized:
+    if not isinstance(model, TemplateMatchingNet):  # but its features
+        return model
+    if img_size == tuple(model.pretrained_cfg['input_size'][1:]):
         model.pretrained_cfg['pool_size'] = model.map_size
-    if isinstance(model, TemplateMatchingNet) and model.has_template_matching:
+    if model.has_template_matching:
         # a saved model is rebuilt from these, then perhaps with another number of classes
         update_model_args(model, num_templates=model.tm.num_templates)
-    if img_size != (32, 32) and isinstance(model, TemplateMatchingNet):
+    if img_size != (32, 32):
         _logger.info(
             '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
             variant, *img_size, model.patch_reduction, model.patch_size, model.patch_size)

@@ -109,9 +109,10 @@ class DenseStage(nn.Module):
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
                 return checkpoint_seq(self.blocks, x)
-            # the device is checked last: under torch.fx `x` is a Proxy without one
-            if self.memory_efficient is not False and can_share_features(self.blocks, x, DenseLayer) \
-                    and (self.memory_efficient or x.device.type == 'cpu'):
+            # under torch.fx `x` is a Proxy without a device; the last check is the long one
+            if type(x) is torch.Tensor and (
+                    x.device.type == 'cpu' if self.memory_efficient is None else self.memory_efficient
+            ) and can_share_features(self.blocks, x, DenseLayer):
                 return forward_shared(self.blocks, x)
         return self.blocks(x)
 

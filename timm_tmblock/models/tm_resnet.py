@@ -305,7 +305,8 @@ class PreActResNet(TemplateMatchingNet):
         """
         super().fuse()
         first: Any = self.get_submodule('layer1.blocks.0')
-        if first.shortcut is not None:  # otherwise the stem's output is needed before the norm too
+        # without a shortcut of its own the stem's output is needed before the norm too; wrappers keep the norm
+        if isinstance(first, (PreActBottleneck, PreActBasic)) and first.shortcut is not None:
             self.conv1, first.norm1 = fuse_conv_norm(self.conv1, first.norm1)
         return self
 
