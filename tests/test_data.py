@@ -208,6 +208,17 @@ def test_processes_decode_the_same_in_the_same_order(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)  # a run goes on with the numbers it would have had
 
 
+def test_divisions_of_grey_images_are_those_of_the_coloured_ones():
+    dataset = open_dataset('sample', 'test[:30]')
+    digest = partial(hash_pixels, seed=0)
+    colour, grey = (
+        decode(dataset, DataConfig((channels, 32, 32), (0,), (1,)), progress=False, digest=digest)
+        for channels in (3, 1))
+    assert list(grey.digests) == list(colour.digests) and len(set(grey.digests)) == 30
+    for image, (source, _) in zip(grey.images, dataset):
+        np.testing.assert_array_equal(image[0].numpy(), np.asarray(source.convert('L')))
+
+
 def test_sample_is_stratified():
     for split, n in (('train', 150), ('test', 50)):
         dataset = open_dataset('sample', split)
@@ -299,7 +310,8 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
 
 @pytest.mark.parametrize('name, split, kwargs, message', [
     ('hfds/does/not-exist', 'train', {}, 'Cannot open'),
-    ('torch/nothing', 'train', {}, 'Cannot open'),
+    ('torch/nothing', 'train', dict(root='.'), 'Cannot open'),
+    ('torch/cifar10', 'train', {}, 'torchvision reads torch/cifar10 from a folder; name it with --data-dir'),
     ('missing_folder', 'train', {}, 'Cannot open .* there is no such folder; sets of the Hub are named hfds/USER/NAME'),
     ('sample', 'holdout', {}, 'holdout'),
     ('sample', 'test', dict(root='elsewhere'), '--dataset names a folder of images, not --data-dir'),

@@ -105,6 +105,10 @@ def test_dense_networks_can_take_less_memory_of_a_gpu(monkeypatch, model, on_gpu
 
 
 def test_advice_on_memory_can_be_followed_with_graphs():
+    captured = advise_on_memory(parse_args([
+        '--torchcompile', '--torchcompile-mode', 'reduce-overhead', '--batch-size', '8']))
+    assert '--batch-size 4, for updates of half as many images, or --grad-checkpointing' in captured
+    assert '--grad-accum-steps' not in captured  # which it cannot have
     advice = advise_on_memory(parse_args(['--cuda-graph', '--batch-size', '8']))
     assert '--batch-size 4 --grad-accum-steps 2 --no-cuda-graph, which' in advice
 

@@ -21,6 +21,7 @@ from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
 from train.engine import _configure_deepspeed, create_accelerator
+from train.model import network
 from train.optim import create_schedule, resolve_lr
 from train.record import create_folder_name
 from train.train import Trainer, main
@@ -187,6 +188,18 @@ def test_fsdp_in_16_bits_is_refused(monkeypatch):
     assert not args.channels_last  # which FSDP2 has no parameters in
     with pytest.raises(InputError, match='FSDP casts batch norms .* use --mixed-precision no'):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
+
+
+def test_script_ends_with_its_result_where_the_launcher_leaves_settings_open(tmp_path, forks):
+    flags = ['--output', str(tmp_path), '--max-steps', '1']
+    done = forks.run('train/train.py', *TINY, *flags, ACCELERATE_GRADIENT_ACCUMULATION_STEPS='auto')
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])['updates'] == 1
+
+
+def test_fsdp_compiles_nothing(monkeypatch):
+    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
+    with pytest.raises(InputError, match='FSDP gathers .* leave out --torchcompile'):
+        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--torchcompile', 'aot_eager']))
 
 
 def test_fsdp_does_not_clip_by_value(monkeypatch):
@@ -396,7 +409,7 @@ def test_weights_that_say_nothing_of_themselves_are_tuned_to_other_classes(tmp_p
     name = 'layer1.blocks.0.conv1.weight'
     assert torch.equal(model.state_dict()[name], before[name].float())
     save_file({'layer1.blocks.0.conv1.weight': torch.zeros(1)}, tmp_path / 'part.safetensors')
-    with pytest.raises(InputError, match='does not hold weights of rn26_tm: it has no fc.weight'):
+    with pytest.raises(InputError, match='These settings of rn26_tm cannot be used: size mismatch for layer1'):
         create_trainer(tmp_path, '--initial-checkpoint', str(tmp_path / 'part.safetensors'))
 
 
@@ -523,6 +536,15 @@ def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(
     assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['moved.safetensors'])
 
 
+@pytest.mark.parametrize('flag', ['--checkpoint-hist', '--val-interval'])
+@pytest.mark.parametrize('held_out', [['--val-fraction', '0'], ['--pool', '80', '0', '20']])
+def test_flags_of_validation_need_images_for_it(flag, held_out):
+    with pytest.raises(InputError, match=f'^{flag} only applies with images held out, by --val-fraction or --val-s'):
+        parse_args([flag, '2', *held_out])
+    for others in ([], ['--val-split', 'test'], ['--pool', '65', '15', '20']):
+        parse_args([flag, '2', *others])
+
+
 @pytest.mark.parametrize('flags, recipe, needed', [
     (['--kd-temperature', '2'], 'kd_checkpoint: a.safetensors', 'a teacher, --kd-model-name or --kd-checkpoint'),
     (['--model-ema-decay', '0.9'], 'model_ema: true', '--model-ema'),
@@ -609,6 +631,56 @@ def test_grey_networks_have_the_mean_of_the_colours(tmp_path):
     assert explain(model, ROOT / 'train' / 'sample' / 'images' / 'ship.png').image.size == (32, 32)
     with pytest.raises(InputError, match='--mean and --std need 1 values each'):
         main([*flags, '--output', str(tmp_path / 'b'), '--model-kwargs', 'in_chans=1', '--mean', '.5', '.5', '.5'])
+
+
+@pytest.mark.parametrize('before, after, mean', [(3, 1, [0.3]), (1, 3, [0.2, 0.2, 0.2])])
+def test_weights_of_other_channels_are_a_start(tmp_path, before, after, mean):
+    source_network = timm.create_model('rn20', in_chans=before)
+    source = [0.1, 0.2, 0.6] if before == 3 else [0.2]
+    save_weights(tmp_path / 'w.safetensors', source_network.state_dict(), dict(
+        model='rn20', num_classes=10, input_size=[before, 32, 32], mean=source, std=source,
+        model_args=dict(in_chans=before) if before != 3 else {}))
+    trainer = create_trainer(
+        tmp_path, '--model', 'rn20', '--initial-checkpoint', str(tmp_path / 'w.safetensors'), '--model-kwargs',
+        f'in_chans={after}')
+    assert trainer.data_config.input_size[0] == after and trainer.data_config.mean == pytest.approx(mean)
+    weight = network(trainer.model).conv1.weight
+    kernel = source_network.conv1.weight
+    expected = kernel.sum(1, keepdim=True) if after == 1 else kernel.repeat(1, 3, 1, 1) / 3
+    torch.testing.assert_close(weight, expected)
+
+
+def save_foreign(path, model):
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return str(path)
+
+
+def test_undescribed_weights_of_other_classes_are_not_measured(tmp_path):
+    for num_classes, message in ((7, 'has 7 classes and sample has 10'), (0, 'it has no fc.weight')):
+        weights = save_foreign(tmp_path / 'w.safetensors', timm.create_model('rn20', num_classes=num_classes))
+        with pytest.raises(InputError, match=message):
+            main([*TINY, '--output', str(tmp_path), '--model', 'rn20', '--initial-checkpoint', weights, '--eval-only'])
+
+
+def test_weights_without_a_classifier_are_a_start(tmp_path):
+    headless = timm.create_model('rn20', num_classes=0)
+    weights = save_foreign(tmp_path / 'w.safetensors', headless)
+    trainer = create_trainer(tmp_path, '--model', 'rn20', '--initial-checkpoint', weights)
+    found = network(trainer.model)
+    assert found.fc.weight.shape[0] == 10
+    assert all(torch.equal(v, found.state_dict()[k]) for k, v in headless.state_dict().items())
+
+
+def test_undescribed_weights_of_a_shallower_network_are_refused(tmp_path):
+    for num_classes in (7, 0, 10):
+        weights = save_foreign(tmp_path / 'w.safetensors', timm.create_model('rn26', num_classes=num_classes))
+        with pytest.raises(InputError, match='These settings of rn38 cannot be used: .*layer1.blocks.2'):
+            create_trainer(tmp_path, '--model', 'rn38', '--initial-checkpoint', weights)
+
+
+def test_pretrained_weights_out_of_reach_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match='The pretrained weights of resnet10t cannot be had .* leave out --pretrained'):
+        create_trainer(tmp_path, '--model', 'resnet10t', '--pretrained')
 
 
 def test_grey_teacher_of_colour_images_is_refused(tmp_path):

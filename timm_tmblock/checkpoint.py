@@ -218,20 +218,23 @@ def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) 
         raise InputError(f'{path} holds weights of {described}, not of {name}.')
 
 
-def count_classes(path: Union[str, Path], name: str) -> int:
+def count_classes(path: Union[str, Path], name: str, default: Optional[int] = None) -> int:
     """How many classes the classifier in a weight file has.
 
     Args:
         path: Weight file.
         name: Model it is of.
+        default: What to return if it has no classifier.
 
     Raises:
-        InputError: If it has no classifier.
+        InputError: If it has no classifier, and there is no default.
     """
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     if isinstance(classifier, (tuple, list)):  # of a network with several
         classifier = classifier[0]
     with safe_open(path, 'pt') as file:
         if f'{classifier}.weight' not in file.keys():
+            if default is not None:
+                return default
             raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.')
         return int(file.get_slice(f'{classifier}.weight').get_shape()[0])

@@ -90,8 +90,9 @@ class TemplateMatchingTask(ClassificationTask):
         compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
         if supervised is None:
             return compiled
-        self.eval_model = torch.compile(supervised.model, backend=backend, mode=mode, **compile_kwargs)
-        return self.eval_model
+        eval_model: Any = torch.compile(supervised.model, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = eval_model
+        return eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """Return the model for validation and checkpoints: of `PatchSupervised(model)`, the model."""

@@ -324,6 +324,7 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
     """
     has_teacher = args.kd_model_name or args.kd_checkpoint
     mixes = args.mixup or args.cutmix
+    validates = args.pool[1] if args.pool else args.val_split or count_held_out(vars(args))
     for flags, needed, have in (
             (['kd_temperature'], 'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
             (['model_ema_decay', 'model_ema_warmup'], '--model-ema', args.model_ema),
@@ -333,6 +334,7 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
             (['remode', 'recount'], '--reprob', args.reprob),
             (['lr_base_size', 'lr_base_scale'], '--lr-base', args.lr_base is not None),
             (['layer_decay_min_scale'], '--layer-decay', args.layer_decay is not None),
+            (['checkpoint_hist', 'val_interval'], 'images held out, by --val-fraction or --val-split', validates),
             (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
         for flag in flags:
             if flag in given and not have:

@@ -115,6 +115,8 @@ def open_dataset(
                 kwargs['input_key'] = ';'.join(IMAGE_SUFFIXES)
         elif rest.lower() in HALVED and split not in SPLIT_NAMES:
             raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
+        elif not root:
+            raise InputError(f'torchvision reads {name} from a folder; name it with --data-dir.')
     try:
         dataset = create_dataset(name, **kwargs)
         size = len(dataset)
@@ -213,7 +215,8 @@ def get_class_names(dataset: Any) -> List[str]:
     reader = getattr(dataset, 'reader', dataset)
     class_to_idx = getattr(reader, 'class_to_idx', None)
     if not class_to_idx:
-        raise InputError('The label column does not say its classes; cast it to datasets.ClassLabel first.')
+        raise InputError(
+            'The dataset does not say its classes; of an hfds/ set cast the label column to datasets.ClassLabel first.')
     names: Dict[int, str] = {}
     for name, index in class_to_idx.items():
         names.setdefault(index, str(name))  # of ImageNet's several the first
@@ -268,6 +271,8 @@ class _Chunks(Dataset):
             image, targets[i] = self.source[row]
             if self.digest is not None:
                 digests.append(self.digest(_to_pixels(image)))
+            if self.config.input_size[0] == 1:
+                image = image.convert('L')
             images[i] = _to_uint8(image, self.config, self.resize)
         return images, targets, digests
 
@@ -287,7 +292,8 @@ def decode(
         dataset: Split as opened by timm.
         config: What the network takes.
         progress: Show a bar.
-        digest: What is kept of the pixels (C, H, W) of each image beside them, in the size it is stored in.
+        digest: What is kept of the pixels (3, H, W) of each image beside them, in the size it is stored in and, for
+            grey networks too, in colour.
         labelled: Refuse images without a label.
         num_workers: Most processes to share the work with, of a set that is large enough.
         rows: Images to decode, all if None.
@@ -296,7 +302,7 @@ def decode(
         InputError: If an image cannot be read; if a process read it, the sentence is the last line.
     """
     class_names = get_class_names(dataset)
-    source = ImageSet(dataset, config.input_size[0], labelled, rows)
+    source = ImageSet(dataset, 3, labelled, rows)
     workers = min(num_workers, os.cpu_count() or 1, len(source) // WORTH_A_PROCESS)
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)

@@ -37,7 +37,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
     compiler = _create_compiler(args)
-    if args.grad_accum_steps > 1 and _captures_graphs(args):
+    if args.grad_accum_steps > 1 and captures_graphs(args):
         raise InputError(
             'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
             'leave out one of the two.')
@@ -79,6 +79,10 @@ def create_accelerator(args: Namespace) -> Accelerator:
             raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
         if args.clip_grad is not None and args.clip_mode == 'value':
             raise InputError('Accelerate does not clip by value under FSDP; use --clip-mode norm.')
+        if args.torchcompile:
+            raise InputError(
+                'FSDP gathers the weights of a compiled model in its compiled call alone, which validation does not '
+                'make; leave out --torchcompile.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
@@ -134,11 +138,11 @@ def _check_cuda_graph(args: Namespace) -> None:
         raise InputError(
             '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
             '1.')
-    if _captures_graphs(args):
+    if captures_graphs(args):
         raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
 
 
-def _captures_graphs(args: Namespace) -> bool:
+def captures_graphs(args: Namespace) -> bool:
     """Whether the compiler replays CUDA graphs."""
     if args.torchcompile != 'inductor':
         return args.torchcompile == 'cudagraphs'

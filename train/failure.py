@@ -11,6 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from timm_tmblock.errors import InputError
 from train.checkpoint import KEEP
+from train.engine import captures_graphs
 
 
 def advise_on_memory(args: Namespace) -> str:
@@ -23,9 +24,11 @@ def advise_on_memory(args: Namespace) -> str:
         other = '--grad-checkpointing'
     if not half:
         return f'use a smaller model or image size, or {other}'
+    fails = f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half}'
+    if captures_graphs(args):  # which add up no gradients
+        return f'{fails}, for updates of half as many images, or {other}'
     return (
-        f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half} '
-        f'--grad-accum-steps {2 * args.grad_accum_steps}{" --no-cuda-graph" if args.cuda_graph else ""}, '
+        f'{fails} --grad-accum-steps {2 * args.grad_accum_steps}{" --no-cuda-graph" if args.cuda_graph else ""}, '
         f'which makes updates of as many images (batch norm sees fewer at a time), or {other}')
 
 

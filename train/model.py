@@ -1,7 +1,8 @@
 """The network to train: its name, its image size, and what is left of it after training."""
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
@@ -12,7 +13,7 @@ from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import check_model, check_tag, count_classes, read_description
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, say_why_not_loaded
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
 from train.data import check_classes
@@ -53,9 +54,13 @@ def take_up_checkpoint(args: Namespace) -> None:
     sized = 'img_size' in args.model_kwargs
     kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
     args.model_kwargs = {**kept, **args.model_kwargs}
+    channels = args.model_kwargs.get('in_chans', 3)
     for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
         if getattr(args, key) is None:
-            setattr(args, key, description.get(key))
+            value = description.get(key)
+            if key in ('mean', 'std') and value and len(value) != channels:  # grey of colours, or the reverse
+                value = [sum(value) / len(value)] * channels
+            setattr(args, key, value)
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     _, height, width = description.get('input_size', cfg.input_size)
     if args.img_size is None and not sized and height == width and height != cfg.input_size[-1]:
@@ -71,30 +76,39 @@ def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None
     file = folder / 'last.safetensors' if args.resume else args.initial_checkpoint if args.eval_only else None
     if file is not None and Path(file).is_file():
         description = read_description(file)
+        number = description.get('num_classes') or count_classes(file, args.model)
     elif args.eval_only and args.pretrained:
         description, file = vars(timm.get_pretrained_cfg(args.model) or PretrainedCfg()), args.model
+        number = description['num_classes']
     else:
         return
-    names = list_class_names(description) or [f'class {i}' for i in range(description.get('num_classes') or 0)]
-    if names:
-        check_classes(str(file), names, args.dataset, class_names)
+    names = list_class_names(description) or [f'class {i}' for i in range(number)]
+    check_classes(str(file), names, args.dataset, class_names)
 
 
 def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
-    overlay = None
+    overlay: Optional[Dict[str, Any]] = None
     if args.initial_checkpoint and not args.resume:
         description = read_description(args.initial_checkpoint)
         # the classifier is kept where the number of classes is the same, as with any weights of timm
         cfg = timm.get_pretrained_cfg(args.model)
         num_classes = description.get('num_classes') or (
-            count_classes(args.initial_checkpoint, args.model) if cfg and cfg.classifier else len(class_names))
+            count_classes(args.initial_checkpoint, args.model, 0) if cfg and cfg.classifier else len(class_names))
         overlay = dict(file=args.initial_checkpoint, num_classes=num_classes)
+        if cfg and 'input_size' in description:  # for the channels, which timm fits to those of the network
+            overlay.update(input_size=(description['input_size'][0], *cfg.input_size[1:]))
     templates = args.model_kwargs.get('num_templates', len(class_names))
     if templates != len(class_names):
         raise InputError(
             f'num_templates={templates} leaves no template for each of the {len(class_names)} classes, which the patch '
             f'loss compares; leave it out.')
-    with refusing(f'These settings of {args.model}'):
+    with refusing(f'These settings of {args.model}'), _refusing_weights_out_of_reach(args.model):
+        if overlay and not description and num_classes != len(class_names):
+            # timm, which leaves out their classifier, would pass over other weights that are missing, too
+            with torch.random.fork_rng(devices=[]):
+                timm.create_model(
+                    args.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes,
+                    **args.model_kwargs)
         model = timm.create_model(
             args.model,
             pretrained=overlay is not None or (args.pretrained and not args.resume),
@@ -110,6 +124,16 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return PatchSupervised(model) if args.aux_head else model
+
+
+@contextmanager
+def _refusing_weights_out_of_reach(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:  # of the Hub and the network
+        raise InputError(
+            f'The pretrained weights of {name} cannot be had ({say_why_not_loaded(e)}); download them where there is a '
+            f'network, or leave out --pretrained.') from e
 
 
 def network(model: torch.nn.Module) -> torch.nn.Module:

@@ -53,7 +53,7 @@ def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[I
 
     Args:
         dataset: Set to split, with `hash_pixels` of each image as it is stored for digests, so that networks of all
-            input sizes have the same parts.
+            input sizes, and of grey images too, have the same parts.
         fractions: Size of each part relative to their sum.
     """
     order = sorted(range(len(dataset)), key=dataset.digests.__getitem__)

@@ -38,7 +38,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
@@ -523,6 +523,6 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 if __name__ == '__main__':
     with exiting_on_input_error(), leaving_it_to_the_first():
         result = main()
-    if Accelerator().is_main_process:
+    if PartialState().is_main_process:
         print(to_json(result))
     leave_hanging()
