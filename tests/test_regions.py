@@ -67,7 +67,7 @@ def test_sample_has_the_same_number_of_each_class_and_no_region_twice():
 @pytest.mark.parametrize('name, patch_size', [('rn26_tm', 4), ('dn100_tm_cat', 3)])
 def test_embeddings_are_what_the_layers_give(trained_like, name, patch_size):
     model = trained_like(name, patch_size=patch_size).double()
-    sample = draw_sample(make_set([3] * 10), map_size(model), 1, 5, seed=0)
+    sample = draw_sample(make_set([3] * 10), map_size(model, (32, 32)), 1, 5, seed=0)
     found = embed_regions(model, sample, batch_size=3)
     mean, std = (torch.tensor(model.pretrained_cfg[k]).double().view(1, -1, 1, 1) for k in ('mean', 'std'))
     x = (torch.from_numpy(sample.images).permute(0, 3, 1, 2).double() / 255 - mean) / std
@@ -132,7 +132,14 @@ def test_mixing_is_measured_as_by_a_loop_over_regions(trained_like, name):
 def test_map_is_as_large_as_that_of_the_patch_logits(name):
     model = timm.create_model(name).eval()
     with torch.no_grad():
-        assert map_size(model) == model.forward_patch_logits(torch.zeros(1, 3, *model.img_size))[1].shape[2:]
+        for size in (model.img_size, (32, 48)):
+            assert map_size(model, size) == model.forward_patch_logits(torch.zeros(1, 3, *size))[1].shape[2:]
+
+
+def test_networks_laid_out_for_other_images_are_not_compared(tmp_path):
+    big = save(tmp_path / 'big.safetensors', 'rn26_tm', list(CIFAR10_LABELS), img_size=64)  # 8×8 at 64 pixels
+    with pytest.raises(InputError, match='have feature maps of different sizes'):
+        main(['geometry', big, '--baseline', 'rn26', '--images-per-class', '3', '--regions', '2'])
 
 
 def test_networks_whose_files_are_called_alike_are_told_apart(tmp_path):
@@ -141,8 +148,8 @@ def test_networks_whose_files_are_called_alike_are_told_apart(tmp_path):
         for run, name in (('a', 'rn26_tm'), ('b', 'rn26'))]
     flags = ['--baseline', files[1], '--images-per-class', '3', '--regions', '2', '--output', str(tmp_path / 'g')]
     spaces = main(['geometry', files[0], *flags])['spaces']
-    assert list(spaces) == [f'{files[1]}: {layer}' for layer in ('stage 3', 'patch mean')] + [
-        f'{files[0]}: {layer}' for layer in ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')]
+    assert list(spaces) == [f'b.last: {layer}' for layer in ('stage 3', 'patch mean')] + [
+        f'a.last: {layer}' for layer in ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')]
 
 
 def test_command_leaves_out_where_files_go_and_nothing_else():

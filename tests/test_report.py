@@ -270,10 +270,11 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     uncertain = make_geometry(output)
     uncertain['spaces']['rn26: stage 3']['class_neighbour_rate_error'] = 0.5  # of the baseline alone
     assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (FAILS if verdict == FAILS else UNDECIDED)
-    of_files = make_geometry(output, model='best')  # spaces have the names of files without their place
-    of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/rn26.safetensors')
+    of_files = make_geometry(output, model='a.best')  # spaces have the names of runs
+    of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/last.safetensors')
+    of_files['spaces'] = {name.replace('rn26:', 'b.last:'): x for name, x in of_files['spaces'].items()}
     assert verdicts(geometry={'rn26_tm.a': of_files})[CLUSTERED] == found
-    animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})['There animals lie apart from vehicles']
+    animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})['There animals lie apart from vehicles (here: likewise)']
     assert animals[0] == verdict + scope and animals[1].endswith('50 % by chance')
 
 

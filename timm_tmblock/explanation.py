@@ -314,7 +314,7 @@ def _visible(image: Image.Image, width: int, height: int, crop_pct: float, crop_
 
 
 def class_color(index: int) -> Tuple[int, int, int]:
-    """Colour of a class in every picture, RGB in [0, 255]."""
+    """Colour of a class, RGB in [0, 255]."""
     if index < len(_COLORS):
         c = _COLORS[index]
         return int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)

@@ -1,9 +1,9 @@
 """What the paper claims, and what the committed results say of it."""
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Set, Tuple
 
+from train.analysis import name_network
 from train.comparison import FAILS, HOLDS, MARGIN, UNDECIDED, Comparison, Difference, compare_others, find_last
 from train.evidence import Evidence
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
@@ -214,7 +214,7 @@ def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """The measures of each embedding by its name without the network's; those of a baseline as 'baseline NAME'."""
     found = {}
     baseline = str(analysis['settings'].get('baseline'))
-    names = (baseline, Path(baseline).name.removesuffix('.safetensors'))  # of a file the spaces have the name alone
+    names = (baseline, name_network(baseline))
     for name, space in analysis['spaces'].items():
         network, _, layer = name.rpartition(': ')
         found[f'baseline {layer}' if network and network in names else layer] = space
@@ -359,7 +359,8 @@ def judge(evidence: Evidence) -> List[Claim]:
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline (here: "
          'more than single positions there)',
          '4.3, Figure 5', judge_block_output(evidence)),
-        ('There animals lie apart from vehicles', '4.3, Figure 5', judge_block_output(evidence, 'superclass')),
+        ('There animals lie apart from vehicles (here: likewise)', '4.3, Figure 5',
+         judge_block_output(evidence, 'superclass')),
         ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
          'mean over the patch and than the class scores that weight them)',
          '4.3, Figure 5', judge_value_vectors(evidence)),

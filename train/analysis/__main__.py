@@ -25,17 +25,18 @@ from timm_tmblock.analysis import measure_maximizer
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
 from timm_tmblock.models._labels import list_class_names
-from train.analysis import FILLS
+from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
 from train.config import HelpFormatter, Parser, positive, seed
-from train.data import InMemorySet, add_data_options, check_classes, decode, open_named
+from train.data import InMemorySet, add_data_options, check_classes, decode, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions
 from train.runner import resolve_device
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
+WORKERS = 4  # processes that decode large sets
 FIRST = 'the first of the split, or a draw where it lies sorted by class'
 
 
@@ -116,16 +117,16 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     config = DataConfig(
         tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
         crop_pct=cfg['crop_pct'], crop_mode=cfg.get('crop_mode', 'center'))
-    data = decode(open_named(args, config.input_size[0]), config)
+    dataset = open_named(args, config.input_size[0])
     names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
-    check_classes(args.model, names, args.dataset, data.class_names)
-    return data
+    check_classes(args.model, names, args.dataset, get_class_names(dataset))
+    return decode(dataset, config, num_workers=WORKERS)
 
 
 def take_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     """As many as the settings say: the first, or a draw where the split lies sorted by class, as folders do."""
     data = open_images(args, model)
-    if len(data) > args.images and bool((data.targets.diff() >= 0).all()):
+    if bool((data.targets.diff() >= 0).all()):  # where the image after one would be of its class
         return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.images])
     return data.subset(torch.arange(min(args.images, len(data))))
 
@@ -140,11 +141,6 @@ def say_sample(args: argparse.Namespace, sample: Sample) -> str:
             f'{sample.places.shape[1]} regions of each')
 
 
-def label(name: str) -> str:
-    """A network as pictures call it: without the place of its file."""
-    return Path(name).name.removesuffix('.safetensors')
-
-
 def check_templates(name: str, model: Any) -> None:
     """
     Raises:
@@ -157,8 +153,9 @@ def check_templates(name: str, model: Any) -> None:
 
 
 def sample_regions(args: argparse.Namespace, model: Any) -> Sample:
-    return draw_sample(
-        open_images(args, model), map_size(model), args.images_per_class, args.regions, args.seed, args.max_regions)
+    data = open_images(args, model)
+    grid = map_size(model, data.images.shape[2:])
+    return draw_sample(data, grid, args.images_per_class, args.regions, args.seed, args.max_regions)
 
 
 Outcome = Tuple[Dict[str, Any], Any]  # values, and a Matplotlib figure, None where there is nothing to see
@@ -170,19 +167,19 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     networks = {args.model: model}
     if args.baseline:
         baseline = load_network(args.baseline, next(model.parameters()).device, False)
-        if map_size(baseline) != map_size(model):
+        if len({map_size(network, model.pretrained_cfg['input_size'][1:]) for network in (baseline, model)}) > 1:
             raise InputError(f'{args.baseline} and {args.model} have feature maps of different sizes.')
         classes = [list_class_names(network.pretrained_cfg) for network in (baseline, model)]
         if classes[0] != classes[1]:
             raise InputError(f'{args.baseline} and {args.model} have different classes.')
         networks = {args.baseline: baseline, args.model: model}
-    if len(set(map(label, networks))) == len(networks):  # files of two runs are called alike
-        networks = {label(name): network for name, network in networks.items()}
+    if len(set(map(name_network, networks))) == len(networks):  # files of two runs are called alike
+        networks = {name_network(name): network for name, network in networks.items()}
     sample = sample_regions(args, model)
     layers = ('stage 3', 'patch mean', 'shortcut', 'values', 'block output')
     spaces = {
-        f'{name}: {layer}': x
-        for name, network in networks.items() for layer, x in embed_regions(network, sample, layers).items()}
+        f'{name}: {layer}': x for name, network in networks.items()
+        for layer, x in embed_regions(network, sample, layers, model.patch_size).items()}
     measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
     values = dict(spaces=measures, chance=geometry.find_chance(sample))
@@ -206,7 +203,7 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
         mosaic.paint_mosaic(geometry.project(x, args.seed), patches, colors[color_of[sample.region_targets]])
         for x in spaces.values()]
     figure = mosaic.draw_mosaics(
-        mosaics, [f'{label(args.model)}: patches by their {name}' for name in spaces],
+        mosaics, [f'{name_network(args.model)}: patches by their {name}' for name in spaces],
         [f'{geometry.describe(measures[name])}' for name in spaces], names, colors)
     return dict(spaces=measures, chance=geometry.find_chance(sample)), figure
 
@@ -229,7 +226,7 @@ def run_words(args: argparse.Namespace, model: Any) -> Outcome:
     kinds = dict(purity='pure words', mixed_purity='mixed ones')
     purity = [f'{100 * values[key]:.0f} % in {kind}' for key, kind in kinds.items() if np.isfinite(values[key])]
     caption = (
-        f'{label(args.model)}: {args.words} words of {len(scores):,} patches ({say_sample(args, sample)}). '
+        f'{name_network(args.model)}: {args.words} words of {len(scores):,} patches ({say_sample(args, sample)}). '
         f'{100 * values["mixed_words"]:.0f} % of the words,\n{100 * values["mixed_patches"]:.0f} % of the patches, are '
         f'mixed: no class has half of the score. Nearest patches of the best class: {", ".join(purity)}.')
     figure = words.draw_words(
@@ -254,7 +251,7 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     predicted = torch.cat([logits.argmax(1) for logits, _ in outputs])
     matched = torch.cat([patches.argmax(1) for _, patches in outputs])
     curves = trust.follow(
-        model, images, targets, trust.create_explainers(model, map_size(model), args.seed, args.fill),
+        model, images, targets, trust.create_explainers(model, map_size(model, images.shape[2:]), args.seed, args.fill),
         args.steps, args.fill)
     summary = trust.summarize(curves)
     values = dict(
@@ -270,7 +267,7 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
             name: {key: getattr(c, key).mean(axis=0).round(5).tolist() for key in ('deletion', 'insertion')}
             for name, c in curves.items()},
     )
-    title = f'{label(args.model)}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
+    title = f'{name_network(args.model)}: {len(images):,} images of {Path(args.dataset).name} {args.split}'
     return values, trust.draw_trust(curves, summary, title, args.fill)
 
 
@@ -318,7 +315,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     args = create_parser().parse_args(argv)
     fill = getattr(args, 'fill', 'mean')
     name = args.command if fill == 'mean' else f'{args.command}_{fill}'
-    args.output = args.output or f'output/analysis/{label(args.model)}.{name}'
+    args.output = args.output or f'output/analysis/{name_network(args.model)}.{name}'
     device = resolve_device(args.device)
     with naming_failures('take fewer images or regions'):
         model = load_network(args.model, device, None if args.command == 'maximizer' else True)

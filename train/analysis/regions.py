@@ -1,6 +1,6 @@
 """Regions of images as the layers around template matching see them."""
 from dataclasses import dataclass
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -75,9 +75,9 @@ def draw_sample(
 
 
 @torch.inference_mode()
-def map_size(model: Any) -> Tuple[int, int]:
-    """Height and width of the map that patches are matched on."""
-    image = next(model.parameters()).new_zeros(1, model.in_chans, *model.img_size)
+def map_size(model: Any, size: Sequence[int]) -> Tuple[int, int]:
+    """Height and width of the map that patches of images of this height and width are matched on."""
+    image = next(model.parameters()).new_zeros(1, model.in_chans, *size)
     height, width = model._forward_trunk(image).shape[2:]
     return height, width
 
@@ -97,6 +97,7 @@ def embed_regions(
         model: Any,
         sample: Sample,
         layers: Sequence[str] = LAYERS,
+        patch_size: Optional[int] = None,
         batch_size: int = 200,
 ) -> Dict[str, np.ndarray]:
     """What layers around template matching make of the regions of a sample.
@@ -107,13 +108,14 @@ def embed_regions(
         layers: Of LAYERS: the input f of the block, its mean over the patch around each region (x_g of section 3.3),
             the two summands of the output, which are the projected f and the values f', the output of the block, which
             stage 4 takes, and the class probabilities of the patches.
+        patch_size: Of the mean over patches, the network's own if None.
         batch_size: Images at once.
 
     Returns:
-        (N, D) by layer, of those that the network has; a baseline has 'stage 3' and its mean over patches of the same
-        size, and where values are concatenated there is no 'shortcut'.
+        (N, D) by layer, of those that the network has; a baseline has 'stage 3' and its mean over patches, and where
+        values are concatenated there is no 'shortcut'.
     """
-    patch_mean = PatchMean(model.patch_size)
+    patch_mean = PatchMean(patch_size or model.patch_size)
     inputs: List[torch.Tensor] = []
     handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     parts: Dict[str, List[np.ndarray]] = {}
