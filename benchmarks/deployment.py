@@ -29,6 +29,7 @@ from export.images import Images
 from export.onnx import OnnxOptions, create_onnx, serialize
 from export.report import write_report
 from export.runtime import load
+from timm_tmblock.errors import exiting_on_input_error
 
 BATCH_SIZES = (1, 16, 64)
 LOADING = '''
@@ -169,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exiting_on_input_error():
+        main()

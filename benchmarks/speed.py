@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 
 from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
-from train.hardware import describe_hardware, describe_versions
+from train.hardware import describe_hardware, describe_versions, find_commit
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
          ('dn100_tm_cat', 'dn100')]
@@ -292,15 +292,16 @@ def main() -> None:
             print(f'{ratio.group}: {ratio.name}: {ratio.ratio:.3f}', file=sys.stderr, flush=True)
             gc.collect()
         torch.compiler.reset()
-    result = dict(
-        command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
-        machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),
-        ratios=[asdict(r) for r in ratios],
-    )
+        result = dict(
+            command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
+            machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),
+            commit=find_commit(),
+            ratios=[asdict(r) for r in ratios],
+        )
+        if args.output is not None:  # as far as it has come
+            write_report(args.output, result, render(result))
     if args.output is None:
         print(render(result))
-        return
-    write_report(args.output, result, render(result))
 
 
 if __name__ == '__main__':

@@ -38,8 +38,8 @@ from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import parse_args, positive
-from train.data import decode, open_dataset
-from train.hardware import describe_hardware, describe_versions
+from train.data import SAMPLE, decode, open_dataset
+from train.hardware import describe_hardware, describe_versions, find_commit
 from train.loader import InMemoryLoader
 from train.runner import resolve_device
 from train.train import Trainer
@@ -103,7 +103,7 @@ def epoch(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, 
     """Epochs of the trainer and of a bare loop over batches that are already augmented and in place."""
     images = args.steps * args.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        flags = ['--dataset', args.dataset, '--input-key', args.input_key or 'image', '--val-fraction', '0',
+        flags = ['--dataset', args.dataset, '--input-key', args.input_key, '--val-fraction', '0',
                  '--train-split', f'train[:{images}]', '--batch-size', str(args.batch_size), '--opt', 'muon', '--lr',
                  '0.01', '--mixed-precision', 'bf16', '--report-to', 'none', '--output', folder, '--epochs', '1000',
                  '--device', device.type]
@@ -142,8 +142,10 @@ def epoch(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, 
 
 def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, Any]]:
     """Our script and timm's, with cross-entropy on the baseline, which both can do. Rates are of the second epoch."""
-    common = ['--model', 'rn26', '--dataset', args.dataset, '--opt', 'momentum', '--lr', '0.05', '--epochs', '2',
-              '--batch-size', str(args.batch_size), '--warmup-epochs', '0', '--channels-last', '--workers', '2']
+    dataset, key = (f'hfds/{SAMPLE}', 'img') if args.dataset == 'sample' else (args.dataset, args.input_key)
+    common = ['--model', 'rn26', '--dataset', dataset, '--input-key', key, '--opt', 'momentum', '--lr', '0.05',
+              '--epochs', '2', '--batch-size', str(args.batch_size), '--warmup-epochs', '0', '--channels-last',
+              '--workers', '2', '--device', device.type]
     images = args.steps * args.batch_size
 
     def run(command: List[str]) -> str:
@@ -156,20 +158,17 @@ def timm_script(args: argparse.Namespace, device: torch.device) -> Iterator[Dict
     def ours() -> float:
         with tempfile.TemporaryDirectory() as folder:
             output = run([
-                str(ROOT / 'train' / 'train.py'), *common, '--input-key', args.input_key or 'image', '--train-split',
-                f'train[:{images}]', '--val-split', 'test[:256]', '--mixed-precision', 'bf16', '--output', folder,
-                '--report-to', 'none', '--device', device.type])
+                str(ROOT / 'train' / 'train.py'), *common, '--train-split', f'train[:{images}]', '--val-split',
+                'test[:256]', '--mixed-precision', 'bf16', '--output', folder, '--report-to', 'none'])
         result = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
         return result['images']['train'] // args.batch_size * args.batch_size / result['epoch_seconds'][1]
 
     def theirs() -> float:
         with tempfile.TemporaryDirectory() as folder:
             output = run([
-                args.timm_train, *common, '--input-key', args.input_key or 'image', '--train-split',
-                f'train[:{images}]', '--val-split', 'test[:256]', '--amp', '--amp-dtype', 'bfloat16',
-                '--output', folder,
-                '--device', device.type, '--device-modules', 'timm_tmblock', '--num-classes', '10', '--color-jitter',
-                '0', '--log-interval', '1', '--smoothing', '0'])
+                args.timm_train, *common, '--train-split', f'train[:{images}]', '--val-split', 'test[:256]', '--amp',
+                '--amp-dtype', 'bfloat16', '--output', folder, '--device-modules', 'timm_tmblock', '--num-classes',
+                '10', '--color-jitter', '0', '--log-interval', '1', '--smoothing', '0'])
         rates = re.findall(r'Train: 1 .*?Time: [\d.]+s,\s*[\d.]+/s\s*\(\s*[\d.]+s,\s*([\d.]+)/s\)', output)
         return float(rates[-1])
 
@@ -236,7 +235,7 @@ def render(result: Dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--dataset', default='sample')
-    parser.add_argument('--input-key')
+    parser.add_argument('--input-key', default='image')
     parser.add_argument('--split', default='train', help='images of the input path')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--batch-size', type=positive, default=128)
@@ -251,12 +250,14 @@ def main() -> None:
         raise InputError("The comparison with timm needs its script; name it with --timm-train.")
     device = resolve_device(args.device)
     groups = args.only or [g for g in GROUPS if dict(timm=args.timm_train, memory=device.type == 'cpu').get(g, True)]
-    rows = [row for group in groups for row in GROUPS[group](args, device)]
+    rows: List[Dict[str, Any]] = []
     result = dict(
         command=' '.join(['python benchmarks/training.py', *sys.argv[1:]]), hardware=describe_hardware(device),
-        versions=describe_versions(), rows=rows)
-    if args.output:
-        write_report(args.output, result, render(result))
+        versions=describe_versions(), commit=find_commit(), rows=rows)
+    for group in groups:
+        rows += GROUPS[group](args, device)
+        if args.output:  # as far as it has come
+            write_report(args.output, result, render(result))
 
 
 if __name__ == '__main__':

@@ -235,6 +235,7 @@ def run_bench(args: argparse.Namespace) -> None:
         to_markdown,
     )
     from export.report import write_report
+    from export.runtime import ENGINE_SUFFIXES
     from timm_tmblock.errors import InputError
     if not args.files and not args.torch:
         raise InputError('There is nothing to time; name files, or networks with --torch.')
@@ -255,7 +256,8 @@ def run_bench(args: argparse.Namespace) -> None:
     table = to_markdown(rows)
     print(table)
     if args.output:
-        result = dict(command='python -m export ' + shlex.join(sys.argv[1:]), **describe_machine(), rows=rows)
+        on_gpu = args.device == 'cuda' or any(path.suffix in ENGINE_SUFFIXES for path in args.files)
+        result = dict(command='python -m export ' + shlex.join(sys.argv[1:]), **describe_machine(on_gpu), rows=rows)
         versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
         write_report(args.output, result, f'`{result["command"]}`\n\n{result["hardware"]}; {versions}\n\n{table}')
         draw(rows, Path(f'{args.output}.png'))

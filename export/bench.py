@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from export.runtime import ENGINE_SUFFIXES, load
+from export.runtime import ENGINE_SUFFIXES, load, query_gpu
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -51,7 +51,8 @@ def open_file(path: Path, device: str, name: str = '') -> Contestant:
     is_engine = path.suffix in ENGINE_SUFFIXES
     runner = load(path) if is_engine else load(path, device, threads=torch.get_num_threads())
     shape = runner.preprocessing['input_size']
-    kind = 'TensorRT' if is_engine else f'ONNX Runtime {runner.session.provider.removesuffix("ExecutionProvider")}'
+    provider = runner.session.provider
+    kind = provider if is_engine else f'ONNX Runtime {provider.removesuffix("ExecutionProvider")}'
 
     def make_input(batch_size: int) -> np.ndarray:
         pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape[1:], shape[0]), dtype=np.uint8)
@@ -118,7 +119,7 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
                 f'compiler on a CPU (g++), or leave out --compile.') from e
 
     return Contestant(
-        f'PyTorch {"compiled" if compiled else "eager"} {precision}, {name}', call,
+        f'PyTorch {device.upper()} {"compiled" if compiled else "eager"} {precision}, {name}', call,
         lambda n: np.random.default_rng(0).standard_normal((n, *shape), dtype=np.float32))
 
 
@@ -165,21 +166,22 @@ def _time_calls(call: Call, x: np.ndarray, seconds: float) -> List[float]:
     return times
 
 
-def describe_machine() -> Dict[str, Any]:
-    """Hardware and versions, for the record."""
+def describe_machine(on_gpu: bool = False) -> Dict[str, Any]:
+    """Hardware and versions, for the record: the CPU with PyTorch's threads and, where something ran there, the GPU."""
     import importlib.metadata as md
 
     import torch
 
-    from train.hardware import describe_hardware
+    from train.hardware import describe_hardware, find_commit
     versions = {'python': platform.python_version()}
     for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'tensorrt', 'tensorrt-rtx', 'numpy'):
         try:
             versions[name] = md.version(name)
         except md.PackageNotFoundError:
             pass
+    hardware, gpu = describe_hardware(torch.device('cpu')), query_gpu() if on_gpu else None
     return dict(
-        hardware=describe_hardware(torch.device('cuda' if torch.cuda.is_available() else 'cpu')), versions=versions)
+        hardware=f'{gpu["name"]}, {hardware}' if gpu else hardware, versions=versions, commit=find_commit())
 
 
 def to_markdown(rows: Sequence[Dict[str, Any]]) -> str:

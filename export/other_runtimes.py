@@ -88,7 +88,7 @@ def compare(path: Path) -> Iterator[Dict[str, Any]]:
     runner = load(path, 'cpu')
     names = [output['name'] for output in runner.metadata['outputs']]
     images = runner.to_input(np.stack([runner.prepare(image)[1] for image in sorted(IMAGES.glob('*.png'))]))
-    expected = open_runtime(path)(images)
+    expected = runner.run(images)
     for name, (module, opener) in RUNTIMES.items():
         version = find_version(module)
         if version is None:
@@ -106,13 +106,6 @@ def compare(path: Path) -> Iterator[Dict[str, Any]]:
                 max_relative_difference=float(np.abs(worst - expected[i]).max() / np.abs(expected[i]).max()),
                 same_class=float((worst.argmax(1) == expected[i].argmax(1)).mean()))
         yield row
-
-
-def open_runtime(path: Path) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    return lambda x: session.run(None, {'image': x})
 
 
 def find_version(module: str) -> Optional[str]:

@@ -79,7 +79,8 @@ def quantize(
 
 
 def find_sensitive(graph: onnx.GraphProto, readers: bool) -> List[str]:
-    """Names of the convolutions that 8 bits hurt most for the little they compute: the stem, and those that read it.
+    """Names of the nodes that 8 bits hurt most for the little they compute: the stem, what reads pixels for it, and the
+    convolutions that read it.
 
     On rn26_tm, quantized alone and symmetrically, each of these three adds more error to the logits than any other
     convolution does.
@@ -88,11 +89,12 @@ def find_sensitive(graph: onnx.GraphProto, readers: bool) -> List[str]:
         graph: Network.
         readers: Take those that read the stem too.
     """
-    convs = [node for node in graph.node if node.op_type == 'Conv']
-    kept = [convs[0].name]
+    nodes = list(graph.node)
+    stem = next(i for i, node in enumerate(nodes) if node.op_type == 'Conv')
+    kept = [node.name for node in nodes[:stem + 1]]
     if not readers:
         return kept
-    outputs = set(convs[0].output)
+    outputs = set(nodes[stem].output)
     for node in graph.node:
         if outputs & set(node.input):
             if node.op_type in ('BatchNormalization', 'Relu'):

@@ -821,17 +821,21 @@ def parse_version(version: str) -> List[int]:
 
 
 def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
-    """What to do: the command of the sidecar, whose files are relative to the engine's folder, with whole paths."""
+    """What to do: the command of the sidecar, whose files are relative to the engine's folder, with whole paths.
+
+    A file that is a link, as in the Hub's cache, keeps its name.
+    """
     try:
         command = shlex.split(str(metadata['engine']['command']))
         for word in ('tensorrt', '--output'):
             i = command.index(word) + 1
-            command[i] = str((path.parent / command[i]).resolve())
+            command[i] = os.path.normpath(path.parent.resolve() / command[i])
     except (ValueError, IndexError):
         command = []
     if command[:4] != ['python', '-m', 'export', 'tensorrt']:  # not advice of ours
         return 'build it again with python -m export tensorrt'
-    return f'in a checkout of timm-tmblock build it again with "{shlex.join(command)}"'
+    fetch = '' if Path(command[4]).is_file() else f'put {Path(command[4]).name} back (of the Hub: by hf download), and '
+    return f'{fetch}in a checkout of timm-tmblock build it again with "{shlex.join(command)}"'
 
 
 # Metadata

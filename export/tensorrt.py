@@ -44,7 +44,7 @@ from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
 # that TensorRT's parser reads, by its documentation; newer ones it takes for what it knows, without a word
-OPSETS, OPSETS_BEFORE_10_13 = (9, 25), (9, 20)
+FIRST_OPSET, LAST_OPSETS = 9, ((25, [11, 5]), (24, [10, 13]), (20, [10, 0]))  # the last since which version
 BACKENDS = ('auto', 'tensorrt', 'tensorrt_rtx')
 HARDWARE = {'none': None, 'ampere+': 'AMPERE_PLUS', 'same-cc': 'SAME_COMPUTE_CAPABILITY'}
 Range = Tuple[int, int, int]  # smallest, preferred, largest
@@ -128,8 +128,7 @@ def build_engine(
     """
     trt = check_before_export(path, options, layers)
     gpu = query_gpu()
-    is_old = trt.__name__ == 'tensorrt' and parse_version(trt.__version__) < [10, 13]
-    model, metadata = read_onnx(onnx_path, OPSETS_BEFORE_10_13 if is_old else OPSETS)
+    model, metadata = read_onnx(onnx_path, find_last_opset(trt))
     with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     if options.size:
@@ -233,7 +232,13 @@ def _freeze(value: Any) -> Any:
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
-def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict[str, Any]]:
+def find_last_opset(trt: Any) -> int:
+    """The newest that a version of TensorRT reads; TensorRT-RTX, whose numbers are its own, those of 10.13."""
+    version = parse_version(trt.__version__) if trt.__name__ == 'tensorrt' else [10, 13]
+    return next(opset for opset, since in LAST_OPSETS if version >= since)
+
+
+def read_onnx(path: Path, last_opset: int) -> Tuple[bytes, Dict[str, Any]]:
     """An ONNX file and its metadata, fit for TensorRT.
 
     Raises:
@@ -254,10 +259,10 @@ def read_onnx(path: Path, opsets: Tuple[int, int] = OPSETS) -> Tuple[bytes, Dict
             reason = str(e).strip().splitlines()[0]
             raise InputError(f'{path} is not a valid ONNX file ({reason}); export it again.') from e
     opset = max((o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx')), default=0)
-    if not opsets[0] <= opset <= opsets[1]:
+    if not FIRST_OPSET <= opset <= last_opset:
         raise InputError(
-            f'{path} has opset {opset}, this TensorRT reads {opsets[0]} to {opsets[1]}; export it with --opset 18, or '
-            f'install a later version (bf16 needs opset 22).')
+            f'{path} has opset {opset}, this TensorRT reads {FIRST_OPSET} to {last_opset}; export it with --opset 18, '
+            f'or install a later version (bf16 needs opset 22).')
     metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
     if (metadata.get('quantization') or {}).get('target') == 'cpu':
         raise InputError(
@@ -295,7 +300,12 @@ def _build(
         describe_layers: bool,
 ) -> Tuple[bytes, List[List[List[int]]], str]:
     logger = get_logger(trt)
-    builder = trt.Builder(logger)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as e:  # of pybind11, for the nothing it was given
+        raise InputError(
+            f'{trt.__name__} {trt.__version__} cannot start ({logger.last}); update the driver of the GPU, or see what '
+            f'else uses it.') from e
     # its value differs between 10 and 11, where typing is strong anyway
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

@@ -28,9 +28,9 @@ from export.images import Images
 from export.onnx import OnnxOptions, create_onnx, serialize
 from export.precisions import PRECISIONS
 from export.report import write_report
-from export.runtime import import_tensorrt
+from export.runtime import RuntimeInputError, import_tensorrt
 from export.tensorrt import EngineOptions, build_engine
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, exiting_on_input_error
 
 MODELS = (
     'rn20', 'rn20_tm', 'rn26', 'rn26_tm', 'rn38', 'rn38_tm', 'wrn16', 'wrn16_tm', 'dn100', 'dn100_tm', 'dn100_tm_cat')
@@ -138,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exiting_on_input_error(RuntimeInputError):
+        main()

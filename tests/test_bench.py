@@ -57,7 +57,7 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
     flags = ['--batch-sizes', '1', '3', '--seconds', '0.5', '--output', str(tmp_path / 'out')]
     main(['bench', str(files / 'a.onnx'), str(files / 'b.onnx'), '--torch', 'rn26', *flags])
     result = json.loads((tmp_path / 'out.json').read_text())
-    names = ['PyTorch eager fp32, rn26', 'ONNX Runtime CPU, a.onnx', 'ONNX Runtime CPU, b.onnx']
+    names = ['PyTorch CPU eager fp32, rn26', 'ONNX Runtime CPU, a.onnx', 'ONNX Runtime CPU, b.onnx']
     assert [r['name'] for r in result['rows']] == 2 * names
     for row in result['rows']:
         latency = row['latency_ms']
@@ -67,6 +67,12 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
     assert table.count('\n|') == 8 and table.count('**') == 4 and table.split('\n\n')[-1] in capsys.readouterr().out
     with Image.open(tmp_path / 'out.png') as picture:
         assert picture.width > 1000
+
+
+def test_report_names_the_gpu_where_something_ran_there(monkeypatch):
+    monkeypatch.setattr(export.bench, 'query_gpu', lambda: dict(name='NVIDIA T4'))
+    alone = export.bench.describe_machine()['hardware']
+    assert 'T4' not in alone and export.bench.describe_machine(on_gpu=True)['hardware'] == f'NVIDIA T4, {alone}'
 
 
 def test_everything_has_as_many_threads_as_one_asks_for(files, monkeypatch):

@@ -384,10 +384,24 @@ def test_batch_that_another_tool_called_otherwise_is_dynamic(exported, tmp_path,
 
 def test_pointer_of_git_lfs_is_named(tmp_path):
     (tmp_path / 'x.onnx').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3955164\n')
-    for call in (lambda: runtime.load(tmp_path / 'x.onnx', 'cpu'), lambda: read_onnx(tmp_path / 'x.onnx'),
+    for call in (lambda: runtime.load(tmp_path / 'x.onnx', 'cpu'), lambda: read_onnx(tmp_path / 'x.onnx', 25),
                  lambda: main(['check', str(tmp_path / 'x.onnx'), 'rn26_tm', *FEW])):
         with pytest.raises(runtime.RuntimeInputError, match='x.onnx is not the file but a pointer of Git LFS to it'):
             call()
+
+
+@pytest.mark.parametrize('layout', ['NCHW', 'NHWC'])
+def test_pixels_are_normalised_in_floating_point_before_8_bits(pretrained, images, layout):
+    options = OnnxOptions('int8', preprocessing=layout)
+    graph = create_onnx(pretrained, options, images(pretrained, 64, 64))[0].graph
+    readers = {name: [node for node in graph.node if name in node.input] for node in graph.node for name in node.input}
+    tensors, seen = [graph.input[0].name], set()
+    while tensors:
+        for node in readers[tensors.pop()]:
+            seen.add(node.op_type)
+            if node.op_type != 'Conv':
+                tensors += node.output
+    assert 'Conv' in seen and not {'QuantizeLinear', 'DequantizeLinear'} & seen
 
 
 def test_probabilities_of_int8_are_not_in_steps_of_8_bits(pretrained, tmp_path, images):

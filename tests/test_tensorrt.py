@@ -214,7 +214,7 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
     ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),
     ('missing', {}, 'There is no file .*missing.onnx'),
     ('truncated', {}, 'is cut short or no ONNX file'),
-    ('future', {}, 'has opset 99, this TensorRT reads 9 to 25'),
+    ('future', {}, 'has opset 99, this TensorRT reads 9 to 24'),
     ('foreign', {}, 'does not say its classes and preprocessing'),
 ])
 def test_what_cannot_be_built_is_one_sentence(files, tmp_path, name, options, message):

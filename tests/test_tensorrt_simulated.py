@@ -89,10 +89,22 @@ def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path
 
 
 @each_package
+def test_builder_that_cannot_start_is_one_sentence(simulated, files, tmp_path, monkeypatch):
+    def refuse(logger):
+        logger.log(logger.ERROR, 'CUDA initialization failure with error: 35')
+        raise TypeError('pybind11::init(): factory function returned nullptr')
+
+    monkeypatch.setattr(simulated['module'], 'Builder', refuse, raising=False)
+    with pytest.raises(InputError, match='cannot start .*failure with error: 35.*; update the driver of the GPU'):
+        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    assert not (tmp_path / 'x.engine').exists()
+
+
+@each_package
 def test_simulated_engine_is_timed(simulated, files, tmp_path):
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions(batches=((1, 2, 3),)))
     contestant = open_file(tmp_path / 'x.engine', 'cuda')
-    assert contestant.name == 'TensorRT, x.engine'
+    assert re.fullmatch(r'tensorrt(_rtx)? [\d.]+, x.engine', contestant.name)
     assert [y.shape for y in contestant.call(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
     for kwargs, message in ((dict(threads=2), 'engines have none; leave them out'), (
             dict(allow_fallback=True), 'Engines run on NVIDIA GPUs alone')):
@@ -672,6 +684,30 @@ def test_engine_of_a_file_that_is_a_link_keeps_its_name(simulated, files, tmp_pa
     engine = build_engine(tmp_path / 'a.onnx', tmp_path / 'x.engine', EngineOptions())['engine']
     assert engine['onnx'] == 'a.onnx' and ' tensorrt a.onnx ' in engine['command']
     rebuild_engine(tmp_path / 'x.engine')
+
+
+@one_version
+def test_advice_for_an_engine_in_the_cache_of_the_hub_can_be_followed(simulated, files, tmp_path):
+    shutil.copy(files / 'patches.onnx', tmp_path / 'a.onnx')
+    (tmp_path / 'snapshot' / 'engines').mkdir(parents=True)
+    (tmp_path / 'snapshot' / 'onnx').mkdir()
+    (tmp_path / 'snapshot' / 'onnx' / 'a.onnx').symlink_to(tmp_path / 'a.onnx')
+    metadata = build_engine(
+        tmp_path / 'snapshot' / 'onnx' / 'a.onnx', tmp_path / 'snapshot' / 'engines' / 'x.engine', EngineOptions())
+    path = tmp_path / 'snapshot' / 'engines' / 'x.engine'
+    path.rename(tmp_path / '3fa9')
+    path.symlink_to(tmp_path / '3fa9')
+    onnx = tmp_path / 'snapshot' / 'onnx' / 'a.onnx'
+    assert f'tensorrt {onnx} --output {path}' in runtime._rebuild(metadata, path)
+    onnx.unlink()  # which loading an engine does not download
+    assert runtime._rebuild(metadata, path).startswith('put a.onnx back (of the Hub: by hf download), and in')
+
+
+@pytest.mark.parametrize('version, name, last', [
+    ('10.0.1', 'tensorrt', 20), ('10.13.0', 'tensorrt', 24), ('11.4.0', 'tensorrt', 24), ('11.5.0', 'tensorrt', 25),
+    ('1.7.0', 'tensorrt_rtx', 24)])
+def test_last_opset_is_that_of_the_version(version, name, last):
+    assert export.tensorrt.find_last_opset(SimpleNamespace(__name__=name, __version__=version)) == last
 
 
 @pytest.mark.parametrize('simulated, refused', [('10.0', True), ('10.16', False)], indirect=['simulated'])
