@@ -349,7 +349,7 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.metadata import hash_weights
     from export.publish import create_files
-    from export.push import PushError, PushOptions, check_access, has_card, list_files, push, read_engines
+    from export.push import Published, PushError, PushOptions, check_access, list_files, push, read_published
     from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
     options = PushOptions(
@@ -359,11 +359,11 @@ def _push(args: argparse.Namespace) -> None:
         raise InputError('--dry-run asks the Hub for nothing, so not for the card to keep; leave out one of the two.')
     if args.license is not None and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', args.license):
         raise InputError(f'{args.license!r} is not how the Hub names a license; use a name like apache-2.0 or mit.')
-    published, keep_card = {}, False
+    published = Published()
     if not args.dry_run:
         check_access(options)
-        published = read_engines(options)
-        keep_card = args.keep_card and has_card(options)
+        published = read_published(options)
+    keep_card = args.keep_card and published.card is not None
     model = load(args.model, args.checkpoint)
     if args.license:
         config: Any = model.pretrained_cfg
@@ -384,7 +384,8 @@ def _push(args: argparse.Namespace) -> None:
         if args.dry_run:
             print((folder / 'README.md').read_text())
             return
-        if not (args.card or keep_card) and read_engines(options) != published:  # which the card names
+        # the card names engines
+        if not (args.card or keep_card) and read_published(options).engines != published.engines:
             raise PushError(f'Another machine pushed engines to {args.repo} meanwhile; run the same command again.')
         print(push(folder, files, options))
 

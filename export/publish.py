@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -16,12 +16,14 @@ from export.metadata import describe_model, find_difference, load_metadata, side
 from export.network import check_deterministic
 from export.onnx import OnnxOptions, export_onnx
 from export.parity import ParityError
+from export.push import WEIGHTS, Published
 from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
 from export.tensorrt import read_options, tell_command
 from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
+from train.files import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +37,7 @@ def create_files(
         images: Images,
         card: Optional[Path] = None,
         weights_file: Optional[Path] = None,
-        published: Optional[Mapping[str, Dict[str, Any]]] = None,
+        published: Optional[Published] = None,
         keep_card: bool = False,
 ) -> List[Path]:
     """Write everything that is to be published.
@@ -52,8 +54,8 @@ def create_files(
         images: For calibration and comparison.
         card: README.md to take instead of the rendered one.
         weights_file: Where the weights are from; if a run of train.py wrote them, the card tells what it measured.
-        published: Sidecars of engines that are in the repository already, of other machines say, by the engine's path.
-            The card names those of the same weights, which stay there.
+        published: What the repository has already. The card names its engines of the same weights, of other machines
+            say, which stay there, and says what its own card says of the accuracy of the same weights.
         keep_card: Write no card, as the repository has one that is to stay.
 
     Returns:
@@ -96,9 +98,9 @@ def create_files(
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     if card is not None:
         shutil.copyfile(card, folder / 'README.md')
+        _add_pictures_of(card, folder, find_card(network['weights_sha256']))
     elif not keep_card:
-        engines_there = {k: v for k, v in (published or {}).items() if _is_engine_of(network, v)}
-        _write_card(folder, model, repo, exports, weights_file, engines_there)
+        _write_card(folder, model, repo, exports, weights_file, published or Published())
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 
@@ -108,16 +110,18 @@ def _write_card(
         repo: str,
         exports: Dict[str, Dict[str, Any]],
         weights_file: Optional[Path],
-        engines_there: Dict[str, Dict[str, Any]],
+        published: Published,
 ) -> None:
     """Render the card, of the engines in the repository and in the folder, and put its pictures beside it."""
     name = find_card(exports['fp32']['weights_sha256'])
+    there = {path: metadata for path, metadata in published.engines.items() if _is_engine_of(exports['fp32'], metadata)}
+    before = published.card if published.weights == hash_file(str(folder / WEIGHTS)) else None
     ours = {
         path.relative_to(folder).as_posix(): load_metadata(path)
         for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
-    rows = [describe_engine(path, metadata) for path, metadata in sorted({**engines_there, **ours}.items())]
+    rows = [describe_engine(path, metadata) for path, metadata in sorted({**there, **ours}.items())]
     text = str(render(name, repo, exports, rows) if name else
-               render_plain(model, repo, exports, read_run(weights_file), rows))
+               render_plain(model, repo, exports, read_run(weights_file), rows, before))
     check(text)
     (folder / 'README.md').write_text(text)
     if name:
@@ -223,3 +227,18 @@ def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:
 def _add_pictures(name: str, folder: Path) -> None:
     for path in load_data(name)['pictures'].values():
         shutil.copyfile(ROOT / path, folder / Path(path).name)
+
+
+def _add_pictures_of(card: Path, folder: Path, name: Optional[str]) -> None:
+    """Put the pictures that somebody's card shows beside it: those that lie there, or of the card of the network."""
+    shown = set(re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', card.read_text()))
+    ours = [ROOT / path for path in load_data(name)['pictures'].values()] if name else []
+    files = {path.name: path for path in ours}
+    for picture in sorted(shown):
+        source = card.parent / picture
+        if not source.is_file():
+            source = files.get(picture, source)
+        inside = not Path(picture).is_absolute() and '..' not in Path(picture).parts
+        if source.is_file() and inside and not (folder / picture).exists():
+            (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / picture)

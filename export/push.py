@@ -11,10 +11,10 @@ import re
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -33,7 +33,8 @@ T = TypeVar('T')
 TRIES = 5
 WAITS = (1., 2., 4., 8.)  # seconds between them
 SIGN_IN = 60.  # seconds
-WEIGHTS, ONNX = 'model.safetensors', 'onnx/model.onnx'
+WEIGHTS, ONNX, CARD = 'model.safetensors', 'onnx/model.onnx', 'README.md'
+PICKLED = 'pytorch_model.bin'  # the same weights as timm writes them, too
 OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
 ENGINE_SOURCE = re.compile(r'engines/[^/]+/[^/]+-[0-9a-f]{8}\.onnx(?:\.json)?')  # of export/publish.py
 PULL_REQUEST = re.compile(r'refs/pr/\d+')
@@ -48,6 +49,14 @@ class PushError(RuntimeError):
 
 class DeadlineError(PushError):
     """The Hub did not finish in time. Threads of the client may still wait for it: leave by `leave_hanging`."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a repository has that a push goes on from; nothing where there is none."""
+    engines: Mapping[str, Dict[str, Any]] = field(default_factory=dict)  # sidecars by the engine's path
+    card: Optional[str] = None
+    weights: Optional[str] = None  # sha256 of the file
 
 
 @dataclass(frozen=True)
@@ -107,14 +116,21 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
     """
     os.environ.setdefault('HF_XET_CLIENT_RETRY_MAX_DURATION', '30s')  # Xet's own tries; there are TRIES around them
     end = time.monotonic() + options.deadline
-    return _within(options.deadline, _Push(folder, files, options, end, say).run)
+    return _within(
+        options.deadline, _Push(folder, files, options, end, say).run,
+        '; the repository has all of the commit or nothing, so run the same command again')
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def _within(seconds: float, call: Callable[[], T], otherwise: str = '') -> T:
     """The result of a call, in a thread, as the client's own tries know no deadline.
 
+    Args:
+        seconds: Deadline.
+        call: Asks the Hub.
+        otherwise: What to say where it is not there in time.
+
     Raises:
-        DeadlineError: If it is not there in time.
+        DeadlineError: Of that.
     """
     result: Dict[str, Any] = {}
 
@@ -132,9 +148,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     finally:  # interrupted, too
         _hanging = thread.is_alive()
     if _hanging:
-        raise DeadlineError(
-            f'The Hub did not finish within {seconds:g} s; the repository has all of the commit or nothing, so run the '
-            f'same command again.')
+        raise DeadlineError(f'The Hub did not finish within {seconds:g} s{otherwise}.')
     if 'error' in result:
         raise result['error']
     return result['value']
@@ -162,24 +176,14 @@ def check_access(options: PushOptions) -> None:
     _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).check_access)
 
 
-def read_engines(options: PushOptions) -> Dict[str, Dict[str, Any]]:
-    """Sidecars of the engines that the repository has, by the engine's path; none where there is no repository.
+def read_published(options: PushOptions) -> Published:
+    """What the repository has.
 
     Raises:
         InputError: If the token may not see it.
         PushError: If the Hub or the network failed.
     """
-    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_engines)
-
-
-def has_card(options: PushOptions) -> bool:
-    """Whether the repository is there and has a card.
-
-    Raises:
-        InputError: If the token may not see it.
-        PushError: If the Hub or the network failed.
-    """
-    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).has_card)
+    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_published)
 
 
 class _Push:
@@ -232,7 +236,7 @@ class _Push:
             with contextlib.suppress(_Missing):  # the branch is yet to be
                 self._retry(self._check_tag, 'look for the tag')
 
-    def read_engines(self) -> Dict[str, Dict[str, Any]]:
+    def read_published(self) -> Published:
         head, tree = self._find_published()
         found = {}
         for path in tree:
@@ -241,10 +245,8 @@ class _Push:
                 file = self._download(path, head)
                 with contextlib.suppress(ValueError):  # not one of ours
                     found[engine] = json.loads(file.read_text())
-        return found
-
-    def has_card(self) -> bool:
-        return 'README.md' in self._find_published()[1]
+        card = self._download(CARD, head).read_text(errors='replace') if CARD in tree else None
+        return Published(found, card, tree.get(WEIGHTS))
 
     def _find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
         """Commit and tree that the push goes on from; None and no files where there is no repository."""
@@ -326,11 +328,11 @@ class _Push:
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
         """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
 
-        Engines of the same network stay, which may be of another machine, with their sources, and ONNX files that
-        others put there.
+        Of another network its pickled weights too, which timm may have written. Engines of the same network stay, which
+        may be of another machine, with their sources, and ONNX files that others put there.
         """
         kept = {file.as_posix() for file in self.files}
-        exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
+        exports = [path for path in tree if (path.startswith(EXPORTS) or path == PICKLED) and path not in kept]
         if not exports or self._is_of_another_network(tree, revision):
             return exports
         if f'{ONNX}.json' not in kept:

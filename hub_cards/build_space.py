@@ -17,6 +17,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import METHODS, has_class_activation
+from timm_tmblock.image import list_images
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
@@ -29,6 +30,7 @@ def build(
         models: Sequence[Tuple[str, Any]],
         args: argparse.Namespace,
         method: str = 'match',
+        examples: Optional[Sequence[Path]] = None,
 ) -> List[Path]:
     """Write the folder.
 
@@ -37,6 +39,7 @@ def build(
         models: Networks by name, in evaluation mode.
         args: Options of `export.images.add_image_options`, of the images the ONNX files are checked on.
         method: What networks with template matching show, 'match' or 'cam'; the others show class activation maps.
+        examples: Images to try, those of the sample if None.
 
     Returns:
         Its files.
@@ -68,7 +71,9 @@ def build(
             remove(tmp)  # of a run that was killed
             shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
             shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
-            shutil.copytree(EXAMPLES, tmp / 'examples')
+            (tmp / 'examples').mkdir()
+            for path in list_images([EXAMPLES]) if examples is None else examples:
+                shutil.copy(path, tmp / 'examples')
             shutil.copytree(exported, tmp / 'models')
             os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
@@ -90,10 +95,16 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER')
     parser.add_argument('--method', choices=METHODS, default='match', help=(
         "'cam' shows class activation maps of networks with template matching too, as of those without it"))
+    parser.add_argument('--examples', type=Path, nargs='+', default=[EXAMPLES], metavar='FILE', help=(
+        'images to try, or folders of them; those of the sample if not given'))
     add_image_options(parser)
     args = parser.parse_args(argv)
+    examples = list_images(args.examples)
+    missing = [path for path in examples if not path.is_file()]
+    if missing or len({path.name for path in examples}) < len(examples):
+        raise InputError(f'There is no image {missing[0]}.' if missing else 'Two of the --examples are called alike.')
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
-    for path in build(args.output, models, args, args.method):
+    for path in build(args.output, models, args, args.method, examples):
         print(f'{path.stat().st_size:>10,} {path}')
     print(f'Publish it: hf upload USER/NAME {args.output} . --repo-type space')
 

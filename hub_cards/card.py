@@ -1,6 +1,7 @@
 """Model cards whose every number is read from a committed result."""
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -12,7 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
 from train.lineage import find_fillings, find_legs, read_runs
-from train.report import compare_maps, say_fillings
+from train.report import compare_maps, is_of_copy, say_fillings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'
@@ -97,6 +98,7 @@ def render_plain(
         exports: Dict[str, Dict[str, Any]],
         run: Optional[Dict[str, Any]] = None,
         engines: Sequence[Dict[str, Any]] = (),
+        before: Optional[str] = None,
 ) -> ModelCard:
     """The card of a network without committed results: what it is, its files and how to use them.
 
@@ -106,6 +108,7 @@ def render_plain(
         exports: Metadata of the ONNX files, by key of FILES.
         run: What `read_run` says of the weights.
         engines: Rows of the table of engines.
+        before: Card that the repository has of the same weights, which may know the run where this machine does not.
 
     Raises:
         InputError: For an accuracy that is no number.
@@ -120,6 +123,10 @@ def render_plain(
             task_type='image-classification', dataset_type=run['dataset_type'],
             dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
             metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2), verified=None)])
+    told = re.search(r'^Top-1 [\d.]+ %.*?(?=\n\n)', before, re.DOTALL | re.MULTILINE) if before and not run else None
+    if before and told:  # what this wrote where the run was
+        theirs = ModelCard(before, ignore_metadata_errors=True).data
+        measured = {key: theirs.get(key) for key in ('datasets', 'metrics', 'model_name', 'eval_results')}
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
@@ -142,7 +149,9 @@ def render_plain(
         files=files,
         images=first['parity']['images'],
         run=run,
+        told=told[0] if told else None,
         engines=engines,
+        has_bf16='bf16' in exports,
         has_patches=len(first['outputs']) > 1,
         matches_classes=first.get('template_names') == first['class_names'],
     )
@@ -330,6 +339,7 @@ def render(
         notes=data['notes'],
         dataset=dataset,
         commands=read_commands(data['recipe']),
+        of_copy=is_of_copy(evaluation['dataset']),
         class_names=first['class_names'],
         preprocessing=first['preprocessing'],
         has_patches=has_patches,

@@ -190,6 +190,23 @@ def test_card_of_weights_without_results_says_so(tmp_path):
     assert ModelCard(text).data.get('library_name') == 'timm'
 
 
+def test_card_says_what_the_one_before_said_of_the_same_weights(tmp_path):
+    name = 'rn26_tm.cifar10'
+    sidecar = json.loads((cards.ROOT / 'export' / 'results' / name / 'rn26_tm.fp32.onnx.json').read_text())
+    model, exports = timm.create_model('rn26_tm'), dict(fp32=sidecar)
+    result = dict(
+        epochs=3, images=dict(train=7), seed=0, hardware='a GPU', mixed_precision='no',
+        versions=dict(torch='2', timm='1'), commit='0' * 40)
+    run = dict(
+        top1=71.5, top5=99.0, images=30, part='test', split='test', dataset='me/ants', dataset_id='me/ants',
+        dataset_type='me/ants', started_from=None, teachers=[], result=result)
+    before = cards.render_plain(model, 'me/net', exports, run)
+    again = cards.render_plain(model, 'me/net', exports, None, (), str(before))
+    assert str(again) == str(before) and again.data.eval_results[0].metric_value == 71.5
+    edited = cards.render_plain(model, 'me/net', exports, None, (), '# By hand')
+    assert 'did not measure its accuracy' in str(edited) and edited.data.eval_results is None
+
+
 @pytest.mark.parametrize('settings, test, expected, metric', [
     (dict(dataset='hfds/me/ants', test_split='test'), dict(top1=71.5, top5=100.), '30 images (me/ants: test)', 71.5),
     (dict(dataset='ants', test_split='validation'), dict(top1=71.5, top5=100.), '30 images (ants: validation)', 71.5),

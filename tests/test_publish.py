@@ -52,6 +52,22 @@ def test_what_cannot_be_published_is_found_before_the_work(model, images, tmp_pa
         create_files(tmp_path, perturbed, 'me/net', (), (), images(model, 8, 8))
 
 
+def test_pictures_of_a_card_of_ones_own_go_with_it(model, images, tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    (tmp_path / 'pictures' / 'map.png').write_bytes(b'a map')
+    (tmp_path / 'outside.png').write_bytes(b'no part of it')
+    card = tmp_path / 'pictures' / 'CARD.md'
+    card.write_text(
+        '---\nlicense: mit\n---\n![a](map.png) ![b](explained.png) ![c](https://a.b/c.png) ![d](../outside.png) '
+        '![e](no.png)')
+    folder = tmp_path / 'repository'
+    folder.mkdir()
+    files = create_files(folder, model, 'me/net', (), (), images(model, 8, 8), card=card)
+    pictures = {path.name: (folder / path).read_bytes() for path in files if path.suffix == '.png'}
+    ours = Path(__file__).parent.parent / 'train' / 'results' / 'rn26_tm.cifar10' / 'explained.png'
+    assert pictures == {'map.png': b'a map', 'explained.png': ours.read_bytes()}
+
+
 @real
 def test_engines_are_published_with_the_onnx_file_they_can_be_built_from(model, engines, images, tmp_path):
     files = create_files(tmp_path, model, 'me/net', (), engines, images(model, 8, 8))

@@ -23,6 +23,7 @@ import export.__main__
 import export.push
 from export.images import add_image_options, load_images
 from export.publish import create_files
+from export.push import Published
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = os.urandom(20_000) + b'\0'
@@ -30,7 +31,7 @@ DRIVER = '''
 import json, os, sys
 from pathlib import Path
 import export.push
-from export.push import PushError, PushOptions, check_access, push
+from export.push import PushError, PushOptions, check_access, push, read_published
 from timm_tmblock.errors import InputError
 export.push.WAITS = (0.05,)
 import huggingface_hub.utils._http as http
@@ -44,7 +45,9 @@ for line in sys.stdin:
     files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
     try:
         options = PushOptions(**request['options'])
-        text = check_access(options) if request['only_check'] else push(folder, files, options, said.append)
+        text = dict(
+            check=lambda: check_access(options), read=lambda: json.dumps(read_published(options).engines),
+            push=lambda: push(folder, files, options, said.append))[request['do']]()
         answer = dict(kind='', text=text or '')
     except (InputError, PushError) as e:
         answer = dict(kind=type(e).__name__, text=str(e))
@@ -62,9 +65,8 @@ class Driver:
                 [sys.executable, '-c', DRIVER], cwd=ROOT, env=environment(hub, HF_HOME=str(log.parent)),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
 
-    def ask(self, folder, token, options, only_check=False):
-        request = dict(
-            folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options), only_check=only_check)
+    def ask(self, folder, token, options, do='push'):
+        request = dict(folder=str(folder), token=token, options=dict(dict(repo='me/net'), **options), do=do)
         print(json.dumps(request), file=self.process.stdin, flush=True)
 
 
@@ -125,9 +127,9 @@ def environment(hub, token=WRITE, **more):
             'HF_XET_CLIENT_RETRY_BASE_DELAY': '10ms', **more}
 
 
-def run(hub, folder, token=WRITE, only_check=False, **options):
+def run(hub, folder, token=WRITE, do='push', **options):
     """Name of the error, '' if there was none, and what was said; one sentence, and no token."""
-    hub.driver.ask(folder, token, options, only_check)
+    hub.driver.ask(folder, token, options, do)
     answer = json.loads(hub.driver.process.stdout.readline())
     text = '\n'.join([*answer['said'], answer['text']])
     assert not any(secret in text for secret in (WRITE, READ, GUEST, 'hf_wrong')) and '\n' not in answer['text']
@@ -166,11 +168,14 @@ def test_exports_of_other_weights_are_removed_and_those_of_the_same_stay(hub, fo
     both = {'onnx/model.onnx', 'onnx/other.onnx'}
     files = hub.repositories['me/net'].find('main')['files']
     assert both <= set(files)
-    files['notes.txt'] = dict(oid='0' * 40, size=1, lfs=False, content=b'x')
+    for path in ('notes.txt', 'pytorch_model.bin'):  # the latter as timm writes it beside the other file
+        files[path] = dict(oid='0' * 40, size=1, lfs=False, content=b'x')
+    assert run(hub, folder)[0] == '' and 'pytorch_model.bin' in hub.repositories['me/net'].find('main')['files']
     (folder / 'model.safetensors').write_bytes(WEIGHTS[::-1])
     assert run(hub, folder)[0] == ''
     assert both & set(hub.repositories['me/net'].find('main')['files']) == {'onnx/other.onnx'}
-    assert 'notes.txt' in hub.repositories['me/net'].find('main')['files'] and count(hub) == 3
+    files = hub.repositories['me/net'].find('main')['files']
+    assert 'notes.txt' in files and 'pytorch_model.bin' not in files and count(hub) == 3
 
 
 @pytest.mark.parametrize('changed, stays', [
@@ -298,7 +303,7 @@ def test_what_makes_a_push_impossible_is_found_before_the_work(lfs, folder, opti
     (folder / 'config.json').write_text('{"a": 1}')
     assert run(lfs, folder)[0] == ''
     if not environ or isinstance(environ, str):  # a token
-        kind, text = run(lfs, folder, environ or WRITE, only_check=True, **options)
+        kind, text = run(lfs, folder, environ or WRITE, do='check', **options)
         assert (kind == '') is (message == '') and re.match(message or '$', text), text
         return
     # which the client reads when it is imported
@@ -489,7 +494,8 @@ def test_lfs_storage_that_fails_for_good_is_one_sentence(lfs, folder):
     Fault('POST', COMMIT, delay=5, cut=True),
     Fault('POST', CREATE, status=409, body=BUSY, times=10 ** 9),  # which the client asks again without end
 ], ids=['commit', 'create'])
-def test_deadline_ends_a_push_that_hangs(hub, folder, tmp_path, fault):
+def test_deadline_ends_a_push_that_hangs(lfs, folder, tmp_path, fault):
+    hub = lfs
     if fault.path == COMMIT:
         hub.create('me/net')
     hub.driver = Driver(hub, tmp_path / 'log')
@@ -516,9 +522,9 @@ def test_push_that_is_interrupted_waits_for_no_thread(monkeypatch):
 
 @pytest.mark.parametrize('there', [{}, {'engines/b/x.engine': {}}])
 def test_engines_that_others_push_meanwhile_are_not_lost_from_the_card(monkeypatch, capsys, there):
-    answers, pushed = iter([{}, there]), []
+    answers, pushed = iter([Published(), Published(there)]), []
     for name, stand_in in (
-            ('push.check_access', lambda options: None), ('push.read_engines', lambda options: next(answers)),
+            ('push.check_access', lambda options: None), ('push.read_published', lambda options: next(answers)),
             ('load.load', lambda *args: SimpleNamespace(pretrained_cfg={})),
             ('images.load_images', lambda *args, **kwargs: None), ('publish.create_files', lambda *args: []),
             ('push.push', lambda *args: pushed.append(args))):
@@ -534,28 +540,23 @@ def test_engines_that_others_push_meanwhile_are_not_lost_from_the_card(monkeypat
     assert len(pushed) == (not there)
 
 
-def test_sidecar_that_may_not_be_read_is_an_error(hub, folder, tmp_path):
+def test_sidecar_that_may_not_be_read_is_an_error(lfs, folder):
+    hub = lfs
     (folder / 'engines' / 'a').mkdir(parents=True)
     for name in ('x.engine', 'x.engine.json'):
         (folder / 'engines' / 'a' / name).write_text('{}')
     assert run(hub, folder)[0] == ''
-    code = 'import export.push; print(export.push.read_engines(export.push.PushOptions("me/net")))'
-
-    def read():
-        env = environment(hub, HF_HOME=str(tmp_path / 'hf'))
-        return subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True)
-
     hub.faults.append(Fault('HEAD', '/resolve/.*json', status=404, headers={'X-Error-Code': 'RepoNotFound'}))
-    refused = read()
-    assert refused.returncode == 1 and 'is not there, or the token may not see it.' in refused.stderr
+    kind, text = run(hub, folder, do='read')
+    assert kind == '_Missing' and text.endswith('is not there, or the token may not see it.')
     hub.faults.clear()
-    assert read().stdout == "{'engines/a/x.engine': {}}\n"
+    assert run(hub, folder, do='read') == ('', '{"engines/a/x.engine": {}}')
 
 
 LEAVE = '''
 import sys, export.push
 from pathlib import Path
-export.push.SIGN_IN = 1.
+export.push.SIGN_IN = float(sys.argv[2])
 folder = Path(sys.argv[1])
 files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file())
 try:
@@ -568,15 +569,17 @@ finally:
 '''
 
 
-@pytest.mark.parametrize('fault, seconds', [
-    (Fault('PUT', '/blobs/', delay=60, times=9), 2), (Fault('GET', '/api/whoami-v2', delay=60, times=9), 1)])
-def test_process_ends_where_the_hub_never_answers(lfs, folder, tmp_path, fault, seconds):
+@pytest.mark.parametrize('fault, sign_in, said', [
+    (Fault('PUT', '/blobs/', delay=60, times=9), 60, 'within 2 s; the repository has all of the commit or nothing, so'),
+    (Fault('GET', '/api/whoami-v2', delay=60, times=9), 1, 'within 1 s.')])
+def test_process_ends_where_the_hub_never_answers(lfs, folder, tmp_path, fault, sign_in, said):
     lfs.create('me/net')
     lfs.faults.append(replace(fault))
     env = environment(lfs, HF_HOME=str(tmp_path))
     ended = subprocess.run(
-        [sys.executable, '-c', LEAVE, str(folder)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
-    assert ended.returncode == 1 and f'The Hub did not finish within {seconds} s' in ended.stderr
+        [sys.executable, '-c', LEAVE, str(folder), str(sign_in)], cwd=ROOT, env=env, capture_output=True, text=True,
+        timeout=50)
+    assert ended.returncode == 1 and f'The Hub did not finish {said}' in ended.stderr
     assert count(lfs) == 0
 
 
@@ -611,10 +614,12 @@ def test_content_of_a_pull_request_is_verified(hub, folder):
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 
-@pytest.fixture
-def forks_of_hub(lfs, tmp_path):
+@pytest.fixture(scope='module')
+def forks_of_hub(server, tmp_path_factory):
     """Programs that know the server, whose client reads its address when it is imported."""
-    env = environment(lfs, HF_HOME=str(tmp_path / 'hf'), OMP_NUM_THREADS='1')
+    if server[0].xet:
+        pytest.skip('of plain LFS')
+    env = environment(server[0], HF_HOME=str(tmp_path_factory.mktemp('hf')), OMP_NUM_THREADS='1')
     with Forks('train.train', 'torch.onnx', 'onnxscript', 'export.__main__', 'export.push', env=env) as server:
         yield server
 
@@ -646,6 +651,15 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, fo
     assert measured in files['README.md']['content'].decode()
     expected = load_file(result['weights']['best'])
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
+    # the end of a run that is resumed leaves what the repository has of the same weights
+    again = forks_of_hub.run('-c', code, result['weights']['best'], *flags)
+    assert again.stdout == 'None\n' and 'not pushed: me/run has these weights already. Push it' in again.stderr
+    # nor does another machine, which has no run, take the accuracy off the card
+    more = ['--precisions', 'fp32', 'bf16', '--check-images', '20', '--private']
+    other = forks_of_hub.run('-m', 'export', 'push', 'hf-hub:me/run', '--repo', 'me/run', *more)
+    assert other.returncode == 0 and count(hub, 'me/run') == 2, other.stderr
+    card = hub.repositories['me/run'].find('main')['files']['README.md']['content'].decode()
+    assert measured in card and 'bf16 is for TensorRT: ONNX Runtime has no CPU kernels for it' in card
 
 
 def test_token_is_asked_about_before_the_training(lfs, forks_of_hub, tmp_path):
@@ -747,7 +761,8 @@ def published(tmp_path_factory):
     return folder
 
 
-def test_what_was_pushed_loads_in_timm_transformers_and_the_runtime(hub, published, tmp_path):
+def test_what_was_pushed_loads_in_timm_transformers_and_the_runtime(lfs, published, tmp_path):
+    hub = lfs
     assert run(hub, published, tag='v1')[0] == ''
     code = '''
 import sys, torch, timm, timm_tmblock

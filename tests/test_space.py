@@ -59,7 +59,9 @@ def address(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp('running')
     log = place / 'log.txt'
     shutil.copytree(folder, place, dirs_exist_ok=True)  # gradio writes beside the app
-    environment = dict(os.environ, GRADIO_ANALYTICS_ENABLED='0', PYTHONUNBUFFERED='1', OMP_NUM_THREADS='1')
+    environment = dict(
+        os.environ, GRADIO_ANALYTICS_ENABLED='0', GRADIO_TEMP_DIR=str(place / 'uploads'), PYTHONUNBUFFERED='1',
+        OMP_NUM_THREADS='1')
     environment.pop('PYTHONPATH', None)
     with log.open('w') as stream:
         app = subprocess.Popen([PYTHON, 'app.py'], cwd=place, env=environment, stdout=stream, stderr=stream)
@@ -266,7 +268,7 @@ def test_space_runs_on_what_it_asks_for():
 def test_space_without_models_says_so(folder, tmp_path):
     for name in ('app.py', 'runtime.py'):
         shutil.copy(folder / name, tmp_path)
-    environment = dict(os.environ, MODELS='')
+    environment = dict(os.environ, GRADIO_ANALYTICS_ENABLED='0', MODELS='')
     out = subprocess.run([PYTHON, 'app.py'], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert out.returncode == 1 and 'Traceback' not in out.stderr
     assert out.stderr.startswith('There are no models: put ONNX files into models/')
@@ -281,7 +283,8 @@ def test_second_of_the_named_models_is_what_the_first_is_compared_with(folder, t
         for suffix in ('onnx', 'onnx.json'):
             shutil.copy(folder / 'models' / f'{file}.{suffix}', tmp_path / name)
     code = 'import app; print([b.value for b in app.build().blocks.values() if type(b).__name__ == "Dropdown"])'
-    environment = dict(os.environ, MODELS=', '.join(str(tmp_path / name) for name in 'abc'))
+    models = ', '.join(str(tmp_path / name) for name in 'abc')
+    environment = dict(os.environ, GRADIO_ANALYTICS_ENABLED='0', MODELS=models)
     out = subprocess.run([PYTHON, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.stdout.splitlines()[-1:] == ["['a', 'b']"], out.stderr[-2000:]
 
@@ -294,6 +297,22 @@ def test_folder_is_complete(folder):
     assert files == {'README.md', 'app.py', 'requirements.txt', 'runtime.py'} | onnx | examples and len(examples) == 10
     card = SpaceCard.load(folder / 'README.md').data
     assert card.sdk == 'gradio' and (folder / card.app_file).is_file() and len(card.short_description) <= 60
+
+
+def test_examples_may_be_ones_own(tmp_path):
+    (tmp_path / 'birds').mkdir()
+    for name in ('crow.jpg', 'owl.png'):
+        shutil.copy(SHIP, tmp_path / 'birds' / name)
+    parser = ArgumentParser()
+    add_image_options(parser)
+    build(tmp_path / 'space', [], parser.parse_args([]), examples=[tmp_path / 'birds' / 'crow.jpg'])
+    assert [path.name for path in (tmp_path / 'space' / 'examples').iterdir()] == ['crow.jpg']
+    for examples, message in (
+            ([tmp_path / 'birds', tmp_path / 'birds' / 'owl.png'], 'Two of the --examples are called alike'),
+            ([tmp_path / 'gone.png'], 'There is no image .*gone.png')):
+        with pytest.raises(InputError, match=message):
+            main(['rn26_tm', '--output', str(tmp_path / 'new'), '--examples', *map(str, examples)])
+    assert not (tmp_path / 'new').exists()
 
 
 def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path):

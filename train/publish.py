@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from timm_tmblock.errors import InputError, first_line
 from train.augment import DataConfig
+from train.files import hash_file
 
 PRECISIONS = ('fp32', 'fp16')
 INSTALL = 'pip install "timm-tmblock[export,ort,hub]"'
@@ -72,8 +73,8 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
     try:
         from export.images import add_image_options, load_images
         from export.load import load
-        from export.publish import create_files
-        from export.push import PushError, PushOptions, check_access, push
+        from export.publish import create_files, save_model
+        from export.push import WEIGHTS, PushError, PushOptions, check_access, push, read_published
     except (ImportError, InputError) as e:
         _say(f'pushing needs more than is installed ({e}); {INSTALL}.', flags)
         return None
@@ -84,6 +85,12 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
     try:
         check_access(options)
         model = load(str(weights))
+        with tempfile.TemporaryDirectory() as name:
+            save_model(model, Path(name))
+            if read_published(options).weights == hash_file(str(Path(name) / WEIGHTS)):
+                # of an earlier end of this run: its exports and its card may have been added to since
+                _say(f'{args.push_to_hub} has these weights already.', flags)
+                return None
         images = load_images(image_args, model, calibrate=False)
         with tempfile.TemporaryDirectory() as name:
             files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images, weights_file=weights)

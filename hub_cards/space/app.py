@@ -57,6 +57,11 @@ class ImageFile(gr.Image):
         return payload.path if payload else None
 
 
+def list_examples() -> List[str]:
+    files = sorted((HERE / 'examples').glob('*'))
+    return [str(path) for path in files if path.suffix.lower() in runtime.IMAGE_SUFFIXES]
+
+
 def load_models() -> Dict[str, runtime.Runner]:
     """Those of the variable MODELS, else of models/, by name; those with template matching first.
 
@@ -214,7 +219,7 @@ def build() -> gr.Blocks:
                 baseline = gr.Dropdown([NOTHING, *names], value=baselines[0], label='Compare with')
             with gr.Column(min_width=280, scale=2):
                 result = gr.HTML(show(None, names[0], NOTHING), css_template=CSS, apply_default_css=False)
-        gr.Examples([str(p) for p in sorted((HERE / 'examples').glob('*.png'))], image, label='Examples')
+        gr.Examples(list_examples(), image, label='Examples')
         changes = [image.change, model.change, baseline.change]
         gr.on(changes, show, [image, model, baseline], result, api_visibility='private')
         program = gr.Button(visible=False)
