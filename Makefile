@@ -32,7 +32,7 @@ $(VENV)/.demo: pyproject.toml
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable ".[train,analysis,export,ort,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,analysis,export,ort,hub,dev]"
 	touch $@
 
 # the real Triton server, which judges model repositories in the tests; its Python packages are not wanted
@@ -43,5 +43,5 @@ $(VENV)/triton: $(VENV)/.installed
 # what the Hub installs for the Space, and nothing else
 $(VENV)/space: hub_cards/space/README.md hub_cards/space/requirements.txt
 	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet --no-compile gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt \
+	$@/bin/pip install --quiet gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt \
 		&& touch $@ || { rm -rf $@; echo "no gradio to test the Space with"; }

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 
 class Forks:
-    """A process that has imported modules, and of which programs are forked; a context manager that ends it."""
+    """A process that has imported modules, and of which programs are forked; a context manager that ends it.
+
+    They begin alike, in the order of their sets too, as no two processes of a user do.
+    """
 
     def __init__(self, *modules: str, env=None) -> None:
         self.folder = tempfile.TemporaryDirectory()

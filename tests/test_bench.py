@@ -118,8 +118,8 @@ def test_what_cannot_be_timed_is_one_sentence(flags, message):
 
 def test_selftest_reports_every_precision(tmp_path, capsys, monkeypatch):
     main([
-        'selftest', '--seconds', '0.2', '--output', str(tmp_path / 'report'), '--calibration-images', '128',
-        '--check-images', '200'])
+        'selftest', '--seconds', '0.2', '--output', str(tmp_path / 'report'), '--calibration-images', '64',
+        '--check-images', '100'])
     report = json.loads((tmp_path / 'report.json').read_text())
     rows = {(r['file'], r['step']): r for r in report['rows']}
     assert len(rows) == len(report['rows'])

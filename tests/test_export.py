@@ -3,6 +3,8 @@ import copy
 import errno
 import hashlib
 import json
+import os
+import subprocess
 import sys
 import threading
 from argparse import ArgumentParser
@@ -97,6 +99,10 @@ def test_every_network_exports(trained_like, tmp_path, images, name, kwargs):
         assert described['shape'] == ['batch', *y.shape[1:]]
     if model.has_template_matching:
         assert len(metadata['template_names']) == model.tm.num_templates
+        # onnxruntime's CUDA provider leaves out what one side has more than the other
+        half = model.patch_size // 2
+        pools = [n for n in onnx.load(tmp_path / 'x.onnx').graph.node if n.op_type == 'AveragePool']
+        assert [half] * 4 in [{a.name: list(a.ints) for a in pool.attribute}.get('pads') for pool in pools]
 
 
 def test_patch_logits_leave_nothing_behind_when_left_out(exported):
@@ -176,7 +182,8 @@ def test_sidecar_says_what_the_file_says(exported):
 
 def test_file_is_deterministic_and_tells_nothing_of_this_machine(exported, pretrained, tmp_path, write_unchecked):
     _, weights, plain, _ = exported
-    main(['onnx', str(weights), '--output', str(tmp_path / 'again.onnx'), *FEW])
+    again = [sys.executable, '-m', 'export', 'onnx', str(weights), '--output', str(tmp_path / 'again.onnx'), *FEW]
+    subprocess.run(again, cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': '1'}, check=True)  # sets have another order
     assert (tmp_path / 'again.onnx').read_bytes() == plain.read_bytes()
     for name in 'ab':
         write_unchecked(pretrained, tmp_path / f'{name}.onnx', OnnxOptions('int8', patch_logits=True))
@@ -231,14 +238,6 @@ def test_other_runtimes_are_compared_with_onnxruntime(exported, monkeypatch):
     twice, broken = other_runtimes.compare(exported[3])
     assert twice['logits']['max_relative_difference'] == pytest.approx(1, abs=1e-5)
     assert broken['error'] == "'x'" and "| refused: 'x' | | | |" in other_runtimes.render([twice, broken], 'x')
-
-
-@pytest.mark.parametrize('name', ['rn26_tm', 'rn26_tm.mini_imagenet'], ids=['P=4', 'P=5'])
-def test_padding_of_patches_is_the_same_on_all_sides(tmp_path, write_unchecked, name):
-    # onnxruntime's CUDA provider leaves out what one side has more than the other
-    write_unchecked(timm.create_model(name).eval(), tmp_path / 'x.onnx', OnnxOptions())
-    pool, = (n for n in onnx.load(tmp_path / 'x.onnx').graph.node if n.op_type == 'AveragePool')
-    assert {a.name: list(a.ints) for a in pool.attribute}['pads'] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])
@@ -296,17 +295,17 @@ def test_precisions_keep_their_limits_and_size(
         pretrained, tmp_path, images, precision, target, opset, bytes_per_weight):
     path = tmp_path / 'x.onnx'
     options = OnnxOptions(precision, target, patch_logits=True)
-    metadata = export_onnx(pretrained, path, options, images(pretrained, 512, 500))
+    metadata = export_onnx(pretrained, path, options, images(pretrained, 128, 200))
     parameters = sum(p.numel() for p in pretrained.parameters())
     assert parameters * bytes_per_weight < path.stat().st_size < parameters * bytes_per_weight * 1.2
     proto = onnx.load(path)
     assert [o.version for o in proto.opset_import if not o.domain] == [opset]
     assert metadata['precision'] == precision and metadata['opset'] == opset
     parity = metadata['parity']
-    assert parity['images'] == 500 and parity['outputs']['logits']['same_class'] >= 0.98  # 10 of 500
+    assert parity['images'] == 200 and parity['outputs']['logits']['same_class'] >= 0.98  # 4 of 200
     assert parity['top1']['exported'] >= parity['top1']['pytorch'] - 1
     if precision == 'int8':
-        assert metadata['quantization']['target'] == target and metadata['quantization']['images'] == 512
+        assert metadata['quantization']['target'] == target and metadata['quantization']['images'] == 128
         assert metadata['quantization']['images_of'] == 'sample train' and parity['images_of'] == 'sample test'
         zero_points = [
             onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith('zero_point')]
@@ -645,21 +644,22 @@ def test_class_activation_maps_take_the_place_of_patch_logits(
         name, num_templates=3, layers=(2, 2, 2, 2))
     path = tmp_path / 'x.onnx'
     options = OnnxOptions(precision, patch_logits=True, method='cam', softmax=softmax)
-    metadata = export_onnx(model, path, options, images(model, 64, 80))
+    seen = images(model, 64, 80)
+    metadata = export_onnx(model, path, options, seen)
     described = metadata['outputs'][1]
     assert (described['method'], described['stride'], described['shape'][1:]) == ('cam', 4, [10, 8, 8])
     assert metadata['template_names'] == metadata['class_names']
     session = open_session(path)
     tolerance = {'fp32': 1e-4, 'fp16': 1e-2, 'int8': 0.2}[precision]
     for n in (1, 2, 7):
-        x = normalize(model, torch.from_numpy(images(model, 64, 80).held_out[:n]))
+        x = normalize(model, torch.from_numpy(seen.held_out[:n]))
         with torch.no_grad():
             expected = forward_class_activation(copy.deepcopy(model).double(), x.double())
         for got, y in zip(session.run(None, {'image': x.numpy()}), expected, strict=True):
             y = y.softmax(1).numpy() if softmax else y.numpy()
             np.testing.assert_allclose(got, y, rtol=0, atol=tolerance * np.abs(y).max())
             assert precision == 'fp16' or len(np.unique(got)) > 0.9 * got.size  # more than 8 bits have
-    assert check_file(path, model, images(model, 64, 80))[1] is None
+    assert check_file(path, model, seen)[1] is None
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     prediction = runtime.load(path, 'cpu')(image)
     x = normalize(model, torch.from_numpy(image).permute(2, 0, 1)[None])

@@ -164,7 +164,7 @@ def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():
         '    def __len__(self): return 9\n'
         '    def __getitem__(self, i): time.sleep(1000)\n'
         'batches = iter(DataLoader(Stuck(), num_workers=1, worker_init_fn=outlive_sigterm))\n'
-        'time.sleep(3)\n'
+        'time.sleep(1)\n'
         'sys.exit(2)\n')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120).returncode == 2
 

@@ -61,6 +61,7 @@ def test_code_of_the_readme_runs_and_gives_what_its_comments_say(tmp_path, monke
     (tmp_path / 'train').symlink_to(ROOT / 'train')
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+    assert 'import timm, timm_tmblock ' in blocks[0]  # which is done here
     assert len(blocks) == 6 and blocks[-1].startswith('from export.runtime import load')  # of a file to be exported
     scope = dict(targets=torch.tensor([0, 4]))
     for block in blocks[:-1]:

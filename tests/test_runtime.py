@@ -45,11 +45,14 @@ def folder(write_unchecked, tmp_path_factory):
     return folder
 
 
+SAFE_PATH = ['-P'] if sys.version_info >= (3, 11) else []
+
+
 def run_script(folder, *arguments, env=None):
     """The copied runtime, from a folder where nothing of the project can be imported."""
     return subprocess.run(
-        [sys.executable, '-P', 'runtime.py', 'run', *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-        env=env)
+        [sys.executable, *SAFE_PATH, 'runtime.py', 'run', *map(str, arguments)], cwd=folder, capture_output=True,
+        text=True, env=env)
 
 
 @pytest.fixture(scope='module')

@@ -132,7 +132,8 @@ def test_engine_in_another_folder_than_its_onnx_file_is_built_again(files, tmp_p
 
 @real
 def test_model_is_exported_and_built_at_once(tmp_path):
-    main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.plan'), '--patch-logits', '--batch', '8'])
+    few = ['--batch', '8', '--check-images', '20']
+    main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.plan'), '--patch-logits', *few])
     metadata = json.loads((tmp_path / 'x.plan.json').read_text())
     assert metadata['precision'] == 'fp16' and metadata['engine']['onnx'] == 'x.plan.onnx'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.plan', 'x.plan.json', 'x.plan.onnx', 'x.plan.onnx.json']

@@ -35,6 +35,8 @@ def files(write_unchecked, tmp_path_factory):
     model = timm.create_model('rn26_tm', pretrained=True).eval()
     write_unchecked(model, folder / 'patches.onnx', OnnxOptions(patch_logits=True))
     write_unchecked(model, folder / 'pixels.onnx', OnnxOptions(softmax=True, preprocessing='NHWC'))
+    gc.collect()
+    gc.freeze()  # what the exporter has imported, or each test below would look at all of it again
     return folder
 
 
