@@ -390,12 +390,7 @@ def _push(args: argparse.Namespace) -> None:
         print(push(folder, files, options))
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Run a command.
-
-    Raises:
-        InputError: For arguments or files that cannot be used.
-    """
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     runtime.add_run(commands)
@@ -406,7 +401,16 @@ def main(argv: Optional[List[str]] = None) -> None:
     add_bench(commands)
     add_selftest(commands)
     add_push(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Run a command.
+
+    Raises:
+        InputError: For arguments or files that cannot be used.
+    """
+    args = create_parser().parse_args(argv)
     args.run(args)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -438,6 +439,21 @@ def test_images_are_cropped_whatever_their_size(tmp_path, size):
     decoded = decode(open_dataset(str(tmp_path), 'train'), config, progress=False).images[0]
     whole = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(decoded.permute(1, 2, 0).numpy(), np.asarray(whole.crop((4, 4, 12, 12))))
+
+
+def test_labels_are_those_of_the_column_that_is_named(tmp_path):
+    images = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue')]
+    features = datasets.Features(
+        img=datasets.Image(), fine_label=datasets.ClassLabel(names=['crow', 'owl', 'swan']),
+        coarse_label=datasets.ClassLabel(names=['songbird', 'other']))
+    table = datasets.Dataset.from_dict(dict(img=images, fine_label=[2, 1], coarse_label=[0, 1]), features=features)
+    (tmp_path / 'birds').mkdir()
+    table.to_parquet(tmp_path / 'birds' / 'train.parquet')
+    for key, names, targets in (
+            ('fine_label', ['crow', 'owl', 'swan'], [2, 1]), ('coarse_label', ['songbird', 'other'], [0, 1])):
+        dataset = open_dataset(f'hfds/{tmp_path / "birds"}', 'train', input_key='img', target_key=key)
+        decoded = decode(dataset, DataConfig((3, 8, 8), (0, 0, 0), (1, 1, 1)), progress=False)
+        assert decoded.class_names == names and decoded.targets.tolist() == targets
 
 
 @pytest.mark.parametrize('kwargs', [dict(input_key='picture'), dict(input_key='img', target_key='fine_label')])

@@ -1,15 +1,21 @@
 """Numbers in README and in the READMEs of the folders are those of the committed results, and their links lead on."""
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+import export.__main__
 import timm_tmblock  # noqa: F401  registers the models
+import timm_tmblock.__main__ as cli
+import train.analysis.__main__ as analysis
 from export.parity import LIMITS
+from train import evaluate, reproduce, ship
 from train.comparison import compare_others
+from train.config import parse_args
 from train.evidence import collect
 from train.lineage import count_epochs, read_runs
 from train.paper import TABLE_1
@@ -361,6 +367,31 @@ def test_rates_of_exported_files():
             ('eager', 'PyTorch as created'), ('compiled', 'PyTorch, `torch.compile`'),
             ('rn26_tm fp32', 'ONNX Runtime, fp32'), ('rn26_tm int8', 'ONNX Runtime, int8')):
         assert f'| {told} | {rows[name, 1]} | {rows[name, 64]} |' in TEXT
+
+
+PARSERS = {  # of what follows `python` in a command
+    'train/train.py': parse_args, 'train/evaluate.py': evaluate.create_parser().parse_args,
+    'train/reproduce.py': lambda words: reproduce.create_parser().parse_args(words[:[*words, '--'].index('--')]),
+    'train/ship.py': ship.create_parser().parse_args, '-m train.analysis': analysis.create_parser().parse_args,
+    '-m export': export.__main__.create_parser().parse_args, '-m timm_tmblock': cli.create_parser().parse_args,
+    'runtime.py': export.__main__.create_parser().parse_args}
+
+
+@pytest.mark.parametrize('page, least', [
+    (PAGES[0], 16), (PAGES[1], 25), (PAGES[2], 14), ('hub_cards/rendered/rn26_tm.cifar10.md', 5)])
+def test_commands_are_such_as_the_programs_take(page, least):
+    fenced = re.findall(r'```(\w*)\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
+    blocks = [text for language, text in fenced if not language]
+    found = 0
+    for line in '\n'.join(blocks).replace('\\\n', ' ').splitlines():
+        words = shlex.split(line.replace('RECIPE', 'train/recipes/sample/rn26_tm.yaml'), comments=True)
+        for program, parse in PARSERS.items():
+            start = program.split()
+            at = next((i for i in range(len(words)) if words[i:i + len(start)] == start), None)
+            if at is not None and '--help' not in words:
+                parse(words[at + len(start):])
+                found += 1
+    assert found >= least
 
 
 def find_anchors(text):

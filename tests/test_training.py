@@ -22,8 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from timm_tmblock.checkpoint import load_model, read_description, save_weights
 from timm_tmblock.errors import InputError
+from train.augment import create_policy
 from train.checkpoint import find_checkpoints
 from train.config import create_parser, parse_args
+from train.inputs import create_data_config
+from train.optim import create_optimizer, create_schedule, resolve_lr
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +235,9 @@ def test_flags_override_the_recipe(tmp_path):
 def test_recipes_parse_and_name_what_there_is(recipe):
     args = parse_args(['-c', str(recipe)])
     assert timm.is_model(args.model)
+    optimizer = create_optimizer(args, torch.nn.Conv2d(3, 4, 3), resolve_lr(args, args.batch_size))
+    assert create_schedule(args, optimizer, 100)[1] >= 100 * args.epochs
+    create_policy(create_data_config(args))
     assert f'-c {recipe.relative_to(ROOT)}' in recipe.read_text()  # the command that runs it
 
 

@@ -19,12 +19,7 @@ from .explanation import METHODS, Explainer
 from .image import list_images
 
 
-def main(argv: Optional[List[str]] = None) -> Optional[Callable[[], Any]]:
-    """Run a command, of which a script is left to be called.
-
-    Raises:
-        InputError: If an image could not be explained, or a model or script cannot be read.
-    """
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     command = commands.add_parser(
@@ -46,7 +41,16 @@ def main(argv: Optional[List[str]] = None) -> Optional[Callable[[], Any]]:
     command.add_argument('script', type=Path)
     command.add_argument('arguments', nargs=argparse.REMAINDER)
     command.set_defaults(run=run_script)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> Optional[Callable[[], Any]]:
+    """Run a command, of which a script is left to be called.
+
+    Raises:
+        InputError: If an image could not be explained, or a model or script cannot be read.
+    """
+    args = create_parser().parse_args(argv)
     return args.run(args)
 
 
