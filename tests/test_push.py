@@ -1,5 +1,6 @@
 """Publishing, with the real client over HTTP against a stand-in Hub: one commit or nothing, whatever fails."""
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -538,6 +539,37 @@ def test_engines_that_others_push_meanwhile_are_not_lost_from_the_card(monkeypat
     else:
         export.__main__.main(command)
     assert len(pushed) == (not there)
+
+
+def test_flags_of_the_command_are_what_is_pushed(monkeypatch, tmp_path):
+    seen = {}
+
+    def record(name, function, answer):
+        def stand_in(*args, **kwargs):
+            seen[name] = inspect.signature(function).bind(*args, **kwargs).arguments
+            return answer
+        return stand_in
+
+    network = SimpleNamespace(pretrained_cfg={})
+    for name, function, answer in (
+            ('push.check_access', export.push.check_access, None),
+            ('load.load', lambda model, checkpoint: None, network),
+            ('push.read_published', export.push.read_published, Published()), ('push.push', export.push.push, 'there'),
+            ('publish.create_files', create_files, []), ('images.load_images', load_images, None)):
+        monkeypatch.setattr(f'export.{name}', record(name.partition('.')[2], function, answer))
+    flags = ['--precisions', 'bf16', 'int8', '--engines', 'a.engine', 'b.plan', '--card', 'CARD.md', '--create-pr',
+             '--message', 'Hi', '--deadline', '7', '--private', '--checkpoint', 'w.safetensors']
+    export.__main__.main(['push', 'rn26_tm', '--repo', 'me/net', *flags])
+    options = export.push.PushOptions('me/net', private=True, message='Hi', create_pr=True, deadline=7.)
+    assert seen['push']['options'] == seen['check_access']['options'] == options
+    files = seen['create_files']
+    assert files['precisions'] == ['bf16', 'int8'] and files['engines'] == [Path('a.engine'), Path('b.plan')]
+    assert (files['card'], files['weights_file'], files['keep_card']) == (Path('CARD.md'), Path('w.safetensors'), False)
+    assert (files['model'], files['repo'], files['published']) == (network, 'me/net', Published())
+    assert seen['load_images']['calibrate'] is True
+    export.__main__.main(['push', 'rn26_tm', '--repo', 'me/net', '--revision', 'next', '--tag', 'v1', '--keep-card'])
+    assert seen['push']['options'] == export.push.PushOptions('me/net', revision='next', tag='v1')
+    assert seen['create_files']['keep_card'] is False  # there is none
 
 
 def test_sidecar_that_may_not_be_read_is_an_error(lfs, folder):

@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
     """The output folder of `python train/train.py` and what it printed."""
     folder = tmp_path_factory.mktemp('finished')
     flags = [f if f != 'none' else 'tensorboard' for f in TINY]
-    run = run_command(*flags, '--output', str(folder), '--model-ema', '--smoothing', '0.1')
+    run = run_command(*flags, '--output', str(folder), '--model-ema', '--smoothing', '0.1', '--log-interval', '1')
     assert run.returncode == 0, run.stderr[-2000:]
     return folder / 'run', run
 
@@ -74,6 +74,11 @@ def test_progress_and_tensorboard_are_written(finished):
     assert [event.step for event in logged] == [3, 6]
     history = json.loads(run.stdout.splitlines()[-1])['history']
     assert [event.value for event in logged] == pytest.approx([row['eval_top1'] for row in history])
+    losses = events.Scalars('train/loss')  # of each update, and of the epoch at its last
+    assert [event.step for event in losses] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [losses[i].value for i in (3, 7)] == pytest.approx([row['train_loss'] for row in history])
+    assert [event.value for event in events.Scalars('lr')][-1] == pytest.approx(history[-1]['lr'])
+    assert all(event.value > 0 for event in events.Scalars('images_per_second'))
 
 
 def test_summary_has_a_row_an_epoch(finished):
