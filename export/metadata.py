@@ -45,6 +45,7 @@ from export.runtime import (
     is_described,
     parse_properties,
     read_file,
+    read_sidecar,
 )
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
@@ -168,24 +169,16 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
         InputError: If there are none, only a part, or of another version.
     """
     metadata = parse_properties(properties)
-    if 'metadata_version' not in metadata and sidecar(path).is_file():
-        try:
-            metadata = json.loads(sidecar(path).read_text())
-        except ValueError as e:
-            raise InputError(f'{sidecar(path)} is not JSON ({e}); export the file again.') from e
-        if not isinstance(metadata, dict):
-            raise InputError(f'{sidecar(path)} is not a JSON object; export the file again.')
-    version = metadata.get('metadata_version')
-    if version is None:
-        advice = 'build it with python -m export tensorrt' if path.suffix in ENGINE_SUFFIXES else (
-            f'give a file of python -m export onnx, or put its metadata beside it as {sidecar(path).name}')
-        raise InputError(f'{path} does not say its classes and preprocessing; {advice}.')
-    if version != METADATA_VERSION:
-        raise InputError(f'{path} has metadata of version {version}, not {METADATA_VERSION}; export it again.')
-    missing = [key for key in REQUIRED if key not in metadata]
-    if missing:
-        raise InputError(f'{path} says only a part of what is needed, not its {missing[0]}; export it again.')
     try:
+        if 'metadata_version' not in metadata and sidecar(path).is_file():
+            metadata = read_sidecar(path)
+        if 'metadata_version' not in metadata:
+            advice = 'build it with python -m export tensorrt' if path.suffix in ENGINE_SUFFIXES else (
+                f'give a file of python -m export onnx, or put its metadata beside it as {sidecar(path).name}')
+            raise InputError(f'{path} does not say its classes and preprocessing; {advice}.')
+        missing = [key for key in REQUIRED if key not in metadata]
+        if missing and metadata['metadata_version'] == METADATA_VERSION:
+            raise InputError(f'{path} says only a part of what is needed, not its {missing[0]}; export it again.')
         check_metadata(metadata, path)
     except RuntimeInputError as e:
         raise InputError(str(e)) from e

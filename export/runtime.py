@@ -328,7 +328,7 @@ class OnnxSession:
                 f'cuDNN, or allow it with --allow-fallback.')
         self.metadata = parse_properties(self.session.get_modelmeta().custom_metadata_map)
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
-            self.metadata = _read_sidecar(path)
+            self.metadata = read_sidecar(path)
         check_metadata(self.metadata, path)
         self.metadata['input']['shape'] = self.session.get_inputs()[0].shape  # another tool may have fixed the batch
         if 'file_sha256' in self.metadata and not is_described(content, self.metadata):
@@ -370,7 +370,7 @@ def _is_for_cpu(path: Path, start_on_cpu: Callable[[], Any]) -> bool:
     """Whether a file is int8 for CPUs, as its sidecar says, or it itself."""
     with contextlib.suppress(Exception):  # what is wrong with it is told where it is loaded
         if sidecar(path).is_file():
-            metadata = _read_sidecar(path)
+            metadata = read_sidecar(path)
         else:
             metadata = parse_properties(start_on_cpu().get_modelmeta().custom_metadata_map)
         return metadata['quantization']['target'] == 'cpu'
@@ -402,7 +402,7 @@ class TensorRTSession:
 
     def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
         self.path = path
-        self.metadata = _read_sidecar(path)
+        self.metadata = read_sidecar(path)
         check_metadata(self.metadata, path)
         plan = read_file(path)
         check_engine(path, self.metadata, plan)
@@ -850,7 +850,12 @@ def is_described(content: bytes, metadata: Dict[str, Any]) -> bool:
     return hashlib.sha256(content).hexdigest() == metadata.get('file_sha256')
 
 
-def _read_sidecar(path: Path) -> Dict[str, Any]:
+def read_sidecar(path: Path) -> Dict[str, Any]:
+    """The metadata beside a file.
+
+    Raises:
+        RuntimeInputError: If they cannot be read, or are none.
+    """
     try:
         metadata = json.loads(sidecar(path).read_text())
     except FileNotFoundError as e:
@@ -1235,7 +1240,7 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     said: Dict[Path, Dict[str, Any]] = {}
     for file in files:
         with contextlib.suppress(RuntimeInputError):  # no sidecar, or a bad one: the file says itself what it is
-            said[file] = _read_sidecar(file)
+            said[file] = read_sidecar(file)
     _refuse_several_networks(said, source)
     precisions = {file: str(said.get(file, {}).get('precision')) for file in files}
     return min(files, key=lambda file: order.index(precisions[file] if precisions[file] in order else ''))
@@ -1259,7 +1264,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
     said: Dict[Path, Dict[str, Any]] = {}
     for path in _list_files(folder, ('*', 'engines/*/*'), ENGINE_SUFFIXES, remote):
         try:
-            metadata = _read_sidecar(path)
+            metadata = read_sidecar(path)
             check_metadata(metadata, path)
             check_built(metadata, path)
         except RuntimeInputError as e:  # not one of ours
