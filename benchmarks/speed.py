@@ -33,6 +33,7 @@ from torch.utils.benchmark import Timer
 
 from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
+from timm_tmblock.errors import exiting_on_input_error
 from train.hardware import describe_hardware, describe_versions, find_commit
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
@@ -285,24 +286,22 @@ def main() -> None:
     if args.device == 'cuda' and not torch.cuda.is_available():
         print('error: There is no CUDA device here; leave out --device.', file=sys.stderr)
         sys.exit(2)
-    ratios: List[Ratio] = []
+    result: Dict[str, Any] = dict(
+        command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
+        machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),
+        commit=find_commit(), ratios=[])
     for name in args.only:
         for ratio in GROUPS[name](args):
-            ratios.append(ratio)
             print(f'{ratio.group}: {ratio.name}: {ratio.ratio:.3f}', file=sys.stderr, flush=True)
+            result['ratios'].append(asdict(ratio))
+            if args.output is not None:  # as far as it has come
+                write_report(args.output, result, render(result))
             gc.collect()
         torch.compiler.reset()
-        result = dict(
-            command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
-            machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),
-            commit=find_commit(),
-            ratios=[asdict(r) for r in ratios],
-        )
-        if args.output is not None:  # as far as it has come
-            write_report(args.output, result, render(result))
     if args.output is None:
         print(render(result))
 
 
 if __name__ == '__main__':
-    main()
+    with exiting_on_input_error():
+        main()

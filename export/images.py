@@ -61,11 +61,10 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     check_preprocessing(resolved)
     config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-    channels = config.input_size[0]
 
     def open_split(split: str) -> Any:
         return open_dataset(
-            args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download, channels)
+            args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
 
     check, calibration = open_split(args.check_split), None
     if calibrate:

@@ -26,6 +26,8 @@ from timm_tmblock.models._labels import list_class_names
 from train.files import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = re.compile(r'!\[[^\]]*\]\(<?([^)>\s]+)|<img\b[^>]*\bsrc=["\']([^"\']+)')  # pictures of a card
+ELSEWHERE = re.compile(r'[a-zA-Z][a-zA-Z0-9+.-]*:|//|#')  # of addresses
 
 
 def create_files(
@@ -73,6 +75,7 @@ def create_files(
             check(card.read_text())
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e
+        shown = _find_pictures(card)
     check_deterministic(model)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     for path in engines:
@@ -98,7 +101,7 @@ def create_files(
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     if card is not None:
         shutil.copyfile(card, folder / 'README.md')
-        _add_pictures_of(card, folder, find_card(network['weights_sha256']))
+        _add_pictures_of(card, shown, folder, find_card(network['weights_sha256']))
     elif not keep_card:
         _write_card(folder, model, repo, exports, weights_file, published or Published())
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
@@ -229,16 +232,24 @@ def _add_pictures(name: str, folder: Path) -> None:
         shutil.copyfile(ROOT / path, folder / Path(path).name)
 
 
-def _add_pictures_of(card: Path, folder: Path, name: Optional[str]) -> None:
+def _find_pictures(card: Path) -> List[str]:
+    """
+    Raises:
+        InputError: For one that cannot lie beside the card in a repository.
+    """
+    shown = {''.join(found) for found in SHOWN.findall(card.read_text())}
+    pictures = sorted(path for path in shown if not ELSEWHERE.match(path))
+    for picture in pictures:
+        if '..' in Path(picture).parts or Path(picture).is_absolute():
+            raise InputError(f'{card} shows {picture}, which is outside of its folder; put it beside the card.')
+    return pictures
+
+
+def _add_pictures_of(card: Path, pictures: Sequence[str], folder: Path, name: Optional[str]) -> None:
     """Put the pictures that somebody's card shows beside it: those that lie there, or of the card of the network."""
-    shown = set(re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', card.read_text()))
-    ours = [ROOT / path for path in load_data(name)['pictures'].values()] if name else []
-    files = {path.name: path for path in ours}
-    for picture in sorted(shown):
-        source = card.parent / picture
-        if not source.is_file():
-            source = files.get(picture, source)
-        inside = not Path(picture).is_absolute() and '..' not in Path(picture).parts
-        if source.is_file() and inside and not (folder / picture).exists():
+    files = {Path(path).name: ROOT / path for path in (load_data(name)['pictures'].values() if name else ())}
+    for picture in pictures:
+        source = next((path for path in (card.parent / picture, files.get(picture)) if path and path.is_file()), None)
+        if source is not None and not (folder / picture).exists():  # others may be in the repository
             (folder / picture).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / picture)

@@ -176,6 +176,22 @@ def check_access(options: PushOptions) -> None:
     _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).check_access)
 
 
+def get_endpoint() -> str:
+    """Address of the Hub."""
+    return str(HfApi().endpoint)
+
+
+def find_weights(options: PushOptions) -> Optional[str]:
+    """Hash of the weights that the repository has, None where there are none.
+
+    Raises:
+        InputError: If the token may not see it.
+        PushError: If the Hub or the network failed.
+    """
+    ask = _Push(Path(), [], options, time.monotonic() + SIGN_IN, print)
+    return _within(SIGN_IN, lambda: ask.find_published()[1].get(WEIGHTS))
+
+
 def read_published(options: PushOptions) -> Published:
     """What the repository has.
 
@@ -237,7 +253,7 @@ class _Push:
                 self._retry(self._check_tag, 'look for the tag')
 
     def read_published(self) -> Published:
-        head, tree = self._find_published()
+        head, tree = self.find_published()
         found = {}
         for path in tree:
             engine = path.removesuffix('.json')
@@ -248,7 +264,7 @@ class _Push:
         card = self._download(CARD, head).read_text(errors='replace') if CARD in tree else None
         return Published(found, card, tree.get(WEIGHTS))
 
-    def _find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
+    def find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
         """Commit and tree that the push goes on from; None and no files where there is no repository."""
         for revision in dict.fromkeys((self.options.revision, None)):  # a branch that is yet to be has main's files
             with contextlib.suppress(_Missing):
@@ -328,13 +344,15 @@ class _Push:
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
         """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
 
-        Of another network its pickled weights too, which timm may have written. Engines of the same network stay, which
-        may be of another machine, with their sources, and ONNX files that others put there.
+        Of other weights those that timm pickled too. Engines of the same network stay, which may be of another machine,
+        with their sources, and ONNX files that others put there.
         """
         kept = {file.as_posix() for file in self.files}
-        exports = [path for path in tree if (path.startswith(EXPORTS) or path == PICKLED) and path not in kept]
+        exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]
+        has_others = WEIGHTS in tree and Path(WEIGHTS) in self._find_different(tree)
+        pickled = [path for path in (PICKLED,) if path in tree and path not in kept and has_others]
         if not exports or self._is_of_another_network(tree, revision):
-            return exports
+            return exports + pickled
         if f'{ONNX}.json' not in kept:
             return []
         ours = {path: OUR_ONNX.fullmatch(path) for path in exports}

@@ -79,11 +79,11 @@ def quantize(
 
 
 def find_sensitive(graph: onnx.GraphProto, readers: bool) -> List[str]:
-    """Names of the nodes that 8 bits hurt most for the little they compute: the stem, what reads pixels for it, and the
-    convolutions that read it.
+    """Names of the nodes that 8 bits hurt most for the little they compute: the stem, what normalises its pixels, and
+    the convolutions that read it.
 
-    On rn26_tm, quantized alone and symmetrically, each of these three adds more error to the logits than any other
-    convolution does.
+    On rn26_tm, quantized alone and symmetrically, the stem and the two convolutions that read it each add more error to
+    the logits than any other does.
 
     Args:
         graph: Network.

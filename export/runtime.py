@@ -413,7 +413,7 @@ class TensorRTSession:
         self.provider = f'{trt.__name__} {trt.__version__}'
         self.trt = trt
         self.logger = get_logger(trt)
-        self.runtime = trt.Runtime(self.logger)
+        self.runtime = start(trt.Runtime, trt, self.logger)
         if self.metadata['engine']['version_compatible']:
             self.runtime.engine_host_code_allowed = True
         with on_first_gpu(self.cudart):
@@ -678,8 +678,23 @@ def get_logger(trt: Any) -> Any:
     Its `last` is the last error, which TensorRT tells nobody else, as a part of a sentence.
     """
     logger = _create_logger(trt)
-    logger.last = NO_REASON
+    logger.last = logger.warning = NO_REASON
     return logger
+
+
+def start(kind: Callable[[Any], Any], trt: Any, logger: Any) -> Any:
+    """A builder or runtime of TensorRT, which begin with CUDA.
+
+    Raises:
+        RuntimeInputError: If it cannot start.
+    """
+    try:
+        return kind(logger)
+    except TypeError as e:  # of pybind11, for the nothing that it was given; the reason is logged as a warning
+        reason = logger.warning if logger.last == NO_REASON else logger.last
+        raise RuntimeInputError(
+            f'{trt.__name__} {trt.__version__} cannot start ({reason}); update the driver of the GPU, or see what else '
+            f'uses it.') from e
 
 
 @functools.cache
@@ -687,11 +702,13 @@ def _create_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = ''
+            self.last = self.warning = ''
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and 'cudaError' not in message:
                 self.last = shorten_message(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warning = shorten_message(message)
 
     return Logger()
 

@@ -38,6 +38,7 @@ from export.runtime import (
     query_gpu,
     read_file,
     shorten_message,
+    start,
     tell_platform,
 )
 from timm_tmblock.checkpoint import writing
@@ -125,6 +126,7 @@ def build_engine(
         InputError: If the file, TensorRT, the GPU or the options will not do.
         ParseError: If TensorRT does not take the network, with the node and its operator.
         ProfileError: If the batch or image sizes cannot be had.
+        RuntimeInputError: If TensorRT cannot start.
     """
     trt = check_before_export(path, options, layers)
     gpu = query_gpu()
@@ -300,12 +302,7 @@ def _build(
         describe_layers: bool,
 ) -> Tuple[bytes, List[List[List[int]]], str]:
     logger = get_logger(trt)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError as e:  # of pybind11, for the nothing it was given
-        raise InputError(
-            f'{trt.__name__} {trt.__version__} cannot start ({logger.last}); update the driver of the GPU, or see what '
-            f'else uses it.') from e
+    builder = start(trt.Builder, trt, logger)
     # its value differs between 10 and 11, where typing is strong anyway
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -362,7 +359,7 @@ def _build(
     data = bytes(plan)
     layers = ''
     if describe_layers:
-        runtime = trt.Runtime(logger)
+        runtime = start(trt.Runtime, trt, logger)
         if options.version_compatible:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(data)

@@ -12,12 +12,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import METHODS, has_class_activation
-from timm_tmblock.image import list_images
+from timm_tmblock.image import IMAGE_SUFFIXES, list_images
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
@@ -30,7 +30,7 @@ def build(
         models: Sequence[Tuple[str, Any]],
         args: argparse.Namespace,
         method: str = 'match',
-        examples: Optional[Sequence[Path]] = None,
+        examples: Sequence[Path] = (EXAMPLES,),
 ) -> List[Path]:
     """Write the folder.
 
@@ -39,7 +39,7 @@ def build(
         models: Networks by name, in evaluation mode.
         args: Options of `export.images.add_image_options`, of the images the ONNX files are checked on.
         method: What networks with template matching show, 'match' or 'cam'; the others show class activation maps.
-        examples: Images to try, those of the sample if None.
+        examples: Images to try, and folders of them.
 
     Returns:
         Its files.
@@ -55,6 +55,7 @@ def build(
         raise InputError(f'Two models are called alike among {", ".join(names)}; rename a file.')
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f'{output} is not an empty folder; name another, or empty it.')
+    pictures = _list_examples(examples)
     if not output.name:
         output = output.resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,11 +73,22 @@ def build(
             shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
             shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
             (tmp / 'examples').mkdir()
-            for path in list_images([EXAMPLES]) if examples is None else examples:
+            for path in pictures:
                 shutil.copy(path, tmp / 'examples')
             shutil.copytree(exported, tmp / 'models')
             os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
+
+
+def _list_examples(paths: Sequence[Path]) -> List[Path]:
+    found: Dict[str, Path] = {}
+    for path in list_images(paths):
+        if not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise InputError(f'There is no image {path}, of {", ".join(IMAGE_SUFFIXES)}; name others with --examples.')
+        if path.name in found:
+            raise InputError(f'The examples {found[path.name]} and {path} are called alike; rename one.')
+        found[path.name] = path
+    return list(found.values())
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -99,12 +111,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         'images to try, or folders of them; those of the sample if not given'))
     add_image_options(parser)
     args = parser.parse_args(argv)
-    examples = list_images(args.examples)
-    missing = [path for path in examples if not path.is_file()]
-    if missing or len({path.name for path in examples}) < len(examples):
-        raise InputError(f'There is no image {missing[0]}.' if missing else 'Two of the --examples are called alike.')
+    _list_examples(args.examples)
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
-    for path in build(args.output, models, args, args.method, examples):
+    for path in build(args.output, models, args, args.method, args.examples):
         print(f'{path.stat().st_size:>10,} {path}')
     print(f'Publish it: hf upload USER/NAME {args.output} . --repo-type space')
 

@@ -295,7 +295,8 @@ def render(
     for key, sidecar in sidecars.items():
         _check_numbers(sidecar, f'{data["exports"]}/{key}')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
-    rate_of = {key: rates.get(f'{data["model"]} {key}') for key in sidecars}
+    with_patches = ', patch logits' if has_patches else ''
+    rate_of = {key: rates.get(f'{data["model"]} {key}{with_patches}') for key in sidecars}
     files = []
     for key, sidecar in sidecars.items():
         parity = sidecar['parity']

@@ -232,7 +232,7 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
 
     members = dict(
         IProgressMonitor=type('IProgressMonitor', (), {}),
-        ILogger=type('ILogger', (), dict(ERROR=1, INTERNAL_ERROR=2)),
+        ILogger=type('ILogger', (), dict(ERROR=1, INTERNAL_ERROR=0, WARNING=2)),
         Builder=lambda logger: guard(Builder(logger), 'Builder'),
         Runtime=lambda logger: guard(Runtime(logger), 'Runtime'),
         OnnxParser=lambda network, logger: guard(Parser(network, logger), 'OnnxParser'),

@@ -69,10 +69,17 @@ def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
         assert picture.width > 1000
 
 
-def test_report_names_the_gpu_where_something_ran_there(monkeypatch):
-    monkeypatch.setattr(export.bench, 'query_gpu', lambda: dict(name='NVIDIA T4'))
-    alone = export.bench.describe_machine()['hardware']
-    assert 'T4' not in alone and export.bench.describe_machine(on_gpu=True)['hardware'] == f'NVIDIA T4, {alone}'
+@pytest.mark.parametrize('flags, on_gpu', [
+    (['a.onnx'], False), (['a.onnx', 'x.engine'], True), (['a.onnx', '--device', 'cuda'], True)])
+def test_report_names_the_gpu_where_something_ran_there(monkeypatch, tmp_path, flags, on_gpu):
+    row = dict(name='a', batch_size=1, calls=1, latency_ms=dict(p10=1., p50=1., p90=1., p99=1.), images_per_second=1.)
+    for name, stand_in in (
+            ('query_gpu', lambda: dict(name='NVIDIA T4')), ('open_file', lambda *args: None),
+            ('measure', lambda *args: [row]), ('draw', lambda *args: None)):
+        monkeypatch.setattr(export.bench, name, stand_in)
+    main(['bench', *flags, '--output', str(tmp_path / 'out')])
+    hardware = json.loads((tmp_path / 'out.json').read_text())['hardware']
+    assert ' thread' in hardware and hardware.startswith('NVIDIA T4, ') == on_gpu
 
 
 def test_everything_has_as_many_threads_as_one_asks_for(files, monkeypatch):

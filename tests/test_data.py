@@ -403,7 +403,7 @@ def test_images_are_made_square_as_the_network_has_it(tmp_path, mode, channels):
     transform = create_transform(  # timm's for evaluation, with borders of the mean colour
         config.input_size, interpolation='bicubic', crop_pct=1., crop_mode=mode, mean=config.mean, std=config.std)
     expected = transform(image)
-    dataset = open_dataset(str(tmp_path), 'train', channels=channels)
+    dataset = open_dataset(str(tmp_path), 'train')
     streamed = StreamingLoader(dataset, config, 2, torch.device('cpu'), num_workers=0)
     in_memory = InMemoryLoader(decode(dataset, config, progress=False), config, 2, torch.device('cpu'))
     for loader in (streamed, in_memory):

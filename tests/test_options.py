@@ -198,7 +198,7 @@ def test_script_ends_with_its_result_where_the_launcher_leaves_settings_open(tmp
 
 def test_fsdp_compiles_nothing(monkeypatch):
     monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    with pytest.raises(InputError, match='FSDP gathers .* leave out --torchcompile'):
+    with pytest.raises(InputError, match='FSDP gathers .* use --torchcompile no'):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--torchcompile', 'aot_eager']))
 
 
@@ -539,10 +539,11 @@ def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(
 @pytest.mark.parametrize('flag', ['--checkpoint-hist', '--val-interval'])
 @pytest.mark.parametrize('held_out', [['--val-fraction', '0'], ['--pool', '80', '0', '20']])
 def test_flags_of_validation_need_images_for_it(flag, held_out):
-    with pytest.raises(InputError, match=f'^{flag} only applies with images held out, by --val-fraction or --val-s'):
+    with pytest.raises(InputError, match=f'^{flag} only applies with images that validate, of --val-fraction, '):
         parse_args([flag, '2', *held_out])
     for others in ([], ['--val-split', 'test'], ['--pool', '65', '15', '20']):
         parse_args([flag, '2', *others])
+    parse_args([flag, '0' if flag == '--checkpoint-hist' else '1', *held_out])
 
 
 @pytest.mark.parametrize('flags, recipe, needed', [

@@ -685,7 +685,8 @@ def test_training_publishes_its_weights_and_a_failure_does_not_lose_them(lfs, fo
     assert all((v == expected[k]).all() for k, v in load(files['model.safetensors']['content']).items())
     # the end of a run that is resumed leaves what the repository has of the same weights
     again = forks_of_hub.run('-c', code, result['weights']['best'], *flags)
-    assert again.stdout == 'None\n' and 'not pushed: me/run has these weights already. Push it' in again.stderr
+    assert again.stdout == f'{hub.endpoint}/me/run\n' and count(hub, 'me/run') == 1
+    assert again.stderr.endswith('me/run has these weights already and is left as it is.\n')
     # nor does another machine, which has no run, take the accuracy off the card
     more = ['--precisions', 'fp32', 'bf16', '--check-images', '20', '--private']
     other = forks_of_hub.run('-m', 'export', 'push', 'hf-hub:me/run', '--repo', 'me/run', *more)

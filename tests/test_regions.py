@@ -397,6 +397,8 @@ def test_images_of_a_set_sorted_by_class_are_drawn_and_others_are_the_first(monk
 
     assert set(take([0] * 10 + [1] * 10 + [2] * 10)) == {0, 1, 2}
     assert take([0, 2, 1] * 10) == [0, 2, 1] * 4
+    few = take([0] * 4 + [1] * 4 + [2] * 4)  # which are all taken
+    assert sorted(few) == [0] * 4 + [1] * 4 + [2] * 4 != few
 
 
 def test_shares_beside_the_maps_are_of_the_same_images(tmp_path):

@@ -308,8 +308,8 @@ def test_examples_may_be_ones_own(tmp_path):
     build(tmp_path / 'space', [], parser.parse_args([]), examples=[tmp_path / 'birds' / 'crow.jpg'])
     assert [path.name for path in (tmp_path / 'space' / 'examples').iterdir()] == ['crow.jpg']
     for examples, message in (
-            ([tmp_path / 'birds', tmp_path / 'birds' / 'owl.png'], 'Two of the --examples are called alike'),
-            ([tmp_path / 'gone.png'], 'There is no image .*gone.png')):
+            ([tmp_path / 'birds', tmp_path / 'birds' / 'owl.png'], 'and .*owl.png are called alike; rename one'),
+            ([tmp_path / 'gone.png'], 'There is no image .*gone.png'), ([ROOT / 'README.md'], 'README.md, of .png, ')):
         with pytest.raises(InputError, match=message):
             main(['rn26_tm', '--output', str(tmp_path / 'new'), '--examples', *map(str, examples)])
     assert not (tmp_path / 'new').exists()

@@ -34,7 +34,7 @@ def fingerprints(dataset: InMemorySet):
 
 def load(*flags, config=CONFIG):
     args = parse_args([*flags, '--device', 'cpu'])
-    splits = open_splits(args, 3, Accelerator(cpu=True))
+    splits = open_splits(args, Accelerator(cpu=True))
     return load_parts(splits, args, config, progress=False)
 
 

@@ -91,15 +91,19 @@ def test_simulated_build_tells_every_version_the_same(simulated, files, tmp_path
 
 
 @each_package
-def test_builder_that_cannot_start_is_one_sentence(simulated, files, tmp_path, monkeypatch):
+def test_what_cannot_start_is_one_sentence(simulated, files, tmp_path, monkeypatch):
     def refuse(logger):
-        logger.log(logger.ERROR, 'CUDA initialization failure with error: 35')
+        logger.log(logger.WARNING, 'CUDA initialization failure with error: 35')
         raise TypeError('pybind11::init(): factory function returned nullptr')
 
-    monkeypatch.setattr(simulated['module'], 'Builder', refuse, raising=False)
-    with pytest.raises(InputError, match='cannot start .*failure with error: 35.*; update the driver of the GPU'):
-        build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
-    assert not (tmp_path / 'x.engine').exists()
+    build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
+    for kind in ('Builder', 'Runtime'):
+        monkeypatch.setattr(simulated['module'], kind, refuse, raising=False)
+    for work in (lambda: runtime.load(tmp_path / 'x.engine'), lambda: build_engine(
+            files / 'patches.onnx', tmp_path / 'y.engine', EngineOptions())):
+        with pytest.raises(runtime.RuntimeInputError, match='cannot start .*with error: 35.*; update the driver'):
+            work()
+    assert not (tmp_path / 'y.engine').exists()
 
 
 @each_package

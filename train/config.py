@@ -316,6 +316,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return args
 
 
+VALIDATING = 'images that validate, of --val-fraction, --val-split or the second size of --pool'
+
+
 def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
     """Refuse flags of the command line that would change nothing; recipes may have them for others to build on.
 
@@ -334,7 +337,8 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
             (['remode', 'recount'], '--reprob', args.reprob),
             (['lr_base_size', 'lr_base_scale'], '--lr-base', args.lr_base is not None),
             (['layer_decay_min_scale'], '--layer-decay', args.layer_decay is not None),
-            (['checkpoint_hist', 'val_interval'], 'images held out, by --val-fraction or --val-split', validates),
+            (['checkpoint_hist'] if args.checkpoint_hist else [], VALIDATING, validates),
+            (['val_interval'] if args.val_interval > 1 else [], VALIDATING, validates),
             (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
         for flag in flags:
             if flag in given and not have:

@@ -84,7 +84,6 @@ def open_dataset(
         input_key: str = 'image',
         target_key: str = 'label',
         download: bool = False,
-        channels: int = 3,
 ) -> Any:
     """Open an image set by timm's names: `torch/<name>`, `hfds/<hub id or folder>`, a folder of class folders, ...
 
@@ -101,7 +100,7 @@ def open_dataset(
         name = f'{kind}/{rest}'
     if kind in ('hfids', 'tfds', 'wds'):
         raise InputError(f'Dataset {name!r} is a stream, which has no order; open it as hfds/... or torch/....')
-    kwargs = dict(root=root, split=split, download=download, input_img_mode='L' if channels == 1 else 'RGB')
+    kwargs = dict(root=root, split=split, download=download)
     if kind == 'hfds':
         kwargs.update(input_key=input_key, target_key=target_key)
     else:
@@ -200,14 +199,14 @@ def add_data_options(parser: ArgumentParser) -> None:
     parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
 
 
-def open_named(args: Namespace, channels: int = 3) -> Any:
+def open_named(args: Namespace) -> Any:
     """The split that those flags name.
 
     Raises:
         InputError: If there is no such set, split or column.
     """
     return open_dataset(
-        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download, channels)
+        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
 
 
 def get_class_names(dataset: Any) -> List[str]:

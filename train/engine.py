@@ -82,7 +82,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         if args.torchcompile:
             raise InputError(
                 'FSDP gathers the weights of a compiled model in its compiled call alone, which validation does not '
-                'make; leave out --torchcompile.')
+                'make; use --torchcompile no.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')

@@ -73,7 +73,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         crop_pct=runner.config['crop_pct'],
         crop_mode=runner.config.get('crop_mode', 'center'),
     )
-    dataset = open_named(args, channels)
+    dataset = open_named(args)
     names = get_class_names(dataset)
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)

@@ -1,6 +1,7 @@
 """The network to train: its name, its image size, and what is left of it after training."""
+import errno
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -54,17 +55,23 @@ def take_up_checkpoint(args: Namespace) -> None:
     sized = 'img_size' in args.model_kwargs
     kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
     args.model_kwargs = {**kept, **args.model_kwargs}
-    channels = args.model_kwargs.get('in_chans', 3)
+    cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
+    channels = args.model_kwargs.get('in_chans', cfg.input_size[0])
     for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
         if getattr(args, key) is None:
             value = description.get(key)
             if key in ('mean', 'std') and value and len(value) != channels:  # grey of colours, or the reverse
                 value = [sum(value) / len(value)] * channels
             setattr(args, key, value)
-    cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     _, height, width = description.get('input_size', cfg.input_size)
     if args.img_size is None and not sized and height == width and height != cfg.input_size[-1]:
         args.img_size = height
+
+
+def _count_classes(path: str, name: str, default: Optional[int] = None) -> Optional[int]:
+    """As `count_classes`; None of a network whose classifier timm does not name."""
+    cfg = timm.get_pretrained_cfg(name)
+    return count_classes(path, name, default) if cfg and cfg.classifier else None
 
 
 def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None:
@@ -76,7 +83,9 @@ def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None
     file = folder / 'last.safetensors' if args.resume else args.initial_checkpoint if args.eval_only else None
     if file is not None and Path(file).is_file():
         description = read_description(file)
-        number = description.get('num_classes') or count_classes(file, args.model)
+        number = description.get('num_classes') or _count_classes(str(file), args.model)
+        if not number:  # of a network whose classifier timm does not name
+            return
     elif args.eval_only and args.pretrained:
         description, file = vars(timm.get_pretrained_cfg(args.model) or PretrainedCfg()), args.model
         number = description['num_classes']
@@ -92,8 +101,10 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         description = read_description(args.initial_checkpoint)
         # the classifier is kept where the number of classes is the same, as with any weights of timm
         cfg = timm.get_pretrained_cfg(args.model)
-        num_classes = description.get('num_classes') or (
-            count_classes(args.initial_checkpoint, args.model, 0) if cfg and cfg.classifier else len(class_names))
+        num_classes = description.get('num_classes')
+        if num_classes is None:
+            found = _count_classes(args.initial_checkpoint, args.model, 0)
+            num_classes = len(class_names) if found is None else found
         overlay = dict(file=args.initial_checkpoint, num_classes=num_classes)
         if cfg and 'input_size' in description:  # for the channels, which timm fits to those of the network
             overlay.update(input_size=(description['input_size'][0], *cfg.input_size[1:]))
@@ -102,7 +113,9 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         raise InputError(
             f'num_templates={templates} leaves no template for each of the {len(class_names)} classes, which the patch '
             f'loss compares; leave it out.')
-    with refusing(f'These settings of {args.model}'), _refusing_weights_out_of_reach(args.model):
+    pretrained = args.pretrained and not args.resume and overlay is None
+    with refusing(f'These settings of {args.model}'), (
+            _refusing_weights_out_of_reach(args.model) if pretrained else nullcontext()):
         if overlay and not description and num_classes != len(class_names):
             # timm, which leaves out their classifier, would pass over other weights that are missing, too
             with torch.random.fork_rng(devices=[]):
@@ -111,7 +124,7 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
                     **args.model_kwargs)
         model = timm.create_model(
             args.model,
-            pretrained=overlay is not None or (args.pretrained and not args.resume),
+            pretrained=overlay is not None or pretrained,
             pretrained_cfg_overlay=overlay,
             num_classes=len(class_names),
             drop_rate=args.drop,
@@ -131,6 +144,8 @@ def _refusing_weights_out_of_reach(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:  # of the Hub and the network
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(
             f'The pretrained weights of {name} cannot be had ({say_why_not_loaded(e)}); download them where there is a '
             f'network, or leave out --pretrained.') from e

@@ -63,7 +63,8 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         args: Settings of the run.
 
     Returns:
-        Address of the commit; None if it failed, which is said on stderr with the command that tries again.
+        Address of the commit, or of a repository that has these weights already; None if it failed, which is said on
+        stderr with the command that tries again.
     """
     flags = [
         str(weights), '--repo', args.push_to_hub, '--precisions', *PRECISIONS, '--dataset', args.dataset,
@@ -74,7 +75,7 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         from export.images import add_image_options, load_images
         from export.load import load
         from export.publish import create_files, save_model
-        from export.push import WEIGHTS, PushError, PushOptions, check_access, push, read_published
+        from export.push import WEIGHTS, PushError, PushOptions, check_access, find_weights, get_endpoint, push
     except (ImportError, InputError) as e:
         _say(f'pushing needs more than is installed ({e}); {INSTALL}.', flags)
         return None
@@ -87,10 +88,10 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         model = load(str(weights))
         with tempfile.TemporaryDirectory() as name:
             save_model(model, Path(name))
-            if read_published(options).weights == hash_file(str(Path(name) / WEIGHTS)):
+            if find_weights(options) == hash_file(str(Path(name) / WEIGHTS)):
                 # of an earlier end of this run: its exports and its card may have been added to since
-                _say(f'{args.push_to_hub} has these weights already.', flags)
-                return None
+                print(f'{args.push_to_hub} has these weights already and is left as it is.', file=sys.stderr)
+                return f'{get_endpoint()}/{args.push_to_hub}'
         images = load_images(image_args, model, calibrate=False)
         with tempfile.TemporaryDirectory() as name:
             files = create_files(Path(name), model, args.push_to_hub, PRECISIONS, [], images, weights_file=weights)

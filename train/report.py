@@ -183,8 +183,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
     if not all(c.by_image for c in found):
         text += (
-            ' ‡: the larger error of two independent sets of test images: these weights were not kept, so their '
-            'answers image by image are unknown.')
+            ' ‡: computed as if each had been tested on images of its own, which makes the error larger: these weights '
+            'were not kept, so their answers image by image are unknown.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
     if any(c.taught for c in found):

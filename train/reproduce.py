@@ -70,7 +70,8 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
         settings = [(row, row, ()) for row in DEPTH if row in rows]
     elif experiment == 'lambda':
         settings = [
-            (f'lambda{weight:g}', 'rn26_tm', ('--patch-loss-weight', f'{weight:g}')) for weight in args.lambdas]
+            (f'lambda{weight:g}', 'rn26_tm', ('--patch-loss-weight', f'{weight:g}'))
+            for weight in args.lambdas or LAMBDAS]
     else:
         for batch_size in (8, 32):
             for maximizer in ('bn_relu', 'softmax', 'perturbed'):
@@ -248,7 +249,7 @@ def create_parser() -> Parser:
         'where a set is, as --dataset of train.py takes it: cifar10=hfds/folder'))
     parser.add_argument('--rows', nargs='+', choices=TABLE_1, metavar='ROW', help=(
         f'of table1 and depth, all if not given: {", ".join(TABLE_1)}'))
-    parser.add_argument('--lambdas', nargs='+', type=float, default=LAMBDAS)
+    parser.add_argument('--lambdas', nargs='+', type=float, help=f'{" ".join(map(str, LAMBDAS))} if not given')
     parser.add_argument('--perturbed-32', action='store_true', help='the perturbed maximizer in batches of 32, too')
     parser.add_argument('--num-samples', type=positive, help='samples of the perturbed maximizer, 600 in the paper')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
@@ -271,6 +272,11 @@ def main(argv: Optional[List[str]] = None) -> Path:
     unknown = sorted(set(sources) - set(DATASETS))
     if unknown or not all(sources.values()):
         raise InputError(f'--data takes SET=NAME with a set of {", ".join(DATASETS)}.')
+    for flag, given, experiment in (
+            ('--lambdas', args.lambdas is not None, 'lambda'), ('--perturbed-32', args.perturbed_32, 'maximizers'),
+            ('--num-samples', args.num_samples is not None, 'maximizers')):
+        if given and args.experiment != experiment:
+            raise InputError(f'{flag} is of {experiment}; leave it out of {args.experiment}.')
     known = dict(table1=TABLE_1, depth=DEPTH).get(args.experiment, ())
     if unknown := [row for row in args.rows or () if row not in known]:
         advice = f'--rows takes {", ".join(known)}' if known else 'leave out --rows'

@@ -30,7 +30,7 @@ class Runner(Protocol):
 
 
 def resolve_device(name: str) -> torch.device:
-    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps', to measure on.
+    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps'.
 
     Raises:
         InputError: If there is none here.
@@ -39,7 +39,6 @@ def resolve_device(name: str) -> torch.device:
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
         raise InputError(f'There is no {name} device here; use --device cpu.')
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
     return torch.device(name)
 
 
@@ -74,6 +73,7 @@ class TorchRunner:
         self.device = device
         self.hardware = describe_hardware(device)
         self.dtype = dtype
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
         self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list_class_names(self.model.pretrained_cfg)

@@ -69,7 +69,7 @@ def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[I
     return [dataset.subset(torch.tensor(part, dtype=torch.int64)) for part in parts]
 
 
-def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dict[str, Any]:
+def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
     """Open the splits the settings name, as 'train', 'validation' and 'test'; their classes agree.
 
     Raises:
@@ -107,7 +107,6 @@ def open_splits(args: Namespace, channels: int, accelerator: Accelerator) -> Dic
                     input_key=args.input_key,
                     target_key=args.target_key,
                     download=args.dataset_download,
-                    channels=channels,
                 )
             except Exception as e:  # to be raised where the others do not wait for this process
                 failure = e

@@ -124,7 +124,7 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
         alike = re.sub(r' --seed \d+', '', result['command'])
         commands.setdefault(alike, [result['command']]).append(str(result['seed']))
     return lines + [
-        f'- `python train/{command}`' + (f', also with --seed {" and ".join(others)}' if others else '')
+        f'- `python train/{command}`' + (f', also with --seed {", ".join(others)}' if others else '')
         for command, _, *others in commands.values()]
 
 

@@ -98,7 +98,7 @@ class Trainer:
             self.folder = record.create_folder_name(args)
         accelerator.project_configuration = ProjectConfiguration(str(self.folder))  # where trackers write
         self.data_config = config = create_data_config(args)
-        splits = open_splits(args, config.input_size[0], accelerator)
+        splits = open_splits(args, accelerator)
         self.class_names = get_class_names(splits['train'])
         check_weights(args, self.folder, self.class_names)
         if args.resume:

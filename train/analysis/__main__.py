@@ -28,7 +28,7 @@ from timm_tmblock.models._labels import list_class_names
 from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
-from train.config import HelpFormatter, Parser, positive, seed
+from train.config import HelpFormatter, Parser, not_negative, positive, seed
 from train.data import InMemorySet, add_data_options, check_classes, decode, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -36,7 +36,6 @@ from train.hardware import describe_hardware, describe_versions
 from train.runner import resolve_device
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
-WORKERS = 4  # processes that decode large sets
 FIRST = 'the first of the split, or a draw where it lies sorted by class'
 
 
@@ -63,6 +62,7 @@ def create_parser() -> Parser:
         add_data_options(sub)
         sub.add_argument('--seed', type=seed, default=0)
         sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
+        sub.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
         if images_per_class:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
                 'or as many as the smallest class has'))
@@ -117,10 +117,10 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     config = DataConfig(
         tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
         crop_pct=cfg['crop_pct'], crop_mode=cfg.get('crop_mode', 'center'))
-    dataset = open_named(args, config.input_size[0])
+    dataset = open_named(args)
     names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
     check_classes(args.model, names, args.dataset, get_class_names(dataset))
-    return decode(dataset, config, num_workers=WORKERS)
+    return decode(dataset, config, num_workers=args.workers)
 
 
 def take_images(args: argparse.Namespace, model: Any) -> InMemorySet:
@@ -317,13 +317,15 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     name = args.command if fill == 'mean' else f'{args.command}_{fill}'
     args.output = args.output or f'output/analysis/{name_network(args.model)}.{name}'
     device = resolve_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
     with naming_failures('take fewer images or regions'):
         model = load_network(args.model, device, None if args.command == 'maximizer' else True)
         try:
             values, figure = RUN[args.command](args, model)
         except ImportError as e:
             raise InputError(f'The analyses need more than is installed ({e}); pip install -e ".[analysis]".') from e
-    settings = {k: v for k, v in vars(args).items() if k not in ('command', 'output', 'device', 'dataset_download')}
+    own = ('command', 'output', 'device', 'workers', 'dataset_download')  # of this machine
+    settings = {k: v for k, v in vars(args).items() if k not in own}
     result = dict(
         analysis=args.command, command=tell_command(argv), settings=settings,
         weights_sha256=hash_file(model.pretrained_cfg.get('file')), **values,
