@@ -288,7 +288,10 @@ def test_kept_templates_are_not_named_as_the_new_classes(trained_like):
 
 
 def test_grey_models_take_colour_images(trained_like):
-    explain(trained_like('rn26_tm', in_chans=1), np.zeros((32, 32, 3), np.uint8))
+    model, image = trained_like('rn26_tm', in_chans=1), np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    a, b = (explain(model, source) for source in (image, Image.fromarray(image).convert('L')))
+    np.testing.assert_array_equal(a.patch_probabilities, b.patch_probabilities)
+    assert a.patch_probabilities.std() > 0.01 and np.array_equal(np.asarray(a.image), image)
 
 
 @pytest.mark.parametrize('method', ['match', 'cam'])
