@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 
 from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
-from timm_tmblock.errors import exiting_on_input_error
+from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.hardware import describe_hardware, describe_versions, find_commit
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),
@@ -284,8 +284,7 @@ def main() -> None:
         print(peak_memory(Setting(**setting), model))
         return
     if args.device == 'cuda' and not torch.cuda.is_available():
-        print('error: There is no CUDA device here; leave out --device.', file=sys.stderr)
-        sys.exit(2)
+        raise InputError('There is no CUDA device here; leave out --device.')
     result: Dict[str, Any] = dict(
         command=f'python benchmarks/speed.py {" ".join(sys.argv[1:])}'.strip(),
         machine=dict(hardware=describe_hardware(torch.device(args.device)), **describe_versions()),

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
+from urllib.parse import unquote
 
 import timm
 import torch
@@ -26,7 +27,8 @@ from timm_tmblock.models._labels import list_class_names
 from train.files import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = re.compile(r'!\[[^\]]*\]\(<?([^)>\s]+)|<img\b[^>]*\bsrc=["\']([^"\']+)')  # pictures of a card
+# pictures of a card
+SHOWN = re.compile(r'!\[[^\]]*\]\((?:<([^>]+)>|([^)\s]+))|<img\b[^>]*\bsrc=["\']([^"\']+)')
 ELSEWHERE = re.compile(r'[a-zA-Z][a-zA-Z0-9+.-]*:|//|#')  # of addresses
 
 
@@ -72,10 +74,11 @@ def create_files(
         if not card.is_file():
             raise InputError(f'There is no card {card}.')
         try:
-            check(card.read_text())
+            text = card.read_text()
+            check(text)
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e
-        shown = _find_pictures(card)
+        shown = _find_pictures(card, text)
     check_deterministic(model)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     for path in engines:
@@ -232,16 +235,17 @@ def _add_pictures(name: str, folder: Path) -> None:
         shutil.copyfile(ROOT / path, folder / Path(path).name)
 
 
-def _find_pictures(card: Path) -> List[str]:
+def _find_pictures(card: Path, text: str) -> List[str]:
     """
     Raises:
         InputError: For one that cannot lie beside the card in a repository.
     """
-    shown = {''.join(found) for found in SHOWN.findall(card.read_text())}
-    pictures = sorted(path for path in shown if not ELSEWHERE.match(path))
+    shown = {''.join(found) for found in SHOWN.findall(text)}
+    pictures = sorted(unquote(path) for path in shown if not ELSEWHERE.match(path))
     for picture in pictures:
         if '..' in Path(picture).parts or Path(picture).is_absolute():
-            raise InputError(f'{card} shows {picture}, which is outside of its folder; put it beside the card.')
+            raise InputError(
+                f'{card} shows {picture}, which is outside of its folder; put it beside the card and name it so there.')
     return pictures
 
 

@@ -413,7 +413,7 @@ class TensorRTSession:
         self.provider = f'{trt.__name__} {trt.__version__}'
         self.trt = trt
         self.logger = get_logger(trt)
-        self.runtime = start(trt.Runtime, trt, self.logger)
+        self.runtime = start_tensorrt(trt.Runtime, trt, self.logger)
         if self.metadata['engine']['version_compatible']:
             self.runtime.engine_host_code_allowed = True
         with on_first_gpu(self.cudart):
@@ -682,7 +682,7 @@ def get_logger(trt: Any) -> Any:
     return logger
 
 
-def start(kind: Callable[[Any], Any], trt: Any, logger: Any) -> Any:
+def start_tensorrt(kind: Callable[[Any], Any], trt: Any, logger: Any) -> Any:
     """A builder or runtime of TensorRT, which begin with CUDA.
 
     Raises:

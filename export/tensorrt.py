@@ -38,7 +38,7 @@ from export.runtime import (
     query_gpu,
     read_file,
     shorten_message,
-    start,
+    start_tensorrt,
     tell_platform,
 )
 from timm_tmblock.checkpoint import writing
@@ -302,7 +302,7 @@ def _build(
         describe_layers: bool,
 ) -> Tuple[bytes, List[List[List[int]]], str]:
     logger = get_logger(trt)
-    builder = start(trt.Builder, trt, logger)
+    builder = start_tensorrt(trt.Builder, trt, logger)
     # its value differs between 10 and 11, where typing is strong anyway
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -359,7 +359,7 @@ def _build(
     data = bytes(plan)
     layers = ''
     if describe_layers:
-        runtime = start(trt.Runtime, trt, logger)
+        runtime = start_tensorrt(trt.Runtime, trt, logger)
         if options.version_compatible:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(data)

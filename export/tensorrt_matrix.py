@@ -98,7 +98,7 @@ def run(cells: List[Cell]) -> List[Dict[str, Any]]:
         for cell in tqdm(cells, unit='engine', disable=None):
             try:
                 rows.append(dict(asdict(cell), **build(cell, Path(folder), cache)))
-            except InputError as e:
+            except (InputError, RuntimeInputError) as e:
                 rows.append(dict(asdict(cell), error=str(e)))
     return rows
 

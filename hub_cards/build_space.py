@@ -45,7 +45,8 @@ def build(
         Its files.
 
     Raises:
-        InputError: If there is something in the folder, it cannot be written, or a network has no such map.
+        InputError: If there is something in the folder, it cannot be written, an example is no image, or a network has
+            no such map.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
     from export.images import load_images
@@ -84,7 +85,8 @@ def _list_examples(paths: Sequence[Path]) -> List[Path]:
     found: Dict[str, Path] = {}
     for path in list_images(paths):
         if not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise InputError(f'There is no image {path}, of {", ".join(IMAGE_SUFFIXES)}; name others with --examples.')
+            raise InputError(
+                f'{path} is not there, or no image ({", ".join(IMAGE_SUFFIXES)}); name others with --examples.')
         if path.name in found:
             raise InputError(f'The examples {found[path.name]} and {path} are called alike; rename one.')
         found[path.name] = path
@@ -111,7 +113,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         'images to try, or folders of them; those of the sample if not given'))
     add_image_options(parser)
     args = parser.parse_args(argv)
-    _list_examples(args.examples)
+    args.examples = _list_examples(args.examples)
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
     for path in build(args.output, models, args, args.method, args.examples):
         print(f'{path.stat().st_size:>10,} {path}')

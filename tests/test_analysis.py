@@ -25,8 +25,8 @@ def convolutions_after(model, x):
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 3])
-def test_bn_relu_block_is_a_scaled_convex_combination_of_value_vectors(trained_like, batch_size):
-    """x' = eta * sum of p_star_k nu_k, with p_star feasible for (P1), at every pixel of every block."""
+def test_output_of_a_chain_is_its_value_vectors_weighted_by_bn_relu(trained_like, batch_size):
+    """x' = sum of p_k nu_k, p = ReLU(BN(a)), at every pixel of every block (section 3.2)."""
     model = trained_like('rn26').double()
     records = convolutions_after(model, torch.randn(batch_size, 3, 32, 32).double())
     assert len(records) == 8
@@ -34,10 +34,8 @@ def test_bn_relu_block_is_a_scaled_convex_combination_of_value_vectors(trained_l
         mean, var = block.norm3.running_mean, block.norm3.running_var
         a_hat = (a - mean[:, None, None]) / (var + block.norm3.eps).sqrt()[:, None, None]
         p = (block.norm3.weight[:, None, None] * a_hat + block.norm3.bias[:, None, None]).clamp(min=0)
-        eta = p.sum(1, keepdim=True)
-        p_star = p / eta.clamp(min=1e-12)  # section 3.2: p = eta p_star
         values = block.conv3.weight[:, :, 0, 0]  # nu_k is column k
-        torch.testing.assert_close(x_prime, eta * torch.einsum('bkhw,vk->bvhw', p_star, values))
+        torch.testing.assert_close(x_prime, torch.einsum('bkhw,vk->bvhw', p, values))
 
 
 def test_no_activation_above_its_threshold_is_the_optimum_of_p1():

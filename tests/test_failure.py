@@ -1,4 +1,5 @@
 """What ends a run early is named in one sentence, and nothing bad is written down."""
+import errno
 import os
 import shutil
 import signal
@@ -111,6 +112,15 @@ def test_advice_on_memory_can_be_followed_with_graphs():
     assert '--grad-accum-steps' not in captured  # which it cannot have
     advice = advise_on_memory(parse_args(['--cuda-graph', '--batch-size', '8']))
     assert '--batch-size 4 --grad-accum-steps 2 --no-cuda-graph, which' in advice
+
+
+def test_cache_on_a_full_disk_is_not_data_that_is_gone(tmp_path, monkeypatch):
+    def fill(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'cache/model.safetensors')
+
+    monkeypatch.setattr('train.model.timm.create_model', fill)
+    with pytest.raises(OSError, match='No space left on device'):  # of which the command says that
+        main([*TINY, '--output', str(tmp_path), '--model', 'rn26', '--pretrained'])
 
 
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):

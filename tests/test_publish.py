@@ -59,14 +59,14 @@ def test_pictures_of_a_card_of_ones_own_go_with_it(model, images, tmp_path):
     card = tmp_path / 'pictures' / 'CARD.md'
     card.write_text(
         '---\nlicense: mit\n---\n![a](map.png "A map") ![b](explained.png) ![c](https://a.b/c.png) ![e](no.png) '
-        f'<img width=9 src="other.png"> ![d](data:image/png;base64,{"A" * 999})')
-    (tmp_path / 'pictures' / 'other.png').write_bytes(b'another')
+        f'<img width=9 src="other%20map.png"> ![d](data:image/png;base64,{"A" * 999})')
+    (tmp_path / 'pictures' / 'other map.png').write_bytes(b'another')
     folder = tmp_path / 'repository'
     folder.mkdir()
     files = create_files(folder, model, 'me/net', (), (), images(model, 8, 8), card=card)
     pictures = {path.name: (folder / path).read_bytes() for path in files if path.suffix == '.png'}
     ours = Path(__file__).parent.parent / 'train' / 'results' / 'rn26_tm.cifar10' / 'explained.png'
-    assert pictures == {'map.png': b'a map', 'other.png': b'another', 'explained.png': ours.read_bytes()}
+    assert pictures == {'map.png': b'a map', 'other map.png': b'another', 'explained.png': ours.read_bytes()}
     card.write_text('---\nlicense: mit\n---\n![a](../outside.png)')
     with pytest.raises(InputError, match='shows ../outside.png, which is outside of its folder; put it beside'):
         create_files(tmp_path / 'other', model, 'me/net', (), (), images(model, 8, 8), card=card)

@@ -283,7 +283,9 @@ def test_differences_from_the_baselines():
     taught, before = (
         index[tag]['top1'] - read('train', 'results', PAIRS[tag], 'evaluation.json')['top1']
         for tag in ('dn100_tm.dist_cifar100', 'dn100_tm.cifar100'))
-    assert f'which is {taught:.2f} points below; without a teacher it was {before:.2f} points below' in PLAIN
+    assert (
+        f'is {taught:.2f} points below `dn100_tm.dist_cifar100`; without a teacher it was {before:.2f} points below'
+    ) in PLAIN
     short = read('train', 'results', 'rn26_tm_24_epochs.cifar100', 'evaluation.json')['top1']
     baseline = index['rn26.cifar100']['top1']
     assert f'after 24 epochs `rn26_tm` has {short:.2f} % on CIFAR-100 and `rn26` {baseline:.2f} %' in PLAIN

@@ -275,7 +275,8 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     of_files['spaces'] = {name.replace('rn26:', 'b.last:'): x for name, x in of_files['spaces'].items()}
     assert verdicts(geometry={'rn26_tm.a': of_files})[CLUSTERED] == found
     animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})[
-        'There animals lie apart from vehicles (here: more than single positions there)']
+        "Animals lie apart from vehicles at the block's output (here: more than single positions at its input and in "
+        'the baseline)']
     assert animals[0] == verdict + scope and animals[1].endswith('50 % by chance')
 
 

@@ -10,7 +10,7 @@ from typing import Iterator, Tuple, Type
 
 # of files that the user names: nobody may enter their folder, their name is too long, the disk is read-only
 _OF_FILES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS)
-_OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
@@ -52,7 +52,7 @@ def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
             raise
         sys.exit(1)
     except OSError as e:
-        if e.errno not in _OF_FULL_DISKS and (e.errno not in _OF_FILES or e.filename is None):
+        if e.errno not in FULL_DISK and (e.errno not in _OF_FILES or e.filename is None):
             raise
         print(f'error: {e.filename or "A file"} cannot be used: {e.strerror}.', file=sys.stderr)
         sys.exit(2)

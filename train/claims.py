@@ -359,7 +359,8 @@ def judge(evidence: Evidence) -> List[Claim]:
         ("Features are clustered by what they mean at the block's output, not before it nor in the baseline (here: "
          'more than single positions there)',
          '4.3, Figure 5', judge_block_output(evidence)),
-        ('There animals lie apart from vehicles (here: more than single positions there)', '4.3, Figure 5',
+        ("Animals lie apart from vehicles at the block's output (here: more than single positions at its input and in "
+         'the baseline)', '4.3, Figure 5',
          judge_block_output(evidence, 'superclass')),
         ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
          'mean over the patch and than the class scores that weight them)',

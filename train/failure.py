@@ -9,7 +9,7 @@ from typing import Iterator
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import FULL_DISK, InputError
 from train.checkpoint import KEEP
 from train.engine import captures_graphs
 
@@ -59,7 +59,7 @@ def naming_failures(memory_advice: str) -> Iterator[None]:
             raise InputError(
                 f'A process that loads data died ({died[0] if died else text.splitlines()[0]}); the machine may be '
                 f'short of memory, so try fewer --workers.') from e
-        if isinstance(e, OSError) and e.filename is not None:
+        if isinstance(e, OSError) and e.filename is not None and e.errno not in FULL_DISK:
             raise InputError(f'{e.filename} can no longer be read ({e.strerror}); is the data still there?') from e
         raise
 

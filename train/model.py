@@ -1,5 +1,4 @@
 """The network to train: its name, its image size, and what is left of it after training."""
-import errno
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
 from timm_tmblock.checkpoint import check_model, check_tag, count_classes, read_description
-from timm_tmblock.errors import InputError, say_why_not_loaded
+from timm_tmblock.errors import FULL_DISK, InputError, say_why_not_loaded
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
 from train.data import check_classes
@@ -144,7 +143,7 @@ def _refusing_weights_out_of_reach(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:  # of the Hub and the network
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in FULL_DISK:
             raise
         raise InputError(
             f'The pretrained weights of {name} cannot be had ({say_why_not_loaded(e)}); download them where there is a '
