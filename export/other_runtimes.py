@@ -110,8 +110,11 @@ def compare(path: Path) -> Iterator[Dict[str, Any]]:
 
 def find_version(module: str) -> Optional[str]:
     """Of the package that has a module, None where none is installed."""
-    packages = metadata.packages_distributions().get(module)
-    return metadata.version(packages[0]) if packages else None
+    packages = metadata.packages_distributions().get(module, [module])  # Python 3.10 does not know all of them
+    try:
+        return metadata.version(packages[0])
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def render(rows: List[Dict[str, Any]], versions: str) -> str:
