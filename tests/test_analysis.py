@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from timm_tmblock.analysis import match_threshold, measure_maximizer
+from timm_tmblock.analysis import match_threshold, measure_maximizer, split_activations
 from timm_tmblock.layers import HardMaximizer
 
 
@@ -25,8 +25,8 @@ def convolutions_after(model, x):
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 3])
-def test_output_of_a_chain_is_its_value_vectors_weighted_by_bn_relu(trained_like, batch_size):
-    """x' = sum of p_k nu_k, p = ReLU(BN(a)), at every pixel of every block (section 3.2)."""
+def test_output_of_a_chain_is_a_scaled_mixture_of_value_vectors(trained_like, batch_size):
+    """x' = eta * sum of p*_k nu_k, with p* feasible for (P1), at every pixel of every block (section 3.2)."""
     model = trained_like('rn26').double()
     records = convolutions_after(model, torch.randn(batch_size, 3, 32, 32).double())
     assert len(records) == 8
@@ -34,8 +34,16 @@ def test_output_of_a_chain_is_its_value_vectors_weighted_by_bn_relu(trained_like
         mean, var = block.norm3.running_mean, block.norm3.running_var
         a_hat = (a - mean[:, None, None]) / (var + block.norm3.eps).sqrt()[:, None, None]
         p = (block.norm3.weight[:, None, None] * a_hat + block.norm3.bias[:, None, None]).clamp(min=0)
+        p_star, eta = split_activations(p)
+        assert (p_star >= 0).all() and eta.shape == (batch_size, 1, *p.shape[2:])
+        torch.testing.assert_close(p_star.sum(1), (p > 0).any(1).double())
         values = block.conv3.weight[:, :, 0, 0]  # nu_k is column k
-        torch.testing.assert_close(x_prime, torch.einsum('bkhw,vk->bvhw', p, values))
+        torch.testing.assert_close(x_prime, eta * torch.einsum('bkhw,vk->bvhw', p_star, values))
+
+
+def test_mixture_of_no_activation_is_nothing():
+    p_star, eta = split_activations(torch.tensor([[[[0., 3.]], [[0., 1.]]]], dtype=torch.float16))
+    assert p_star.tolist() == [[[[0., 0.75]], [[0., 0.25]]]] and eta.tolist() == [[[[0., 4.]]]]
 
 
 def test_no_activation_above_its_threshold_is_the_optimum_of_p1():

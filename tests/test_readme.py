@@ -220,9 +220,13 @@ def test_cost_of_the_block():
     assert (
         f'takes {low} to {inference} times as long as its baseline in inference, fused or not, and {least} to '
         f'{training} times in training') in cpu
-    time, memory = (span("dn100 over timm's DenseNet layers", name) for name in ('time', 'memory'))
+    time, memory = (span('dn100 with memory_efficient=True over', name) for name in ('time', 'memory'))
     assert '`dn100` takes {} to {} of the time and {} to {} of the peak memory'.format(*time, *memory) in cpu
     assert '`fuse()` brings inference to {} to {},'.format(*span('Fused over unfused, inference')) in cpu
+    above = [[r['ratio'] > r['goal'] for r in found if r['group'].startswith(f'{block}, {kind}')] for kind in (
+        'inference', 'training')]
+    assert f'{sum(above[0])} of {len(above[0])} comparisons in inference and one of five in training,' in cpu
+    assert sum(above[1]) == 1 and len(above[1]) == 5
     printed = re.findall(r'over its baseline, (\w+).*: (\S+)\n', (
         ROOT / 'benchmarks' / 'results' / 'cuda_stopped.txt').read_text())
     on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}
@@ -394,6 +398,12 @@ def test_commands_are_such_as_the_programs_take(page, least):
                 parse(words[at + len(start):])
                 found += 1
     assert found >= least
+
+
+def test_version_is_that_of_the_package():
+    version = timm_tmblock.__version__
+    assert f'\nversion: {version}\n' in (ROOT / 'CITATION.cff').read_text()
+    assert (ROOT / 'CHANGELOG.md').read_text().startswith(f'# Changelog\n\n## {version.partition(".dev")[0]} ')
 
 
 def find_anchors(text):

@@ -1,7 +1,7 @@
 """timm's own model tests, from the source distribution of the installed version.
 
 Two lists in them are others: the files whose models are tested for `forward_intermediates` are ours too, and the models
-are ours alone, as thousands of tests would be collected and left out. Of three dense networks two have fewer layers.
+are ours alone, as thousands of tests would be collected and left out.
 """
 import os
 import re
@@ -21,13 +21,6 @@ _list_all = list_models
 def list_models(*args, **kwargs):
     return [name for name in _list_all(*args, **kwargs)
             if timm.model_entrypoint(name).__module__.startswith('timm_tmblock.')]
-
-
-_create = create_model
-
-
-def create_model(name, *args, **kwargs):
-    return _create(name, *args, **dict(layers=(2, 2, 2, 2)) if name in ('dn100', 'dn100_tm') else {}, **kwargs)
 
 
 torch_device = '''

@@ -34,6 +34,21 @@ def match_threshold(norm: Any) -> torch.Tensor:
     return mean - bias * (var + norm.eps).sqrt() / weight
 
 
+def split_activations(p: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The mixture and the scale in activations after BN-ReLU, p = eta p*, with p* feasible for (P1) (section 3.2).
+
+    A 1x1 convolution that follows, of value vectors nu_k, gives eta times the sum of p*_k nu_k.
+
+    Args:
+        p: Activations (B, K, H, W), none negative.
+
+    Returns:
+        p* (B, K, H, W), whose sum over kernels is 1, or 0 where no kernel is active, and eta (B, 1, H, W).
+    """
+    eta = p.sum(1, keepdim=True)
+    return p / eta.where(eta > 0, 1.), eta
+
+
 @dataclass
 class MaximizerConstants:
     """Constants for soft maximizers in place of BN-ReLU, and those of each layer by its name.

@@ -84,8 +84,10 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'one stratified split for all runs; crops from a padding of 4 pixels of the mean colour and mirror images, as',
         'the work has that it cites for augmentation; weight decay as an L2 term on every parameter; a constant',
         'learning rate for 100 epochs, or as many as a table says; that the weights that are best on the 15 % are',
-        'tested; that an incomplete last batch of an epoch is dropped. Runs that still misclassify many training',
-        'images have not converged: they do not reproduce the level of Table 1, and are no evidence against it.',
+        'tested; that an incomplete last batch of an epoch is dropped; that templates begin as PyTorch initializes a',
+        "convolution, and all other convolutions by Kaiming's normal distribution (fan-out). Runs that still",
+        'misclassify many training images have not converged: they do not reproduce the level of Table 1, and are no',
+        'evidence against it.',
         '']
     empty = []
     for name, title in TITLES.items():
