@@ -296,6 +296,7 @@ def render(
         _check_numbers(sidecar, f'{data["exports"]}/{key}')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
     with_patches = ', patch logits' if has_patches else ''
+    of_torch = {f'{data["model"]} {key}': said for key, said in PYTORCH.items()}
     rate_of = {key: rates.get(f'{data["model"]} {key}{with_patches}') for key in sidecars}
     files = []
     for key, sidecar in sidecars.items():
@@ -370,6 +371,7 @@ def render(
         training_hardware=training.get('hardware', 'hardware in the recipe'),
         files=files,
         engines=engines,
-        rates=dict(torch=', '.join(f'{rates[key]:.0f} ({said})' for key, said in PYTORCH.items() if key in rates)),
+        rates=dict(torch=', '.join(
+            f'{rates[name]:.0f} ({said})' for name, said in of_torch.items() if name in rates)),
         latency=latency,
     )
