@@ -24,10 +24,11 @@ FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onn
          'int8': 'onnx/model_int8.onnx', 'int8-tensorrt': 'onnx/model_int8_tensorrt.onnx'}
 REQUIRED = (
     'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'precisions',
-    'latency', 'pictures', 'notes')
+    'pictures', 'notes')
 TAGS = ['image-classification', 'timm', 'onnx', 'arxiv:2210.00992']
 PATCH_TAGS = ['template-matching', 'explainability']
-# rows of benchmarks/deployment.py
+RATES = 'benchmarks/results/deployment_cpu.json'
+# its rows of PyTorch
 PYTORCH = {'eager': 'eager, as created', 'eager, prepared': 'norms folded, channels_last', 'compiled': 'compiled'}
 
 
@@ -269,9 +270,9 @@ def render(
     """
     data = load_data(name)
     evaluation, training = _load_json(data['evaluation']), _load_json(data['training'])
-    latency = _load_json(data['latency']) if data['latency'] else dict(rows=[])  # not measured
-    for where, result in (('evaluation', evaluation), ('training', training), ('latency', latency)):
-        _check_numbers(result, f'{data.get(where, where)}: {where}')
+    latency = _load_json(RATES)
+    for where, result in ((data['evaluation'], evaluation), (data['training'], training), (RATES, latency)):
+        _check_numbers(result, where)
     runs = read_runs(ROOT / 'train' / 'results')
     run = Path(data['training']).parent.name
     legs = [int(leg['epochs']) for leg in find_legs(run, runs) or []]

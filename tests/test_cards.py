@@ -33,7 +33,7 @@ def copied(tmp_path, monkeypatch):
     """The data and results of a card, where they can be spoilt."""
     data = cards.load_data(FULL)
     settings = str(Path(data['training']).with_name('args.yaml'))
-    results = (data['training'], settings, data['evaluation'], data['latency'], data['exports'], data['analysis'])
+    results = (data['training'], settings, data['evaluation'], cards.RATES, data['exports'], data['analysis'])
     for path in (*results, data['recipe'], 'hub_cards'):
         source, target = ROOT / path, tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def test_missing_and_broken_numbers_are_refused(copied):
     root, data = copied
     cards.render(FULL)
     spoil(root / data['evaluation'], top1=float('nan'))
-    with pytest.raises(InputError, match='evaluation.json: evaluation.top1 is nan; a card needs finite numbers'):
+    with pytest.raises(InputError, match='evaluation.json.top1 is nan; a card needs finite numbers'):
         cards.render(FULL)
     spoil(root / data['evaluation'], top1=None)
     with pytest.raises(InputError, match='evaluation.json has no top1; run train/evaluate.py'):

@@ -370,7 +370,7 @@ def test_rates_of_exported_files():
     rows = {(name.strip(), int(batch)): f'{int(rate):,}' for name, batch, rate in re.findall(
         r'\| (.+?) \| (\d+) \|.*\| (\d+) \|', (ROOT / 'benchmarks' / 'results' / 'deployment_cpu.md').read_text())}
     for name, told in (
-            ('eager', 'PyTorch as created'), ('compiled', 'PyTorch, `torch.compile`'),
+            ('rn26_tm eager', 'PyTorch as created'), ('rn26_tm compiled', 'PyTorch, `torch.compile`'),
             ('rn26_tm fp32', 'ONNX Runtime, fp32'), ('rn26_tm int8', 'ONNX Runtime, int8')):
         assert f'| {told} | {rows[name, 1]} | {rows[name, 64]} |' in TEXT
 
