@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What deploying a network gains over running it in PyTorch, as ratios, and the rates of all networks with weights, each
+"""What deploying a network gains over running it in PyTorch, as ratios, and the rates of all networks with weights, all
 measured side by side in one run.
 
     python benchmarks/deployment.py --output benchmarks/results/deployment_cpu

@@ -39,9 +39,8 @@ from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import parse_args, positive
 from train.data import SAMPLE, decode, open_dataset
-from train.hardware import describe_hardware, describe_versions, find_commit
+from train.hardware import describe_hardware, describe_versions, find_commit, resolve_device
 from train.loader import InMemoryLoader
-from train.runner import resolve_device
 from train.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from export.metadata import check_preprocessing
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.augment import DataConfig
-from train.data import check_classes, decode, get_class_names, open_dataset, share_images
+from train.data import add_set_options, check_classes, decode, get_class_names, open_named, share_images
 
 
 @dataclass
@@ -33,14 +33,9 @@ class Images:
 
 def add_image_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('images the file is checked on, and calibrated for int8')
-    group.add_argument('--dataset', default='sample', help=(
-        "'sample', torch/<name>, hfds/<hub id or folder>, or a folder with one of class folders for each split"))
-    group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
-    group.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
+    add_set_options(group)
     group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
     group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
-    group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
-    group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
     group.add_argument('--calibration-images', type=int, default=512, help='most images to calibrate on')
     group.add_argument('--check-images', type=int, default=512, help='most images to compare on')
 
@@ -60,15 +55,10 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         raise InputError('--calibration-images and --check-images must be at least 1.')
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     check_preprocessing(resolved)
-    config = DataConfig(**{k: resolved[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-
-    def open_split(split: str) -> Any:
-        return open_dataset(
-            args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
-
-    check, calibration = open_split(args.check_split), None
+    config = DataConfig.of(resolved)
+    check, calibration = open_named(args, args.check_split), None
     if calibrate:
-        train = open_split(args.calibration_split)
+        train = open_named(args, args.calibration_split)
         if share_images(train, check):
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '

@@ -2,6 +2,7 @@
 import itertools
 import os
 import random
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_train
 
 import train.loader
 from timm_tmblock.errors import InputError
@@ -95,6 +97,31 @@ def test_policies_change_images_and_depend_on_the_seed_alone(policy, channels, s
     assert first.shape == images.shape and not torch.equal(first, images)
     assert torch.equal(apply_policy(images, function, seed=7), first)
     assert not torch.equal(apply_policy(images, function, seed=8), first)
+
+
+@pytest.mark.parametrize('policy', [None, 'trivial'])
+@pytest.mark.parametrize('changes', [
+    dict(color_jitter=(0.4, 0.4, 0.4, 0.1)), dict(grayscale_prob=1.), dict(gaussian_blur_prob=1.)])
+def test_colours_are_changed_after_the_policy_as_timm_does(policy, changes):
+    config = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3, policy=policy)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+
+    def draw(config):  # one by one, as all of a batch share a generator
+        function = create_policy(config)
+        return torch.cat([
+            image[None] if function is None else apply_policy(image[None], function, seed=i)
+            for i, image in enumerate(images)])
+
+    before, changed = draw(config), draw(replace(config, **changes))
+    assert not torch.equal(changed, before)
+    if 'grayscale_prob' in changes:
+        assert torch.equal(changed, changed[:, :1].expand_as(changed))
+    if 'gaussian_blur_prob' in changes:
+        assert (changed.float().std((2, 3)) <= before.float().std((2, 3))).all()
+    if 'color_jitter' in changes and policy is None:
+        timms = transforms_imagenet_train(32, **changes, separate=True)[1]
+        assert torch.equal(changed[:1], apply_policy(images[:1], timms, seed=0))
+    assert torch.equal(draw(replace(config, color_jitter=(0.4,) * 3, color_jitter_prob=0.)), before)
 
 
 @pytest.mark.parametrize('policy', ['trivial', 'rand-m9-n1'])  # one change an image, so that the colour is known

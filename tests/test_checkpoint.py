@@ -1,5 +1,7 @@
 """Weight files: what was saved, the same bytes each time."""
 import json
+import pickle
+from argparse import Namespace
 
 import pytest
 import timm
@@ -101,6 +103,28 @@ def test_weights_from_elsewhere_have_the_classes_of_their_classifier(tmp_path):
         loaded = load_model(tmp_path / 'w.safetensors', 'rn26_tm')
         assert torch.equal(loaded.fc.weight, model.fc.weight)
         assert loaded.pretrained_cfg.get('label_names') is None  # of which classes, nobody knows
+
+
+def test_checkpoint_of_timms_own_script_is_read_and_nothing_but_weights_unpickled(tmp_path):
+    model = timm.create_model('rn26_tm', num_classes=3)
+    old = {k: v * 0 for k, v in model.state_dict().items()}
+    path = tmp_path / 'model_best.pth.tar'
+    state = dict(epoch=3, arch='rn26_tm', args=Namespace(lr=0.1), state_dict=old, state_dict_ema=model.state_dict())
+    torch.save(state, path)
+    loaded = load_model(path, 'rn26_tm')
+    assert torch.equal(loaded.fc.weight, model.fc.weight) and loaded.pretrained_cfg.get('label_names') is None
+    with pytest.raises(InputError, match='does not say which model'):
+        load_model(path)
+    with pytest.raises(InputError, match='does not hold weights of rn26_tm: it has no fc.weight'):
+        torch.save({'a': torch.zeros(1)}, tmp_path / 'other.pth')
+        load_model(tmp_path / 'other.pth', 'rn26_tm')
+    for content in (b'nothing', pickle.dumps(print)):
+        (tmp_path / 'w.pt').write_bytes(content)
+        with pytest.raises(InputError, match='w.pt cannot be read as weights') as error:
+            load_model(tmp_path / 'w.pt', 'rn26_tm')
+        assert '\n' not in str(error.value)
+    with pytest.raises(InputError, match='There is no checkpoint .*gone.pth'):
+        load_model(tmp_path / 'gone.pth', 'rn26_tm')
 
 
 def test_pointer_of_git_lfs_is_named(tmp_path):

@@ -31,11 +31,11 @@ from train.data import (
     read_batches,
     share_images,
 )
-from train.evaluation import validate
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
 from train.signals import outlive_sigterm
 from train.splits import hash_pixels
+from train.validation import validate
 
 CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -261,6 +261,28 @@ def test_streamed_training_images_are_augmented_as_configured(tmp_path, changes)
     images = draw(replace(plain, **changes))
     assert rises(draw(plain)) and not rises(images)
     assert rises(images.flip(3)) == ('hflip' in changes)
+
+
+@pytest.mark.parametrize('changes, levels', [
+    (dict(augmented=False), 8),  # the image as it is
+    (dict(train_interpolation='nearest'), 8), (dict(interpolation='nearest'), 8),
+    (dict(train_interpolation='bilinear', interpolation='nearest'), 9),  # and more
+    (dict(train_crop_mode='rkrr', scale=(4., 4.), ratio=(1., 1.)), 9),
+    (dict(color_jitter=(0.5, 0.5, 0.5)), 9)])
+def test_streamed_training_images_are_resized_and_coloured_as_configured(tmp_path, changes, levels):
+    ramp = np.broadcast_to(np.arange(0, 256, 32, dtype=np.uint8)[None, :, None], (8, 8, 3))
+    for name in ('ant', 'bee'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(ramp.copy()).save(tmp_path / 'train' / name / f'{i}.png')
+    config = replace(CONFIG, hflip=0., mean=(0., 0., 0.), std=(1., 1., 1.), scale=(0.5, 0.5), ratio=(1., 1.))
+    images = next(StreamingLoader(
+        open_dataset(str(tmp_path), 'train'), replace(config, **changes), 8, torch.device('cpu'), training=True, seed=0,
+        num_workers=1).epoch(0))[0]
+    found = set((255 * images).round().int().flatten().tolist())
+    assert found <= set(range(0, 256, 32)) if levels == 8 else not found <= set(range(0, 256, 32))
+    if changes == dict(augmented=False):
+        assert torch.equal((255 * images).round(), torch.from_numpy(ramp.copy()).permute(2, 0, 1).expand(8, -1, -1, -1))
 
 
 @pytest.mark.parametrize('vflip', [0., 1.])

@@ -381,6 +381,8 @@ def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_
     *((name, resolve_model_input_args(name, **kwargs), named) for name, kwargs, named in (  # as timm's scripts do
         ('rn26_tm', dict(num_classes=10), False), ('rn26_tm', {}, True))),
     ('rn26_tm', dict(resolve_model_input_args('rn26_tm', num_classes=10), pretrained=True), True),
+    ('rn26_tm', dict(pretrained_cfg=timm.get_pretrained_cfg('rn26_tm'), num_classes=10), False),
+    ('rn26_tm', dict(pretrained_cfg=timm.get_pretrained_cfg('rn26_tm')), True),
 ])
 def test_new_classifiers_have_no_names_of_the_pretrained_classes(name, kwargs, named):
     model = timm.create_model(**dict(kwargs, model_name=name))

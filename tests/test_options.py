@@ -36,7 +36,8 @@ def create_trainer(tmp_path, *flags) -> Trainer:
     return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
 
 
-@pytest.mark.parametrize('flags', [[], ['--hub-private', '--no-model-ema', '--pool', '65', '15', '20']])
+@pytest.mark.parametrize('flags', [
+    [], ['--push-to-hub', 'me/x', '--hub-private', '--no-model-ema', '--pool', '65', '15', '20'], ['--kd-checkpoint']])
 def test_settings_of_a_run_are_read_back_as_they_were(tmp_path, flags):
     args = parse_args(flags)
     (tmp_path / SETTINGS).write_text(dump_args(args))
@@ -104,9 +105,11 @@ def test_layers_of_a_supervised_baseline_are_those_of_the_baseline():
 
 
 @pytest.mark.parametrize('flags, images, expected', [
-    ([], 512, 1e-3), (['--lr', '0.3', '--lr-base', '0.1'], 512, 0.3), (['--lr-base', '0.1'], 512, 0.2),
-    (['--lr-base', '0.1', '--lr-base-scale', 'sqrt'], 1024, 0.2),
-    (['--lr-base', '0.1', '--lr-base-size', '128'], 64, 0.05),
+    ([], 512, 1e-3), (['--lr', '0.3', '--lr-base', '0.1'], 512, 0.3), (['--lr-base', '0.1'], 1024, 0.2),
+    (['--lr-base', '0.1', '--opt', 'lamb'], 1024, 0.2), (['--lr-base', '0.1', '--opt', 'muon'], 1024, 0.4),
+    (['--lr-base', '0.1', '--lr-base-scale', 'linear'], 1024, 0.4),
+    (['--lr-base', '0.1', '--opt', 'sgd', '--lr-base-scale', 'sqrt'], 1024, 0.2),
+    (['--lr-base', '0.1', '--opt', 'sgd', '--lr-base-size', '128'], 64, 0.05),
 ])
 def test_learning_rate_scales_with_the_images_of_an_update(flags, images, expected):
     assert resolve_lr(parse_args(flags), images) == pytest.approx(expected)
@@ -116,7 +119,7 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('lr: 0.015\n')
     assert resolve_lr(parse_args(['-c', str(recipe)]), 512) == 0.015
-    assert resolve_lr(parse_args(['-c', str(recipe), '--lr-base', '0.1']), 512) == pytest.approx(0.2)
+    assert resolve_lr(parse_args(['-c', str(recipe), '--lr-base', '0.1']), 1024) == pytest.approx(0.2)
     trainer = create_trainer(tmp_path, '-c', str(recipe), '--lr-base', '0.256', '--lr-base-size', '12')
     assert trainer.lr == pytest.approx(0.256)
     assert trainer.args.lr is None and trainer.args.lr_base == 0.256  # what another number of GPUs scales anew
@@ -128,6 +131,10 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     ('val_fraction: 0', ['--val-split', 'test'], dict(val_split='test', val_fraction=None)),
     ('val_fraction: 0', ['--pool', '65', '15', '20'], dict(pool=[65, 15, 20], val_fraction=None)),
     ('val_split: test', ['--val-fraction', '0.2'], dict(val_split=None, val_fraction=0.2)),
+    ('{kd_model_name: [rn26], kd_checkpoint: [a]}', ['--kd-checkpoint'], dict(kd_model_name=None, kd_checkpoint=[])),
+    ('kd_checkpoint: [a]', ['--kd-model-name'], dict(kd_model_name=[], kd_checkpoint=None)),
+    ('opt_kwargs: {nesterov: true}', [], dict(opt_args=dict(nesterov=True))),  # another name of a flag
+    ('validation_batch_size: 7', [], dict(val_batch_size=7)),
     ('max_steps: 3', ['--epochs', '30'], dict(max_steps=None, epochs=30)),  # which is the default, but was given
     ('max_steps: 3', [], dict(max_steps=3, epochs=30)),
 ])
@@ -514,6 +521,36 @@ def test_several_teachers_teach_the_mean_of_their_logits(tmp_path):
     torch.testing.assert_close(trainer.task.teach(images).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_modules_are_imported_before_the_model_is_looked_up(tmp_path, monkeypatch):
+    (tmp_path / 'my_networks.py').write_text(
+        'import timm\nfrom timm.models import register_model\n@register_model\n'
+        'def my_network(pretrained=False, **kwargs):\n'
+        '    return timm.create_model("test_resnet", num_classes=kwargs["num_classes"])\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = create_trainer(
+        tmp_path, '--device-modules', 'my_networks', '--model', 'my_network', '--img-size', '32')
+    assert type(trainer.model).__name__ == 'ResNet'
+
+
+def test_no_bound_of_gradients_takes_back_that_of_a_recipe(tmp_path):
+    (tmp_path / 'r.yaml').write_text('clip_grad: 0.001')
+    args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--clip-grad', '0'])
+    assert args.clip_grad == 0
+    free, _ = gradients_after_clipping(tmp_path, pytest.MonkeyPatch(), '--clip-grad', '0')
+    assert torch.cat([g.flatten() for g in free.values()]).norm() > 1e-3
+
+
+def test_images_that_are_not_augmented_are_those_of_the_set(tmp_path):
+    flags = ['--aa', 'trivial', '--reprob', '1', '--color-jitter', '0.4', '--vflip', '1']
+    trainer = create_trainer(tmp_path, '--no-aug', *flags)
+    images = torch.cat([x for x, _ in trainer.train_loader.epoch(0)]).flatten(1)
+    whole = create_trainer(tmp_path, '--eval-only')
+    expected = torch.cat([x for x, _ in whole.train_loader.epoch(0)]).flatten(1)
+    far = torch.cdist(images, expected, compute_mode='donot_use_mm_for_euclid_dist').min(1).values
+    assert far.max() < 1e-3 and len(far) == len(expected) == 36
+    assert trainer.train_loader.augmentation == 'no augmentation'
+
+
 def test_measuring_needs_no_teacher(tmp_path):
     trainer = create_trainer(tmp_path, '--kd-checkpoint', 'gone.safetensors', '--eval-only')
     assert not hasattr(trainer.task, 'teachers')
@@ -536,8 +573,15 @@ def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(
     assert (args.kd_model_name, args.kd_checkpoint) == (['rn26'], ['moved.safetensors'])
 
 
+@pytest.mark.parametrize('recipe', ['{}', 'val_fraction: 0', 'val_fraction: 0.2', 'val_split: test'])
+def test_no_images_validate_where_the_split_for_it_is_empty(tmp_path, recipe):
+    (tmp_path / 'r.yaml').write_text(recipe)
+    trainer = create_trainer(tmp_path, '-c', str(tmp_path / 'r.yaml'), '--val-split', '')
+    assert trainer.val_loader is None and trainer.train_loader.num_images == 36
+
+
 @pytest.mark.parametrize('flag', ['--checkpoint-hist', '--val-interval'])
-@pytest.mark.parametrize('held_out', [['--val-fraction', '0'], ['--pool', '80', '0', '20']])
+@pytest.mark.parametrize('held_out', [['--val-fraction', '0'], ['--pool', '80', '0', '20'], ['--val-split', '']])
 def test_flags_of_validation_need_images_for_it(flag, held_out):
     with pytest.raises(InputError, match=f'^{flag} only applies with images that validate, of --val-fraction, '):
         parse_args([flag, '2', *held_out])
@@ -560,6 +604,11 @@ def test_flags_of_validation_need_images_for_it(flag, held_out):
     (['--lr-base-size', '64'], 'lr_base: 0.1', '--lr-base'),
     (['--lr-base-scale', 'sqrt'], 'lr_base: 0.1', '--lr-base'),
     (['--layer-decay-min-scale', '0.1'], 'layer_decay: 0.7', '--layer-decay'),
+    (['--layer-decay-no-opt-scale', '0.1'], 'layer_decay: 0.7', '--layer-decay'),
+    (['--color-jitter-prob', '0.5'], 'color_jitter: 0.4', '--color-jitter'),
+    (['--task-loss-weight', '0.5'], 'kd_checkpoint: a.safetensors', 'a teacher, --kd-model-name or --kd-checkpoint'),
+    (['--torchcompile-mode', 'default'], 'torchcompile: inductor', '--torchcompile'),
+    (['--hub-private'], 'push_to_hub: me/x', '--push-to-hub'),
     (['--warmup-lr', '0.1'], 'warmup_epochs: 2.0', '--warmup-epochs'),
     (['--warmup-prefix'], 'warmup_epochs: 2.0', '--warmup-epochs'),
 ])
@@ -713,13 +762,19 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode only applies with --torchcompile'),
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
     (['--hub-private'], '--hub-private only applies with --push-to-hub; add it'),
-    (['--distill-loss-weight', '1'], 'only applies to distillation; name a teacher with --kd-model-name'),
+    (['--distill-loss-weight', '1'], '--distill-loss-weight only applies with a teacher, --kd-model-name or --kd'),
     (['--aa', 'zzz'], "augmentation 'zzz'"),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
     (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
     (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),
     (['--sched', 'step', '--cooldown-epochs', '5'], "'step' has no lowest rate to stay at; leave out --cooldown-epoch"),
+    (['--sched', 'step'], "'step' would first fall after 90 epochs, and the run has 1; set --decay-epochs, or"),
+    (['--sched', 'multistep', '--max-steps', '9'], 'first fall after 90 epochs, and the run has 3; set --decay-milest'),
+    (['--device-modules', 'not_a_module'], "--device-modules cannot be used: No module named 'not_a_module'"),
+    (['--color-jitter', '0.1', '0.2'], 'takes one factor, three or four, not 2'),
+    (['--train-crop-mode', 'rkrr'], '--train-crop-mode is of images that are randomly resized'),
+    (['--train-interpolation', 'random'], '--train-interpolation is of images that are randomly resized'),
     (['--sched', 'rsqrt'], "'rsqrt' falls as far as the warmup was long; set --warmup-epochs"),
     (['--lr-noise-pct', '0'], 'must be above 0'),
     (['--mixup', '0.2', '--batch-size', '1'], 'in pairs; use an even --batch-size'),
@@ -733,7 +788,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--interpolation', 'foo'], 'invalid choice'),
     (['--crop-pct', '-1'], 'must be above 0'),
     (['--mean', 'nan', '0', '0'], "must be a number, not 'nan'"),
-    (['--clip-grad', '-1'], 'must be above 0'),
+    (['--clip-grad', '-1'], 'must be at least 0'),
     (['--hflip', '3'], 'must be from 0 to 1'),
     (['--scale', '0', '1'], 'must be above 0 and at most 1, not 0'),
     (['--scale', '0.5', '1.5'], 'must be above 0 and at most 1, not 1.5'),

@@ -19,7 +19,7 @@ from train.analysis import geometry, mosaic, trust, words
 from train.analysis.__main__ import main, take_images, tell_command
 from train.analysis.mixing import measure_mixing
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size
-from train.analysis.superclasses import find_superclasses, name_superclasses
+from train.analysis.superclasses import find_superclasses
 from train.data import InMemorySet, open_dataset
 
 
@@ -224,11 +224,11 @@ def test_measures_are_of_classes_and_of_superclasses():
 
 
 def test_superclasses_of_cifar100_are_twenty_of_five():
-    groups, names = find_superclasses(list(CIFAR100_LABELS)), name_superclasses(list(CIFAR100_LABELS))
+    names, groups = find_superclasses(list(CIFAR100_LABELS))
     assert names[groups[CIFAR100_LABELS.index('shark')]] == 'fish' and len(names) == 20
     assert np.bincount(groups).tolist() == [5] * 20
     assert len({groups[CIFAR100_LABELS.index(n)] for n in ('maple_tree', 'oak_tree', 'palm_tree')}) == 1
-    assert find_superclasses(list(CIFAR100_LABELS)[::-1]).tolist() != groups.tolist()
+    assert find_superclasses(list(CIFAR100_LABELS)[::-1])[1].tolist() != groups.tolist()
 
 
 def test_grid_keeps_a_grid_and_fills_each_cell_once():
@@ -458,8 +458,8 @@ def test_mixing_command_writes_its_measures(tmp_path):
     (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
     (['mosaic', 'nothing'], 'nothing is not a model with pretrained weights'),
     (['mosaic', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'one region of each class, too few'),
-    (['trust', 'rn26_tm', '--images', '1'], 'take two at least'),
-    (['mixing', 'rn26_tm', '--images', '1'], 'take two at least'),
+    (['trust', 'rn26_tm', '--images', '1'], 'must be at least 2, not 1'),
+    (['mixing', 'rn26_tm', '--images', '1'], 'must be at least 2, not 1'),
     (['words', 'SEVEN'], 'matches 7 templates and has 10 classes'),
     (['geometry', 'rn26_tm', '--baseline', 'OTHER'], 'have different classes'),
     (['geometry', 'rn26_tm', '--max-regions', '79'], '8 regions of one image of each of 10 classes are more than 79'),

@@ -159,15 +159,6 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
         main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
 
 
-def test_checkpoint_that_does_not_say_how_many_updates_an_epoch_has_is_resumed(tmp_path):
-    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--max-steps', '2'])
-    newest = find_checkpoints(tmp_path / 'run')[-1] / 'state.json'
-    state = json.loads(newest.read_text())
-    del state['layout']['updates_per_epoch']
-    newest.write_text(json.dumps(dict(state, batch=2, epoch=0)))
-    assert main(['--resume', str(tmp_path / 'run'), '--max-steps', '3'])['updates'] == 3
-
-
 def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_would_have(tmp_path):
     flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2']
     whole = main([*flags, '--output', str(tmp_path / 'whole')])

@@ -107,7 +107,7 @@ def test_mixup_targets_train():
 
 
 @pytest.mark.parametrize('model, message', [
-    (lambda: timm.create_model('rn26'), 'no template matching block'),
+    (lambda: timm.create_model('rn26'), 'no template matching block.*wrap it in PatchSupervised'),
     (lambda: timm.create_model('test_resnet'), 'no patch logits'),
     (lambda: timm.create_model('rn26_tm', num_classes=7, num_templates=10), r'reset_templates\(7\)'),
     (lambda: timm.create_model('rn26_tm', num_classes=0, num_templates=10), r'reset_classifier\(10\)'),

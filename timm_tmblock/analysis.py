@@ -8,8 +8,8 @@ from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
+from .layers.fuse import BATCH_NORMS
 from .mode import evaluating
 from .models._base import TemplateMatchingNet
 from .models.tm_resnet import PreActBasic, PreActBottleneck
@@ -112,5 +112,5 @@ def _norms_after_3x3(model: nn.Module) -> Iterable[Tuple[str, Any]]:
     for name, module in model.named_modules():
         attribute = {PreActBottleneck: 'norm3', PreActBasic: 'norm2'}.get(type(module))
         norm = None if attribute is None else getattr(module, attribute)
-        if isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) and type(norm.act) is nn.ReLU:
+        if isinstance(norm, BATCH_NORMS) and type(norm.act) is nn.ReLU:
             yield f'{name}.{attribute}', norm

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from timm.models import load_state_dict
 
 from .errors import InputError, say_why_not_loaded
 
@@ -120,8 +121,10 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
     """The description that `save_weights` put into a file, empty for a file of another origin.
 
     Raises:
-        InputError: If there is no such file, or it is not a safetensors file.
+        InputError: If there is no such file, or it is neither a safetensors file nor named as one of torch.save.
     """
+    if _is_of_torch(path) and Path(path).is_file():
+        return {}
     try:
         with safe_open(path, framework='pt') as f:
             return json.loads((f.metadata() or {}).get('timm_tmblock', '{}'))
@@ -136,11 +139,15 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
         raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
 
 
+def _is_of_torch(path: Union[str, Path]) -> bool:
+    return Path(path).suffix in ('.pth', '.pt', '.tar', '.bin')  # such as timm's own checkpoints
+
+
 def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torch.nn.Module:
     """Create the model that a weight file is of, in evaluation mode, with its classes and preprocessing.
 
     Args:
-        path: File written by `save_weights`, or weights of `model_name` from elsewhere.
+        path: File written by `save_weights`, or weights of `model_name` from elsewhere, of torch.save too.
         model_name: Name registered with timm; the description's if None.
 
     Raises:
@@ -227,14 +234,26 @@ def count_classes(path: Union[str, Path], name: str, default: Optional[int] = No
         default: What to return if it has no classifier.
 
     Raises:
-        InputError: If it has no classifier, and there is no default.
+        InputError: If it cannot be read, or has no classifier and there is no default.
     """
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     if isinstance(classifier, (tuple, list)):  # of a network with several
         classifier = classifier[0]
-    with safe_open(path, 'pt') as file:
-        if f'{classifier}.weight' not in file.keys():
-            if default is not None:
-                return default
-            raise InputError(f'{path} does not hold weights of {name}: it has no {classifier}.weight.')
-        return int(file.get_slice(f'{classifier}.weight').get_shape()[0])
+    key = f'{classifier}.weight'
+    if _is_of_torch(path):
+        shapes = {k: list(v.shape) for k, v in _read_torch(path).items()}
+    else:
+        with safe_open(path, 'pt') as file:
+            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}
+    if key not in shapes:
+        if default is not None:
+            return default
+        raise InputError(f'{path} does not hold weights of {name}: it has no {key}.')
+    return int(shapes[key][0])
+
+
+def _read_torch(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    try:
+        return load_state_dict(str(path))  # nothing but weights is unpickled
+    except (RuntimeError, ValueError, EOFError, AttributeError, OSError) as e:
+        raise InputError(f'{path} cannot be read as weights: {say_why_not_loaded(e)}') from e

@@ -45,7 +45,7 @@ class TemplateMatchingTask(ClassificationTask):
         Args:
             model: Model of this package, whose patch supervision is switched on, a baseline as
                 `PatchSupervised(model)`; or another one with `num_classes`, `set_patch_supervision` and
-                `get_patch_classifier`.
+                `get_patch_classifier`, which returns a module with `num_templates`, as `PatchClassifier`.
             criterion: Loss function that averages over samples. Created from criterion_kwargs when None.
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             patch_loss_weight: Weight lambda of the patch loss, in [0, 1].
@@ -62,9 +62,7 @@ class TemplateMatchingTask(ClassificationTask):
             raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
         unwrapped = unwrap_model(model)
         if not all(hasattr(unwrapped, name) for name in ('set_patch_supervision', 'get_patch_classifier')):
-            raise ValueError(
-                f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask, '
-                f'or a baseline of this package as PatchSupervised(model).')
+            raise ValueError(f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask.')
         num_templates, num_classes = unwrapped.get_patch_classifier().num_templates, unwrapped.num_classes
         if num_templates != num_classes:
             if isinstance(unwrapped, PatchSupervised):

@@ -6,15 +6,17 @@ RandAugment, AugMix, TrivialAugment) are timm's and torchvision's.
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data.auto_augment import NAME_TO_OP, augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-from torchvision.transforms import InterpolationMode, TrivialAugmentWide
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.transforms_factory import transforms_imagenet_train
+from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWide
 
 Policy = Callable[[Image.Image], Image.Image]
+PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
@@ -38,13 +40,27 @@ class DataConfig:
     padding_mode: str = 'reflect'
     hflip: float = 0.5
     vflip: float = 0.
-    # of randomly resized crops, which sets that stream have: share of the area, and aspect ratio; timm's if None
+    # of randomly resized crops, which sets that stream have: share of the area, aspect ratio, kind; timm's if None
     scale: Optional[Tuple[float, ...]] = None
     ratio: Optional[Tuple[float, ...]] = None
+    train_crop_mode: Optional[str] = None
+    train_interpolation: Optional[str] = None  # `interpolation` if None
+    augmented: bool = True  # False of such a set: the centre, as in evaluation
     policy: Optional[str] = None  # 'trivial', or a configuration of timm's auto_augment
+    color_jitter: Optional[Tuple[float, ...]] = None  # of brightness, contrast, saturation, perhaps hue
+    color_jitter_prob: Optional[float] = None  # 1 if None
+    grayscale_prob: float = 0.
+    gaussian_blur_prob: float = 0.
     re_prob: float = 0.  # random erasing, by timm
     re_mode: str = 'const'
     re_count: int = 1
+
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any]) -> 'DataConfig':
+        """The preprocessing of a pretrained_cfg, or of an exported file."""
+        given: Dict[str, Any] = {
+            key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key] for key in PREPROCESSING if key in cfg}
+        return cls(**given)
 
     @property
     def fill(self) -> Tuple[int, ...]:
@@ -127,24 +143,21 @@ def _crop_by_gather(padded: torch.Tensor, index: torch.Tensor, crops: Crops, siz
 
 
 def create_policy(config: DataConfig) -> Optional[Policy]:
-    """The policy `config.policy` names: 'trivial' (TrivialAugment Wide), 'rand-...', 'augmix-...', 'original', ...
+    """What is done to single images after crop and flip, by timm: the policy that `config.policy` names, 'trivial'
+    (TrivialAugment Wide), 'rand-...', 'augmix-...', 'original', ..., then jittered colours, grey images, and blur.
 
     Raises:
         AssertionError, ValueError: If timm knows none of this name.
     """
-    if not config.policy:
-        return None
-    fill = config.fill if len(config.fill) > 1 else config.fill[0]
-    if config.policy == 'trivial':
-        return TrivialAugmentWide(
-            interpolation=InterpolationMode.BILINEAR, fill=list(config.fill) if len(config.fill) > 1 else fill)
-    # as timm's create_transform has it
-    hparams = dict(translate_const=int(min(config.input_size[1:]) * 0.45), img_mean=fill)
-    if config.policy.startswith('rand'):
-        return rand_augment_transform(config.policy, hparams)
-    if config.policy.startswith('augmix'):
-        return augment_and_mix_transform(config.policy, dict(hparams, translate_pct=0.3))
-    return auto_augment_transform(config.policy, hparams)
+    trivial = config.policy == 'trivial'
+    _, rest, _ = transforms_imagenet_train(
+        config.input_size[1:], auto_augment=None if trivial else config.policy, color_jitter=config.color_jitter,
+        color_jitter_prob=config.color_jitter_prob, force_color_jitter=True, grayscale_prob=config.grayscale_prob,
+        gaussian_blur_prob=config.gaussian_blur_prob, mean=config.mean, std=config.std, separate=True)
+    steps = rest.transforms
+    if trivial:
+        steps = [TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=list(config.fill)), *steps]
+    return Compose(steps) if steps else None
 
 
 def apply_policy(images: torch.Tensor, policy: Policy, seed: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 from timm_tmblock.checkpoint import remove, writing
@@ -73,7 +73,7 @@ def _strip(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 
 
 def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, ema: Optional[torch.nn.Module]) -> None:
-    """Write a checkpoint into an experiment folder and drop all but the newest. All processes call this.
+    """Write a checkpoint into an experiment folder and drop all but the newest two. All processes call this.
 
     Raises:
         InputError: If it cannot be written.
@@ -155,8 +155,7 @@ def load_checkpoint(
         content = json.loads((path / 'state.json').read_text())
         content.pop('files')
         state = TrainState(**content)
-        state.layout = {**layout, **state.layout}  # of runs that did not write all of it down
-        if content.get('sharding', name_sharding(accelerator)) != name_sharding(accelerator):
+        if state.sharding != name_sharding(accelerator):
             raise InputError(
                 f'Checkpoint {path} is of a run with {state.sharding or "whole weights"}, not with '
                 f'{name_sharding(accelerator) or "whole weights"}; launch it as it was.')
@@ -185,8 +184,3 @@ def name_sharding(accelerator: Accelerator) -> str:
     """'FSDP' or 'DEEPSPEED', which divide the weights among the processes; otherwise nothing."""
     kind = accelerator.distributed_type
     return kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else ''
-
-
-def gather_running(sums: Dict[str, float]) -> List[Dict[str, float]]:
-    """The running sums of every process, in their order."""
-    return gather_object([sums])

@@ -21,17 +21,18 @@ OVERRIDES = dict(
 
 # settings that two runs of one recipe may differ in: the network, and where and how it ran
 NO_RECIPE = (
-    'config', 'model', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key', 'workers',
-    'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing', 'torchcompile',
-    'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint', 'checkpoint_interval',
-    'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device', 'push_to_hub', 'hub_private',
-    'report_to', 'project')
+    'config', 'model', 'device_modules', 'dataset', 'data_dir', 'dataset_download', 'input_key', 'target_key',
+    'workers', 'val_split', 'val_fraction', 'val_batch_size', 'test_split', 'channels_last', 'grad_checkpointing',
+    'torchcompile', 'torchcompile_mode', 'cuda_graph', 'output', 'experiment', 'resume', 'initial_checkpoint',
+    'checkpoint_interval', 'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device',
+    'push_to_hub', 'hub_private', 'report_to', 'project')
 
 # what says which images are trained on, and what else a checkpoint settles
 DIVISION = ('train_split', 'val_fraction', 'pool', 'split_seed')
 SETTLED = (
     'val_split', 'pretrained', 'initial_checkpoint', 'opt', 'opt_args', 'opt_betas', 'opt_eps', 'momentum',
-    'weight_decay', 'filter_bias_and_bn', 'layer_decay', 'layer_decay_min_scale', 'seed', 'experiment', 'output')
+    'weight_decay', 'filter_bias_and_bn', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'seed',
+    'experiment', 'output')
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,7 +43,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose complaint is one sentence, without the usage."""
+    """Parser whose complaint is one sentence, without the usage, and whose help has the defaults."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{'allow_abbrev': False, 'formatter_class': HelpFormatter, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message}; see {self.prog} --help.')
@@ -102,7 +106,6 @@ def create_parser() -> Parser:
         prog='train.py',
         description='Train an image classifier registered with timm on small images.',
         usage='%(prog)s [-c RECIPE] [--flag value ...]',
-        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     boolean = argparse.BooleanOptionalAction
@@ -116,7 +119,8 @@ def create_parser() -> Parser:
     group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
     group.add_argument('--train-split', default='train', help='images to train on')
-    group.add_argument('--val-split', help='images that choose the best weights; by default a part of the train split')
+    group.add_argument('--val-split', help=(
+        "images that choose the best weights; a part of the train split if not given, none if ''"))
     group.add_argument('--val-fraction', type=finite, help=(
         'part of the train split held out for that choice, 0.1 if not given, but none where --eval-only measures '
         'weights that may have seen it; 0: train on all, keep the last weights'))
@@ -136,13 +140,15 @@ def create_parser() -> Parser:
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
     group.add_argument('--crop-pct', type=above_zero, help=(
-        "share of a resized image that is kept; the model's if not given"))
-
+        "share of a resized image that is kept, in training too but of sets above --memory-limit; the model's if not "
+        'given'))
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
         "how images of another shape are fitted to the input; the model's if not given"))
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
+    group.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
+        'Python modules to import before, of models or devices that are not timm\'s'))
     group.add_argument('--pretrained', action=boolean, default=False, help="start from the model's pretrained weights")
     group.add_argument('--initial-checkpoint', metavar='FILE', help='safetensors weights to start from')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
@@ -174,8 +180,8 @@ def create_parser() -> Parser:
     group.add_argument('--lr', type=from_zero, help='learning rate, 0.001 if neither this nor --lr-base is given')
     group.add_argument('--lr-base', type=from_zero, help='learning rate at a global batch size of --lr-base-size')
     group.add_argument('--lr-base-size', type=positive, default=256, help='global batch size that --lr-base is for')
-    group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], default='linear', help=(
-        'how it grows with the batch size'))
+    group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], help=(
+        "how it grows with the batch size; if not given 'sqrt' for Adam and its like, else 'linear'"))
     group.add_argument('--weight-decay', type=from_zero, default=1e-4, help='weight decay')
     group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum of optimizers that have one')
     group.add_argument('--opt-eps', type=from_zero, help="epsilon; the optimizer's if not given")
@@ -187,7 +193,8 @@ def create_parser() -> Parser:
     group.add_argument('--layer-decay', type=above_zero, help=(
         'factor of the learning rate from a layer to the one below'))
     group.add_argument('--layer-decay-min-scale', type=from_zero, help='bound of that factor')
-    group.add_argument('--clip-grad', type=above_zero, help='bound of the gradients')
+    group.add_argument('--layer-decay-no-opt-scale', type=from_zero, help='factor below which layers are not trained')
+    group.add_argument('--clip-grad', type=from_zero, help='bound of the gradients, 0 for none')
     group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad bounds')
     group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches of each process an update')
 
@@ -200,8 +207,11 @@ def create_parser() -> Parser:
     group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to the epochs')
     group.add_argument('--cooldown-epochs', type=from_zero, default=0., help='epochs at the lowest rate, added')
     group.add_argument('--min-lr', type=from_zero, default=0., help='lowest learning rate')
-    group.add_argument('--decay-rate', type=from_zero, default=0.1, help="factor of 'step', power of 'poly'")
-    group.add_argument('--decay-epochs', type=above_zero, help="between steps (90 if not given), or the decay of 'wsd'")
+    group.add_argument('--decay-rate', type=from_zero, default=0.1, help=(
+        "factor of 'step' and 'multistep', power of 'poly'"))
+    group.add_argument('--decay-epochs', type=above_zero, help=(
+        "between steps (90 if not given); of 'wsd' and 'rsqrt' the decay at the end, below 1 as a share of the "
+        'schedule (0.2 if not given)'))
     group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=[90, 180, 270], help=(
         "epochs of 'multistep'"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
@@ -214,6 +224,8 @@ def create_parser() -> Parser:
     group.add_argument('--lr-k-decay', type=above_zero, default=1., help='exponent of k-decay')
 
     group = parser.add_argument_group('augmentation')
+    group.add_argument('--aug', action=boolean, default=True, help=(
+        'augment the training images; --no-aug: neither crop nor flip, no policy, no erasing'))
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
@@ -222,10 +234,20 @@ def create_parser() -> Parser:
         "share of the area that is cropped, of sets above --memory-limit (timm's 0.08 to 1 if not given)"))
     group.add_argument('--ratio', type=above_zero, nargs=2, metavar=('MIN', 'MAX'), help=(
         "its aspect ratio, likewise (timm's 3/4 to 4/3 if not given)"))
+    group.add_argument('--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr'], help=(
+        "how it is cropped, likewise: randomly resized ('rrc', if not given), or by timm's random resize keep ratio"))
+    group.add_argument('--train-interpolation', choices=['random', *INTERPOLATIONS], help=(
+        "of that, likewise; --interpolation's if not given"))
     group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a mirror image')
     group.add_argument('--vflip', type=fraction, default=0., help='probability of an image upside down')
     group.add_argument('--aa', metavar='POLICY', help=(
-        "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', ..."))
+        "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', '3a' (with "
+        '--color-jitter 0.3), ...'))
+    group.add_argument('--color-jitter', type=from_zero, nargs='+', metavar='FACTOR', help=(
+        'largest change of brightness, contrast and saturation: one for all, three, or four with the hue'))
+    group.add_argument('--color-jitter-prob', type=fraction, help='of an image to be jittered, all if not given')
+    group.add_argument('--grayscale-prob', type=fraction, default=0., help='probability of an image without colour')
+    group.add_argument('--gaussian-blur-prob', type=fraction, default=0., help='probability of a blurred image')
     group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')
     group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const', help=(
         'what erases: the mean colour, a random one, or noise'))
@@ -245,9 +267,9 @@ def create_parser() -> Parser:
     group.add_argument('--model-ema-warmup', action=boolean, default=True, help='let it rise at the beginning')
 
     group = parser.add_argument_group('distillation')
-    group.add_argument('--kd-model-name', nargs='+', metavar='NAME', help=(
+    group.add_argument('--kd-model-name', nargs='*', metavar='NAME', help=(
         'teacher: a model of timm or of the Hub, with weights; the logits of several are averaged'))
-    group.add_argument('--kd-checkpoint', nargs='+', metavar='FILE', help=(
+    group.add_argument('--kd-checkpoint', nargs='*', metavar='FILE', help=(
         'weights of the teacher, or of several; those of this script name their model'))
     group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both soft-maxes')
     group.add_argument('--task-loss-weight', type=from_zero, help='weight of the loss on labels, 1 if not given')
@@ -286,7 +308,7 @@ def refusing(settings: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError) as e:
+    except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, ArithmeticError, ImportError) as e:
         reason = say_why_not_loaded(e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
         reason = f'there is no argument {unknown[1]!r}' if unknown else reason
@@ -329,14 +351,18 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
     mixes = args.mixup or args.cutmix
     validates = args.pool[1] if args.pool else args.val_split or count_held_out(vars(args))
     for flags, needed, have in (
-            (['kd_temperature'], 'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
+            (['kd_temperature', 'task_loss_weight', 'distill_loss_weight'],
+             'a teacher, --kd-model-name or --kd-checkpoint', has_teacher),
+            (['hub_private'], '--push-to-hub', args.push_to_hub),
+            (['torchcompile_mode'], '--torchcompile', args.torchcompile),
             (['model_ema_decay', 'model_ema_warmup'], '--model-ema', args.model_ema),
-            (['clip_mode'], '--clip-grad', args.clip_grad is not None),
+            (['clip_mode'], '--clip-grad', args.clip_grad),
             (['mixup_prob', 'mixup_mode', 'mixup_off_epoch'], '--mixup or --cutmix', mixes),
             (['mixup_switch_prob'], '--mixup and --cutmix', args.mixup and args.cutmix),
             (['remode', 'recount'], '--reprob', args.reprob),
+            (['color_jitter_prob'], '--color-jitter', args.color_jitter),
             (['lr_base_size', 'lr_base_scale'], '--lr-base', args.lr_base is not None),
-            (['layer_decay_min_scale'], '--layer-decay', args.layer_decay is not None),
+            (['layer_decay_min_scale', 'layer_decay_no_opt_scale'], '--layer-decay', args.layer_decay is not None),
             (['checkpoint_hist'] if args.checkpoint_hist else [], VALIDATING, validates),
             (['val_interval'] if args.val_interval > 1 else [], VALIDATING, validates),
             (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
@@ -357,7 +383,7 @@ def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[s
 
 def find_changes_of_finished(args: argparse.Namespace, path: Path) -> List[str]:
     """Settings that a finished run has otherwise: of the recipe, and what images it was trained on."""
-    before = {'val_fraction': None, **yaml.safe_load(path.read_text())}
+    before = yaml.safe_load(path.read_text())
     changes = find_changes(args, path)
     if count_held_out(before) != count_held_out(vars(args)):
         changes.append('val_fraction')
@@ -374,7 +400,9 @@ def count_held_out(settings: Dict[str, Any]) -> float:
     """Share of the training images that a run holds out, beside splits and pools of their own."""
     if settings.get('val_split') or settings.get('pool'):
         return 0.
-    return 0.1 if settings['val_fraction'] is None else settings['val_fraction']
+    if settings['val_fraction'] is None:
+        return 0. if settings.get('val_split') == '' else 0.1  # which is none, as in timm's script
+    return settings['val_fraction']
 
 
 def check_resumed(args: argparse.Namespace, path: Path) -> None:
@@ -386,7 +414,7 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
         return
     division = DIVISION + (('val_split', 'test_split') if args.pool else ())  # which are pooled
     changes = find_changes(args, path, division + (() if args.eval_only else SETTLED))
-    before, now = map(count_held_out, ({'val_fraction': None, **yaml.safe_load(path.read_text())}, vars(args)))
+    before, now = map(count_held_out, (yaml.safe_load(path.read_text()), vars(args)))
     if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('val_fraction')
     if changes:
@@ -422,18 +450,20 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
 
 def _override(below: Dict[str, Any], above: Dict[str, Any]) -> Dict[str, Any]:
     replaced = {other for key, others in OVERRIDES.items() if above.get(key) is not None for other in others}
-    if above.get('kd_checkpoint') is not None and below.get('kd_checkpoint') is not None:
+    if above.get('kd_checkpoint') and below.get('kd_checkpoint'):
         replaced.discard('kd_model_name')  # of weights that name no network
     return {**{k: v for k, v in below.items() if k not in replaced}, **above}
 
 
 def _read_known(parser: Parser, path: Path) -> Dict[str, Any]:
     recipe = _read_recipe(path)
-    known = {a.dest for a in parser._actions if a.dest not in ('help', 'config')}
+    known = {
+        name.lstrip('-').replace('-', '_'): a.dest for a in parser._actions if a.dest not in ('help', 'config')
+        for name in (f'--{a.dest}', *a.option_strings) if name.startswith('--') and not name.startswith('--no-')}
     unknown = sorted(str(k) for k in recipe if k not in known)
     if unknown:
         raise InputError(f'The recipe {path} has unknown keys: {", ".join(unknown)}; see train.py --help.')
-    return recipe
+    return {known[key]: value for key, value in recipe.items()}
 
 
 def _make_flags(parser: Parser, settings: Dict[str, Any]) -> List[str]:

@@ -188,25 +188,30 @@ def _find_rows(dataset: Any) -> List[Tuple[str, int, int]]:
     return [(part.splitname, part.from_, part.to) for part in parts]
 
 
-def add_data_options(parser: ArgumentParser) -> None:
-    """Flags that name a labelled split, for what measures a network on one."""
+def add_set_options(parser: Any) -> None:
+    """Flags that name a labelled set."""
     parser.add_argument('--dataset', default='sample', help=(
         "'sample', torch/<name>, hfds/<hub id or folder>, or a folder with one of class folders for each split"))
-    parser.add_argument('--split', default='test')
     parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
     parser.add_argument('--input-key', default='image', help='image column of an hfds/ set')
     parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
 
 
-def open_named(args: Namespace) -> Any:
-    """The split that those flags name.
+def add_data_options(parser: ArgumentParser) -> None:
+    """Flags that name a labelled split, for what measures a network on one."""
+    add_set_options(parser)
+    parser.add_argument('--split', default='test')
+
+
+def open_named(args: Namespace, split: str) -> Any:
+    """A split of the set that the flags name.
 
     Raises:
         InputError: If there is no such set, split or column.
     """
     return open_dataset(
-        args.dataset, args.split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
+        args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
 
 
 def get_class_names(dataset: Any) -> List[str]:
@@ -266,13 +271,15 @@ class _Chunks(Dataset):
         images = torch.empty(len(rows), *self.config.input_size, dtype=torch.uint8)
         targets = torch.empty(len(rows), dtype=torch.int64)
         digests = []
+        _, height, width = self.config.input_size
         for i, row in enumerate(rows):
             image, targets[i] = self.source[row]
             if self.digest is not None:
                 digests.append(self.digest(_to_pixels(image)))
             if self.config.input_size[0] == 1:
                 image = image.convert('L')
-            images[i] = _to_uint8(image, self.config, self.resize)
+            fits = image.size == (width, height) and self.config.crop_pct == 1.
+            images[i] = torch.from_numpy(_to_pixels(image)) if fits else self.resize(image)
         return images, targets, digests
 
 
@@ -329,13 +336,6 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
     finally:
         if loader.num_workers:
             batches._shutdown_workers()
-
-
-def _to_uint8(image: Image.Image, config: DataConfig, resize: Any) -> torch.Tensor:
-    _, height, width = config.input_size
-    if image.size == (width, height) and config.crop_pct == 1.:
-        return torch.from_numpy(_to_pixels(image))
-    return resize(image)
 
 
 def _to_pixels(image: Image.Image) -> np.ndarray:

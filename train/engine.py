@@ -20,6 +20,7 @@ from accelerate.utils import (
 
 from timm_tmblock.errors import InputError
 from train.config import refusing
+from train.hardware import resolve_device
 from train.memory import keep_freed_memory
 
 
@@ -29,10 +30,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
     """
-    if args.device != 'auto' and args.device != 'cpu':
-        available = torch.cuda.is_available() if args.device == 'cuda' else torch.backends.mps.is_available()
-        if not available:
-            raise InputError(f'There is no {args.device} device here; leave out --device or use --device cpu.')
+    resolve_device(args.device)
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
@@ -41,8 +39,12 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError(
             'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
             'leave out one of the two.')
-    if args.cuda_graph:
-        _check_cuda_graph(args)
+    if args.cuda_graph and args.grad_accum_steps > 1:
+        raise InputError(
+            '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
+            '1.')
+    if args.cuda_graph and captures_graphs(args):
+        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
             cpu=args.device == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
@@ -77,7 +79,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP:
         if args.mixed_precision != 'no':
             raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
-        if args.clip_grad is not None and args.clip_mode == 'value':
+        if args.clip_grad and args.clip_mode == 'value':
             raise InputError('Accelerate does not clip by value under FSDP; use --clip-mode norm.')
         if args.torchcompile:
             raise InputError(
@@ -100,8 +102,6 @@ def create_accelerator(args: Namespace) -> Accelerator:
 
 def _create_compiler(args: Namespace) -> TorchDynamoPlugin:
     """The compiler of the flags, else the launcher's, which the settings of the run then name."""
-    if args.torchcompile_mode and not args.torchcompile:
-        raise InputError('--torchcompile-mode only applies with --torchcompile; add it.')
     with refusing(f'The compiler {args.torchcompile!r}'):
         compiler = TorchDynamoPlugin(
             backend=args.torchcompile, mode=args.torchcompile_mode, dynamic=False if args.torchcompile else None)
@@ -126,20 +126,11 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
         raise InputError('DeepSpeed casts whole networks, batch norms too, and no images; use --mixed-precision no.')
     if 'muon' in args.opt:
         raise InputError(f'{args.opt} needs the shapes of the weights, which DeepSpeed flattens; choose another --opt.')
-    if args.clip_grad is not None and args.clip_mode != 'norm':
+    if args.clip_grad and args.clip_mode != 'norm':
         raise InputError(f'DeepSpeed clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
     config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
-
-
-def _check_cuda_graph(args: Namespace) -> None:
-    if args.grad_accum_steps > 1:
-        raise InputError(
-            '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
-            '1.')
-    if captures_graphs(args):
-        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
 
 
 def captures_graphs(args: Namespace) -> bool:

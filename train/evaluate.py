@@ -28,7 +28,7 @@ from tqdm import tqdm
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import HelpFormatter, Parser, gigabytes, not_negative, positive
+from train.config import Parser, gigabytes, not_negative, positive
 from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -41,9 +41,7 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': t
 
 
 def create_parser() -> Parser:
-    parser = Parser(
-        prog='evaluate.py', description='Measure a classifier on a labelled set.', allow_abbrev=False,
-        formatter_class=HelpFormatter)
+    parser = Parser(prog='evaluate.py', description='Measure a classifier on a labelled set.')
     parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
     add_data_options(parser)
@@ -64,16 +62,8 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
     Raises:
         InputError: If the set cannot be opened, or its classes are not the runner's.
     """
-    channels, height, width = runner.config['input_size']
-    config = DataConfig(
-        input_size=(channels, height, width),
-        mean=tuple(runner.config['mean']),
-        std=tuple(runner.config['std']),
-        interpolation=runner.config['interpolation'],
-        crop_pct=runner.config['crop_pct'],
-        crop_mode=runner.config.get('crop_mode', 'center'),
-    )
-    dataset = open_named(args)
+    config = DataConfig.of(runner.config)
+    dataset = open_named(args, args.split)
     names = get_class_names(dataset)
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)

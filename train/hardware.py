@@ -9,6 +9,20 @@ import timm
 import torch
 
 import timm_tmblock
+from timm_tmblock.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps'.
+
+    Raises:
+        InputError: If there is none here.
+    """
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
+        raise InputError(f'There is no {name} device here; use --device cpu.')
+    return torch.device(name)
 
 
 def describe_hardware(device: torch.device, processes: int = 1) -> str:

@@ -35,25 +35,42 @@ def create_data_config(args: Namespace) -> DataConfig:
         interpolation=args.interpolation or cfg.interpolation,
         crop_pct=args.crop_pct or cfg.crop_pct,
         crop_mode=args.crop_mode or cfg.crop_mode,
+        **_collect_augmentation(args),
+    )
+    if config.input_size[0] not in (1, 3):
+        raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
+    if not len(config.mean) == len(config.std) == config.input_size[0]:
+        raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
+    if config.color_jitter and len(config.color_jitter) not in (3, 4):
+        raise InputError(f'--color-jitter takes one factor, three or four, not {len(config.color_jitter)}.')
+    for name, span in (('--scale', config.scale), ('--ratio', config.ratio)):
+        if span and span[0] > span[1]:
+            raise InputError(f'{name} takes the smallest value and the largest, not {span[0]:g} {span[1]:g}.')
+    return config
+
+
+def _collect_augmentation(args: Namespace) -> Dict[str, Any]:
+    if not args.aug:
+        return dict(augmented=False, padding=0, hflip=0.)
+    jitter = args.color_jitter or []
+    return dict(
         padding=args.padding,
         padding_mode=args.padding_mode,
         hflip=args.hflip,
         vflip=args.vflip,
         scale=args.scale and tuple(args.scale),
         ratio=args.ratio and tuple(args.ratio),
+        train_crop_mode=args.train_crop_mode,
+        train_interpolation=args.train_interpolation,
         policy=args.aa,
+        color_jitter=tuple(3 * jitter if len(jitter) == 1 else jitter) or None,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
     )
-    if config.input_size[0] not in (1, 3):
-        raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
-    if not len(config.mean) == len(config.std) == config.input_size[0]:
-        raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
-    for name, span in (('--scale', config.scale), ('--ratio', config.ratio)):
-        if span and span[0] > span[1]:
-            raise InputError(f'{name} takes the smallest value and the largest, not {span[0]:g} {span[1]:g}.')
-    return config
 
 
 def create_loader(
@@ -62,20 +79,13 @@ def create_loader(
         args: Namespace,
         accelerator: Accelerator,
         training: bool = False,
-) -> Optional[Loader]:
+) -> Loader:
     """Batches of one part of the data, this process's share of them."""
-    if part is None:
-        return None
-    batch_size = args.batch_size if training else args.val_batch_size
-    common: Dict[str, Any] = dict(
-        training=training, seed=args.seed, num_workers=args.workers, channels_last=args.channels_last)
-    if isinstance(part, InMemorySet):
-        return InMemoryLoader(
-            part, config, batch_size, accelerator.device, rank=accelerator.process_index,
-            world_size=accelerator.num_processes, **common)
-    return StreamingLoader(
-        part, config, batch_size, accelerator.device, rank=accelerator.process_index,
-        distributed=accelerator.num_processes > 1, **common)
+    kind = InMemoryLoader if isinstance(part, InMemorySet) else StreamingLoader
+    return kind(
+        part, config, args.batch_size if training else args.val_batch_size, accelerator.device, training=training,
+        seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        num_workers=args.workers, channels_last=args.channels_last)
 
 
 def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mixup]:
@@ -84,11 +94,11 @@ def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mix
     Raises:
         InputError: For settings it cannot have, or batches of which one image has no other to be mixed with.
     """
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        return None
-    low, high = args.cutmix_minmax or (0., 1.)
     if args.cutmix_minmax and not args.cutmix:  # timm would switch cutmix on
         raise InputError('--cutmix-minmax only applies with --cutmix; add it.')
+    if not (args.mixup > 0 or args.cutmix > 0):
+        return None
+    low, high = args.cutmix_minmax or (0., 1.)
     if args.batch_size % 2:
         raise InputError('--mixup and --cutmix mix the images of a batch in pairs; use an even --batch-size.')
     if not 0 <= int(low * height) < int(high * height) <= height:

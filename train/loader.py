@@ -22,6 +22,8 @@ from train.data import ImageSet, InMemorySet, read_batches
 from train.signals import outlive_sigterm
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
+UNCHANGED = 'no augmentation'
+TOO_FEW = '{} training images do not fill one batch of {} on {} processes; use a smaller --batch-size.'
 
 
 class Loader(Protocol):
@@ -121,14 +123,12 @@ class InMemoryLoader:
         self.workers: Optional[DataLoader] = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.training = training
-        self.augmentation = f'random crops from {config.padding} pixels of padding'
+        self.augmentation = f'random crops from {config.padding} pixels of padding' if config.augmented else UNCHANGED
         self.erase: Optional[RandomErasing] = None
         if training:
             self.batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
             if len(self.batches) == 0:
-                raise InputError(
-                    f'{len(dataset)} training images do not fill one batch of {batch_size} on {world_size} processes; '
-                    f'use a smaller --batch-size.')
+                raise InputError(TOO_FEW.format(len(dataset), batch_size, world_size))
             if self.batches.policy is not None and num_workers > 0:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
@@ -196,14 +196,14 @@ class StreamingLoader:
             seed: int = 0,
             num_workers: int = 4,
             rank: int = 0,
-            distributed: bool = False,
+            world_size: int = 1,
             channels_last: bool = False,
     ) -> None:
         self.num_images = len(dataset)
         self.device = device
         self.seed = seed
         self.rank = rank
-        self.augmentation = 'randomly resized crops'
+        self.augmentation = 'randomly resized crops' if config.augmented else UNCHANGED
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.pinned = device.type == 'cuda'
         self.loader = create_loader(
@@ -211,6 +211,8 @@ class StreamingLoader:
             input_size=config.input_size,
             batch_size=batch_size,
             is_training=training,
+            no_aug=not config.augmented,
+            train_crop_mode=config.train_crop_mode,
             scale=config.scale,
             ratio=config.ratio,
             hflip=config.hflip,
@@ -219,14 +221,14 @@ class StreamingLoader:
             re_prob=config.re_prob,
             re_mode=config.re_mode,
             re_count=config.re_count,
-            interpolation=config.interpolation,
+            interpolation=training and config.train_interpolation or config.interpolation,
             mean=config.mean,
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
             # in training one at least: in this process it would advance the generators that checkpoints save
             num_workers=max(num_workers, 1) if training else num_workers,
-            distributed=distributed,
+            distributed=world_size > 1,
             device=device,
             pin_memory=self.pinned,
             use_prefetcher=False,  # its uint8 collation and side stream need CUDA
@@ -236,10 +238,7 @@ class StreamingLoader:
         self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
         if training:
             if len(self.loader) == 0:
-                processes = torch.distributed.get_world_size() if distributed else 1
-                raise InputError(
-                    f'{len(dataset)} training images do not fill one batch of {batch_size} on {processes} processes; '
-                    f'use a smaller --batch-size.')
+                raise InputError(TOO_FEW.format(len(dataset), batch_size, world_size))
             with refusing(f'The augmentation {config.policy!r}'):
                 policy = create_policy(config)
             if policy is not None:  # after crop and flip, as in timm

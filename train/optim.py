@@ -22,7 +22,9 @@ def resolve_lr(args: Namespace, images_per_update: int) -> float:
     if args.lr_base is None:
         return 1e-3
     ratio = images_per_update / args.lr_base_size
-    return args.lr_base * (ratio if args.lr_base_scale == 'linear' else ratio ** 0.5)
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))  # as in timm's train.py
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    return args.lr_base * (ratio if scale == 'linear' else ratio ** 0.5)
 
 
 def create_optimizer(args: Namespace, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -65,6 +67,12 @@ def create_schedule(
     with refusing(f'These settings of the schedule {args.sched!r}'):
         scheduler, updates = create_scheduler_v2(
             optimizer, **{**kwargs, 'step_on_epochs': False, 'updates_per_epoch': 1})
+    first = dict(step=kwargs['decay_epochs'], multistep=min(kwargs['decay_milestones'])).get(args.sched)
+    if first is not None and first >= updates:
+        raise InputError(
+            f'The schedule {args.sched!r} would first fall after {first / updates_per_epoch:g} epochs, and the run '
+            f'has {updates / updates_per_epoch:g}; set --decay-{"epochs" if args.sched == "step" else "milestones"}, '
+            f'or use --sched constant.')
     if updates < 1:
         raise InputError(f'The schedule {args.sched!r} has no updates; use more --epochs.')
     return scheduler, int(updates)

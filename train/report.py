@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write RESULTS.md, and a page on the regions of each network that was analysed, from the committed results.
+"""Write RESULTS.md, the tables of the paper's experiments, and a page on the regions of each network that was analysed,
+from the committed results.
 
     python train/report.py             # write
     python train/report.py --check     # write nothing, fail where a page is stale
@@ -127,10 +128,9 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.',
         'Test images [influenced some choices](train/README.md#the-shipped-weights): optimizer and learning rate,',
         'chosen for `rn26_tm`, whether training went on, and the last teachers of `rn26_tm.dist_cifar10`.', '']
-    analysed = [tag for tag in evidence.evaluations if (root / 'train' / 'results' / tag / 'analysis').is_dir()]
-    analysed = [tag for tag in analysed if find_analyses(root, tag)]
-    if analysed:
-        lines += say_regions({tag: find_analyses(root, tag) for tag in analysed})
+    analyses = {tag: found for tag in evidence.evaluations if (found := find_analyses(root, tag))}
+    if analyses:
+        lines += say_regions(analyses)
     return '\n'.join(lines)
 
 
@@ -202,11 +202,6 @@ def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
     return ours != theirs
 
 
-def count_measures(trust: Dict[str, Any], name: str) -> str:
-    found = compare_maps(trust, name)
-    return f'{len(found["better"])}+ {len(found["worse"])}−'
-
-
 MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
@@ -242,7 +237,8 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
         link = f'[{tag}](train/results/{tag}/analysis/README.md)'
         rows = [(fill, found[name]) for name, fill in TRUST.items() if name in found]
         for fill, trust in rows:
-            cells = [count_measures(trust, other) for other in MAPS]
+            found_maps = [compare_maps(trust, other) for other in MAPS]
+            cells = [f'{len(c["better"])}+ {len(c["worse"])}−' for c in found_maps]
             lines.append(f'| {link} | {fill} | {trust["images"]} | {" | ".join(cells)} | {mixed} |')
         if not rows:
             lines.append(f'| {link} | – | – | {"– | " * len(MAPS)}{mixed} |')
@@ -418,7 +414,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     Raises:
         InputError: With --check, where a page is stale.
     """
-    parser = Parser(prog='report.py', description='Write the pages of results.', allow_abbrev=False)
+    parser = Parser(prog='report.py', description='Write the pages of results.')
     parser.add_argument('--check', action='store_true', help='write nothing, fail where a page is stale')
     args = parser.parse_args(argv)
     for path, text in render_pages(ROOT).items():

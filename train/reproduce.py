@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.checkpoint import find_checkpoints
-from train.config import HelpFormatter, Parser, positive
+from train.config import Parser, positive
 from train.config import create_parser as create_train_parser
 from train.files import write_json
 from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
@@ -240,9 +240,7 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
 
 
 def create_parser() -> Parser:
-    parser = Parser(
-        prog='reproduce.py', description='Run the experiments of the paper.', allow_abbrev=False,
-        formatter_class=HelpFormatter)
+    parser = Parser(prog='reproduce.py', description='Run the experiments of the paper.')
     parser.add_argument('experiment', choices=TITLES)
     parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['cifar10'])
     parser.add_argument('--data', nargs='+', default=[], metavar='SET=NAME', help=(

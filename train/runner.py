@@ -10,7 +10,7 @@ from export import runtime
 from timm_tmblock.checkpoint import load_pretrained
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
-from train.hardware import describe_hardware
+from train.hardware import describe_hardware, resolve_device
 
 Outputs = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
@@ -27,19 +27,6 @@ class Runner(Protocol):
     def __call__(self, images: torch.Tensor) -> Outputs:
         """Classify normalised images (B, C, H, W) on the runner's device."""
         ...
-
-
-def resolve_device(name: str) -> torch.device:
-    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps'.
-
-    Raises:
-        InputError: If there is none here.
-    """
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
-        raise InputError(f'There is no {name} device here; use --device cpu.')
-    return torch.device(name)
 
 
 def create_runner(source: str, checkpoint: Optional[str], device: str, dtype: torch.dtype) -> Runner:

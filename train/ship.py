@@ -33,7 +33,7 @@ from export.images import name_set
 from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import evaluate
-from train.config import SETTINGS, HelpFormatter, Parser
+from train.config import SETTINGS, Parser
 from train.data import add_data_options, open_named, share_images
 from train.files import hash_file, write_json
 
@@ -46,9 +46,7 @@ EXECUTION = ('memory_efficient',)  # arguments of networks that change how they 
 
 
 def create_parser() -> Parser:
-    parser = Parser(
-        prog='ship.py', description='Make the weights of a run those of a pretrained tag.', allow_abbrev=False,
-        formatter_class=HelpFormatter)
+    parser = Parser(prog='ship.py', description='Make the weights of a run those of a pretrained tag.')
     parser.add_argument('run', type=Path, help='experiment folder of train.py, finished')
     parser.add_argument('--tag', required=True, help='what the weights are of: cifar10, cifar100, ...')
     add_data_options(parser)
@@ -67,8 +65,8 @@ def choose_precision(top1: Dict[str, float]) -> str:
 
 def is_of_images_in(args: argparse.Namespace, splits: List[str]) -> bool:
     """Whether the split to measure on has images of one of these, of the same set."""
-    tested = open_named(args)
-    return any(share_images(tested, open_named(argparse.Namespace(**{**vars(args), 'split': name}))) for name in splits)
+    tested = open_named(args, args.split)
+    return any(share_images(tested, open_named(args, name)) for name in splits)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -18,14 +18,14 @@ from accelerate.utils import gather_object
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
-from train.config import count_held_out
+from train.config import count_held_out, to_flag
 from train.data import (
     InMemorySet,
     decode,
     fits_in_memory,
     get_class_names,
     is_whole_folder,
-    open_dataset,
+    open_named,
     share_images,
 )
 from train.processes import agreeing
@@ -100,14 +100,7 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         failure = None
         with accelerator.local_main_process_first():  # one process of each machine fills its cache
             try:
-                splits[part] = open_dataset(
-                    args.dataset,
-                    name,
-                    root=args.data_dir,
-                    input_key=args.input_key,
-                    target_key=args.target_key,
-                    download=args.dataset_download,
-                )
+                splits[part] = open_named(args, name)
             except Exception as e:  # to be raised where the others do not wait for this process
                 failure = e
         with agreeing(accelerator):
@@ -163,10 +156,11 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         raise InputError(
             'The training images do not fit in memory, so no part can be held out; name a --val-split, '
             'set --val-fraction 0, or raise --memory-limit.')
-    if fits['train'] and (config.scale or config.ratio):
-        raise InputError(
-            f'{"--scale" if config.scale else "--ratio"} is of images that are randomly resized and cropped, as those '
-            f'of sets above --memory-limit are; leave it out, or set --memory-limit 0.')
+    for name in ('scale', 'ratio', 'train_crop_mode', 'train_interpolation'):
+        if fits['train'] and getattr(config, name):
+            raise InputError(
+                f'{to_flag(name)} is of images that are randomly resized and cropped, as those of sets above '
+                f'--memory-limit are; leave it out, or set --memory-limit 0.')
     divided = list(splits) if args.pool else ['train'] if fraction else []
     digest = partial(hash_pixels, seed=args.split_seed)
 

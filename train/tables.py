@@ -83,11 +83,8 @@ def paper_score(setting: str, dataset: str) -> Optional[float]:
 
 def _order(settings: List[str]) -> List[str]:
     rows = list(TABLE_1)
-    return sorted(settings, key=lambda s: (rows.index(s) if s in rows else len(rows), _batch_size(s), s))
-
-
-def _batch_size(setting: str) -> int:
-    return int(setting.partition('.batch')[2] or 0)
+    return sorted(
+        settings, key=lambda s: (rows.index(s) if s in rows else len(rows), int(s.partition('.batch')[2] or 0), s))
 
 
 def tabulate(experiment: str, scores: Scores) -> List[str]:

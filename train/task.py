@@ -84,23 +84,6 @@ class DistillationTask(TrainingTask):
         return {**result, 'loss': loss, 'task_loss': result['loss'], 'kd_loss': kd_loss}
 
 
-def check_loss_weights(args: Namespace) -> None:
-    """
-    Raises:
-        InputError: If there is no teacher to weigh, or nothing would be left for it.
-    """
-    if not args.kd_model_name and not args.kd_checkpoint:
-        for flag in ('task_loss_weight', 'distill_loss_weight'):
-            if getattr(args, flag) is not None:
-                raise InputError(
-                    f'--{flag.replace("_", "-")} only applies to distillation; name a teacher with --kd-model-name or '
-                    f'--kd-checkpoint.')
-    elif args.distill_loss_weight is None and (args.task_loss_weight or 0) >= 1:
-        raise InputError(
-            f'--task-loss-weight {args.task_loss_weight:g} leaves nothing for the teacher; give --distill-loss-weight '
-            f'too.')
-
-
 def create_teachers(
         args: Namespace,
         class_names: Sequence[str],
@@ -110,9 +93,14 @@ def create_teachers(
     """The teachers the settings name, with their weights; none if they name none.
 
     Raises:
-        InputError: If there is none of a name, it has no weights, or they are for other classes or channels.
+        InputError: If there is none of a name, it has no weights, they are for other classes or channels, or the loss
+            weights leave nothing for them.
     """
     names, files = args.kd_model_name or [], args.kd_checkpoint or []
+    if (names or files) and args.distill_loss_weight is None and (args.task_loss_weight or 0) >= 1:
+        raise InputError(
+            f'--task-loss-weight {args.task_loss_weight:g} leaves nothing for the teacher; give --distill-loss-weight '
+            f'too.')
     if names and files and len(names) != len(files):
         raise InputError(
             f'{len(files)} weights of --kd-checkpoint have {len(names)} models of --kd-model-name; name one for each, '

@@ -5,7 +5,7 @@ On the embedded sample of 2,000 CIFAR-10 images, one process:
 
     python train/train.py --epochs 5
 
-With a recipe, which is for one process, on the first GPU:
+With a recipe, most of which are for one process, on the first GPU:
 
     python train/train.py -c train/recipes/cifar10/rn26_tm.yaml
 
@@ -31,6 +31,7 @@ import time
 import uuid
 from argparse import Namespace
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -39,7 +40,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
@@ -47,6 +48,7 @@ from tqdm import tqdm
 from timm_tmblock.checkpoint import load_model, remove, save_weights, write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train import checkpoint, record
+from train.augment import PREPROCESSING
 from train.checkpoint import TrainState
 from train.config import (
     SETTINGS,
@@ -60,7 +62,6 @@ from train.config import (
 )
 from train.data import get_class_names
 from train.engine import create_accelerator, start_trackers
-from train.evaluation import validate
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
@@ -81,7 +82,8 @@ from train.processes import agreeing, leaving_it_to_the_first
 from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
-from train.task import check_loss_weights, create_task, create_teachers
+from train.task import create_task, create_teachers
+from train.validation import validate
 
 
 class Trainer:
@@ -89,8 +91,10 @@ class Trainer:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        with refusing('--device-modules'):
+            for name in args.device_modules or ():
+                import_module(name)
         check_model_name(args.model)
-        check_loss_weights(args)
         self.accelerator = accelerator = create_accelerator(args)
         take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
@@ -105,9 +109,8 @@ class Trainer:
             check_resumed(args, self.folder / SETTINGS)
 
         set_seed(args.seed)  # the same initial weights on every process
-        model = create_model(args, self.class_names).to(accelerator.device)
-        if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        self.memory_format = torch.channels_last if args.channels_last else torch.preserve_format
+        model = create_model(args, self.class_names).to(accelerator.device).to(memory_format=self.memory_format)
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
@@ -116,11 +119,10 @@ class Trainer:
 
         with agreeing(accelerator):
             parts = load_parts(splits, args, config, progress=self.main_process)
-        train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
-        assert train_loader is not None
-        self.train_loader = train_loader
-        self.val_loader = create_loader(parts.validation, config, args, accelerator)
-        self.test_loader = create_loader(parts.test, config, args, accelerator)
+        self.train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
+        self.val_loader, self.test_loader = (
+            None if part is None else create_loader(part, config, args, accelerator)
+            for part in (parts.validation, parts.test))
         self.mixup = None if args.eval_only else create_mixup(args, config.input_size[1], len(self.class_names))
 
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
@@ -167,7 +169,7 @@ class Trainer:
                     f'settings; use more --epochs.')
             self.meter.load_state_dict(self.state.running, accelerator.process_index)
             best = self.state.best
-            if best is not None and best.get('images', self.num_held_out) != self.num_held_out:
+            if best is not None and best['images'] != self.num_held_out:
                 self.state.best, self.state.kept = None, []  # other images chose them
         set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
         hardware = describe_hardware(accelerator.device, accelerator.num_processes)
@@ -186,49 +188,40 @@ class Trainer:
 
     def describe(self) -> Dict[str, Any]:
         """What the weights are, for whoever loads them."""
-        data = self.data_config
         return dict(
             model=self.args.model,
             model_args=self.args.model_kwargs,
             num_classes=len(self.class_names),
             label_names=self.class_names,
-            input_size=data.input_size,
-            mean=data.mean,
-            std=data.std,
-            interpolation=data.interpolation,
-            crop_pct=data.crop_pct,
-            crop_mode=data.crop_mode,
+            **{key: getattr(self.data_config, key) for key in PREPROCESSING},
         )
 
     def start_record(self) -> None:
-        with agreeing(self.accelerator):
-            self._start_record()
-        with agreeing(self.accelerator):
+        args, accelerator = self.args, self.accelerator
+        with agreeing(accelerator):
+            if self.main_process:
+                check_disk_space(self.folder, network(self.model), args)
+                if self.state.update < self.updates:
+                    remove(self.folder / 'result.json')  # of a run that was shorter
+                elif changes := find_changes_of_finished(args, self.folder / SETTINGS):
+                    raise InputError(
+                        f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
+                        f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
+                write_text(self.folder / SETTINGS, dump_args(args))
+                processes = accelerator.num_processes
+                print(
+                    f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
+                    f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
+                    f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
+                    f'{processes} processes, {self.updates} updates of '
+                    f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
+                    f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} '
+                    f'schedule; {describe_hardware(accelerator.device, processes)}, mixed precision '
+                    f'{accelerator.mixed_precision}\n'
+                    f'writing to {self.folder}', flush=True)
+            start_trackers(accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
+        with agreeing(accelerator):
             record.check_shared(self.folder / SETTINGS)
-
-    def _start_record(self) -> None:
-        args = self.args
-        if self.main_process:
-            check_disk_space(self.folder, network(self.model), args)
-            if self.state.update < self.updates:
-                remove(self.folder / 'result.json')  # of a run that was shorter
-            elif changes := find_changes_of_finished(args, self.folder / SETTINGS):
-                raise InputError(
-                    f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
-                    f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
-            write_text(self.folder / SETTINGS, dump_args(args))
-            processes = self.accelerator.num_processes
-            print(
-                f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
-                f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
-                f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
-                f'{processes} processes, {self.updates} updates of '
-                f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
-                f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} schedule; '
-                f'{describe_hardware(self.accelerator.device, self.accelerator.num_processes)}, '
-                f'mixed precision {self.accelerator.mixed_precision}\n'
-                f'writing to {self.folder}', flush=True)
-        start_trackers(self.accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
 
     def describe_resumption(self) -> str:
         return record.describe_resumption(self.folder)
@@ -325,7 +318,7 @@ class Trainer:
         """Forward, backward and, where gradients are complete, an update, which may all be captured."""
         result = self.task(images, targets)
         self.accelerator.backward(result['loss'])
-        if self.accelerator.sync_gradients and self.args.clip_grad is not None:
+        if self.accelerator.sync_gradients and self.args.clip_grad:
             clip_gradients(self.accelerator, self.model, self.args)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -417,7 +410,7 @@ class Trainer:
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
-        self.state.running = checkpoint.gather_running(self.meter.state_dict())
+        self.state.running = gather_object([self.meter.state_dict()])  # of every process, in their order
         checkpoint.save_checkpoint(self.folder, self.accelerator, self.state, self.ema)
 
     @property
@@ -432,9 +425,7 @@ class Trainer:
             return None
         self.accelerator.wait_for_everyone()
         path = self.folder / f'{self.chosen}.safetensors'
-        model = load_model(path).to(self.accelerator.device)
-        if self.args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = load_model(path).to(self.accelerator.device).to(memory_format=self.memory_format)
         values = self.measure(model, self.test_loader, 'Testing')
         if self.main_process:
             print('Test: ' + ', '.join(f'{k} {v:.4g}' for k, v in values.items()), flush=True)
@@ -451,7 +442,7 @@ class Trainer:
             model = self.plain_model
             if args.resume:
                 weights = str(self.folder / f'{self.chosen}.safetensors')
-                model = load_model(weights, args.model).to(self.accelerator.device)
+                model = load_model(weights, args.model).to(self.accelerator.device).to(memory_format=self.memory_format)
             loaders = {'validation': self.val_loader, 'test': self.test_loader}
             values = {
                 part: self.measure(model, loader) for part, loader in loaders.items() if loader is not None
@@ -504,8 +495,6 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
-    if args.hub_private and not args.push_to_hub:
-        raise InputError('--hub-private only applies with --push-to-hub; add it.')
     if args.push_to_hub and not args.eval_only:
         check_push(args.push_to_hub, args.hub_private)
     with naming_failures(advise_on_memory(args)):

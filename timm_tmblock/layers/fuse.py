@@ -7,6 +7,8 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch.nn.utils import fuse_conv_bn_weights
 
+BATCH_NORMS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+
 
 def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Module]:
     """Fold a norm + activation layer into the convolution before it.
@@ -15,7 +17,7 @@ def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Modu
         A convolution with bias and the activation that follows it; what was given, if the norm is not a batch norm with
         running statistics, or the weight is computed from others, as where it is pruned or parametrized.
     """
-    if not isinstance(norm, (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)) or norm.running_mean is None:
+    if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None:
         return conv, norm
     if conv._parameters.get('weight') is None:
         return conv, norm

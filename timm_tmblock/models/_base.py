@@ -27,8 +27,9 @@ _logger = logging.getLogger(__name__)
 class TemplateMatchingNet(nn.Module):
     """Base of networks with or without a template matching block before their last stage.
 
-    A subclass builds its modules in the order they run, `tm` among them (Identity in a baseline), then the final `norm`
-    and last `_init_head`. It defines `_forward_trunk`, all up to `tm`, and `_forward_last`, all after it.
+    A subclass builds its modules in the order they run, `tm` among them (Identity in a baseline), then the final
+    `norm`, and calls `_create_head` and `init_weights`. It defines `_forward_trunk`, all up to `tm`, and
+    `_forward_last`, all after it.
 
     `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
     are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as wide in
@@ -41,7 +42,7 @@ class TemplateMatchingNet(nn.Module):
     feature_info: List[Dict[str, Any]]
     patch_reduction: int
     patch_size: int
-    map_size: Tuple[int, int]  # of the last feature map at img_size, which is pooled
+    pool_size: Tuple[int, int]  # of the last feature map at img_size
     if TYPE_CHECKING:
         tm: Any
 
@@ -109,14 +110,13 @@ class TemplateMatchingNet(nn.Module):
                 raise ValueError(f'num_templates must be given when num_classes is {num_templates}.')
         return TemplateMatching(dim, num_templates, self.patch_size, **kwargs)
 
-    def _init_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
+    def _create_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
         self.num_features = num_features
         self._body = [name for name, _ in self.named_children()]
         self.global_pool, self.fc = create_classifier(
             num_features, self.num_classes, pool_type=global_pool, device=device, dtype=dtype)
         self.head_drop = nn.Dropout(self.drop_rate)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
-        self.init_weights()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -179,7 +179,9 @@ class TemplateMatchingNet(nn.Module):
     @torch.jit.ignore
     def _check_template_matching(self) -> None:
         if not self.has_template_matching:
-            raise ValueError('This model has no template matching block, so it has no patch logits.')
+            raise ValueError(
+                'This model has no template matching block, so it has no patch logits; to train with them all the same '
+                'wrap it in PatchSupervised.')
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -224,23 +226,23 @@ class TemplateMatchingNet(nn.Module):
         update_model_args(self, num_templates=num_templates)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args) -> None:
+        error_msgs = args[-1]
         weight = state_dict.get(f'{prefix}tm.match.weight')
         if weight is not None and self.has_template_matching and len(weight) != self.tm.num_templates:
-            error_msgs = args[-1]
             error_msgs.append(
                 f'the weights have {len(weight)} templates and the model has {self.tm.num_templates}; create it with '
                 f'num_templates={len(weight)}.')
         own = {f'{prefix}{name}' for name, _ in self.named_parameters()}
         if any(re.search(r'layer\d\.blocks\.\d+\.conv\d\.bias$', name) and name not in own for name in state_dict):
-            args[-1].append('the weights are of a fused model; save them before fuse().')
+            error_msgs.append('the weights are of a fused model; save them before fuse().')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def fuse(self) -> 'TemplateMatchingNet':
-        """Fold, in place, each batch norm that directly follows a convolution into it, for inference.
+        """Fold batch norms into the convolutions before them, in place, where nothing else needs what is between.
 
-        Template matching becomes one convolution of its input. Norms that follow an addition or a concatenation stay.
-        This changes the keys of the state dict; save the weights first.
+        Template matching becomes one convolution of its input. For inference: it changes the keys of the state dict, so
+        save the weights first.
 
         Returns:
             The model.
@@ -366,7 +368,7 @@ def count_extra_halvings(img_size: Tuple[int, int]) -> int:
     0 below 64, 1 below 128 (the paper's Mini-ImageNet networks of 84x84), 2 from 128 on; of the shorter side.
     """
     side = min(img_size)
-    return int(side >= 64) + int(side >= 128)
+    return (side >= 64) + (side >= 128)
 
 
 def checkpoint_filter_fn(
@@ -408,16 +410,16 @@ def create_network(
     saved = kwargs.get('pretrained_model_args') or {}  # of the model of a folder or repository
     keep_templates = kwargs.get('num_templates') in (None, saved.get('num_templates'))
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    if any(overlay.get(key) for key in ('url', 'hf_hub_id')):
-        overlay.setdefault('file', None)  # the weights of the package, which timm would prefer
+    given = kwargs.get('pretrained_cfg')
+    cfg = resolve_pretrained_cfg(variant, given, overlay)
     others = any(overlay.get(key) is not None for key in ('url', 'hf_hub_id', 'file', 'state_dict'))
-    of_registry = not kwargs.get('pretrained_cfg') or _is_of_package(kwargs['pretrained_cfg'])
-    if others or kwargs.get('num_classes') is not None and not pretrained and of_registry:
+    if cfg.file == weights_path(f'{variant}.{cfg.tag}'):
+        if cfg.url or cfg.hf_hub_id:  # timm would prefer the file; its scripts put an overlay into the config
+            overlay['file'], others = None, True
+        elif kwargs.get('num_classes') is not None and not pretrained and not isinstance(given, str):  # which is a tag
+            others = True
+    if others:
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.file == weights_path(f'{variant}.{cfg.tag}') and (cfg.url or cfg.hf_hub_id):
-        overlay.update(file=None)  # timm has put an overlay into the config
-        overlay.setdefault('label_names', None)
     num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
     if kwargs.get('template_matching') and num_classes == 0 and kwargs.get('num_templates') is None:
         # without a classifier, as many as the untouched model has
@@ -442,7 +444,7 @@ def create_network(
     if not isinstance(model, TemplateMatchingNet):  # but its features
         return model
     if img_size == tuple(model.pretrained_cfg['input_size'][1:]):
-        model.pretrained_cfg['pool_size'] = model.map_size
+        model.pretrained_cfg['pool_size'] = model.pool_size
     if model.has_template_matching:
         # a saved model is rebuilt from these, then perhaps with another number of classes
         update_model_args(model, num_templates=model.tm.num_templates)
@@ -451,12 +453,6 @@ def create_network(
             '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
             variant, *img_size, model.patch_reduction, model.patch_size, model.patch_size)
     return model
-
-
-def _is_of_package(cfg: Any) -> bool:
-    """Whether a config, as timm's scripts resolve one, is of weights in the package; a tag is a name."""
-    file = cfg.get('file') if isinstance(cfg, dict) else None
-    return file is not None and Path(file).parent == Path(weights_path('')).parent
 
 
 def create_cfg(**kwargs) -> Dict[str, Any]:

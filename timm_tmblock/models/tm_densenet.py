@@ -199,7 +199,8 @@ class DenseNetSmall(TemplateMatchingNet):
 
         Raises:
             ValueError: If templates or `concat` are asked for without template matching, or the number of templates
-                cannot be determined; if there are not four stages.
+                cannot be determined; if there are not four stages; for images below 4 pixels, or a `patch_size` that
+                is not a whole number of at least 1.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
@@ -236,11 +237,12 @@ class DenseNetSmall(TemplateMatchingNet):
                 chs //= 2
             elif i == 2:
                 self.pool3 = nn.AvgPool2d(2) if halved else nn.Identity()
-        self.map_size = map_size
+        self.pool_size = map_size
         self.norm = norm_act_layer(chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs unless one is pooled
         self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='norm'))
-        self._init_head(chs, global_pool, **dd)
+        self._create_head(chs, global_pool, **dd)
+        self.init_weights()
 
     @staticmethod
     def count_features(img_size: Tuple[int, int]) -> int:

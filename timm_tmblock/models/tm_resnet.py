@@ -52,7 +52,7 @@ class PreActBottleneck(nn.Module):
             stride: Stride of the 3x3 convolution and the shortcut.
             project: Use a 1x1 projection of the pre-activated input as shortcut, the input itself otherwise.
             norm_act_layer: Norm + activation layer.
-            maximizer_layer: What follows the (first) 3x3 convolution instead of norm + activation.
+            maximizer_layer: What follows the 3x3 convolution instead of norm + activation.
             drop_path_rate: Probability that an image skips the residual branch in training (stochastic depth).
         """
         dd = {'device': device, 'dtype': dtype}
@@ -246,7 +246,9 @@ class PreActResNet(TemplateMatchingNet):
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be determined;
-                for an unknown maximizer; if there are not three or four stages, each with its channels.
+                for an unknown maximizer, or arguments of BN-ReLU, which has none; if there are not three or four
+                stages, each with its channels; for images below 4 pixels, or a `patch_size` that is not a whole number
+                of at least 1.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
@@ -283,11 +285,12 @@ class PreActResNet(TemplateMatchingNet):
                 self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
         if len(layers) == 3 and template_matching:
             self.feature_info[1]['module'] = 'tm'
-        self.map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
+        self.pool_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
         self.norm = norm_act_layer(in_chs, **dd)
         # one tap for each reduction, the last module at it; stages 3 and 4 share theirs
         self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module='norm'))
-        self._init_head(in_chs, global_pool, **dd)
+        self._create_head(in_chs, global_pool, **dd)
+        self.init_weights()
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)

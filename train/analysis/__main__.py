@@ -28,21 +28,20 @@ from timm_tmblock.models._labels import list_class_names
 from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
-from train.config import HelpFormatter, Parser, not_negative, positive, seed
+from train.config import Parser, not_negative, number, positive, seed
 from train.data import InMemorySet, add_data_options, check_classes, decode, get_class_names, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
-from train.hardware import describe_hardware, describe_versions
-from train.runner import resolve_device
+from train.hardware import describe_hardware, describe_versions, resolve_device
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
+several = number(int, 2)  # images, as errors are over them
 FIRST = 'the first of the split, or a draw where it lies sorted by class'
 
 
 def create_parser() -> Parser:
     parser = Parser(
-        prog='python -m train.analysis', description='What a trained network makes of the regions of images.',
-        allow_abbrev=False)
+        prog='python -m train.analysis', description='What a trained network makes of the regions of images.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     def add(
@@ -52,9 +51,7 @@ def create_parser() -> Parser:
             regions: Optional[int] = None,
             max_regions: Optional[int] = None,
     ) -> Any:
-        sub = commands.add_parser(
-            command, help=description, description=description, allow_abbrev=False,
-            formatter_class=HelpFormatter)
+        sub = commands.add_parser(command, help=description, description=description)
         sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
         sub.add_argument('--output', metavar='NAME', help=(
             f'without suffix; output/analysis/MODEL.{command} if not given' +
@@ -81,7 +78,7 @@ def create_parser() -> Parser:
     sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, of as many images')
     sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
-    sub.add_argument('--images', type=positive, default=1000, help=f'{FIRST}; two at least')
+    sub.add_argument('--images', type=several, default=1000, help=FIRST)
     sub.add_argument('--steps', type=positive, default=16)
     sub.add_argument('--fill', choices=FILLS, default='mean', help=(
         'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
@@ -90,7 +87,7 @@ def create_parser() -> Parser:
             ('mixing', 'does the block mix the values of the classes that match?'),
             ('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')):
         sub = add(command, description)
-        sub.add_argument('--images', type=positive, default=2000, help=FIRST)
+        sub.add_argument('--images', type=several, default=2000, help=FIRST)
     return parser
 
 
@@ -114,10 +111,8 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
         InputError: If it cannot be opened or has other classes.
     """
     cfg = model.pretrained_cfg
-    config = DataConfig(
-        tuple(cfg['input_size']), cfg['mean'], cfg['std'], interpolation=cfg['interpolation'],
-        crop_pct=cfg['crop_pct'], crop_mode=cfg.get('crop_mode', 'center'))
-    dataset = open_named(args)
+    config = DataConfig.of(cfg)
+    dataset = open_named(args, args.split)
     names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
     check_classes(args.model, names, args.dataset, get_class_names(dataset))
     return decode(dataset, config, num_workers=args.workers)
@@ -241,8 +236,6 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
     from train.analysis import trust
 
     check_templates(args.model, model)
-    if args.images < 2:
-        raise InputError('Errors are over images; take two at least.')
     data = take_images(args, model)
     images, targets = normalize(model, data.images), data.targets
     targets = targets.to(images.device)
@@ -274,8 +267,6 @@ def run_trust(args: argparse.Namespace, model: Any) -> Outcome:
 def run_mixing(args: argparse.Namespace, model: Any) -> Outcome:
     from train.analysis.mixing import measure_mixing
 
-    if args.images < 2:
-        raise InputError('Errors are over images; take two at least.')
     images = normalize(model, take_images(args, model).images)
     return dict(images=len(images), **measure_mixing(model, images.split(200))), None
 

@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from timm_tmblock.errors import InputError
 from train.analysis.regions import Sample
-from train.analysis.superclasses import find_superclasses, name_superclasses
+from train.analysis.superclasses import find_superclasses
 
 
 def find_neighbour_shares(x: np.ndarray, labels: np.ndarray, groups: np.ndarray, k: int = 10) -> np.ndarray:
@@ -45,7 +45,7 @@ def average(values: np.ndarray, groups: np.ndarray) -> Tuple[float, float]:
 
 def label_regions(sample: Sample) -> Dict[str, Optional[np.ndarray]]:
     """Class and superclass of each region's image, None where the set has no superclasses."""
-    groups = find_superclasses(sample.class_names)
+    _, groups = find_superclasses(sample.class_names)
     return {'class': sample.region_targets, 'superclass': None if groups is None else groups[sample.region_targets]}
 
 
@@ -133,7 +133,8 @@ def choose_colors(sample: Sample) -> Tuple[str, List[str], np.ndarray]:
     """What to colour regions by, where one can tell 20 colours apart: 'class' or 'superclass', the names, and which of
     them each class is.
     """
-    groups, names = find_superclasses(sample.class_names), sample.class_names
+    names = sample.class_names
+    superclasses, groups = find_superclasses(names)
     if len(names) <= 20 or groups is None:
         return 'class', names, np.arange(len(names))
-    return 'superclass', name_superclasses(names), groups
+    return 'superclass', superclasses, groups

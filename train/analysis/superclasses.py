@@ -1,10 +1,13 @@
 """Classes that belong together, of the sets that say so."""
-from typing import Dict, List, Optional
+from typing import List, Optional, Tuple
 
 import numpy as np
 
-_VEHICLES = ('airplane', 'automobile', 'ship', 'truck')
-_ANIMALS = ('bird', 'cat', 'deer', 'dog', 'frog', 'horse')
+# the halves of Figure 5
+_CIFAR10 = '''
+vehicles: airplane automobile ship truck
+animals: bird cat deer dog frog horse
+'''
 
 # the 20 of the set itself (Krizhevsky, 2009)
 _CIFAR100 = '''
@@ -31,28 +34,11 @@ vehicles 2: lawn_mower rocket streetcar tank tractor
 '''
 
 
-def _read_sets() -> List[Dict[str, str]]:
-    lines = (line.partition(': ') for line in _CIFAR100.strip().split('\n'))
-    return [
-        {**dict.fromkeys(_VEHICLES, 'vehicles'), **dict.fromkeys(_ANIMALS, 'animals')},
-        {name: group for group, _, names in lines for name in names.split()},
-    ]
-
-
-def _find_groups(class_names: List[str]) -> Dict[str, str]:
-    """Superclass of each class by name, empty for a set without any."""
-    return next((groups for groups in _read_sets() if set(groups) == set(class_names)), {})
-
-
-def find_superclasses(class_names: List[str]) -> Optional[np.ndarray]:
-    """Index of the superclass of each class (num_classes,), None for a set without any.
-
-    CIFAR-10 has vehicles and animals, the halves of Figure 5; CIFAR-100 has its 20.
-    """
-    groups, names = _find_groups(class_names), name_superclasses(class_names)
-    return np.array([names.index(groups[name]) for name in class_names]) if groups else None
-
-
-def name_superclasses(class_names: List[str]) -> List[str]:
-    """Names of the superclasses, empty for a set without any."""
-    return list(dict.fromkeys(_find_groups(class_names).values()))
+def find_superclasses(class_names: List[str]) -> Tuple[List[str], Optional[np.ndarray]]:
+    """Names of the superclasses of a set and which of them each class is in (num_classes,), or [] and None."""
+    for groups in (_CIFAR10, _CIFAR100):
+        lines = [line.split(': ') for line in groups.strip().split('\n')]
+        index = {name: i for i, (_, names) in enumerate(lines) for name in names.split()}
+        if set(index) == set(class_names):
+            return [name for name, _ in lines], np.array([index[name] for name in class_names])
+    return [], None
