@@ -230,14 +230,8 @@ def maximizers(args: argparse.Namespace) -> Iterator[Ratio]:
     group = 'Maximizers in rn20, training step'
     setting = Setting(args.device, 32, 'float32', 'NCHW')  # the paper's batch size
 
-    def perturbed(samples: int) -> str:
-        return 'rn20 ' + json.dumps(dict(maximizer='perturbed', maximizer_kwargs=dict(num_samples=samples)))
-
     yield compare(group, 'softmax / bn_relu, time', setting,
                   (train_step(setting, 'rn20', maximizer='softmax'), train_step(setting, 'rn20')), args.seconds)
-    yield compare_memory(group, 'perturbed, 600 / 6 samples, peak memory', setting,
-                         (perturbed(600), perturbed(6)), 1)
-    yield compare_memory(group, 'perturbed, 600 samples / bn_relu, peak memory', setting, (perturbed(600), 'rn20'), 1)
 
 
 GROUPS = {f.__name__: f for f in (template_matching, fused, dense, maximizers, compiled)}

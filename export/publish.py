@@ -84,7 +84,7 @@ def create_files(
     for path in engines:
         read_engine(path, described)  # before the work
     save_model(model, folder)
-    check_loads_back(model, folder)
+    check_loads_back(model, folder, described['preprocessing']['input_size'])
     patches = getattr(model, 'has_template_matching', False)
     (folder / 'onnx').mkdir()
     exports = {}
@@ -145,14 +145,13 @@ def save_model(model: Any, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + '\n')
 
 
-def check_loads_back(model: Any, folder: Path) -> None:
+def check_loads_back(model: Any, folder: Path, input_size: Sequence[int]) -> None:
     """
     Raises:
         InputError: If timm gets other logits from the folder.
     """
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    config = describe_model(model, timm.data.resolve_model_data_config(model))['preprocessing']
-    x = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         same = torch.equal(model(x), loaded(x))
     if not same:

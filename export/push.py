@@ -4,6 +4,7 @@ Why not `upload_folder`: it makes several commits, so that a reader may find hal
 for each try: a commit whose answer was lost has landed, and the same files then make no second one.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, TypeVar
 
@@ -115,9 +115,8 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
         PushError: If the Hub or the network failed. Nothing is half-published.
     """
     os.environ.setdefault('HF_XET_CLIENT_RETRY_MAX_DURATION', '30s')  # Xet's own tries; there are TRIES around them
-    end = time.monotonic() + options.deadline
     return _within(
-        options.deadline, _Push(folder, files, options, end, say).run,
+        options.deadline, _Push(options, options.deadline, folder, files, say).run,
         '; the repository has all of the commit or nothing, so run the same command again')
 
 
@@ -173,7 +172,7 @@ def check_access(options: PushOptions) -> None:
             push private, or the tag is on another commit.
         PushError: If the Hub or the network failed.
     """
-    _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).check_access)
+    _within(SIGN_IN, _Push(options, SIGN_IN).check_access)
 
 
 def get_endpoint() -> str:
@@ -188,8 +187,7 @@ def find_weights(options: PushOptions) -> Optional[str]:
         InputError: If the token may not see it.
         PushError: If the Hub or the network failed.
     """
-    ask = _Push(Path(), [], options, time.monotonic() + SIGN_IN, print)
-    return _within(SIGN_IN, lambda: ask.find_published()[1].get(WEIGHTS))
+    return _within(SIGN_IN, lambda: _Push(options, SIGN_IN).find_published()[1].get(WEIGHTS))
 
 
 def read_published(options: PushOptions) -> Published:
@@ -199,22 +197,22 @@ def read_published(options: PushOptions) -> Published:
         InputError: If the token may not see it.
         PushError: If the Hub or the network failed.
     """
-    return _within(SIGN_IN, _Push(Path(), [], options, time.monotonic() + SIGN_IN, print).read_published)
+    return _within(SIGN_IN, _Push(options, SIGN_IN).read_published)
 
 
 class _Push:
     def __init__(
             self,
-            folder: Path,
-            files: Sequence[Path],
             options: PushOptions,
-            end: float,
-            say: Callable[[str], None],
+            seconds: float,  # from now on, in which all must be done
+            folder: Path = Path(),
+            files: Sequence[Path] = (),
+            say: Callable[[str], None] = print,
     ) -> None:
+        self.options = options
+        self.end = time.monotonic() + seconds
         self.folder = folder
         self.files = files
-        self.options = options
-        self.end = end
         self.say = say
         self.token = get_token()
         self.api = HfApi(token=self.token)
@@ -268,13 +266,13 @@ class _Push:
         """Commit and tree that the push goes on from; None and no files where there is no repository."""
         for revision in dict.fromkeys((self.options.revision, None)):  # a branch that is yet to be has main's files
             with contextlib.suppress(_Missing):
-                head = self._retry(partial(self._find_head, revision), 'look for the repository')
-                return head, self._retry(partial(self._list_tree, head), 'list what is there')
+                head = self._retry(functools.partial(self._find_head, revision), 'look for the repository')
+                return head, self._retry(functools.partial(self._list_tree, head), 'list what is there')
         return None, {}
 
     def _download(self, path: str, revision: Optional[str]) -> Path:
         return Path(self._retry(
-            partial(self.api.hf_hub_download, self.options.repo, path, revision=revision), f'read {path}'))
+            functools.partial(self.api.hf_hub_download, self.options.repo, path, revision=revision), f'read {path}'))
 
     def _find_repository(self) -> bool:
         """Whether the repository is there.
@@ -335,11 +333,17 @@ class _Push:
 
     def _find_different(self, tree: Dict[str, str]) -> List[Path]:
         """Files that are not there as they are here."""
-        return [file for file in self.files if tree.get(file.as_posix()) not in self._hash(file)]
+        return [file for file, hashes in self._hashes.items() if tree.get(file.as_posix()) not in hashes]
 
-    def _hash(self, file: Path) -> Tuple[str, str]:
-        content = (self.folder / file).read_bytes()
-        return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
+    @functools.cached_property
+    def _hashes(self) -> Dict[Path, Tuple[str, str]]:
+        """Git's hash and sha256 of each file."""
+        found = {}
+        for file in self.files:
+            content = (self.folder / file).read_bytes()
+            blob = hashlib.sha1(b'blob %d\0' % len(content) + content)
+            found[file] = blob.hexdigest(), hashlib.sha256(content).hexdigest()
+        return found
 
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
         """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.

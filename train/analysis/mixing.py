@@ -3,6 +3,8 @@ from typing import Any, Dict, Iterable, List
 
 import torch
 
+from timm_tmblock.analysis import split_activations
+
 MEASURES = ('agreement', 'matched_share', 'matched_off')
 
 
@@ -30,10 +32,10 @@ def measure_mixing(model: Any, batches: Iterable[torch.Tensor]) -> Dict[str, flo
         logits = model.tm.patch_logits(f)
         p = model.tm.mix(logits)  # (B, K, H, W)
         matched = logits.argmax(1, keepdim=True)
-        own, total, largest = p.gather(1, matched), p.sum(1, keepdim=True), p.amax(1, keepdim=True)
+        own, largest = p.gather(1, matched), p.amax(1, keepdim=True)
         regions = dict(
             agreement=(own == largest) & (own > 0),
-            matched_share=own / total.where(total > 0, torch.ones_like(total)),
+            matched_share=split_activations(p)[0].gather(1, matched),
             matched_off=own == 0)
         for name, x in regions.items():
             found[name].append(x.float().mean(dim=(1, 2, 3)).cpu().double())
