@@ -1,7 +1,7 @@
 """What the paper claims, and what the committed results say of it."""
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Set, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 from train.analysis import name_network
 from train.comparison import FAILS, HOLDS, MARGIN, UNDECIDED, Comparison, Difference, compare_others, find_last
@@ -11,6 +11,7 @@ from train.tables import label
 
 TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/report.py writes it
 TAUGHT = 'with a teacher, so not judged'
+ELSEWHERE = 'on another set than the figure, so not judged'
 UNTESTED = 'not tested'
 
 
@@ -56,9 +57,11 @@ def compare_rows(
                 verdicts.append(judged(difference))
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
+                runs += '' if difference.p is None else f', p = {difference.p:.2g}'
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
     if len(lines) > 1:
-        lines = [f'{line}, by itself: {verdict}' for line, verdict in zip(lines, verdicts)]
+        lines = [
+            f'{line}, by itself: {say_epochs(verdict, evidence, experiment)}' for line, verdict in zip(lines, verdicts)]
     return combined(verdicts), lines
 
 
@@ -127,7 +130,7 @@ def judge_supervision(evidence: Evidence) -> Judgement:
     verdict, lines = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
     alone, more = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
     if len(more) == 1:  # of several each has its own
-        more = [f'{more[0]}, by itself: {alone}']
+        more = [f'{more[0]}, by itself: {say_epochs(alone, evidence, "table1")}']
     return say_epochs(verdict, evidence, 'table1'), [*lines, *more]
 
 
@@ -222,26 +225,26 @@ def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 
 def judge_spaces(
+        evidence: Evidence,
         analyses: Dict[str, Dict[str, Any]],
-        taught: Set[str],
         key: str,
         pairs: List[Tuple[str, str]],
         told: Dict[str, str],
         chance: str = '',
 ) -> Judgement:
-    """Whether embeddings of the regions have more of a measure than others, in each network without a teacher.
+    """Whether embeddings of the regions have more of a measure than others, in each network without a teacher, on the
+    set of the paper's figures; others are told and not judged.
 
     Args:
+        evidence: Says which these are.
         analyses: By tag, as train.analysis writes them.
-        taught: Tags that are told and not judged.
         key: Of the measure.
         pairs: An embedding that is to have more, and one that is to have less.
         told: What to say of each embedding.
         chance: Label whose share by chance is told too.
     """
     verdicts: List[str] = []
-    lines: List[str] = []
-    others: List[str] = []
+    lines: Dict[str, List[str]] = {'': [], ELSEWHERE: [], TAUGHT: []}
     for tag, analysis in analyses.items():
         found = find_layers(analysis)
         if not set(told) <= set(found):
@@ -252,10 +255,13 @@ def judge_spaces(
             for layer, what in told.items()]
         if chance:
             shares.append(f'{100 * analysis["chance"][chance]:.0f} % by chance')
-        (others if tag in taught else lines).append(f'{tag}: {", ".join(shares)}')
-        if tag not in taught:
+        why = TAUGHT if tag in evidence.taught else ELSEWHERE if tag in evidence.elsewhere else ''
+        lines[why].append(f'{tag}: {", ".join(shares)}')
+        if not why:
             verdicts += [compare_spaces(found[better], found[worse], key).verdict for better, worse in pairs]
-    return say_of(combine_all(verdicts), len(lines)), [*lines, *introduce(TAUGHT, others)]
+    judged = lines.pop('')
+    return say_of(combine_all(verdicts), len(judged)), [
+        *judged, *(line for why, others in lines.items() for line in introduce(why, others))]
 
 
 OUTPUT = 'block output'
@@ -266,9 +272,13 @@ BEFORE = {
 
 def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
-    verdict, lines = judge_spaces(
-        evidence.geometry, evidence.taught, f'{label}_neighbour_rate',
-        [(OUTPUT, 'stage 3'), (OUTPUT, 'baseline stage 3')], BEFORE, label)
+    def judge_against(*others: str) -> Judgement:
+        pairs = [(OUTPUT, other) for other in others]
+        return judge_spaces(evidence, evidence.geometry, f'{label}_neighbour_rate', pairs, BEFORE, label)
+
+    verdict, lines = judge_against('stage 3', 'baseline stage 3')
+    if verdict.startswith(HOLDS) and not judge_against('patch mean')[0].startswith(HOLDS):
+        verdict += ', but averaging over patches alone does as much'
     return verdict, introduce(f'neighbours of the {label} at the output', lines)
 
 
@@ -278,7 +288,7 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
         tag: dict(found, spaces={**found['spaces'], **evidence.mosaic[tag]['spaces']})
         for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
     verdict, lines = judge_spaces(
-        analyses, evidence.taught, 'class_neighbour_rate',
+        evidence, analyses, 'class_neighbour_rate',
         [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')],
         {OUTPUT: '',
          'shortcut': ' without them, in the projected input',
@@ -291,7 +301,7 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
 
 def judge_values(evidence: Evidence) -> Judgement:
     verdict, lines = judge_spaces(
-        evidence.mosaic, evidence.taught, 'superclass_silhouette', [('value embeddings', 'class scores')],
+        evidence, evidence.mosaic, 'superclass_silhouette', [('value embeddings', 'class scores')],
         {'value embeddings': '', 'class scores': ' by scores'})
     return verdict, introduce('silhouette of the superclasses by values', lines)
 
@@ -328,12 +338,12 @@ def judge_mixing(evidence: Evidence) -> Judgement:
 
 
 def judge_words(evidence: Evidence) -> Judgement:
-    if evidence.words is None:
+    if not evidence.words:
         return UNTESTED, []
-    return UNTESTED, [
-        f'{100 * evidence.words["mixed_words"]:.0f} % of {evidence.words["settings"]["words"]} visual words, with '
-        f'{100 * evidence.words["mixed_patches"]:.0f} % of the patches, have no class with half of the score; what '
-        f'they show has not been labelled']
+    shares = [
+        f'{100 * found["mixed_words"]:.0f} % of {found["settings"]["words"]} visual words, with '
+        f'{100 * found["mixed_patches"]:.0f} % of the patches ({tag})' for tag, found in evidence.words.items()]
+    return UNTESTED, [f'no class has half of the score in {", ".join(shares)}; what they show has not been labelled']
 
 
 def judge(evidence: Evidence) -> List[Claim]:

@@ -3,7 +3,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Difference:
     error: float  # standard; nan if unknown
     errors: float = 2.  # how many of these decide
     decides: bool = True
+    p: Optional[float] = None  # of no difference, where runs were compared
 
     @classmethod
     def of_runs(cls, better: List[List[float]], worse: List[List[float]]) -> 'Difference':
@@ -41,7 +42,9 @@ class Difference:
         if not error:  # which no runs have, unless they are copies
             return cls(points, 0., decides=False)
         freedom = sum(variances) ** 2 / sum(v ** 2 / (len(runs) - 1) for v, runs in zip(variances, groups))
-        return cls(points, error, float(student.ppf(0.975, freedom)), min(map(len, groups)) >= RUNS)
+        return cls(
+            points, error, float(student.ppf(0.975, freedom)), min(map(len, groups)) >= RUNS,
+            float(2 * student.sf(abs(points) / error, freedom)))
 
     @classmethod
     def of_images(cls, ours: Dict[str, Any], theirs: Dict[str, Any]) -> 'Difference':

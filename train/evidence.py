@@ -19,12 +19,13 @@ class Evidence:
     scores: Dict[str, Scores]  # by experiment of reproduce.py, accuracies (%) of each seed
     evaluations: Dict[str, Dict[str, Any]]  # of pretrained tags
     runs: Dict[str, Dict[str, Any]]  # the training runs they are from
-    # train.analysis by tag: of the weights of rn26_tm for CIFAR-10, of every network with template matching
+    # train.analysis by tag: of the weights of rn26_tm, mixing of every network with template matching
     geometry: Dict[str, Dict[str, Any]] = field(default_factory=dict)  # beside rn26
     mosaic: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     mixing: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     taught: Set[str] = field(default_factory=set)  # tags trained with a teacher, of which the paper claims nothing
-    words: Optional[Dict[str, Any]] = None
+    elsewhere: Set[str] = field(default_factory=set)  # tags of other sets than CIFAR-10, which Figures 5 to 7 are of
+    words: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     maximizer: Optional[Dict[str, Any]] = None
     short: Dict[str, int] = field(default_factory=dict)  # epochs of experiments that had fewer than the protocol says
 
@@ -37,7 +38,7 @@ def collect(root: Path) -> Evidence:
     results = root / 'train' / 'results'
     runs = read_runs(results)
     matching = [tag for tag, run in runs.items() if '_tm' in run['model']]
-    tags = [tag for tag in matching if tag.startswith('rn26_tm.') and Path(runs[tag]['dataset']).name == 'cifar10']
+    tags = [tag for tag in matching if tag.startswith('rn26_tm.')]
 
     def read_analyses(name: str, tags: List[str] = tags) -> Dict[str, Any]:
         found = {tag: read_json(results / tag / 'analysis' / f'{name}.json') for tag in tags}
@@ -60,8 +61,9 @@ def collect(root: Path) -> Evidence:
         geometry=read_analyses('geometry'),
         mosaic=read_analyses('mosaic'),
         mixing=read_analyses('mixing', matching),
-        words=read_analyses('words').get('rn26_tm.cifar10'),
+        words=read_analyses('words'),
         maximizer=maximizer,
         taught={tag for tag in runs if count_taught_epochs(tag, runs)},
+        elsewhere={tag for tag, run in runs.items() if Path(run['dataset']).name != 'cifar10'},
         short={name: epochs for name, epochs in trained.items() if epochs < protocol['epochs']},
     )

@@ -62,15 +62,15 @@ def render_results(root: Path, evidence: Evidence) -> str:
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
             f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
-            f'tests, so a claim spanning many comparisons may have one refuted by chance. Runs of fewer epochs than '
-            f'the protocol\'s say so.'), '',
+            f'tests, so of many comparisons one may be confirmed or refuted by chance. Runs of fewer epochs than the '
+            f'protocol\'s say so.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
-            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10 alone, the last claim on all. A difference of two "
-            'standard errors over images decides these, as if each measure had had images of its own. How much another '
-            'run would differ is unknown, so that they hold for these networks. Networks with a teacher, which the '
-            'paper does not use, are reported but not judged; they differ much, and their baseline had no teacher and '
-            'fewer epochs.'), '',
+            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. A "
+            'difference of two standard errors over images decides these, as if each measure had had images of its '
+            'own. How much another run would differ is unknown, so that they hold for these networks. Reported but not '
+            'judged: `rn26_tm` for CIFAR-100, and networks with a teacher, which the paper does not use; these differ '
+            'much, and their baseline had no teacher and fewer epochs.'), '',
         *wrap(
             '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
             'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
