@@ -132,8 +132,8 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
             assert len(better) >= len(worse) and len(better) + len(worse) <= 3
             assert len(worse_blurred) > len(better_blurred)
     assert (
-        '`rn26_tm.cifar100` | [where the evidence is](#explain): about as well as occlusion and CAM if the mean colour '
-        'masks it, less well if a blurred image does |') in TEXT
+        '`rn26_tm.cifar100` | [where the evidence is](#explain): as well as CAM in one of two tests, less well in the '
+        'other |') in TEXT
 
     assert tell(TAG, 'trust', 'occlusion') == [['deletion'], []]
     assert tell(TAG, 'trust', 'Grad-CAM') == [['deletion', least], ['insertion']]
@@ -147,7 +147,7 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
             assert tell(f'rn26_tm.{tag}', mask, 'Grad-CAM')[1][:3] == ['deletion', 'insertion', most]
             better, worse = tell(f'rn26_tm.{tag}', mask, 'occlusion')
             assert not worse if tag == 'dist_cifar10' else not better and worse
-    assert '`rn26_tm.dist_cifar100` | less than CAM, on CIFAR-100 less than occlusion too |' in TEXT
+    assert '`rn26_tm.dist_cifar100` | less than CAM |' in TEXT
 
 
 def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
@@ -158,7 +158,7 @@ def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
                 for other in ('occlusion', 'Grad-CAM'):
                     found = compare_maps(trust, other)
                     assert len(found['worse']) > len(found['better']) + 1, (tag, mask, other)
-    assert '`dn100_tm_cat` | less than occlusion and CAM;' in TEXT
+    assert 'all others with template matching | less than CAM; for CIFAR-10 little or nothing' in TEXT
 
 
 def test_how_far_maps_of_distilled_networks_lead_those_of_other_images():
@@ -229,6 +229,9 @@ def test_cost_of_the_block():
     assert sum(above[1]) == 1 and len(above[1]) == 5
     printed = re.findall(r'over its baseline, (\w+).*: (\S+)\n', (
         ROOT / 'benchmarks' / 'results' / 'cuda_stopped.txt').read_text())
+    missed = [sum(float(x) > goal for k, x in printed if k == kind) for kind, goal in (
+        ('inference', 1.03), ('training', 1.05))]
+    assert f'{missed[0]} of 15 and {({3: "three"})[missed[1]]} of four are above the goals there' in cpu
     on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}
     added = [f'{100 * (float(ratio) - 1):.0f} %' for ratio in (inference, training, *map(on_gpu.get, sorted(on_gpu)))]
     assert (
@@ -254,6 +257,10 @@ def test_row_of_each_pretrained_network(tag):
         if page == 'README':
             baseline = PAIRS.get(tag)
             theirs = f'{read("train", "results", baseline, "evaluation.json")["top1"]:.2f} %' if baseline else '–'
+            if tag == 'rn26_tm.cifar100':
+                earlier = [read('train', 'results', name, 'evaluation.json')['top1'] for name in (
+                    'rn26_tm_24_epochs.cifar100', 'rn26.cifar100')]
+                theirs = '– (after 24: {:.2f}, rn26 {:.2f} %)'.format(*earlier)
             assert cells[:6] == [str(epochs), accuracy[0], theirs, *accuracy[1:]]
         else:
             assert cells[1].partition(',')[0] == str(epochs) and cells[3:7] == accuracy
@@ -272,18 +279,21 @@ def test_differences_from_the_baselines():
     index = read('timm_tmblock', 'weights', 'index.json')
     best = {end: max(entry['top1'] for tag, entry in index.items() if tag.endswith(end)) for end in (
         'cifar10', 'cifar100')}
-    assert f'CIFAR-10 (up to {best["cifar10"]:.2f} %) and CIFAR-100 (up to {best["cifar100"]:.2f} %)' in PLAIN
+    untaught = {tag: entry['top1'] for tag, entry in index.items() if '.dist' not in tag}
+    alone = [max(top1 for tag, top1 in untaught.items() if tag.endswith(end)) for end in best]
     assert (
-        f'has 95.84 % on CIFAR-10 and 78.81 % on CIFAR-100: {best["cifar10"] - 95.84:.2f} points below and '
+        'CIFAR-10 and CIFAR-100 come with the package (up to {:.2f} and {:.2f} %, distilled from other networks up to '
+        '{:.2f} and {:.2f} %)').format(*alone, *best.values()) in PLAIN
+    assert (
+        f'has 95.87 % on CIFAR-10 and a DenseNet-BC-100 78.81 % on CIFAR-100: {best["cifar10"] - 95.87:.2f} points '
+        f'below and '
         f'{78.81 - best["cifar100"]:.2f} above the distilled `rn26_tm`') in PLAIN
     for end, top1 in best.items():
         assert index[f'rn26_tm.dist_{end}']['top1'] == top1
     assert (
         f'`rn26_tm.cifar10` ({index["rn26_tm.cifar10"]["top1"]:.2f} %) or `rn26_tm.cifar100` '
         f'({index["rn26_tm.cifar100"]["top1"]:.2f} %)') in PLAIN
-    assert (
-        f'The most accurate, `rn26_tm.dist_cifar10` and `.dist_cifar100`, have a million parameters and reach '
-        f'{best["cifar10"]:.2f} % on CIFAR-10 and {best["cifar100"]:.2f} % on CIFAR-100;') in PLAIN
+    assert 'The most accurate are `rn26_tm.dist_cifar10` and `.dist_cifar100`' in PLAIN
     taught, before = (
         index[tag]['top1'] - read('train', 'results', PAIRS[tag], 'evaluation.json')['top1']
         for tag in ('dn100_tm.dist_cifar100', 'dn100_tm.cifar100'))
@@ -314,17 +324,14 @@ def test_differences_from_the_baselines():
         ' '.join(section.split()))
     alone, taught = ([row for row in rows if bool(row[-1]) == marked] for marked in (False, True))
     last = {re.sub(r'_(\d+px|\d+_epochs)\.', '.', row[0]): row for row in alone}  # of each pair, as rows are by epochs
-    ends, earlier = (sorted(float(row[4]) for row in found) for found in (
-        last.values(), (row for row in alone if row not in last.values())))
+    ends = sorted(float(row[4]) for row in last.values())
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
+    baselines = {4: 'four', 5: 'five', 6: 'six'}[len({row[2] for row in last.values()})]
+    assert (
+        f'In {count} comparisons of a network with one of {baselines} baselines, trained alike, one run each, the '
+        f'difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
     (_, _, _, _, difference, *_), = taught
-    assert '24px' in min(alone, key=lambda row: float(row[4]))[0]
-    assert (
-        f'in {count} comparisons of a network with its baseline, trained alike, one run each, the difference is '
-        f'{ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
-    assert (
-        f'In earlier stages of these runs it was {earlier[0]:.2f} (at 24×24 pixels) to {earlier[-1]:+.2f}; in the one '
-        f'comparison where both had a teacher it is {difference}.').replace('-', '−') in PLAIN
+    assert f'is {difference.lstrip("+")} points below' in PLAIN
 
 
 def test_table_of_the_paper_redone():
