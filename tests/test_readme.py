@@ -380,6 +380,8 @@ def test_rates_of_exported_files():
             ('rn26_tm eager', 'PyTorch as created'), ('rn26_tm compiled', 'PyTorch, `torch.compile`'),
             ('rn26_tm fp32', 'ONNX Runtime, fp32'), ('rn26_tm int8', 'ONNX Runtime, int8')):
         assert f'| {told} | {rows[name, 1]} | {rows[name, 64]} |' in TEXT
+    for model, rate in re.findall(r'(?m)^\| `(\w+_tm\w*)`.*\| [\d,]+ \| ([\d,]+|–) \| [^|]+\|$', TEXT):
+        assert rate == ('–' if model == 'rn20_tm' else rows[f'{model} fp32, patch logits', 64]), model
 
 
 PARSERS = {  # of what follows `python` in a command
