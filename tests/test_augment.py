@@ -148,7 +148,7 @@ def test_policies_seed_no_generator_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize('policy', ['rand-q3', 'autoaugment', 'augmix-q3', 'zzz'])
 def test_unknown_policies_are_refused(policy):
     dataset = InMemorySet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), list('abcd'))
-    with pytest.raises(InputError, match='The augmentation'):
+    with pytest.raises(InputError, match='This augmentation of single images cannot be used'):
         TrainingBatches(dataset, DataConfig((3, 8, 8), (0,) * 3, (1,) * 3, policy=policy), 2, torch.device('cpu'))
 
 

@@ -116,7 +116,7 @@ def test_checkpoint_of_timms_own_script_is_read_and_nothing_but_weights_unpickle
     with pytest.raises(InputError, match='does not say which model'):
         load_model(path)
     with pytest.raises(InputError, match='does not hold weights of rn26_tm: it has no fc.weight'):
-        torch.save({'a': torch.zeros(1)}, tmp_path / 'other.pth')
+        torch.save({'net': model.state_dict(), 'acc': 0.5}, tmp_path / 'other.pth')
         load_model(tmp_path / 'other.pth', 'rn26_tm')
     for content in (b'nothing', pickle.dumps(print)):
         (tmp_path / 'w.pt').write_bytes(content)

@@ -285,6 +285,19 @@ def test_streamed_training_images_are_resized_and_coloured_as_configured(tmp_pat
         assert torch.equal((255 * images).round(), torch.from_numpy(ramp.copy()).permute(2, 0, 1).expand(8, -1, -1, -1))
 
 
+@pytest.mark.parametrize('crop_mode', ['center', 'squash'])
+def test_streamed_images_without_augmentation_are_those_that_are_measured(tmp_path, crop_mode):
+    for name in ('ant', 'bee'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)).save(
+            tmp_path / 'train' / name / '0.png')
+    config = replace(CONFIG, augmented=False, crop_mode=crop_mode, crop_pct=0.8)
+    training, measured = (next(StreamingLoader(
+        open_dataset(str(tmp_path), 'train'), config, 2, torch.device('cpu'), training=training, seed=0,
+        num_workers=1).epoch(0))[0] for training in (True, False))
+    assert torch.equal(training, measured)  # both images are the same
+
+
 @pytest.mark.parametrize('vflip', [0., 1.])
 @pytest.mark.parametrize('scale, ratio', [(1., 1.), (0.25, 1.), (0.25, 0.25)])
 def test_streamed_training_crops_are_as_large_as_asked_for(tmp_path, scale, ratio, vflip):

@@ -540,6 +540,11 @@ def test_no_bound_of_gradients_takes_back_that_of_a_recipe(tmp_path):
     assert torch.cat([g.flatten() for g in free.values()]).norm() > 1e-3
 
 
+def test_trial_of_a_schedule_of_steps_may_be_too_short_for_one(tmp_path):
+    trainer = create_trainer(tmp_path, '--sched', 'step', '--decay-epochs', '30', '--color-jitter', '0')
+    assert trainer.updates == 3 and trainer.train_loader.batches.policy is None
+
+
 def test_images_that_are_not_augmented_are_those_of_the_set(tmp_path):
     flags = ['--aa', 'trivial', '--reprob', '1', '--color-jitter', '0.4', '--vflip', '1']
     trainer = create_trainer(tmp_path, '--no-aug', *flags)
@@ -763,7 +768,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
     (['--hub-private'], '--hub-private only applies with --push-to-hub; add it'),
     (['--distill-loss-weight', '1'], '--distill-loss-weight only applies with a teacher, --kd-model-name or --kd'),
-    (['--aa', 'zzz'], "augmentation 'zzz'"),
+    (['--aa', 'zzz'], 'augmentation of single images cannot be used: .*zzz'),
     (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
     (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
@@ -773,6 +778,10 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--sched', 'multistep', '--max-steps', '9'], 'first fall after 90 epochs, and the run has 3; set --decay-milest'),
     (['--device-modules', 'not_a_module'], "--device-modules cannot be used: No module named 'not_a_module'"),
     (['--color-jitter', '0.1', '0.2'], 'takes one factor, three or four, not 2'),
+    (['--color-jitter', '0.1', '0.1', '0.1', '0.6'], 'This augmentation of single images cannot be used: hue'),
+    (['--val-split', '', '--val-fraction', '0.1'], '--val-split says which images validate; leave out --val-fraction'),
+    (['--sched', 'step', '--epochs', '90', '--warmup-epochs', '5', '--warmup-prefix', '--dataset', 'sample'],
+     'first fall after 95 epochs, and the run has 95'),
     (['--train-crop-mode', 'rkrr'], '--train-crop-mode is of images that are randomly resized'),
     (['--train-interpolation', 'random'], '--train-interpolation is of images that are randomly resized'),
     (['--sched', 'rsqrt'], "'rsqrt' falls as far as the warmup was long; set --warmup-epochs"),

@@ -241,7 +241,7 @@ def count_classes(path: Union[str, Path], name: str, default: Optional[int] = No
         classifier = classifier[0]
     key = f'{classifier}.weight'
     if _is_of_torch(path):
-        shapes = {k: list(v.shape) for k, v in _read_torch(path).items()}
+        shapes = {k: list(v.shape) for k, v in _read_torch(path).items() if isinstance(v, torch.Tensor)}
     else:
         with safe_open(path, 'pt') as file:
             shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}

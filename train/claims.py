@@ -57,12 +57,16 @@ def compare_rows(
                 verdicts.append(judged(difference))
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
-                runs += '' if difference.p is None else f', p = {difference.p:.2g}'
+                runs += say_p(difference) if judged(difference) == difference.verdict else ''
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
     if len(lines) > 1:
         lines = [
             f'{line}, by itself: {say_epochs(verdict, evidence, experiment)}' for line, verdict in zip(lines, verdicts)]
     return combined(verdicts), lines
+
+
+def say_p(difference: Difference) -> str:
+    return '' if difference.p is None else f', p = {difference.p:.2g}'
 
 
 def find_exceptions(pairs: List[Tuple[str, str]]) -> List[str]:
@@ -143,7 +147,7 @@ def judge_shallow(evidence: Evidence) -> Judgement:
             ours, baseline, deep, deep_baseline = rows
             gain = Difference.of_runs([ours, deep_baseline], [baseline, deep])
             verdicts.append(gain.verdict)
-            lines.append(f'{DATASET_NAMES[dataset]}: {gain} points')
+            lines.append(f'{DATASET_NAMES[dataset]}: {gain} points{say_p(gain)}')
     gains = zip(DATASETS, *(
         [a - b for a, b in zip(TABLE_1[f'{model}_tm'][1:], TABLE_1[model][1:])] for model in ('rn26', 'rn38')))
     exceptions = [
@@ -274,7 +278,10 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
     def judge_against(*others: str) -> Judgement:
         pairs = [(OUTPUT, other) for other in others]
-        return judge_spaces(evidence, evidence.geometry, f'{label}_neighbour_rate', pairs, BEFORE, label)
+        return judge_spaces(evidence, analyses, f'{label}_neighbour_rate', pairs, BEFORE, label)
+
+    analyses = {  # superclasses are animals and vehicles in CIFAR-10 alone
+        tag: found for tag, found in evidence.geometry.items() if label == 'class' or tag not in evidence.elsewhere}
 
     verdict, lines = judge_against('stage 3', 'baseline stage 3')
     if verdict.startswith(HOLDS) and not judge_against('patch mean')[0].startswith(HOLDS):

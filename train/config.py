@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 from timm_tmblock.errors import InputError, say_why_not_loaded
 
 SETTINGS = 'args.yaml'  # in the experiment folder
+MILESTONES = [90, 180, 270]  # timm's
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
@@ -133,7 +134,7 @@ def create_parser() -> Parser:
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
         'decode splits of up to this many GB into memory, where dividing and padding them takes as much again'))
     group.add_argument(
-        '-j', '--workers', type=not_negative, default=4, help='processes that decode images and apply --aa')
+        '-j', '--workers', type=not_negative, default=4, help='processes that decode images and change them one by one')
     group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('-vb', '--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
         'images per process, to measure'))
@@ -150,7 +151,7 @@ def create_parser() -> Parser:
     group.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
         'Python modules to import before, of models or devices that are not timm\'s'))
     group.add_argument('--pretrained', action=boolean, default=False, help="start from the model's pretrained weights")
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='safetensors weights to start from')
+    group.add_argument('--initial-checkpoint', metavar='FILE', help='weights to start from, timm\'s checkpoints too')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
         'arguments of timm.create_model'))
     group.add_argument('--img-size', type=positive, help=(
@@ -212,7 +213,7 @@ def create_parser() -> Parser:
     group.add_argument('--decay-epochs', type=above_zero, help=(
         "between steps (90 if not given); of 'wsd' and 'rsqrt' the decay at the end, below 1 as a share of the "
         'schedule (0.2 if not given)'))
-    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=[90, 180, 270], help=(
+    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=MILESTONES, help=(
         "epochs of 'multistep'"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
         'fractions of the schedule where noise starts, ends'))
@@ -225,7 +226,7 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--aug', action=boolean, default=True, help=(
-        'augment the training images; --no-aug: neither crop nor flip, no policy, no erasing'))
+        'augment the training images one by one; --no-aug: neither crop nor flip, no policy, no erasing'))
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
@@ -360,7 +361,7 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
             (['mixup_prob', 'mixup_mode', 'mixup_off_epoch'], '--mixup or --cutmix', mixes),
             (['mixup_switch_prob'], '--mixup and --cutmix', args.mixup and args.cutmix),
             (['remode', 'recount'], '--reprob', args.reprob),
-            (['color_jitter_prob'], '--color-jitter', args.color_jitter),
+            (['color_jitter_prob'], '--color-jitter', any(args.color_jitter or ())),
             (['lr_base_size', 'lr_base_scale'], '--lr-base', args.lr_base is not None),
             (['layer_decay_min_scale', 'layer_decay_no_opt_scale'], '--layer-decay', args.layer_decay is not None),
             (['checkpoint_hist'] if args.checkpoint_hist else [], VALIDATING, validates),

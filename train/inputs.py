@@ -63,7 +63,7 @@ def _collect_augmentation(args: Namespace) -> Dict[str, Any]:
         train_crop_mode=args.train_crop_mode,
         train_interpolation=args.train_interpolation,
         policy=args.aa,
-        color_jitter=tuple(3 * jitter if len(jitter) == 1 else jitter) or None,
+        color_jitter=tuple(3 * jitter if len(jitter) == 1 else jitter) if any(jitter) else None,
         color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob,

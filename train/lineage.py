@@ -55,7 +55,7 @@ def find_fillings(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[st
     legs = find_legs(tag, runs)
     if legs is None:
         return None
-    settings = [leg['settings'] for leg in legs]
+    settings = [leg['settings'] for leg in legs if leg['settings'].get('aug', True)]
     fillings = ['random erasing' for s in settings if s.get('reprob') and s.get('remode', 'const') == 'const']
     fillings += ['TrivialAugment' if s['aa'] == 'trivial' else s['aa'] for s in settings if s.get('aa')]
     fillings += ['the padding' for s in settings if s.get('padding_mode') == 'constant' and s.get('padding')]

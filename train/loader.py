@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, List, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
-from timm.data import create_loader
+from timm.data import create_loader, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
 from timm.task import evaluation_sample_limit
@@ -68,7 +68,7 @@ class TrainingBatches(Dataset):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        with refusing(f'The augmentation {config.policy!r}'):
+        with refusing('This augmentation of single images'):
             self.policy = create_policy(config)
         if self.policy is not None:
             device = torch.device('cpu')  # policies are of single images, there
@@ -211,7 +211,6 @@ class StreamingLoader:
             input_size=config.input_size,
             batch_size=batch_size,
             is_training=training,
-            no_aug=not config.augmented,
             train_crop_mode=config.train_crop_mode,
             scale=config.scale,
             ratio=config.ratio,
@@ -236,10 +235,14 @@ class StreamingLoader:
         )
         self.max_samples = None if training else evaluation_sample_limit(self.loader)
         self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
+        if training and not config.augmented:  # timm's no_aug would squash images of another shape
+            self.loader.dataset.transform = create_transform(
+                config.input_size, interpolation=config.interpolation, mean=config.mean, std=config.std,
+                crop_pct=config.crop_pct, crop_mode=config.crop_mode)
         if training:
             if len(self.loader) == 0:
                 raise InputError(TOO_FEW.format(len(dataset), batch_size, world_size))
-            with refusing(f'The augmentation {config.policy!r}'):
+            with refusing('This augmentation of single images'):
                 policy = create_policy(config)
             if policy is not None:  # after crop and flip, as in timm
                 steps: List[Any] = self.loader.dataset.transform.transforms

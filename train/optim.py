@@ -9,7 +9,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.agc import adaptive_clip_grad
 
 from timm_tmblock.errors import InputError
-from train.config import refusing
+from train.config import MILESTONES, refusing
 from train.model import network
 
 BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs')
@@ -59,7 +59,7 @@ def create_schedule(
         raise InputError("The schedule 'rsqrt' falls as far as the warmup was long; set --warmup-epochs.")
     fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
     if kwargs['decay_epochs'] is None and args.sched == 'step':
-        kwargs['decay_epochs'] = 90
+        kwargs['decay_epochs'] = MILESTONES[0]
     if kwargs['decay_epochs'] is not None and not fraction:
         kwargs['decay_epochs'] *= updates_per_epoch
     if args.max_steps:
@@ -67,12 +67,13 @@ def create_schedule(
     with refusing(f'These settings of the schedule {args.sched!r}'):
         scheduler, updates = create_scheduler_v2(
             optimizer, **{**kwargs, 'step_on_epochs': False, 'updates_per_epoch': 1})
-    first = dict(step=kwargs['decay_epochs'], multistep=min(kwargs['decay_milestones'])).get(args.sched)
-    if first is not None and first >= updates:
+    unset = dict(step=args.decay_epochs is None, multistep=args.decay_milestones == MILESTONES).get(args.sched)
+    first = MILESTONES[0] + (args.warmup_epochs if args.warmup_prefix else 0)
+    if unset and first * updates_per_epoch >= updates:  # those of timm's script, which trains for 300 epochs
         raise InputError(
-            f'The schedule {args.sched!r} would first fall after {first / updates_per_epoch:g} epochs, and the run '
-            f'has {updates / updates_per_epoch:g}; set --decay-{"epochs" if args.sched == "step" else "milestones"}, '
-            f'or use --sched constant.')
+            f'The schedule {args.sched!r} would first fall after {first:g} epochs, and the run has '
+            f'{updates / updates_per_epoch:g}; set --decay-{"epochs" if args.sched == "step" else "milestones"}, or '
+            f'use --sched constant.')
     if updates < 1:
         raise InputError(f'The schedule {args.sched!r} has no updates; use more --epochs.')
     return scheduler, int(updates)

@@ -92,9 +92,9 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         raise InputError(
             'The weights may have seen all training images, so none are measured; name a split with --test-split, or '
             'the --val-fraction that was held out.')
-    if args.val_fraction is not None and (args.val_split or args.pool):
+    if args.val_fraction and args.val_split == '' or args.val_fraction is not None and (args.val_split or args.pool):
         raise InputError(
-            f'{"--val-split" if args.val_split else "--pool"} says which images validate; leave out --val-fraction.')
+            f'{"--pool" if args.pool else "--val-split"} says which images validate; leave out --val-fraction.')
     splits = {}
     for part, name in names.items():
         failure = None
