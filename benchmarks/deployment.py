@@ -29,9 +29,9 @@ import timm_tmblock  # noqa: F401  registers the models
 from export.bench import Contestant, describe_machine, measure, open_file, open_torch
 from export.images import Images
 from export.onnx import OnnxOptions, create_onnx, serialize
-from export.report import write_report
 from export.runtime import load
 from timm_tmblock.errors import exiting_on_input_error
+from train.files import write_report
 
 BATCH_SIZES = (1, 16, 64)
 NETWORKS = {  # precisions of their files

@@ -31,9 +31,9 @@ from timm.models.densenet import DenseBlock, DenseTransition
 from timm.task import ClassificationTask
 from torch.utils.benchmark import Timer
 
-from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from train.files import write_report
 from train.hardware import describe_hardware, describe_versions, find_commit
 
 PAIRS = [('rn26_tm', 'rn26'), ('rn38_tm', 'rn38'), ('wrn16_tm', 'wrn16'), ('dn100_tm', 'dn100'),

@@ -33,12 +33,12 @@ import torchvision.transforms as T
 from timm.data import create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from export.report import write_report
 from timm_tmblock import TemplateMatchingTask
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import parse_args, positive
 from train.data import SAMPLE, decode, open_dataset
+from train.files import write_report
 from train.hardware import describe_hardware, describe_versions, find_commit, resolve_device
 from train.loader import InMemoryLoader
 from train.train import Trainer

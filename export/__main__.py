@@ -14,9 +14,8 @@ import argparse
 import re
 import shlex
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 from export import runtime
 
@@ -41,7 +40,7 @@ def add_content_options(command: Any) -> None:
 
 def add_onnx(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
-    from export.precisions import PRECISIONS, TARGETS
+    from export.metadata import PRECISIONS, TARGETS
     command = commands.add_parser(
         'onnx', help='write an ONNX file and check it against PyTorch',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -234,9 +233,9 @@ def run_bench(args: argparse.Namespace) -> None:
         set_threads,
         to_markdown,
     )
-    from export.report import write_report
     from export.runtime import ENGINE_SUFFIXES
     from timm_tmblock.errors import InputError
+    from train.files import write_report
     if not args.files and not args.torch:
         raise InputError('There is nothing to time; name files, or networks with --torch.')
     if not args.torch and (args.compile or args.precision != 'fp32'):
@@ -281,9 +280,9 @@ def add_selftest(commands: argparse._SubParsersAction) -> None:
 def run_selftest(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
-    from export.report import write_report
     from export.selftest import run_selftest, to_markdown
     from timm_tmblock.errors import InputError
+    from train.files import write_report
     model = load(args.model, args.checkpoint)
     report = run_selftest(model, load_images(args, model, calibrate=True), args.backend, args.seconds)
     command = 'python -m export ' + shlex.join(sys.argv[1:])
@@ -322,22 +321,13 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_push)
 
 
-@contextmanager
-def exiting_on_push_error() -> Iterator[None]:
-    """End with code 1 where the Hub failed: nobody's input, so a script may try again."""
-    from export.push import PushError
+def run_push(args: argparse.Namespace) -> None:
+    from export.push import PushError, leave_hanging
     try:
-        yield
-    except PushError as e:
+        _push(args)
+    except PushError as e:  # the Hub failed, which is nobody's input, so a script may try again
         print(f'error: {e}', file=sys.stderr)
         sys.exit(1)
-
-
-def run_push(args: argparse.Namespace) -> None:
-    from export.push import leave_hanging
-    try:
-        with exiting_on_push_error():
-            _push(args)
     finally:
         leave_hanging(1)
 

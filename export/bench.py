@@ -4,7 +4,6 @@ Contestants take turns of a fraction of a second, so that whatever else the mach
 call of a turn, when threads of the one before may still spin, is not counted. A call goes from arrays in main memory to
 arrays in main memory.
 """
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from export.runtime import ENGINE_SUFFIXES, load, query_gpu
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from train.files import save_figure
 
 PERCENTILES = (10, 50, 90, 99)
 TURN = 0.25  # seconds
@@ -214,7 +213,5 @@ def draw(rows: Sequence[Dict[str, Any]], path: Path) -> None:
         axes.set_xticks(sizes, [str(s) for s in sizes])
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
-    with writing(path) as tmp:
-        figure.savefig(tmp, format='png', dpi=110, metadata={'Software': None})
-        os.replace(tmp, path)
+    save_figure(figure, path)
     plt.close(figure)

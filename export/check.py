@@ -12,14 +12,6 @@ from export.runtime import load
 from timm_tmblock.errors import InputError
 
 
-def find_batches(metadata: Dict[str, Any]) -> List[Tuple[int, int]]:
-    """Smallest and largest batch of each profile of an engine, or of a file."""
-    if 'engine' in metadata:
-        return [(profile[0][0], profile[2][0]) for profile in metadata['engine']['profiles']]
-    batch = metadata['input']['shape'][0]
-    return [(batch, batch) if isinstance(batch, int) else (1, max(BATCH_SIZES))]
-
-
 def _batch_sizes(ranges: List[Tuple[int, int]]) -> Sequence[int]:
     """Those of BATCH_SIZES that lie in one of the ranges, or the closest that do."""
     def closest(size: int) -> int:
@@ -73,7 +65,9 @@ def check_file(
     precision = metadata['precision']
     if precision == 'fp32' and engine and engine['options']['tf32']:
         precision = 'fp16'  # as many bits of mantissa
-    ranges = find_batches(metadata)
+    batch = metadata['input']['shape'][0]  # smallest and largest, of each profile of an engine
+    ranges = [(low[0], high[0]) for low, _, high in engine['profiles']] if engine else [
+        (batch, batch) if isinstance(batch, int) else (1, max(BATCH_SIZES))]
     reference, names = create_reference(model, config, options), options.output_names
     report, failure = check(
         run, reference, names, precision, images, prepare, random_input, _batch_sizes(ranges),

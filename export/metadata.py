@@ -59,6 +59,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
+TARGETS = ('cpu', 'tensorrt')  # of int8, which need different files
 REQUIRED = ('model', 'weights_sha256', 'class_names', 'input', 'preprocessing', 'outputs', 'precision', 'quantization')
 
 

@@ -18,9 +18,9 @@ import torch
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's onnx.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from export.report import write_report
 from export.runtime import load
 from timm_tmblock.errors import InputError, exiting_on_input_error, first_line
+from train.files import write_report
 from train.hardware import describe_hardware
 
 ROOT = Path(__file__).resolve().parent

@@ -39,13 +39,9 @@ class Limits:
     top1: float = 0.5  # percentage points
     sampled: bool = False  # asked of the set the images are drawn from: see `allow`
 
-    def chance(self, images: int) -> float:
-        """How far the share of so many images may be off by chance: two standard errors."""
-        return 2 * math.sqrt(self.decided * (1 - self.decided) / images)
-
     def allow(self, images: int) -> float:
-        """By how much the share of so many images may miss the limit."""
-        return self.chance(images) if self.sampled else 0.
+        """By how much the share of so many images may miss the limit: two standard errors, what it is off by chance."""
+        return 2 * math.sqrt(self.decided * (1 - self.decided) / images) if self.sampled else 0.
 
 
 LIMITS = {
@@ -135,14 +131,14 @@ def check(
     if not batches:
         raise InputError(
             f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images.')
-    real = _compare(run, reference, names, batches, limits)
+    real, *scores = _compare(run, reference, names, batches, limits)
     noise = _of_noise(limits)
-    random = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)
+    random, *_ = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)
     compared = sum(map(len, batches))
 
     outputs, failure = {}, None
     for name in names:
-        r, g = real.comparisons[name], random.comparisons[name]
+        r, g = real[name], random[name]
         outputs[name] = dict(
             max_relative_difference=_round(r.difference),
             max_relative_difference_random=_round(g.difference),
@@ -156,7 +152,7 @@ def check(
         outputs=outputs)
     if images.targets is not None:
         targets = images.targets[:compared]
-        right = [100 * float((y.argmax(1) == targets).mean()) for y in (real.expected, real.got)]
+        right = [100 * float((y.argmax(1) == targets).mean()) for y in scores]
         report['top1'] = dict(pytorch=round(right[0], 3), exported=round(right[1], 3))
         lost = limits.top1 + 100 * limits.allow(compared)
         if right[0] - right[1] > lost:
@@ -170,7 +166,7 @@ def check_batch(
         run: Run, reference: Run, names: Sequence[str], precision: str, batch: np.ndarray) -> Optional[ParityError]:
     """What a file fails in on one more random batch, of another size for example."""
     limits = _of_noise(LIMITS[precision])
-    comparisons = _compare(run, reference, names, [batch], limits).comparisons
+    comparisons, *_ = _compare(run, reference, names, [batch], limits)
     call = 'random input {} of ' + ' x '.join(map(str, batch.shape[1:]))
     return next((e for e in (_judge(name, c, limits, call.format) for name, c in comparisons.items()) if e), None)
 
@@ -187,21 +183,21 @@ def _of_noise(limits: Limits) -> Limits:
     return noise if limits.same == 1 else replace(noise, resolution=limits.difference)
 
 
-@dataclass
-class _Result:
-    comparisons: Dict[str, _Comparison]
-    expected: np.ndarray  # class scores
-    got: np.ndarray
-
-
-def _compare(run: Run, reference: Run, names: Sequence[str], batches: List[np.ndarray], limits: Limits) -> _Result:
+def _compare(
+        run: Run,
+        reference: Run,
+        names: Sequence[str],
+        batches: List[np.ndarray],
+        limits: Limits,
+) -> Tuple[Dict[str, _Comparison], np.ndarray, np.ndarray]:
+    """Each output, and the class scores of PyTorch and of the file."""
     got = [np.concatenate(parts) for parts in zip(*map(run, batches))]
     scores = [np.concatenate(parts) for parts in zip(*map(reference, batches))]
     comparisons = {}
     for name, y, s in zip(names, got, scores):
         expected = softmax(s) if name.endswith('probabilities') else s
         comparisons[name] = compare_output(y, expected, s, limits.resolution)
-    return _Result(comparisons, scores[0], got[0])
+    return comparisons, scores[0], got[0]
 
 
 def _judge(name: str, c: _Comparison, limits: Limits, call: Callable[[int], str]) -> Optional[ParityError]:

@@ -1,5 +1,4 @@
 """The files of a Hub repository, ready in a folder, and proven to load back."""
-import hashlib
 import json
 import re
 import shutil
@@ -131,7 +130,8 @@ def _write_card(
     check(text)
     (folder / 'README.md').write_text(text)
     if name:
-        _add_pictures(name, folder)
+        for path in load_data(name)['pictures'].values():
+            shutil.copyfile(ROOT / path, folder / Path(path).name)
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -179,13 +179,9 @@ def read_engine(path: Path, network: Dict[str, Any]) -> Dict[str, Any]:
         raise InputError(f'{path} was built from other {different}; build it again.')
     built = metadata['engine']
     source = path.parent / built['onnx']
-    if not _is_source(source, built):
+    if hash_file(str(source)) != built['onnx_sha256']:
         raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
     return metadata
-
-
-def _is_source(file: Path, built: Dict[str, Any]) -> bool:
-    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == built['onnx_sha256']
 
 
 def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
@@ -227,11 +223,6 @@ def _add_source(path: Path, built: Dict[str, Any], beside: Path) -> str:
     if sidecar(source).is_file():
         shutil.copyfile(sidecar(source), sidecar(copy))
     return copy.name
-
-
-def _add_pictures(name: str, folder: Path) -> None:
-    for path in load_data(name)['pictures'].values():
-        shutil.copyfile(ROOT / path, folder / Path(path).name)
 
 
 def _find_pictures(card: Path, text: str) -> List[str]:

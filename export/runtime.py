@@ -729,11 +729,9 @@ def import_onnxruntime() -> Any:
     """
     installed = []
     for name in ('onnxruntime', 'onnxruntime-gpu'):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.distribution(name)
             installed.append(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     if len(installed) == 2:
         raise RuntimeInputError(
             'Both onnxruntime and onnxruntime-gpu are installed and overwrite each other; run "pip uninstall -y '
@@ -1014,7 +1012,8 @@ class Runner:
             sources = map(_copy, sources)
         with ThreadPoolExecutor(1) as pool:
             pending: Deque[Future] = deque()
-            for batch in _split(sources, batch_size):
+            items = iter(sources)
+            for batch in iter(lambda: list(itertools.islice(items, batch_size)), []):
                 pending.append(pool.submit(self._prepare_all, batch))
                 if len(pending) > 1:
                     yield from self._finish(pending.popleft().result(), on_error)
@@ -1034,15 +1033,6 @@ class Runner:
         if self.metadata['input']['layout'] == 'NCHW':
             pixels = pixels.transpose(0, 3, 1, 2)
         return np.ascontiguousarray(pixels)
-
-    def _to_probabilities(self, outputs: List[np.ndarray]) -> List[np.ndarray]:
-        described = self.metadata['outputs']
-        return [y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described)]
-
-    @property
-    def _gives_activations(self) -> bool:
-        patches = self.metadata['outputs'][1:]
-        return bool(patches) and patches[0].get('method') == 'cam' and 'probabilities' not in patches[0]['meaning']
 
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata, for any number of images.
@@ -1083,8 +1073,11 @@ class Runner:
     ) -> Iterator[Tuple[ImageSource, Prediction]]:
         seen, batch = prepared
         outputs = [] if batch is None else self.run(batch)
-        results = iter(zip(*self._to_probabilities(outputs)))
-        activations = iter(outputs[1]) if outputs and self._gives_activations else itertools.repeat(None)
+        described = self.metadata['outputs']
+        results = iter(zip(*(
+            y if 'probabilities' in d['meaning'] else _softmax(y) for y, d in zip(outputs, described))))
+        scored = [d.get('method') == 'cam' and 'probabilities' not in d['meaning'] for d in described[1:]]
+        activations = iter(outputs[1]) if outputs and any(scored) else itertools.repeat(None)
         names = self.class_names, self.metadata.get('template_names', ())
         for image, picture in seen:
             if isinstance(picture, RuntimeInputError):
@@ -1113,17 +1106,6 @@ def _copy(image: ImageSource) -> ImageSource:
             copy.format = image.format  # tells 16 bits
             return copy
     return image
-
-
-def _split(items: Iterable[Any], size: int) -> Iterator[List[Any]]:
-    batch: List[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -1189,9 +1171,6 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
         from filelock import FileLock
 
         from export.tensorrt import rebuild_engine
-    except ImportError as e:
-        raise RuntimeInputError(_miss(e)) from e
-    try:
         with FileLock(path.with_name(f'.{path.name}.lock')):  # the workers of a server begin at once
             with contextlib.suppress(EngineMismatchError):
                 return Runner(TensorRTSession(path, cuda_graphs))  # another has built it meanwhile
@@ -1201,14 +1180,11 @@ def _build_again(path: Path, cuda_graphs: bool) -> Runner:
     except RuntimeInputError:
         raise
     except ImportError as e:
-        raise RuntimeInputError(_miss(e)) from e
+        raise RuntimeInputError(
+            f'Building an engine needs {e.name or _tell(e)}; pip install -e ".[export,tensorrt]".') from e
     except ValueError as e:
         raise RuntimeInputError(str(e)) from e
     return Runner(TensorRTSession(path, cuda_graphs))
-
-
-def _miss(library: ImportError) -> str:
-    return f'Building an engine needs {library.name or _tell(library)}; pip install -e ".[export,tensorrt]".'
 
 
 def _find(

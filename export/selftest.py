@@ -6,8 +6,8 @@ from typing import Any, Dict, List, Optional
 from export.bench import describe_machine, measure, open_file
 from export.check import check_file
 from export.images import Images
+from export.metadata import PRECISIONS
 from export.onnx import OnnxOptions, export_onnx
-from export.precisions import PRECISIONS
 from export.runtime import NotInstalledError, RuntimeInputError, import_onnxruntime, query_gpu
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError
@@ -26,9 +26,9 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
         seconds: For timing each file.
 
     Returns:
-        machine and gpu, and rows: file, step ('ONNX Runtime', 'ONNX Runtime CUDA', 'TensorRT'), result ('passed',
-        'compared', 'built, not run', 'failed', 'not available'), reason, agreement with PyTorch, and images per second
-        by batch size.
+        gpu, hardware, versions and commit, and rows: file, step ('ONNX Runtime', 'ONNX Runtime CUDA', 'TensorRT'),
+        result ('passed', 'compared', 'built, not run', 'failed', 'not available'), reason, agreement with PyTorch, and
+        images per second by batch size.
     """
     patches = getattr(model, 'has_template_matching', False)
     rows: List[Dict[str, Any]] = []
@@ -40,7 +40,8 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
                 path = Path(name) / f'{label.replace(" ", "-")}.onnx'
                 rows.append(_test_onnx(path, label, model, options, images, seconds))
                 if path.is_file() and precision in ('fp32', 'fp16') and _has_cuda():
-                    rows.append(_test_cuda(path, label, model, images, seconds))
+                    row = dict(file=label, step='ONNX Runtime CUDA', result='passed')
+                    rows.append(_compare(row, path, model, images, 'cuda', seconds))
                 if path.is_file() and not (precision, target) == ('int8', 'cpu'):
                     rows.append(_test_engine(path, label, model, images, backend, seconds))
     return dict(gpu=query_gpu(), **describe_machine(), rows=rows)
@@ -65,21 +66,16 @@ def _has_cuda() -> bool:
     return query_gpu() is not None and 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
 
 
-def _test_cuda(path: Path, label: str, model: Any, images: Images, seconds: float) -> Dict[str, Any]:
-    row: Dict[str, Any] = dict(file=label, step='ONNX Runtime CUDA', result='passed')
-    try:
-        return _compare(row, path, model, images, 'cuda', seconds)
-    except (InputError, RuntimeInputError) as e:
-        return dict(row, result='failed', reason=str(e))
-
-
 def _compare(
         row: Dict[str, Any], path: Path, model: Any, images: Images, device: str, seconds: float) -> Dict[str, Any]:
-    report, failure = check_file(path, model, images, device)
-    row['same_class'] = next(iter(report['outputs'].values()))['same_class']
-    if failure is not None:
-        return dict(row, result='failed', reason=str(failure))
-    return dict(row, images_per_second=_time(path, device, seconds))
+    try:
+        report, failure = check_file(path, model, images, device)
+        row['same_class'] = next(iter(report['outputs'].values()))['same_class']
+        if failure is not None:
+            raise failure
+        return dict(row, images_per_second=_time(path, device, seconds))
+    except (InputError, RuntimeInputError) as e:
+        return dict(row, result='failed', reason=str(e))
 
 
 def _test_engine(
@@ -95,10 +91,7 @@ def _test_engine(
         return dict(row, result='failed', reason=str(e))
     if query_gpu() is None:
         return dict(row, result='built, not run', reason='there is no NVIDIA GPU')
-    try:
-        return _compare(row, engine, model, images, 'auto', seconds)
-    except (InputError, RuntimeInputError) as e:
-        return dict(row, result='failed', reason=str(e))
+    return _compare(row, engine, model, images, 'auto', seconds)
 
 
 def _time(path: Path, device: str, seconds: float) -> Dict[str, float]:

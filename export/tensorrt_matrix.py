@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 import timm_tmblock  # noqa: F401  registers the models
 from export.images import Images
+from export.metadata import PRECISIONS
 from export.onnx import OnnxOptions, create_onnx, serialize
-from export.precisions import PRECISIONS
-from export.report import write_report
 from export.runtime import RuntimeInputError, import_tensorrt
 from export.tensorrt import EngineOptions, build_engine
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from train.files import write_report
 
 MODELS = (
     'rn20', 'rn20_tm', 'rn26', 'rn26_tm', 'rn38', 'rn38_tm', 'wrn16', 'wrn16_tm', 'dn100', 'dn100_tm', 'dn100_tm_cat')

@@ -155,7 +155,7 @@ def main() -> None:
         sys.exit(f'{args.check} {module.__version__} lacks {", ".join(missing)}' if missing else None)
     asked = {label: ask_bindings(package, version, names) for label, (package, version) in BINDINGS.items()}
     table = dict(versions=BINDINGS, names={n: {label: has[n] for label, has in asked.items()} for n in names})
-    from export.report import write_report
+    from train.files import write_report
     write_report(RESULT, table, to_markdown(table))
 
 

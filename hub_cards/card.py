@@ -200,7 +200,9 @@ def _read(path: str) -> str:
 
 
 def _load_json(path: str) -> Any:
-    return json.loads(_read(path))
+    result = json.loads(_read(path))
+    _check_numbers(result, path)
+    return result
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -271,8 +273,6 @@ def render(
     data = load_data(name)
     evaluation, training = _load_json(data['evaluation']), _load_json(data['training'])
     latency = _load_json(RATES)
-    for where, result in ((data['evaluation'], evaluation), (data['training'], training), (RATES, latency)):
-        _check_numbers(result, where)
     runs = read_runs(ROOT / 'train' / 'results')
     run = Path(data['training']).parent.name
     legs = [int(leg['epochs']) for leg in find_legs(run, runs) or []]
@@ -287,14 +287,11 @@ def render(
     blurred = _load_json(blurred_path) if (ROOT / blurred_path).is_file() else None
     mixing_path = f'{Path(data["evaluation"]).parent}/analysis/mixing.json'
     mixing = _load_json(mixing_path) if has_patches and (ROOT / mixing_path).is_file() else None
-    for where, result in (('trust', trust), ('trust_blur', blurred), ('mixing', mixing)):
-        _check_numbers(result, f'{data.get("analysis")}: {where}')
     sidecars = exports
     if sidecars is None:
         sidecars = {
             key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
-    for key, sidecar in sidecars.items():
-        _check_numbers(sidecar, f'{data["exports"]}/{key}')
+    _check_numbers(exports, 'sidecars')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
     with_patches = ', patch logits' if has_patches else ''
     of_torch = {f'{data["model"]} {key}': said for key, said in PYTORCH.items()}

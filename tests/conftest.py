@@ -1,8 +1,13 @@
 import copy
 import gc
 import os
+import shutil
+import tempfile
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a network
+# nothing here may need a network, nor what the user's folder of Hugging Face has, nor write into it
+os.environ.update(HF_HUB_OFFLINE='1', HF_HOME=tempfile.mkdtemp(prefix='hf_home_'))
+if 'HF_HUB_CACHE' in os.environ or 'HF_DATASETS_CACHE' in os.environ:
+    os.environ.pop('HF_HUB_CACHE', None), os.environ.pop('HF_DATASETS_CACHE', None)
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 
@@ -25,6 +30,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
 
 
 def pytest_collection_finish():

@@ -18,6 +18,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=1) + '\n')
 
 
+def write_report(name: Any, result: Any, table: str) -> None:
+    """Write NAME.json for programs and NAME.md for people."""
+    write_json(Path(f'{name}.json'), result)
+    write_text(Path(f'{name}.md'), table)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
