@@ -153,6 +153,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
     (['rn27_tm'], "rn27_tm is not a model with pretrained weights"),
     (['wrn16'], 'or give a weight file of training'),
     (['ONNX', '--checkpoint', 'x.safetensors'], 'logits.onnx has weights of its own; leave out --checkpoint'),
+    (['ONNX', '--precision', 'bfloat16'], 'precision it was exported with'),
     (['missing.onnx'], 'no file missing.onnx'),
     (['missing.safetensors'], 'no file missing.safetensors'),
     (['rn26_tm', '--split', 'nothing'], 'nothing'),

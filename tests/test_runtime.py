@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,7 @@ def with_preprocessing(source, target, **changes):
     (lambda f, t: t / 'missing.onnx', 'There is no file or folder .*missing.onnx'),
     (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.bin'), 'neither an .onnx file nor an .engine or .plan'),
     (lambda f, t: t, 'holds no ONNX file'),
+    (lambda f, t: shutil.copy(f / 'plain.onnx', t / 'x.failed.onnx').parent, 'holds no ONNX file'),
     (lambda f, t: f / 'brain.onnx', 'no kernels for this precision here .*export it in fp32 or fp16'),
     (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
@@ -553,8 +555,8 @@ def test_flags_and_closed_pipes(folder, flags, message):
     with pytest.raises(runtime.RuntimeInputError, match=message) if message else contextlib.nullcontext():
         runtime.main(['run', str(folder / 'patches.onnx'), str(IMAGES / 'ship.png'), *flags])
     if not message:
-        command = f'{sys.executable} runtime.py run plain.onnx {IMAGES} {IMAGES} | head -n 1'
-        run = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+        command = shlex.join([sys.executable, 'runtime.py', 'run', 'plain.onnx', str(IMAGES), str(IMAGES)])
+        run = subprocess.run(f'{command} | head -n 1', shell=True, cwd=folder, capture_output=True, text=True)
         assert run.stdout.count('\n') == 1 and run.stderr == ''
 
 

@@ -2,6 +2,7 @@
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -111,7 +112,7 @@ def test_command_in_the_sidecar_builds_the_same_engine(files, tmp_path):
     size = (tmp_path / 'x.engine').stat().st_size
     (tmp_path / 'x.engine').unlink()
     command = [sys.executable, *engine['command'].split()[1:]]
-    subprocess.run(command, cwd=tmp_path, env={'PYTHONPATH': str(ROOT)}, check=True, capture_output=True)
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, capture_output=True)
     assert abs((tmp_path / 'x.engine').stat().st_size - size) < 0.01 * size  # TensorRT numbers its nodes as they come
     again = json.loads((tmp_path / 'x.engine.json').read_text())['engine']
     assert {**again, 'build_seconds': 0} == {**engine, 'build_seconds': 0}
@@ -314,6 +315,8 @@ def test_table_has_every_name_the_sources_use():
 @real
 def test_installed_module_is_as_in_the_table():
     import tensorrt_rtx
+    if not tensorrt_rtx.__version__.startswith('1.7'):
+        pytest.skip('the table is of 1.7')
     table = json.loads((ROOT / 'export' / 'results' / 'tensorrt_names.json').read_text())
     assert {n: names.has_name(tensorrt_rtx, n) for n in table['names']} == {
         n: has['RTX 1.7'] for n, has in table['names'].items()}

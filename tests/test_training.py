@@ -109,12 +109,6 @@ def test_weights_load_in_timm_and_score_what_was_recorded(finished, name):
     assert 100 * correct / 15 == pytest.approx(expected)
 
 
-def test_baseline_trains_with_cross_entropy(tmp_path):
-    result = run_tiny(tmp_path, '--model', 'rn26', '--epochs', '1')
-    assert result['parameters'] == 964_058
-    assert 'train_patch_loss' not in result['last']
-
-
 def test_auxiliary_head_leaves_nothing_in_the_weights(tmp_path):
     result = run_tiny(tmp_path, '--model', 'rn26', '--aux-head', '--model-ema')
     assert result['parameters'] == 964_058
