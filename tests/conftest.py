@@ -5,9 +5,10 @@ import shutil
 import tempfile
 
 # nothing here may need a network, nor what the user's folder of Hugging Face has, nor write into it
+if of_user := [name for name in os.environ if name.startswith(('HF_', 'HUGGINGFACE_'))]:
+    for name in of_user:
+        del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE='1', HF_HOME=tempfile.mkdtemp(prefix='hf_home_'))
-if 'HF_HUB_CACHE' in os.environ or 'HF_DATASETS_CACHE' in os.environ:
-    os.environ.pop('HF_HUB_CACHE', None), os.environ.pop('HF_DATASETS_CACHE', None)
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 

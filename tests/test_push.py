@@ -122,7 +122,7 @@ def xet(hub):
 
 
 def environment(hub, token=WRITE, **more):
-    keep = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
+    keep = {k: v for k, v in os.environ.items() if k == 'HF_HOME' or not k.startswith('HF_')}
     return {**keep, 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '0' if hub.xet else '1',
             'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_TOKEN': token, 'HF_XET_CLIENT_RETRY_MAX_ATTEMPTS': '2',
             'HF_XET_CLIENT_RETRY_BASE_DELAY': '10ms', **more}
@@ -737,7 +737,7 @@ def test_pushed_files_are_downloaded_whole_by_either_transport(hub, folder, tmp_
     assert all(f.times == 0 for f in hub.faults)
 
 
-def test_command_publishes_what_it_says_it_does(lfs, forks_of_hub):
+def test_command_publishes_what_it_lists(lfs, forks_of_hub):
     hub = lfs
     flags = ['--precisions', 'fp32', '--tag', 'v1', '--check-images', '20']
     command = ['-m', 'export', 'push', 'rn26_tm', '--repo', 'me/birds', *flags]
@@ -747,6 +747,7 @@ def test_command_publishes_what_it_says_it_does(lfs, forks_of_hub):
     assert set(files) == {
         'README.md', 'config.json', 'model.safetensors', 'runtime.py', 'block.png', 'evaluation.png', 'explained.png',
         'words.png', 'onnx/model.onnx', 'onnx/model.onnx.json'}
+    assert set(files) <= set(re.findall(r'[\w./]+', pushed.stdout))
     card = files['README.md']['content'].decode()
     assert set(re.findall(r'onnx/[\w.]+', card)) == {'onnx/model.onnx'} and 'on a CPU:\n20 images of' in card
     assert count(hub, 'me/birds') == 1 and files['runtime.py']['content'] == (ROOT / 'export/runtime.py').read_bytes()

@@ -45,19 +45,19 @@ def compare_rows(
         experiment: str,
         pairs: List[Tuple[str, str]],
         combined: Callable[[List[str]], str] = combine_all,
-        judged: Callable[[Difference], str] = lambda difference: difference.verdict,
+        within_margin: bool = False,
 ) -> Tuple[str, List[str]]:
-    """Whether the first setting of each pair beats the second, on each set where both were run."""
+    """Whether the first setting of each pair beats the second, or is at most MARGIN below it, on each set both have."""
     scores, verdicts, lines = evidence.scores.get(experiment, {}), [], []
     for better, worse in pairs:
         for dataset in DATASETS:
             a, b = scores.get((better, dataset)), scores.get((worse, dataset))
             if a and b:
                 difference = Difference.of_runs([a], [b])
-                verdicts.append(judged(difference))
+                verdicts.append(difference.verdict_within_margin if within_margin else difference.verdict)
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
-                runs += say_p(difference) if judged(difference) == difference.verdict else ''
+                runs += '' if within_margin else say_p(difference)
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
     if len(lines) > 1:
         lines = [
@@ -175,7 +175,7 @@ def judge_soft_maximizers(evidence: Evidence) -> Judgement:
     pairs = [(f'{kind}.batch{n}', f'bn_relu.batch{n}') for kind, n in (
         ('softmax', 8), ('softmax', 32), ('perturbed', 8), ('perturbed', 32))]
     verdicts, lines = zip(*(
-        compare_rows(evidence, 'maximizers', [pair], combine_all, lambda d: d.verdict_within_margin) for pair in pairs))
+        compare_rows(evidence, 'maximizers', [pair], within_margin=True) for pair in pairs))
     if set(verdicts) == {UNTESTED}:
         return UNTESTED, []
     *needed, optional = [UNDECIDED if v == UNTESTED else v for v in verdicts]

@@ -110,6 +110,8 @@ def find_recipe(run: Dict[str, Any]) -> Dict[str, Any]:
     images = recipe.pop('batch_size') * recipe.pop('grad_accum_steps') * run.get('processes', 1)
     if settings['sched'] not in ('step', 'wsd', 'rsqrt'):
         del recipe['decay_epochs']  # which no other schedule heeds
+    if settings['sched'] != 'multistep':
+        del recipe['decay_milestones']
     if settings['lr_base'] is None:
         del recipe['lr_base_size'], recipe['lr_base_scale']
     return dict(recipe, images_an_update=images, held_out=count_held_out(settings))

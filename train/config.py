@@ -13,7 +13,6 @@ from timm.utils import ParseKwargs
 from timm_tmblock.errors import InputError, say_why_not_loaded
 
 SETTINGS = 'args.yaml'  # in the experiment folder
-MILESTONES = [90, 180, 270]  # timm's
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
@@ -141,7 +140,7 @@ def create_parser() -> Parser:
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
     group.add_argument('--crop-pct', type=above_zero, help=(
-        "share of a resized image that is kept, in training too but of sets above --memory-limit; the model's if not "
+        "share of a resized image that is kept, in training too unless randomly resized crops are; the model's if not "
         'given'))
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
         "how images of another shape are fitted to the input; the model's if not given"))
@@ -213,8 +212,8 @@ def create_parser() -> Parser:
     group.add_argument('--decay-epochs', type=above_zero, help=(
         "between steps (90 if not given); of 'wsd' and 'rsqrt' the decay at the end, below 1 as a share of the "
         'schedule (0.2 if not given)'))
-    group.add_argument('--decay-milestones', type=not_negative, nargs='+', default=MILESTONES, help=(
-        "epochs of 'multistep'"))
+    group.add_argument('--decay-milestones', type=not_negative, nargs='+', help=(
+        "epochs of 'multistep', 90 180 270 if not given"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
         'fractions of the schedule where noise starts, ends'))
     group.add_argument('--lr-noise-pct', type=above_zero, default=0.67, help='largest change of the rate by the noise')
@@ -226,7 +225,8 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--aug', action=boolean, default=True, help=(
-        'augment the training images one by one; --no-aug: neither crop nor flip, no policy, no erasing'))
+        'augment the training images; --no-aug: neither crop nor flip, no policy, no erasing, but what --mixup and '
+        '--cutmix do'))
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(

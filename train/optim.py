@@ -9,9 +9,11 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.agc import adaptive_clip_grad
 
 from timm_tmblock.errors import InputError
-from train.config import MILESTONES, refusing
+from train.config import refusing
 from train.model import network
 
+# timm's script has these of 300 epochs
+STEP, MILESTONES = 90, [90, 180, 270]
 BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs')
 
 
@@ -50,7 +52,7 @@ def create_schedule(
     kwargs = scheduler_kwargs(args)
     for key in BY_EPOCHS:
         kwargs[key] *= updates_per_epoch
-    kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in kwargs['decay_milestones']]
+    kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in args.decay_milestones or MILESTONES]
     if args.sched == 'none':  # by which timm sets no rate at all, neither a new one in a run that goes on
         raise InputError("There is no schedule 'none'; a rate that stays the same is --sched constant.")
     if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant'):
@@ -59,7 +61,7 @@ def create_schedule(
         raise InputError("The schedule 'rsqrt' falls as far as the warmup was long; set --warmup-epochs.")
     fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
     if kwargs['decay_epochs'] is None and args.sched == 'step':
-        kwargs['decay_epochs'] = MILESTONES[0]
+        kwargs['decay_epochs'] = STEP
     if kwargs['decay_epochs'] is not None and not fraction:
         kwargs['decay_epochs'] *= updates_per_epoch
     if args.max_steps:
@@ -67,9 +69,9 @@ def create_schedule(
     with refusing(f'These settings of the schedule {args.sched!r}'):
         scheduler, updates = create_scheduler_v2(
             optimizer, **{**kwargs, 'step_on_epochs': False, 'updates_per_epoch': 1})
-    unset = dict(step=args.decay_epochs is None, multistep=args.decay_milestones == MILESTONES).get(args.sched)
-    first = MILESTONES[0] + (args.warmup_epochs if args.warmup_prefix else 0)
-    if unset and first * updates_per_epoch >= updates:  # those of timm's script, which trains for 300 epochs
+    given = dict(step=args.decay_epochs, multistep=args.decay_milestones).get(args.sched, ())
+    first = STEP + (args.warmup_epochs if args.warmup_prefix else 0)
+    if given is None and first * updates_per_epoch >= updates:
         raise InputError(
             f'The schedule {args.sched!r} would first fall after {first:g} epochs, and the run has '
             f'{updates / updates_per_epoch:g}; set --decay-{"epochs" if args.sched == "step" else "milestones"}, or '

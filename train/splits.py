@@ -92,7 +92,8 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         raise InputError(
             'The weights may have seen all training images, so none are measured; name a split with --test-split, or '
             'the --val-fraction that was held out.')
-    if args.val_fraction and args.val_split == '' or args.val_fraction is not None and (args.val_split or args.pool):
+    none = args.val_split == '' and args.val_fraction and not args.resume
+    if none or args.val_fraction is not None and (args.val_split or args.pool):
         raise InputError(
             f'{"--pool" if args.pool else "--val-split"} says which images validate; leave out --val-fraction.')
     splits = {}
