@@ -210,7 +210,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         'bench', help='time exported files and PyTorch side by side',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
-    command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help='networks to time in PyTorch, eager')
+    command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
+        'networks to time in PyTorch, with untrained weights, norms folded and in channels_last'))
     command.add_argument('--compile', action='store_true', help='those compiled too')
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')

@@ -86,7 +86,8 @@ class _Model:
         if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
             raise InputError(
                 f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
-        name = re.sub(r'[^\w-]+', '_', name or path.stem)
+        of_hub = re.fullmatch(r'model(_(fp16|int8))?', path.stem)  # where all files are called so
+        name = re.sub(r'[^\w-]+', '_', name or (metadata['model'] if of_hub else path.stem))
         labels = '\n'.join(metadata['class_names']) + '\n'
         return cls(path, name, create_config(name, path, metadata, options), labels)
 

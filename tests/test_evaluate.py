@@ -141,8 +141,22 @@ def test_streamed_set_measures_the_same():
     assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
 
 
+@pytest.mark.parametrize('folders, said', [(('',), 'has no folder test; all of its images'), (('train', 'test'), '')])
+def test_folder_without_the_split_is_said_to_be_measured_whole(tmp_path, capsys, folders, said):
+    from PIL import Image
+    for folder in folders:
+        for name in ('ant', 'bee'):
+            (tmp_path / 'images' / folder / name).mkdir(parents=True)
+            Image.new('RGB', (32, 32)).save(tmp_path / 'images' / folder / name / '0.png')
+    save_weights(tmp_path / 'w.safetensors', timm.create_model('rn20', num_classes=2).state_dict(), dict(
+        model='rn20', num_classes=2, label_names=['ant', 'bee']))
+    flags = ['--dataset', str(tmp_path / 'images'), '--device', 'cpu']
+    assert main([str(tmp_path / 'w.safetensors'), *flags])['images'] == 2
+    told = capsys.readouterr().err
+    assert said in told and (said or 'no folder' not in told)
+
+
 def test_baseline_has_no_patch_accuracy(tmp_path):
-    from timm_tmblock.checkpoint import save_weights
     baseline = timm.create_model('rn26')
     save_weights(tmp_path / 'w.safetensors', baseline.state_dict(), dict(model='rn26', num_classes=10))
     result = main([str(tmp_path / 'w.safetensors'), *FLAGS, '--precision', 'bfloat16'])

@@ -247,6 +247,9 @@ def test_versions_and_settings(files, tmp_path, capsys):
     main(['triton', str(files / 'pixels.onnx'), '--output', str(tmp_path), '--kind', 'cpu', '--threads', '3'])
     assert 'key: "intra_op_thread_count" value: { string_value: "3" }' in (
         tmp_path / 'pixels' / 'config.pbtxt').read_text()
+    shutil.copy(files / 'scores.onnx', tmp_path / 'model.onnx')  # what a file of the Hub is called
+    main(['triton', str(tmp_path / 'model.onnx'), '--output', str(tmp_path)])
+    assert 'name: "rn26_tm"' in (tmp_path / 'rn26_tm' / 'config.pbtxt').read_text()
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):

@@ -29,7 +29,15 @@ from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import Parser, gigabytes, not_negative, positive
-from train.data import add_data_options, check_classes, decode, fits_in_memory, get_class_names, open_named
+from train.data import (
+    add_data_options,
+    check_classes,
+    decode,
+    fits_in_memory,
+    get_class_names,
+    is_whole_folder,
+    open_named,
+)
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_versions
@@ -63,7 +71,9 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         InputError: If the set cannot be opened, or its classes are not the runner's.
     """
     config = DataConfig.of(runner.config)
-    dataset = open_named(args, args.split)
+    dataset, root = open_named(args, args.split), Path(args.data_dir or args.dataset)
+    if is_whole_folder(dataset, root):
+        print(f'{root} has no folder {args.split}; all of its images are measured.', file=sys.stderr)
     names = get_class_names(dataset)
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)
