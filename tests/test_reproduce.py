@@ -206,6 +206,7 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     assert result['updates'] == 25
     stamp = (folder / 'log.txt').stat().st_mtime_ns
     main(long)
+    main([*long, '--checkpoint-interval', '7'])  # which changes no result
     assert (folder / 'log.txt').stat().st_mtime_ns == stamp
     for row in ('rn26', 'rn38'):  # itself, and one to compare it with
         with pytest.raises(InputError, match='rn26.cifar10.seed0 was begun with the flags .*choose another --output'):

@@ -97,9 +97,10 @@ def is_begun(path: Path) -> bool:
         (path / 'result.json').is_file() or bool(find_checkpoints(path)))
 
 
-def _name_set(flags: str) -> str:
-    """With the last part of the set's name alone, wherever a copy lies."""
-    return re.sub(r'(?<=--dataset )\S*/', '', flags)
+def _find_protocol(flags: str) -> str:
+    """Flags but for where a copy of the set lies, and what does not change the result."""
+    flags = re.sub(r'(?<=--dataset )\S*/', '', flags)
+    return re.sub(r' ?--(checkpoint-interval|log-interval|workers) \S+', '', flags).strip()
 
 
 def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
@@ -110,7 +111,7 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     """
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
         cell = json.loads((path / 'cell.json').read_text())
-        if cell.get('data') == dataset and _name_set(cell['flags']) != _name_set(' '.join(flags)):
+        if cell.get('data') == dataset and _find_protocol(cell['flags']) != _find_protocol(' '.join(flags)):
             raise InputError(
                 f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
                 f'share to be compared; choose another --output.')
@@ -158,7 +159,7 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
     if is_begun(path):
         begun = json.loads((path / 'cell.json').read_text())['command']
-        if _name_set(begun) != _name_set(wanted):
+        if _find_protocol(begun) != _find_protocol(wanted):
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
         return  # not one that train.py wrote and nobody has labelled yet
