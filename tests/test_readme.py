@@ -339,6 +339,10 @@ def test_table_of_the_paper_redone():
     rows = ('rn26', 'rn26_aux', 'rn26_tm', 'wrn16', 'wrn16_tm')
     ours = {row: format_scores(scores[row, 'cifar10']).partition(' (')[0] for row in rows}
     assert all(len(scores[row, 'cifar10']) == 3 for row in rows)
+    (with_block,), (without,) = (scores[row, 'cifar100'] for row in ('rn26_tm', 'rn26'))
+    assert (
+        f'On CIFAR-100 `rn26_tm` has {with_block:.2f} % and `rn26` {without:.2f} % (one run each; '
+        f'{TABLE_1["rn26_tm"][2]:.2f} and {TABLE_1["rn26"][2]:.2f} % in the paper)') in PLAIN
     assert (
         f'`rn26_tm` has {ours["rn26_tm"]} % and `rn26` {ours["rn26"]} % (three runs each, ± the standard deviation), '
         f'`wrn16_tm` {ours["wrn16_tm"]} % and `wrn16` {ours["wrn16"]} %; the paper reports '
