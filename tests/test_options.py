@@ -662,7 +662,7 @@ def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
      dict(train_crop_mode='rkrc', train_interpolation='random')),
     (['--color-jitter', '0'], dict(color_jitter=None)),
 ])
-def test_flags_of_augmentation_are_what_is_done_to_images(flags, expected):
+def test_flags_of_augmentation_reach_the_configuration(flags, expected):
     found = vars(create_data_config(parse_args(flags)))
     assert {key: found[key] for key in expected} == expected
 
