@@ -14,6 +14,7 @@ import argparse
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -41,12 +42,10 @@ def add_content_options(command: Any) -> None:
 def add_onnx(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     from export.metadata import PRECISIONS, TARGETS
-    command = commands.add_parser(
-        'onnx', help='write an ONNX file and check it against PyTorch',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('onnx', help='write an ONNX file and check it against PyTorch')
     add_model_options(command)
     command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
-    command.add_argument('--precision', choices=PRECISIONS, default='fp32')
+    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of the weights and what is computed')
     command.add_argument('--target', choices=TARGETS, default='cpu', help='what an int8 file is to run on')
     add_content_options(command)
     command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
@@ -93,9 +92,7 @@ def print_parity(parity: Dict[str, Any]) -> None:
 
 def add_check(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
-    command = commands.add_parser(
-        'check', help='compare an ONNX file or an engine with PyTorch again',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('check', help='compare an ONNX file or an engine with PyTorch again')
     command.add_argument('file', type=Path)
     add_model_options(command)
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where an ONNX file runs')
@@ -117,8 +114,7 @@ def run_check(args: argparse.Namespace) -> None:
 def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     from export.tensorrt import BACKENDS, HARDWARE
-    command = commands.add_parser(
-        'tensorrt', help='build a TensorRT engine', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('tensorrt', help='build a TensorRT engine')
     command.add_argument('model', metavar='FILE.onnx|MODEL', help='ONNX file, or what the onnx command takes')
     command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
     command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
@@ -182,9 +178,7 @@ def run_tensorrt(args: argparse.Namespace) -> None:
 
 def add_triton(commands: argparse._SubParsersAction) -> None:
     from export.triton import KINDS
-    command = commands.add_parser(
-        'triton', help='write a model repository for the Triton Inference Server',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('triton', help='write a model repository for the Triton Inference Server')
     command.add_argument('files', type=Path, nargs='+', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--output', type=Path, required=True, metavar='REPOSITORY')
     command.add_argument('--name', help='name of the model; several files are versions of it then')
@@ -206,15 +200,13 @@ def run_triton(args: argparse.Namespace) -> None:
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        'bench', help='time exported files and PyTorch side by side',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('bench', help='time exported files and PyTorch side by side')
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
         'networks to time in PyTorch, with untrained weights, norms folded and in channels_last'))
     command.add_argument('--compile', action='store_true', help='those compiled too')
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
-    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where all of them run')
     command.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64])
     command.add_argument('--threads', type=int, help="on a CPU; PyTorch's choice, for all, if not given")
     command.add_argument('--seconds', type=float, default=20., help='for each batch size')
@@ -267,11 +259,10 @@ def add_selftest(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     from export.tensorrt import BACKENDS
     command = commands.add_parser(
-        'selftest', help='export, build, compare and time everything on this machine, and report',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        'selftest', help='export, build, compare and time everything on this machine, and report')
     command.add_argument('model', nargs='?', default='rn26_tm', help='what the onnx command takes')
     command.add_argument('--checkpoint', type=Path)
-    command.add_argument('--backend', choices=BACKENDS, default='auto')
+    command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
     command.add_argument('--seconds', type=float, default=4., help='for timing each file')
     command.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
     add_image_options(command)
@@ -298,9 +289,7 @@ def run_selftest(args: argparse.Namespace) -> None:
 
 def add_push(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
-    command = commands.add_parser(
-        'push', help='publish weights, exports and a card on the Hugging Face Hub',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('push', help='publish weights, exports and a card on the Hugging Face Hub')
     add_model_options(command)
     command.add_argument('--repo', required=True, metavar='USER/NAME')
     command.add_argument(
@@ -373,7 +362,7 @@ def _push(args: argparse.Namespace) -> None:
             keep_card)
         print('\n'.join(list_files(folder, files)))
         if args.dry_run:
-            print((folder / 'README.md').read_text())
+            print((folder / 'README.md').read_text(encoding='utf-8'))
             return
         # the card names engines
         if not (args.card or keep_card) and read_published(options).engines != published.engines:
@@ -382,8 +371,10 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def create_parser() -> argparse.ArgumentParser:
+    from train.config import HelpFormatter
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    commands = parser.add_subparsers(
+        required=True, metavar='COMMAND', parser_class=partial(argparse.ArgumentParser, formatter_class=HelpFormatter))
     runtime.add_run(commands)
     add_onnx(commands)
     add_check(commands)

@@ -13,7 +13,7 @@ from export.metadata import check_preprocessing
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.augment import DataConfig
-from train.data import add_set_options, check_classes, decode, get_class_names, open_named, share_images
+from train.data import add_set_options, adopt_classes, check_classes, decode, open_named, share_images
 
 
 @dataclass
@@ -65,12 +65,13 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
                 f'images in common; a check needs others.')
         rows = _choose_rows(train, args.calibration_images)
         calibration = decode(train, config, progress=len(rows) > 2000, labelled=False, rows=rows).images.numpy()
-    rows, names = _choose_rows(check, args.check_images), get_class_names(check)
+    labels = list_class_names(model.pretrained_cfg)
+    names = adopt_classes(check, labels)
+    rows = _choose_rows(check, args.check_images)
     held_out = decode(check, config, progress=len(rows) > 2000, rows=rows)
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
             f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
-    labels = list_class_names(model.pretrained_cfg)
     if len(labels) == len(names) and (args.dataset != 'sample' or set(labels) == set(names)):
         check_classes('The network', labels, args.dataset, names)
     if calibrate and args.dataset == 'sample' and (names != labels if labels else len(names) != model.num_classes):

@@ -73,7 +73,7 @@ def create_files(
         if not card.is_file():
             raise InputError(f'There is no card {card}.')
         try:
-            text = card.read_text()
+            text = card.read_text(encoding='utf-8')
             check(text)
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e
@@ -96,7 +96,7 @@ def create_files(
             raise ParityError(f'In {key}, {e}{"" if key == "fp32" else " Leave it out of --precisions."}') from e
         if precision != 'bf16':  # which ONNX Runtime has no kernels for
             _open_again(folder / FILES[key])
-        exports[key] = json.loads(sidecar(folder / FILES[key]).read_text())
+        exports[key] = json.loads(sidecar(folder / FILES[key]).read_text(encoding='utf-8'))
     network = exports['fp32']
     for path in engines:
         add_engine(folder, path, network)
@@ -128,7 +128,7 @@ def _write_card(
     text = str(render(name, repo, exports, rows) if name else
                render_plain(model, repo, exports, read_run(weights_file), rows, before))
     check(text)
-    (folder / 'README.md').write_text(text)
+    (folder / 'README.md').write_text(text, encoding='utf-8', newline='\n')
     if name:
         for path in load_data(name)['pictures'].values():
             shutil.copyfile(ROOT / path, folder / Path(path).name)
@@ -140,7 +140,7 @@ def save_model(model: Any, folder: Path) -> None:
     save_for_hf(
         model, str(folder), model_config=dict(label_names=names) if names else None, safe_serialization=True)
     path = folder / 'config.json'
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # TimmWrapper would pass it twice
     path.write_text(json.dumps(config, indent=2) + '\n')
 

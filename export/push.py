@@ -258,8 +258,8 @@ class _Push:
             if engine != path and engine in tree and re.fullmatch(r'engines/[^/]+/[^/]+\.(engine|plan)', engine):
                 file = self._download(path, head)
                 with contextlib.suppress(ValueError):  # not one of ours
-                    found[engine] = json.loads(file.read_text())
-        card = self._download(CARD, head).read_text(errors='replace') if CARD in tree else None
+                    found[engine] = json.loads(file.read_text(encoding='utf-8'))
+        card = self._download(CARD, head).read_text(encoding='utf-8', errors='replace') if CARD in tree else None
         return Published(found, card, tree.get(WEIGHTS))
 
     def find_published(self) -> Tuple[Optional[str], Dict[str, str]]:
@@ -372,9 +372,10 @@ class _Push:
             return []
         named = set()
         for path in (path for path in beside if path.endswith('.json') and path not in sources):
-            theirs = self.api.hf_hub_download(self.options.repo, path, revision=revision)
+            theirs = Path(self.api.hf_hub_download(self.options.repo, path, revision=revision))
             try:
-                named.add(str(PurePosixPath(path).parent / json.loads(Path(theirs).read_text())['engine']['onnx']))
+                source = json.loads(theirs.read_text(encoding='utf-8'))['engine']['onnx']
+                named.add(str(PurePosixPath(path).parent / source))
             except (ValueError, KeyError, TypeError):  # nothing of ours, which names none
                 continue
         return [path for path in sources if path.removesuffix('.json') not in named]
@@ -389,8 +390,8 @@ class _Push:
             if path in different:
                 theirs = self.api.hf_hub_download(self.options.repo, path, revision=revision)
                 try:
-                    if find_difference(json.loads((self.folder / path).read_text()), json.loads(
-                            Path(theirs).read_text())):
+                    if find_difference(json.loads((self.folder / path).read_text(encoding='utf-8')), json.loads(
+                            Path(theirs).read_text(encoding='utf-8'))):
                         return True
                 except (ValueError, AttributeError):  # not one of ours
                     continue

@@ -872,7 +872,7 @@ def read_sidecar(path: Path) -> Dict[str, Any]:
         RuntimeInputError: If they cannot be read, or are none.
     """
     try:
-        metadata = json.loads(sidecar(path).read_text())
+        metadata = json.loads(sidecar(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e:
         raise RuntimeInputError(
             f'There is no {sidecar(path)}, which holds the input format and classes of {path.name}; put it beside the '
@@ -1336,15 +1336,14 @@ def list_images(paths: Sequence[str]) -> List[Path]:
 
 def add_run(commands: Any) -> None:
     """Add the command to a parser's."""
-    command = commands.add_parser(
-        'run', help='classify images', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('run', help='classify images')
     command.add_argument('file', help='.onnx file, engine, folder of ONNX files, or Hub repository')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
     command.add_argument('--explain', type=Path, metavar='PATH', help='picture of one image, or folder for several')
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
-    command.add_argument('--top', type=int, default=3, help='classes to print')
-    command.add_argument('--batch-size', type=int, default=64)
-    command.add_argument('--device', choices=DEVICES, default='auto')
+    command.add_argument('--top', type=int, default=3, help='classes to print (default: %(default)s)')
+    command.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
+    command.add_argument('--device', choices=DEVICES, default='auto', help='(default: %(default)s)')
     command.add_argument('--threads', type=int, help='of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
     command.add_argument(

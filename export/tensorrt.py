@@ -135,6 +135,12 @@ def build_engine(
         tmp.touch()  # before the work, should the folder not be writable
     if options.size:
         check_size(options.size, metadata['preprocessing']['input_size'])
+    try:
+        # an engine may move to another system; `..` is of the folder that a link leads to; a file that is a link, as in
+        # the Hub's cache, keeps its name
+        relative = Path(os.path.relpath(onnx_path.parent.resolve() / onnx_path.name, path.parent.resolve())).as_posix()
+    except ValueError as e:  # of Windows
+        raise InputError(f'{onnx_path} and {path} are on two drives; put both on one.') from e
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         if trt.__name__ == 'tensorrt':
@@ -142,9 +148,6 @@ def build_engine(
                 if cudart := import_library('cuda.bindings.runtime'):
                     stack.enter_context(on_first_gpu(cudart))  # which the sidecar and the timing cache are of
         plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
-    # an engine may move to another system; `..` is of the folder that a link leads to; a file that is a link, as in the
-    # Hub's cache, keeps its name
-    relative = Path(os.path.relpath(onnx_path.parent.resolve() / onnx_path.name, path.parent.resolve())).as_posix()
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,

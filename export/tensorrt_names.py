@@ -57,7 +57,7 @@ def find_names() -> List[str]:
     """Every name of TensorRT in the sources, as 'Class.member' or 'name', sorted."""
     names = set(COMPUTED)
     for source in SOURCES:
-        tree = ast.parse((ROOT / source).read_text())
+        tree = ast.parse((ROOT / source).read_text(encoding='utf-8'))
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 name = _resolve(node)

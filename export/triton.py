@@ -65,7 +65,7 @@ def add_models(repository: Path, paths: Sequence[Path], name: Optional[str], opt
 
 
 def _read(path: Path) -> Optional[str]:
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding='utf-8') if path.is_file() else None
 
 
 @dataclass
@@ -108,8 +108,9 @@ class _Model:
             if sidecar(self.path).is_file():
                 shutil.copyfile(sidecar(self.path), sidecar(file))
             if not there:
-                (tmp / 'config.pbtxt').write_text(self.config)
-                (tmp / 'labels.txt').write_text(self.labels)
+                (tmp / 'config.pbtxt').write_text(self.config, encoding='utf-8', newline='\n')
+                # which Triton splits at \n
+                (tmp / 'labels.txt').write_text(self.labels, encoding='utf-8', newline='\n')
             _replace(tmp, folder if there else model)
         return folder
 

@@ -28,7 +28,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         for picture in load_data(name)['pictures'].values():  # beside the card on the Hub alone
             text = text.replace(f']({Path(picture).name})', f'](../../{picture})')
         if args.check:
-            if not path.is_file() or path.read_text() != text:
+            if not path.is_file() or path.read_text(encoding='utf-8') != text:
                 raise InputError(f'{path.name} is stale; run python -m hub_cards and commit it.')
             continue
         write_text(path, text)

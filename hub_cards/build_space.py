@@ -72,11 +72,14 @@ def build(
         with writing(output) as tmp:
             remove(tmp)  # of a run that was killed
             shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
+            tmp.chmod(0o755)  # a checkout may be read-only
             shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
             (tmp / 'examples').mkdir()
             for path in pictures:
                 shutil.copy(path, tmp / 'examples')
             shutil.copytree(exported, tmp / 'models')
+            if output.exists():
+                output.rmdir()  # it is empty, and Windows replaces no folder
             os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
 

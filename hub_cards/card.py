@@ -50,7 +50,7 @@ def load_data(name: str) -> Dict[str, Any]:
     path = MODELS / f'{name}.yaml'
     if not path.is_file():
         raise InputError(f'There is no card of {name!r}; there are {", ".join(list_cards())}.')
-    data = yaml.safe_load(path.read_text())
+    data = yaml.safe_load(path.read_text(encoding='utf-8'))
     missing = [field for field in REQUIRED if field not in data]
     if missing:
         raise InputError(f'{path.name} lacks {", ".join(missing)}.')
@@ -62,7 +62,7 @@ def find_card(weights_sha256: str) -> Optional[str]:
     for name in list_cards():
         data = load_data(name)
         path = ROOT / data['exports'] / f'{data["model"]}.fp32.onnx.json'
-        if path.is_file() and json.loads(path.read_text())['weights_sha256'] == weights_sha256:
+        if path.is_file() and json.loads(path.read_text(encoding='utf-8'))['weights_sha256'] == weights_sha256:
             return name
     return None
 
@@ -160,8 +160,8 @@ def render_plain(
 
 def _read_template(name: str) -> str:
     """With the table of engines, as huggingface_hub renders text alone, where templates cannot include others."""
-    text = (TEMPLATE.parent / name).read_text()
-    return text.replace('{{ engine_table }}\n', (TEMPLATE.parent / 'engines.md.jinja').read_text())
+    text = (TEMPLATE.parent / name).read_text(encoding='utf-8')
+    return text.replace('{{ engine_table }}\n', (TEMPLATE.parent / 'engines.md.jinja').read_text(encoding='utf-8'))
 
 
 def _count_leads(trust: Optional[Dict[str, Any]]) -> Dict[str, Dict[str, int]]:
@@ -196,7 +196,7 @@ def _read(path: str) -> str:
     file = ROOT / path
     if not file.is_file():
         raise InputError(f'The card needs {path}, which is not there; run the command that writes it.')
-    return file.read_text()
+    return file.read_text(encoding='utf-8')
 
 
 def _load_json(path: str) -> Any:

@@ -27,8 +27,8 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
     folder = weights.parent
     if not all((folder / name).is_file() for name in ('result.json', SETTINGS)):
         return None
-    result = json.loads((folder / 'result.json').read_text())
-    settings = yaml.safe_load((folder / SETTINGS).read_text())
+    result = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
+    settings = yaml.safe_load((folder / SETTINGS).read_text(encoding='utf-8'))
     test, best, pooled = result.get('test'), result.get('best'), settings.get('pool')
     if weights.stem != ('best' if best else 'last') or not (test or best):
         return None

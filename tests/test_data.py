@@ -20,8 +20,10 @@ from timm_tmblock.image import IMAGE_SUFFIXES
 from train import data
 from train.augment import DataConfig
 from train.data import (
+    SAMPLE,
     ImageSet,
     InMemorySet,
+    adopt_classes,
     check_classes,
     decode,
     fits_in_memory,
@@ -196,7 +198,7 @@ def test_processes_decode_the_same_in_the_same_order(monkeypatch):
     config = DataConfig((3, 24, 24), (0, 0, 0), (1, 1, 1))
     digest = partial(hash_pixels, seed=0)  # of the images of 32x32
     alone = decode(dataset, config, progress=False, digest=digest)
-    monkeypatch.setattr(data, 'WORTH_A_PROCESS', 100)
+    monkeypatch.setattr(data, 'WORTH_A_PROCESS', 1e5)
     monkeypatch.setattr(data, 'CHUNK', 30)
     state = torch.get_rng_state()
     processes = set()
@@ -390,6 +392,46 @@ def test_groups_of_classes_are_no_splits(tmp_path):
         Image.new('RGB', (8, 8)).save(tmp_path / group / name / '0.png')
     assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['car', 'cat', 'dog']
     assert get_class_names(open_dataset('torch/folder', 'train', str(tmp_path))) == ['animals', 'vehicles']
+
+
+def save_classes(folder, *names):
+    """A grey image of each class, one level lighter than the last."""
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8), (level,) * 3).save(folder / name / '0.png')
+
+
+def test_classes_of_a_folder_are_numbered_by_name_without_hidden_ones(tmp_path):
+    save_classes(tmp_path / 'train', 'a', 'A', '01', '1', 'B', 'b', '.ipynb_checkpoints', 'B/.trash/a')
+    dataset = open_dataset(str(tmp_path), 'train')
+    assert get_class_names(dataset) == ['01', '1', 'A', 'a', 'B', 'b']  # not in the order of a set
+    found = decode(dataset, DataConfig((3, 8, 8), (0, 0, 0), (1, 1, 1)), progress=False)
+    assert found.images[:, 0, 0, 0].tolist() == [2, 3, 1, 0, 4, 5] and found.targets.tolist() == list(range(6))
+
+
+def test_split_may_lack_a_class(tmp_path):
+    save_classes(tmp_path / 'train', 'a', 'b', 'c')
+    save_classes(tmp_path / 'validation', 'c', 'a')
+    save_classes(tmp_path / 'test', 'd', 'a')
+    small = open_dataset(str(tmp_path), 'validation')
+    assert adopt_classes(small, ['a', 'b', 'c']) == ['a', 'b', 'c']
+    found = decode(small, DataConfig((3, 8, 8), (0, 0, 0), (1, 1, 1)), progress=False)
+    assert found.images[:, 0, 0, 0].tolist() == [1, 0] and found.targets.tolist() == [0, 2]
+    assert adopt_classes(open_dataset(str(tmp_path), 'test'), ['a', 'b', 'c']) == ['a', 'd']
+
+
+def test_class_may_be_called_as_a_split(tmp_path):
+    save_classes(tmp_path, 'bus', 'car', 'train')
+    assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['bus', 'car', 'train']
+
+
+def test_labels_that_are_integers_are_classes(tmp_path):
+    pixels = [dict(bytes=(SAMPLE / 'images' / 'cat.png').read_bytes(), path=None)] * 3
+    for split, labels in (('train', [0, 2, 1]), ('test', [1, 0, 1])):
+        datasets.Dataset.from_dict(dict(image=pixels, label=labels)).to_parquet(tmp_path / f'{split}.parquet')
+    train, test = (open_dataset(f'hfds/{tmp_path}', split) for split in ('train', 'test'))
+    assert get_class_names(train) == ['0', '1', '2'] and get_class_names(test) == ['0', '1']
+    assert adopt_classes(test, get_class_names(train)) == ['0', '1', '2']
 
 
 def test_workers_end_with_what_they_were_for(tmp_path):

@@ -82,13 +82,19 @@ def test_images_are_compared_one_by_one_where_the_answers_are_known():
 def test_runs_of_fewer_epochs_than_the_protocol_say_so():
     table = {('rn26', 'cifar10'): [89., 89.1, 89.2], ('rn26_tm', 'cifar10'): [91., 91.1, 91.2],
              ('rn26_aux', 'cifar10'): [91.1, 91.2, 91.]}
-    found = verdicts(scores=dict(table1=table), short=dict(table1=40))
+    found = verdicts(scores=dict(table1=table), short={('table1', 'cifar10'): 40})
     assert found['Template matching improves the baselines'][0] == 'holds after 40 epochs'
     told = found['It does more than auxiliary supervision alone']
     assert told[0] == UNDECIDED and told[1].endswith(', by itself: holds after 40 epochs')
     assert ' runs, p = ' in told[1]
-    assert verdicts(scores=dict(table1=table), short=dict(depth=40))['Template matching improves the baselines'][0] == (
-        HOLDS)
+    assert verdicts(scores=dict(table1=table), short={('depth', 'cifar10'): 40})[
+        'Template matching improves the baselines'][0] == HOLDS
+    both = {**table, **{(row, 'cifar100'): runs for (row, _), runs in table.items()}}
+    verdict, told = verdicts(scores=dict(table1=both), short={('table1', 'cifar10'): 40})[
+        'Template matching improves the baselines']
+    assert verdict == 'holds after 40 epochs'
+    short, full = told.split('; ')[:2]
+    assert short.endswith(', by itself: holds after 40 epochs') and full.endswith(', by itself: holds')
 
 
 def test_two_standard_errors_decide():

@@ -16,7 +16,7 @@ from train import reproduce
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
 from train.paper import DATASETS, TABLE_1
-from train.reproduce import create_cells, create_parser, main
+from train.reproduce import check_flags, create_cells, create_parser, main
 from train.tables import format_scores, render, tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -206,11 +206,21 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     assert result['updates'] == 25
     stamp = (folder / 'log.txt').stat().st_mtime_ns
     main(long)
-    main([*long, '--checkpoint-interval', '7'])  # which changes no result
+    main([*long, '--checkpoint-interval', '7', '--report-to', 'tensorboard'])  # which change no result
     assert (folder / 'log.txt').stat().st_mtime_ns == stamp
     for row in ('rn26', 'rn38'):  # itself, and one to compare it with
         with pytest.raises(InputError, match='rn26.cifar10.seed0 was begun with the flags .*choose another --output'):
             main([*command[:2], row, *long[3:], '--lr', '0.1'])
+
+
+def test_runs_from_the_hub_are_set_beside_those_of_a_copy():
+    folder, flags = ROOT / 'train' / 'results' / 'paper' / 'table1', ['--epochs', '40', '--mixed-precision', 'bf16']
+    for dataset in ('cifar10', 'cifar100'):
+        check_flags(folder, dataset, flags)
+        check_flags(folder, dataset, ['--dataset', f'hfds/uoft-cs/{dataset}', *flags])
+        for other in (flags[2:], ['--dataset', f'hfds/uoft-cs/{dataset}x', *flags]):
+            with pytest.raises(InputError, match=f'{dataset}.seed0 was begun with the flags'):
+                check_flags(folder, dataset, other)
 
 
 @pytest.mark.usefixtures('forked_runs')
@@ -249,7 +259,7 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
     for dataset, column in (('cifar100', 2), ('mini_imagenet', 3)):
         assert format_scores([70.]) in '\n'.join(lines := tabulate('table1', {('rn38', dataset): [70.]}))
         assert f'| RN38 | 70.00 (1 run) | {TABLE_1["rn38"][column]:.2f} |' in lines
-    assert '- Seeds: 0; 1' in text and '- Epochs: 3\n' in text
+    assert '- Seeds: 0, 1' in text and '- Epochs: 3\n' in text
     assert '- `python train/train.py --seed 0`, also with --seed 1\n' in text
 
 

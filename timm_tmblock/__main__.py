@@ -22,9 +22,7 @@ from .image import list_images
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    command = commands.add_parser(
-        'explain', help='classify images and show which class each region matched',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser('explain', help='classify images and show which class each region matched')
     command.add_argument('model', help='pretrained model, or .onnx or .safetensors file')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
     command.add_argument('--checkpoint', metavar='FILE', help='weights of the model, in place of its own')
@@ -80,8 +78,8 @@ def explain(args: argparse.Namespace) -> None:
         result = dict(image=str(path), top=explanation.top())
         if args.output:
             numbered = (f'{path.stem}-{i}' for i in count(2))  # of another folder
-            name = next(name for name in chain([path.stem], numbered) if name not in written)
-            written.add(name)
+            name = next(name for name in chain([path.stem], numbered) if name.lower() not in written)
+            written.add(name.lower())  # some disks take a and A for one
             picture = args.output / f'{name}.explained.png'
             with writing(picture) as tmp:
                 explanation.picture(args.class_name).save(tmp, format='PNG')

@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
         InputError: If the disk is full or not writable.
     """
     with writing(path) as tmp:
-        tmp.write_text(text)
+        tmp.write_text(text, encoding='utf-8', newline='\n')
         os.replace(tmp, path)
 
 

@@ -68,7 +68,7 @@ def _is_unread() -> bool:
     """Whether the reader of standard output has gone."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
+        poll.register(sys.stdout.fileno(), select.POLLOUT)  # macOS watches nothing that is not asked for
     except (AttributeError, OSError, ValueError):  # Windows; no file, as where output is captured; closed
         return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -102,6 +102,8 @@ def _measure(path: Path) -> Dict[str, int]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == 'nt':  # Windows flushes no file that is open for reading, nor a folder
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,7 +113,7 @@ def _flush(path: Path) -> None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        files = json.loads((path / 'state.json').read_text())['files']
+        files = json.loads((path / 'state.json').read_text(encoding='utf-8'))['files']
         found = _measure(path)
     except (OSError, ValueError, KeyError):
         return False
@@ -126,7 +128,7 @@ def find_checkpoints(folder: Path) -> List[Path]:
 
 def _place(path: Path) -> Tuple[int, int, str]:
     """Where in training a checkpoint is; its number is no measure where the size of an update has changed."""
-    state = json.loads((path / 'state.json').read_text())
+    state = json.loads((path / 'state.json').read_text(encoding='utf-8'))
     return state['epoch'], state['batch'], path.name
 
 
@@ -152,7 +154,7 @@ def load_checkpoint(
         raise InputError(f'{folder} holds no checkpoint to resume from; give the folder of an earlier run.')
     path = checkpoints[-1]
     try:
-        content = json.loads((path / 'state.json').read_text())
+        content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
         content.pop('files')
         state = TrainState(**content)
         if state.sharding != name_sharding(accelerator):

@@ -1,7 +1,7 @@
 """What the paper claims, and what the committed results say of it."""
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from train.analysis import name_network
 from train.comparison import FAILS, HOLDS, MARGIN, UNDECIDED, Comparison, Difference, compare_others, find_last
@@ -48,20 +48,22 @@ def compare_rows(
         within_margin: bool = False,
 ) -> Tuple[str, List[str]]:
     """Whether the first setting of each pair beats the second, or is at most MARGIN below it, on each set both have."""
-    scores, verdicts, lines = evidence.scores.get(experiment, {}), [], []
+    scores, verdicts, lines, sets = evidence.scores.get(experiment, {}), [], [], []
     for better, worse in pairs:
         for dataset in DATASETS:
             a, b = scores.get((better, dataset)), scores.get((worse, dataset))
             if a and b:
                 difference = Difference.of_runs([a], [b])
                 verdicts.append(difference.verdict_within_margin if within_margin else difference.verdict)
+                sets.append(dataset)
                 names = (label(row) for row in (better, worse))
                 runs = f'{len(a)} and {len(b)} runs' if len(a) + len(b) > 2 else 'one run each'
                 runs += '' if within_margin else say_p(difference)
                 lines.append(f'{" against ".join(names)}, {DATASET_NAMES[dataset]}: {difference} points ({runs})')
     if len(lines) > 1:
         lines = [
-            f'{line}, by itself: {say_epochs(verdict, evidence, experiment)}' for line, verdict in zip(lines, verdicts)]
+            f'{line}, by itself: {say_epochs(verdict, evidence, experiment, [dataset])}'
+            for line, verdict, dataset in zip(lines, verdicts, sets)]
     return combined(verdicts), lines
 
 
@@ -111,10 +113,10 @@ def introduce(what: str, lines: List[str]) -> List[str]:
     return [f'{what}: {lines[0]}', *lines[1:]] if lines else []
 
 
-def say_epochs(verdict: str, evidence: Evidence, experiment: str) -> str:
-    """A verdict, with the epochs of runs that the protocol would have gone on with."""
-    epochs = evidence.short.get(experiment)
-    return f'{verdict} after {epochs} epochs' if epochs and verdict in (HOLDS, FAILS) else verdict
+def say_epochs(verdict: str, evidence: Evidence, experiment: str, datasets: Sequence[str] = DATASETS) -> str:
+    """A verdict, with the fewest epochs of runs that the protocol would have gone on with."""
+    epochs = [evidence.short[experiment, d] for d in datasets if (experiment, d) in evidence.short]
+    return f'{verdict} after {min(epochs)} epochs' if epochs and verdict in (HOLDS, FAILS) else verdict
 
 
 def judge_baselines(evidence: Evidence) -> Judgement:
@@ -284,8 +286,9 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
         tag: found for tag, found in evidence.geometry.items() if label == 'class' or tag not in evidence.elsewhere}
 
     verdict, lines = judge_against('stage 3', 'baseline stage 3')
-    if verdict.startswith(HOLDS) and not judge_against('patch mean')[0].startswith(HOLDS):
-        verdict += ', but averaging over patches alone does as much'
+    beside_averages = judge_against('patch mean')[0]
+    if verdict.startswith(HOLDS) and not beside_averages.startswith(HOLDS):
+        verdict += f', but averaging over patches alone does {"more" if beside_averages == FAILS else "as much"}'
     return verdict, introduce(f'neighbours of the {label} at the output', lines)
 
 

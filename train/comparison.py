@@ -94,7 +94,7 @@ class Comparison:
     baseline: str  # tag
     epochs: int
     difference: Difference
-    pair: Tuple[str, str]  # network and dataset; several of one pair are stages of their training
+    pair: Tuple[str, str, str]  # network, dataset and seed; several of one pair are stages of their training
     by_image: bool  # whether the error is of what they answer for the same images
     taught: bool  # whether both had a teacher
 
@@ -152,8 +152,8 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
             epochs = sum(run['epochs'] for run in legs)
             found.append(
                 Comparison(
-                    tag, other, epochs, difference, (model, dataset), are_paired(ours, theirs),
-                    tag in evidence.taught))
+                    tag, other, epochs, difference, (model, dataset, str(legs[-1]['settings']['seed'])),
+                    are_paired(ours, theirs), tag in evidence.taught))
     return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 
 

@@ -39,7 +39,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """With the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        return action.help if action.default in (None, {}) else super()._get_help_string(action)
+        without = action.default is False or action.default in (None, {}, [])
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -245,7 +246,8 @@ def create_parser() -> Parser:
         "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', '3a' (with "
         '--color-jitter 0.3), ...'))
     group.add_argument('--color-jitter', type=from_zero, nargs='+', metavar='FACTOR', help=(
-        'largest change of brightness, contrast and saturation: one for all, three, or four with the hue'))
+        'largest change of brightness, contrast and saturation: one for all, three, or four with the hue; after a '
+        "policy too, with which timm's script leaves it out"))
     group.add_argument('--color-jitter-prob', type=fraction, help='of an image to be jittered, all if not given')
     group.add_argument('--grayscale-prob', type=fraction, default=0., help='probability of an image without colour')
     group.add_argument('--gaussian-blur-prob', type=fraction, default=0., help='probability of a blurred image')
@@ -376,7 +378,7 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
 
 def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[str]] = None) -> List[str]:
     """Settings that differ from those `dump_args` wrote: of those named, or of the recipe."""
-    before = yaml.safe_load(path.read_text())
+    before = yaml.safe_load(path.read_text(encoding='utf-8'))
     now = yaml.safe_load(dump_args(args))
     asked = (k for k in now if (k not in NO_RECIPE if keys is None else k in keys))
     return [k for k in asked if k in before and now[k] != before[k]]
@@ -384,7 +386,7 @@ def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[s
 
 def find_changes_of_finished(args: argparse.Namespace, path: Path) -> List[str]:
     """Settings that a finished run has otherwise: of the recipe, and what images it was trained on."""
-    before = yaml.safe_load(path.read_text())
+    before = yaml.safe_load(path.read_text(encoding='utf-8'))
     changes = find_changes(args, path)
     if count_held_out(before) != count_held_out(vars(args)):
         changes.append('val_fraction')
@@ -415,7 +417,7 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
         return
     division = DIVISION + (('val_split', 'test_split') if args.pool else ())  # which are pooled
     changes = find_changes(args, path, division + (() if args.eval_only else SETTLED))
-    before, now = map(count_held_out, (yaml.safe_load(path.read_text()), vars(args)))
+    before, now = map(count_held_out, (yaml.safe_load(path.read_text(encoding='utf-8')), vars(args)))
     if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('val_fraction')
     if changes:
@@ -436,7 +438,7 @@ def _read_recipe(path: Path, seen: Tuple[Path, ...] = ()) -> Dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f'The recipe {path} is its own base.')
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except FileNotFoundError as e:
         raise InputError(f'There is no recipe {path}.') from e
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -481,7 +483,7 @@ def _flag(action: argparse.Action, value: Any) -> List[str]:
         if not isinstance(value, bool):
             raise InputError(f'{action.dest} must be true or false, not {value!r}.')
         return [option if value else action.option_strings[1]]
-    if value is False and 'no' in (action.choices or ()):
+    if value is False:
         value = 'no'  # which YAML reads as false
     if isinstance(value, dict):
         value = [f'{k}={v}' for k, v in value.items()]

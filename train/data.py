@@ -1,10 +1,12 @@
 """Image sets: opened by timm, and decoded once to a uint8 tensor where they fit in memory."""
+import errno
 import math
 import os
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.transforms_factory import create_transform
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
@@ -27,7 +30,8 @@ HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
 CHUNK = 256  # images that a process decodes at a time
-WORTH_A_PROCESS = 5000  # images; fewer are decoded before another process has begun
+WORTH_A_PROCESS = 5e6  # pixels of images; fewer are decoded before another process has begun
+INTEGERS = tuple(f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64))
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
 
@@ -112,6 +116,7 @@ def open_dataset(
             kwargs['root'] = root or name
             if Path(root or name).is_dir():  # timm reads png and jpg unless told otherwise, and leaves out the rest
                 kwargs['input_key'] = ';'.join(IMAGE_SUFFIXES)
+                kwargs['search_split'] = not _is_class(Path(root or name) / split)
         elif rest.lower() in HALVED and split not in SPLIT_NAMES:
             raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
         elif not root:
@@ -123,12 +128,21 @@ def open_dataset(
         reason = first_line(e)
         if reason == 'AssertionError':  # what timm says of it
             reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
+        elif reason == 'Config name is missing.':
+            reason = (
+                f'it has several configurations, of which timm opens none ({shorten(str(e), 200)}); download the files '
+                f'of one into a FOLDER and name hfds/FOLDER')
+        elif isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES):
+            reason += '; sets of the Hub and the sample are cached in HF_HOME, so let that be a folder you can write in'
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
     if kind != 'hfds':
         _check_folder(dataset, name, split, Path(root or name))
+        _number_classes(dataset)
+        size = len(dataset)
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
     if kind == 'hfds':
+        import pyarrow.compute as pc
         table = dataset.reader.dataset.data
         # timm casts the image column, which adds an empty one where there was none
         columns = [c for c in table.column_names if table.column(c).null_count < size]
@@ -136,7 +150,40 @@ def open_dataset(
             if key not in columns:
                 raise InputError(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
+        if not dataset.reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
+            largest = pc.max(table.column(target_key)).as_py()
+            dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
     return dataset
+
+
+def _is_class(folder: Path) -> bool:
+    """Whether a folder named as a split is one of images, as of a class of trains."""
+    return folder.is_dir() and not any(path.is_dir() for path in folder.iterdir())
+
+
+def _number_classes(dataset: Any, names: Optional[Sequence[str]] = None) -> None:
+    """Number the classes of a folder: in the order of their names, or that of others which include them.
+
+    timm takes hidden folders for classes too, and leaves the order of 'a' and 'A', or '1' and '01', to chance.
+    """
+    if isinstance(dataset, ImageFolder):
+        dataset.loader = str  # a path; torchvision's own drops what is transparent before anybody sees it
+        return
+    reader = getattr(dataset, 'reader', None)
+    if type(reader) is not ReaderImageFolder:
+        return
+
+    def is_hidden(path: str) -> bool:
+        return any(part.startswith('.') for part in Path(os.path.relpath(path, reader.root)).parts[:-1])
+
+    old = {index: name for name, index in reader.class_to_idx.items()}
+    samples = sorted(
+        ((path, old[index]) for path, index in reader.samples if not is_hidden(path)),
+        key=lambda sample: (natural_key(sample[0]), sample[0]))
+    if names is None:
+        names = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
+    reader.class_to_idx = {name: index for index, name in enumerate(names)}
+    reader.samples = [(path, reader.class_to_idx[name]) for path, name in samples]
 
 
 def is_whole_folder(dataset: Any, root: Path) -> bool:
@@ -154,7 +201,8 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
             path.name for folder in folders for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')
         # parts with the same classes, whatever they are called; torchvision takes the outer folders for classes
         repeated = isinstance(source, ReaderImageFolder) and any(count > 1 for count in classes.values())
-        splits = [path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES]
+        splits = [
+            path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES and not _is_class(path)]
         if splits:
             raise InputError(
                 f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}; name one of these with the flag '
@@ -217,14 +265,31 @@ def open_named(args: Namespace, split: str) -> Any:
 def get_class_names(dataset: Any) -> List[str]:
     """Class names in the order of their indices."""
     reader = getattr(dataset, 'reader', dataset)
-    class_to_idx = getattr(reader, 'class_to_idx', None)
+    class_to_idx = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of .tar files
     if not class_to_idx:
         raise InputError(
-            'The dataset does not say its classes; of an hfds/ set cast the label column to datasets.ClassLabel first.')
+            'The dataset does not say its classes; of an hfds/ set make the label column integers or a '
+            'datasets.ClassLabel, of another kind put the images into a folder for each class.')
     names: Dict[int, str] = {}
     for name, index in class_to_idx.items():
         names.setdefault(index, str(name))  # of ImageNet's several the first
     return [names[index] for index in sorted(names)]
+
+
+def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
+    """Number the classes of a set as `names`, where these include them: a small split may lack some.
+
+    Returns:
+        The names of the set's classes, in order.
+    """
+    found = get_class_names(dataset)
+    reader = getattr(dataset, 'reader', None)
+    if set(found) < set(names):
+        if type(reader) is ReaderImageFolder:
+            _number_classes(dataset, names)
+        elif found == list(names[:len(found)]):  # of labels that are integers
+            reader.class_to_idx = {name: index for index, name in enumerate(names)}
+    return get_class_names(dataset)
 
 
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
@@ -309,7 +374,10 @@ def decode(
     """
     class_names = get_class_names(dataset)
     source = ImageSet(dataset, 3, labelled, rows)
-    workers = min(num_workers, os.cpu_count() or 1, len(source) // WORTH_A_PROCESS)
+    workers = 0
+    if num_workers and len(source):
+        pixels = len(source) * math.prod(source[0][0].size)
+        workers = min(num_workers, os.cpu_count() or 1, int(pixels / WORTH_A_PROCESS))
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
     digests: List[bytes] = []

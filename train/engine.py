@@ -30,7 +30,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
     """
-    resolve_device(args.device)
+    device = resolve_device(args.device)
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
@@ -47,7 +47,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
-            cpu=args.device == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
+            cpu=device.type == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accum_steps),  # the launcher's aside
             log_with=_resolve_trackers(args.report_to) or None,

@@ -31,10 +31,10 @@ from train.augment import DataConfig
 from train.config import Parser, gigabytes, not_negative, positive
 from train.data import (
     add_data_options,
+    adopt_classes,
     check_classes,
     decode,
     fits_in_memory,
-    get_class_names,
     is_whole_folder,
     open_named,
 )
@@ -74,7 +74,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
     dataset, root = open_named(args, args.split), Path(args.data_dir or args.dataset)
     if is_whole_folder(dataset, root):
         print(f'{root} has no folder {args.split}; all of its images are measured.', file=sys.stderr)
-    names = get_class_names(dataset)
+    names = adopt_classes(dataset, runner.class_names or ())
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)
     channels_last = runner.kind == 'PyTorch'

@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import yaml
 
@@ -27,11 +27,12 @@ class Evidence:
     elsewhere: Set[str] = field(default_factory=set)  # tags of other sets than CIFAR-10, which Figures 5 to 7 are of
     words: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     maximizer: Optional[Dict[str, Any]] = None
-    short: Dict[str, int] = field(default_factory=dict)  # epochs of experiments that had fewer than the protocol says
+    # by experiment and set, epochs where runs had fewer than the protocol says
+    short: Dict[Tuple[str, str], int] = field(default_factory=dict)
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
 
 
 def collect(root: Path) -> Evidence:
@@ -44,16 +45,20 @@ def collect(root: Path) -> Evidence:
         found = {tag: read_json(results / tag / 'analysis' / f'{name}.json') for tag in tags}
         return {tag: value for tag, value in found.items() if value}
 
-    protocol = yaml.safe_load(PROTOCOL.read_text())
+    protocol = yaml.safe_load(PROTOCOL.read_text(encoding='utf-8'))
     rn20 = results / 'rn20.cifar10'
     maximizer = read_json(rn20 / 'analysis' / 'maximizer.json')
     if maximizer:
-        settings = yaml.safe_load((rn20 / SETTINGS).read_text())
+        settings = yaml.safe_load((rn20 / SETTINGS).read_text(encoding='utf-8'))
         maximizer.update(
             epochs=settings['epochs'], planned=protocol['epochs'], opt=settings['opt'],
             by_protocol=all(settings[key] == protocol[key] for key in protocol if key not in ('epochs', 'seed')))
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
-    trained = {name: min(r['epochs'] for r in found) for name, (found, _) in paper.items() if found}
+    trained: Dict[Tuple[str, str], int] = {}
+    for name, (found, _) in paper.items():
+        for r in found:
+            key = name, r['data']
+            trained[key] = min(r['epochs'], trained.get(key, r['epochs']))
     return Evidence(
         scores={name: scores for name, (_, scores) in paper.items()},
         evaluations={tag: read_json(results / tag / 'evaluation.json') for tag in runs},
@@ -65,5 +70,5 @@ def collect(root: Path) -> Evidence:
         maximizer=maximizer,
         taught={tag for tag in runs if count_taught_epochs(tag, runs)},
         elsewhere={tag for tag, run in runs.items() if Path(run['dataset']).name != 'cifar10'},
-        short={name: epochs for name, epochs in trained.items() if epochs < protocol['epochs']},
+        short={key: epochs for key, epochs in trained.items() if epochs < protocol['epochs']},
     )

@@ -13,7 +13,7 @@ from timm_tmblock.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
-    """PyTorch's device of 'auto', 'cpu', 'cuda' or 'mps'.
+    """PyTorch's device of 'auto' (a CUDA device, or the CPU), 'cpu', 'cuda' or 'mps'.
 
     Raises:
         InputError: If there is none here.

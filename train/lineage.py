@@ -20,8 +20,8 @@ def read_runs(results: Path) -> Dict[str, Dict[str, Any]]:
         missing = [name for name in ('result.json', SETTINGS) if not (results / tag / name).is_file()]
         if missing:
             raise InputError(f'train/results/{tag} has no {missing[0]}; train/ship.py writes it.')
-        runs[tag] = json.loads((results / tag / 'result.json').read_text())
-        runs[tag]['settings'] = yaml.safe_load((results / tag / SETTINGS).read_text())
+        runs[tag] = json.loads((results / tag / 'result.json').read_text(encoding='utf-8'))
+        runs[tag]['settings'] = yaml.safe_load((results / tag / SETTINGS).read_text(encoding='utf-8'))
     return runs
 
 
@@ -37,12 +37,15 @@ def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[s
         return None if run['settings'].get('pretrained') else [run]
     others = {k: v for k, v in runs.items() if k != tag}
     for other, earlier in others.items():
-        if _identify(earlier) != _identify(run):
-            continue
-        if Path(start).parent.name == earlier['settings'].get('experiment') or Path(start).stem == other:
+        if _identify(earlier) == _identify(run) and is_of(start, other, earlier['settings']):
             before = find_legs(other, others)
             return None if before is None else [*before, run]
     return None
+
+
+def is_of(weights: str, tag: str, settings: Dict[str, Any]) -> bool:
+    """Whether a file is the weights of a run: it lies in its experiment folder, or ships as its tag."""
+    return Path(weights).parent.name == settings.get('experiment') or Path(weights).stem == tag
 
 
 def _identify(run: Dict[str, Any]) -> Tuple[str, str]:

@@ -18,7 +18,7 @@ from train.config import SETTINGS
 
 
 def create_folder_name(args: Namespace) -> Path:
-    """The experiment folder, the same on every process.
+    """The experiment folder, the same on every process; its name, where none was given, is written into the settings.
 
     Raises:
         InputError: If there is no run to resume, or there is one that was not to be resumed.
@@ -34,7 +34,8 @@ def create_folder_name(args: Namespace) -> Path:
         return Path(args.resume)
     # several runs may begin in one second
     names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']
-    folder = Path(args.output) / broadcast_object_list(names)[0]
+    args.experiment = broadcast_object_list(names)[0]
+    folder = Path(args.output) / args.experiment
     if find_checkpoints(folder) or (folder / 'result.json').is_file():
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
@@ -86,7 +87,7 @@ def write_summary(folder: Path, history: List[Dict[str, Any]]) -> None:
     path = folder / 'summary.csv'
     columns = list(dict.fromkeys(key for row in history for key in row))  # epochs without validation have fewer
     with writing(path) as tmp:
-        with tmp.open('w', newline='') as f:
+        with tmp.open('w', encoding='utf-8', newline='') as f:
             writer = csv.DictWriter(f, fieldnames=columns)
             writer.writeheader()
             writer.writerows(history)

@@ -150,7 +150,7 @@ def say_recipe(root: Path, tag: str) -> str:
     path = root / 'hub_cards' / 'models' / f'{tag}.yaml'
     if not path.is_file():
         return '–'
-    recipe = yaml.safe_load(path.read_text())['recipe']
+    recipe = yaml.safe_load(path.read_text(encoding='utf-8'))['recipe']
     return f'[{Path(recipe).name}]({recipe})'
 
 
@@ -197,7 +197,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
 def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
     """Whether network and baseline were trained on different hardware or versions."""
     ours, theirs = ([
-        (run['hardware'].partition(',')[0], run['versions']['torch'].partition('+')[0])
+        ([machine.partition(',')[0] for machine in run['hardware'].split(', then ')],
+         run['versions']['torch'].partition('+')[0])
         for run in find_legs(tag, evidence.runs) or []] for tag in (comparison.tag, comparison.baseline))
     return ours != theirs
 
@@ -420,7 +421,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     for path, text in render_pages(ROOT).items():
         if not args.check:
             write_text(path, text)
-        elif not path.is_file() or path.read_text() != text:
+        elif not path.is_file() or path.read_text(encoding='utf-8') != text:
             raise InputError(f'{path.relative_to(ROOT)} is stale; run python train/report.py and commit it.')
 
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -97,10 +98,10 @@ def is_begun(path: Path) -> bool:
         (path / 'result.json').is_file() or bool(find_checkpoints(path)))
 
 
-def _find_protocol(flags: str) -> str:
-    """Flags but for where a copy of the set lies, and what does not change the result."""
-    flags = re.sub(r'(?<=--dataset )\S*/', '', flags)
-    return re.sub(r' ?--(checkpoint-interval|log-interval|workers) \S+', '', flags).strip()
+def _find_protocol(flags: str, dataset: str) -> str:
+    """Flags but for where the set or a copy of it lies, and what does not change the result."""
+    flags = re.sub(rf' ?--dataset (\S*/)?{dataset}(?!\S)', '', flags)
+    return re.sub(r' ?--(checkpoint-interval|log-interval|workers|project|report-to)( (?!-)\S+)+', '', flags).strip()
 
 
 def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
@@ -110,11 +111,12 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
         InputError: If there are such runs.
     """
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
-        cell = json.loads((path / 'cell.json').read_text())
-        if cell.get('data') == dataset and _find_protocol(cell['flags']) != _find_protocol(' '.join(flags)):
+        cell = json.loads((path / 'cell.json').read_text(encoding='utf-8'))
+        if cell.get('data') == dataset and _find_protocol(cell['flags'], dataset) != _find_protocol(
+                shlex.join(flags), dataset):
             raise InputError(
-                f'{path} was begun with the flags "{cell["flags"]}", not "{" ".join(flags)}", which all runs of a set '
-                f'share to be compared; choose another --output.')
+                f'{path} was begun with the flags "{cell["flags"]}", not "{shlex.join(flags)}", which all runs of a '
+                f'set share to be compared; choose another --output.')
 
 
 def check_test_part(flags: List[str]) -> None:
@@ -156,25 +158,26 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     path = folder / cell.name
     command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
                *flags]
-    wanted = ' '.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
+    wanted = shlex.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
     if is_begun(path):
-        begun = json.loads((path / 'cell.json').read_text())['command']
-        if _find_protocol(begun) != _find_protocol(wanted):
+        begun = json.loads((path / 'cell.json').read_text(encoding='utf-8'))['command']
+        if _find_protocol(begun, cell.dataset) != _find_protocol(wanted, cell.dataset):
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
-    if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text()):
+    if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text(encoding='utf-8')):
         return  # not one that train.py wrote and nobody has labelled yet
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f'Cannot write {path}: {e.strerror}; choose another --output.') from e
-    write_json(path / 'cell.json', dict(command=wanted, data=cell.dataset, flags=' '.join(flags)))
+    write_json(path / 'cell.json', dict(command=wanted, data=cell.dataset, flags=shlex.join(flags)))
     where = ['--resume', str(path)] if find_checkpoints(path) else [
-        '--output', str(folder), '--experiment', cell.name, '--report-to', 'none']
-    with (path / 'log.txt').open('a') as log:
+        '--output', str(folder), '--experiment', cell.name]
+    with (path / 'log.txt').open('a', encoding='utf-8') as log:
         process = running.start(
-            [sys.executable, str(ROOT / 'train.py'), *command, *where], stderr=log, env={**os.environ, **env})
+            [sys.executable, str(ROOT / 'train.py'), '--report-to', 'none', *command, *where], stderr=log,
+            env={**os.environ, **env})
         output = process.communicate()[0]
-        errors = (path / 'log.txt').read_text().strip().splitlines() or ['no output']
+        errors = (path / 'log.txt').read_text(encoding='utf-8').strip().splitlines() or ['no output']
         log.write(output)
     if process.returncode:
         raise InputError(f'{cell.name} failed, see {path}/log.txt: {errors[-1]}')
@@ -284,12 +287,15 @@ def main(argv: Optional[List[str]] = None) -> Path:
     check_test_part(extra)
     flags = [*(['--epochs', str(args.epochs)] if args.epochs else []), *extra]
     failures: List[str] = []
-    for dataset in args.datasets:  # sets differ in where they are
-        cells = [cell for cell in create_cells(args.experiment, args) if cell.dataset == dataset]
-        check_settings(cells, extra)
-        where = ['--dataset', sources[dataset]] if dataset in sources else []
-        check_flags(folder, dataset, [*where, *flags])
-        failures += run_cells(cells, folder, [*where, *flags], args.jobs)
+    cells = create_cells(args.experiment, args)
+    check_settings(cells, extra)
+    flags_of = {  # sets differ in where they are
+        dataset: [*(['--dataset', sources[dataset]] if dataset in sources else []), *flags]
+        for dataset in dict.fromkeys(args.datasets)}
+    for dataset, its_flags in flags_of.items():
+        check_flags(folder, dataset, its_flags)
+    for dataset, its_flags in flags_of.items():
+        failures += run_cells([c for c in cells if c.dataset == dataset], folder, its_flags, args.jobs)
     path = render(args.experiment, folder)
     if failures:
         raise InputError(' '.join(failures) + f' What is finished is in {path}.')
@@ -298,4 +304,4 @@ def main(argv: Optional[List[str]] = None) -> Path:
 
 if __name__ == '__main__':
     with exiting_on_input_error():
-        print(main().read_text())
+        print(main().read_text(encoding='utf-8'))

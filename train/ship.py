@@ -36,6 +36,7 @@ from train import evaluate
 from train.config import SETTINGS, Parser
 from train.data import add_data_options, open_named, share_images
 from train.files import hash_file, write_json
+from train.lineage import is_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / 'timm_tmblock' / 'weights'
@@ -95,8 +96,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     missing = [name for name in RECORDS if not (args.run / name).is_file()]
     if missing:
         raise InputError(f'{args.run} has no {missing[0]}; give the folder of a run that has finished.')
-    result = json.loads((args.run / 'result.json').read_text())
-    settings = yaml.safe_load((args.run / SETTINGS).read_text())
+    result = json.loads((args.run / 'result.json').read_text(encoding='utf-8'))
+    settings = yaml.safe_load((args.run / SETTINGS).read_text(encoding='utf-8'))
     seen = [name for name in (settings['train_split'], settings.get('val_split')) if name]
     same_set = Path(settings['dataset']).name == Path(args.dataset).name
     if settings.get('pool') or args.split in seen or (same_set and is_of_images_in(args, seen)):
@@ -109,6 +110,12 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         raise InputError(
             f'{args.run} trained {model} with {", ".join(arguments)} of its own; the tag would be another network, as '
             f'timm creates it without.')
+    target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
+    start, before = settings.get('initial_checkpoint'), results / SETTINGS
+    if start and before.is_file() and is_of(start, name, yaml.safe_load(before.read_text(encoding='utf-8'))):
+        raise InputError(
+            f'{results} records the run that {args.run} continues; rename it first, {model}_24_epochs.{args.tag} for '
+            f'example, so that the record stays.')
     data = ['--dataset', args.dataset, '--split', args.split, '--input-key', args.input_key, '--target-key',
             args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
             *(['--dataset-download'] if args.dataset_download else [])]
@@ -116,7 +123,6 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     def measure(path: Path, *flags: str) -> Dict[str, Any]:
         return evaluate.main([model, '--checkpoint', str(path), *data, *flags])
 
-    target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
     with tempfile.TemporaryDirectory() as folder:
         rounded, report = Path(folder) / 'float16.safetensors', Path(folder) / 'evaluation'
         round_weights(weights, rounded)
@@ -141,9 +147,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         sha256=hash_file(str(target)), bytes=target.stat().st_size, dtype=dtype,
         top1=round(evaluation['top1'], 4), top1_by_dtype={k: round(v, 4) for k, v in top1.items()},
         images=evaluation['images'], dataset=name_set(args.dataset),
-        source=str(results.relative_to(ROOT)))
+        source=results.relative_to(ROOT).as_posix())
     index = WEIGHTS / 'index.json'
-    entries = json.loads(index.read_text()) if index.is_file() else {}
+    entries = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
     write_json(index, dict(sorted({**entries, name: entry}.items())))
     return entry
 

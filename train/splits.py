@@ -20,7 +20,9 @@ from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.config import count_held_out, to_flag
 from train.data import (
+    ImageSet,
     InMemorySet,
+    adopt_classes,
     decode,
     fits_in_memory,
     get_class_names,
@@ -118,7 +120,8 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
             raise InputError(
                 f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} have images in common; name '
                 f'others for {other} and {part}.')
-    classes = {part: get_class_names(split) for part, split in splits.items()}
+    classes = {'train': get_class_names(splits['train'])}
+    classes.update({part: adopt_classes(split, classes['train']) for part, split in splits.items() if part != 'train'})
     for part in classes:
         if classes[part] != classes['train']:
             one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
@@ -162,6 +165,9 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             raise InputError(
                 f'{to_flag(name)} is of images that are randomly resized and cropped, as those of sets above '
                 f'--memory-limit are; leave it out, or set --memory-limit 0.')
+    for part, split in splits.items():
+        if not fits[part]:
+            ImageSet(split, 3)[0]  # a split without labels is told before the training, not after it
     divided = list(splits) if args.pool else ['train'] if fraction else []
     digest = partial(hash_pixels, seed=args.split_seed)
 

@@ -4,7 +4,7 @@ import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm_tmblock.checkpoint import write_text
 from train.files import save_figure
@@ -46,7 +46,7 @@ def name_hub_sets(text: str) -> str:
 
 def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
     """The finished runs in a folder, and their scores."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob('*/result.json'))]
+    results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*/result.json'))]
     results = [result for result in results if 'setting' in result and result['test']]
     scores: Scores = defaultdict(list)
     for result in results:
@@ -106,16 +106,16 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
     lines = []
     if len({r['seed'] for r in results}) > 2:
         lines.append('- ±: standard deviation over the runs, where there are more than two')
-    for key, title in (('epochs', 'Epochs'), ('seed', 'Seeds'), ('images', 'Images'), ('hardware', 'Hardware'),
-                       ('mixed_precision', 'Mixed precision'), ('versions', 'Versions')):
+    lines += _say_of_sets('Epochs', results, lambda found: ', '.join(dict.fromkeys(str(r['epochs']) for r in found)))
+    lines += _say_of_sets('Seeds', results, lambda found: ', '.join(dict.fromkeys(str(r['seed']) for r in found)))
+    for key, title in (('images', 'Images'), ('hardware', 'Hardware'), ('mixed_precision', 'Mixed precision'),
+                       ('versions', 'Versions')):
         found = list(dict.fromkeys(_say(r[key]) for r in results))
         if found:
             lines.append(f'- {title}: {"; ".join(found)}')
-    shares = [r['last']['train_top1'] for r in results if 'last' in r]
-    if shares:
-        lines.append(
-            f'- Training images, cropped and mirrored, that were right in the last epoch: {min(shares):.1f} to '
-            f'{max(shares):.1f} %')
+    lines += _say_of_sets(
+        'Training images, cropped and mirrored, that were right in the last epoch',
+        [r for r in results if 'last' in r], _say_shares)
     commands: Dict[str, List[str]] = {}  # of one seed, and the seeds of the runs that differ in theirs alone
     for result in results:
         alike = re.sub(r' --seed \d+', '', result['command'])
@@ -123,6 +123,19 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
     return lines + [
         f'- `python train/{command}`' + (f', also with --seed {", ".join(others)}' if others else '')
         for command, _, *others in commands.values()]
+
+
+def _say_of_sets(title: str, results: List[Dict[str, Any]], say: Callable[[List[Dict[str, Any]]], str]) -> List[str]:
+    """What is to be said of the runs on each set, once where it is the same."""
+    said = {DATASET_NAMES[d]: say(found) for d in DATASETS if (found := [r for r in results if r['data'] == d])}
+    if len(set(said.values())) > 1:
+        return [f'- {title}: {"; ".join(f"{text} ({name})" for name, text in said.items())}']
+    return [f'- {title}: {text}' for text in set(said.values())]
+
+
+def _say_shares(results: List[Dict[str, Any]]) -> str:
+    shares = [r['last']['train_top1'] for r in results]
+    return f'{min(shares):.1f} to {max(shares):.1f} %'
 
 
 def _say(value: Any) -> str:

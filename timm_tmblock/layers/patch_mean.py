@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 def _contiguous_for_gradient(x: torch.Tensor) -> torch.Tensor:
     # avg_pool2d with padding has wrong gradients where x is channels_last: on CUDA in releases before the fix of
-    # https://github.com/pytorch/pytorch/issues/188344, and on MPS
-    return x.contiguous() if x.requires_grad and x.device.type != 'cpu' else x
+    # https://github.com/pytorch/pytorch/issues/188344, and on MPS; there a batch norm of a part of the result is wrong
+    # too, https://github.com/pytorch/pytorch/issues/174345
+    return x.contiguous() if x.device.type == 'mps' or x.requires_grad and x.device.type != 'cpu' else x
 
 
 torch.fx.wrap('_contiguous_for_gradient')  # it asks of tensors what a trace does not know

@@ -5,6 +5,6 @@ FILLS = {'mean': 'the mean colour', 'blur': 'the same image, blurred'}  # in pla
 
 
 def name_network(name: str) -> str:
-    """A network as pictures call it: a weight file by its run."""
-    path = Path(name)
+    """A network as pictures and files call it: a weight file by its run, a folder or repository by its name."""
+    path = Path(name.split(':')[-1])
     return '.'.join(filter(None, (path.parent.name, path.stem))) if path.suffix == '.safetensors' else path.name

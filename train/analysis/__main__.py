@@ -29,7 +29,7 @@ from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
 from train.config import Parser, not_negative, number, positive, seed
-from train.data import InMemorySet, add_data_options, check_classes, decode, get_class_names, open_named
+from train.data import InMemorySet, add_data_options, adopt_classes, check_classes, decode, open_named
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions, resolve_device
@@ -114,7 +114,7 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     config = DataConfig.of(cfg)
     dataset = open_named(args, args.split)
     names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
-    check_classes(args.model, names, args.dataset, get_class_names(dataset))
+    check_classes(args.model, names, args.dataset, adopt_classes(dataset, names))
     return decode(dataset, config, num_workers=args.workers)
 
 
