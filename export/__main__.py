@@ -14,7 +14,6 @@ import argparse
 import re
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -372,9 +371,15 @@ def _push(args: argparse.Namespace) -> None:
 
 def create_parser() -> argparse.ArgumentParser:
     from train.config import HelpFormatter
+
+    class Command(argparse.ArgumentParser):
+        """With the defaults in its help."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(formatter_class=HelpFormatter, **kwargs)
+
     parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(
-        required=True, metavar='COMMAND', parser_class=partial(argparse.ArgumentParser, formatter_class=HelpFormatter))
+    commands = parser.add_subparsers(required=True, metavar='COMMAND', parser_class=Command)
     runtime.add_run(commands)
     add_onnx(commands)
     add_check(commands)

@@ -103,8 +103,10 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
         model = model.fuse() if hasattr(model, 'fuse') else timm.utils.reparameterize_model(model)
     model = model.to(device, dtype, memory_format=memory_format)
     torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime and TensorRT are told
-    if compiled:
-        model = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
+    torch.backends.cudnn.benchmark = True  # kernels are tried, as ONNX Runtime and TensorRT do
+    if compiled:  # for each batch size, as files are, and not for any
+        torch._dynamo.config.recompile_limit = 64  # of all networks, as they share their code
+        model = torch.compile(model, dynamic=False, mode='max-autotune' if device == 'cuda' else None)
 
     @torch.inference_mode()
     def call(x: np.ndarray) -> Any:

@@ -21,7 +21,7 @@ opset: of the ONNX operators.
 precision: 'fp32', 'fp16', 'bf16' or 'int8'.
 quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
     how many), and float_nodes, the names of nodes kept in floating point.
-parity: comparison with PyTorch in float32, see export/parity.py.
+parity: comparison with PyTorch in float32, see export/parity.py; an engine's sidecar has none.
 
 Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
 export/tensorrt.py.

@@ -43,7 +43,7 @@ from typing import IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Opt
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-ImageSource = Union[str, Path, Image.Image, np.ndarray]
+ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
 METADATA_VERSION = 2  # export/metadata.py says what is in it
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
@@ -88,7 +88,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     """Read an image in 8 bits, upright, and on white where it is transparent.
 
     Args:
-        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        source: Path, open file or its bytes, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), grey
+            or RGB(A); OpenCV's are BGR, so give `array[..., ::-1]`.
         mode: 'RGB' or 'L'.
 
     Raises:
@@ -97,6 +98,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
     name = str(source) if isinstance(source, (str, Path)) else 'The image'
     if not hasattr(Image.Image, 'has_transparency_data'):
         raise NotInstalledError('Images are read with Pillow 10.1 or newer; pip install --upgrade pillow.')
+    if isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)  # type: ignore[assignment]
     try:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8:
@@ -957,6 +960,7 @@ class Runner:
         self.preprocessing = self.metadata['preprocessing']
         mean, std = (np.array(self.preprocessing[k], dtype=np.float64) for k in ('mean', 'std'))
         self._scale, self._shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        self._pid = os.getpid()
         batch = self.metadata['input']['shape'][0]
         profiles = (self.metadata.get('engine') or {}).get('profiles', [])
         # smallest and largest batch of each profile, empty if the file takes any
@@ -971,7 +975,8 @@ class Runner:
         """Classify images.
 
         Args:
-            images: A path, PIL image or uint8 array (H, W, 3), or a sequence (or uint8 array (N, H, W, 3)) of them.
+            images: A path, open file or its bytes, PIL image or uint8 array (H, W, 3) in RGB, or a sequence (or uint8
+                array (N, H, W, 3)) of them.
             batch_size: Images at a time.
 
         Returns:
@@ -1038,7 +1043,13 @@ class Runner:
         """Input of the file to its outputs, in their order in the metadata, for any number of images.
 
         To a file that takes some batch sizes alone they go in several batches, the last filled up with its last image.
+
+        Raises:
+            RuntimeInputError: In a process that was forked after the file was loaded, where neither the threads of ONNX
+                Runtime nor the GPU are.
         """
+        if os.getpid() != self._pid:
+            raise RuntimeInputError('The file was loaded before this process was forked; load it in each worker.')
         if not self._batches:
             return self.session.run(batch)
         if not len(batch):
@@ -1093,7 +1104,8 @@ class Runner:
 def _is_single(images: Any) -> bool:
     if isinstance(images, np.ndarray):
         return images.ndim < 4
-    return images is None or isinstance(images, (str, Path, Image.Image)) or hasattr(images, 'read')  # an open file
+    kinds = str, Path, bytes, bytearray, Image.Image
+    return images is None or isinstance(images, kinds) or hasattr(images, 'read')  # an open file
 
 
 def _copy(image: ImageSource) -> ImageSource:
@@ -1400,7 +1412,7 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
         if args.json:
             print(json.dumps(result), file=out)
         else:
-            print(f'{path}: ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in result['top']), file=out)
+            print(f'{result["image"]}: ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in result['top']), file=out)
         if progress:
             print(f'\r{done + len(failed)}/{len(paths)} images', end='', file=sys.stderr)
     if progress:
@@ -1433,14 +1445,17 @@ def run_command_line() -> None:
         # names of files that are not UTF-8 come out as they are, and what another encoding lacks is written as its code
         is_utf8 = codecs.lookup(sys.stdout.encoding).name == 'utf-8'
         sys.stdout.reconfigure(errors='surrogateescape' if is_utf8 else 'backslashreplace')
+    code = 0
     try:
-        main(sys.argv[1:])
-    except RuntimeInputError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # as `| head` does
+        try:
+            main(sys.argv[1:])
+        except RuntimeInputError as e:
+            print(f'error: {e}', file=sys.stderr)
+            code = 2
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit()
+    sys.exit(code)
 
 
 if __name__ == '__main__':

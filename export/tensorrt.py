@@ -148,6 +148,7 @@ def build_engine(
                 if cudart := import_library('cuda.bindings.runtime'):
                     stack.enter_context(on_first_gpu(cudart))  # which the sidecar and the timing cache are of
         plan, profiles, engine_layers = _build(trt, model, metadata['input']['name'], options, gpu, layers is not None)
+    metadata.pop('parity', None)  # the ONNX file's; of an engine `python -m export check` tells it
     metadata['engine'] = dict(
         backend=trt.__name__,
         version=trt.__version__,

@@ -86,8 +86,9 @@ class _Model:
         if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
             raise InputError(
                 f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
-        of_hub = re.fullmatch(r'model(_(fp16|int8))?', path.stem)  # where all files are called so
-        name = re.sub(r'[^\w-]+', '_', name or (metadata['model'] if of_hub else path.stem))
+        if name is None:  # files of the Hub are all called so
+            name = re.sub(r'^model(?=(_(fp16|bf16|int8|int8_tensorrt))?$)', lambda _: metadata['model'], path.stem)
+        name = re.sub(r'[^\w-]+', '_', name)
         labels = '\n'.join(metadata['class_names']) + '\n'
         return cls(path, name, create_config(name, path, metadata, options), labels)
 

@@ -100,7 +100,7 @@ def test_compiler_that_is_missing_is_one_sentence(monkeypatch):
         raise OSError('g++ is not there')
 
     compiled = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda model, mode: compiled(model, backend=fail))
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: compiled(model, backend=fail))
     with pytest.raises(InputError, match=r'torch.compile fails here \(.*g\+\+ is not there.*leave out --compile'):
         main(['bench', '--torch', 'rn20', '--compile', '--batch-sizes', '1', '--seconds', '0.1'])
 

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_tmblock.checkpoint import load_model
+from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.checkpoint import find_checkpoints
 from train.data import decode, open_dataset
+from train.processes import join_tasks
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / 'train' / 'accelerate' / 'cpu_2_processes.yaml'
@@ -211,10 +213,29 @@ def test_machines_with_other_datasets_or_folders_are_refused(tmp_path, launch):
         assert run.stderr.count('error: ') == 1 and message in run.stderr, run.stderr
 
 
+def test_tasks_of_srun_train_together(tmp_path, launch):
+    (tmp_path / 'srun.py').write_text(
+        f'import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom train.train import main\n'
+        f'rank, size = os.environ.pop("RANK"), os.environ.pop("WORLD_SIZE")\ndel os.environ["LOCAL_RANK"]\n'
+        f'os.environ.update(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=size, SLURM_STEP_NUM_TASKS=size)\n'
+        f'main(sys.argv[1:])\n')
+    launch(2, tmp_path / 'srun.py', *FLAGS, '--batch-size', '6', '--max-steps', '1', '--output', str(tmp_path))
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['processes'] == 2
+
+
+def test_tasks_that_cannot_meet_are_refused(monkeypatch):
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    with pytest.raises(InputError, match='^4 tasks were started, of which each would train alone; export MASTER_ADDR'):
+        join_tasks()
+
+
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, launch):
     (tmp_path / 'alone.py').write_text(
-        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train.engine\nfrom train.train import main\n'
-        f'train.engine._has_collectives = lambda: True\nmain(sys.argv[1:])\n')  # as on Macs, whose GPU joins none
+        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train.engine\nfrom train.train import main\n'
+        f'train.engine._has_collectives = lambda: True\n'
+        f'train.engine.resolve_device = lambda name: torch.device("mps")  # which joins none\n'
+        f'main(sys.argv[1:])\n')
     run = launch(2, tmp_path / 'alone.py', '--output', str(tmp_path / 'output'), code=1)
     assert '2 processes were launched, but Accelerate joins none' in run.stderr
     assert not (tmp_path / 'output').exists()

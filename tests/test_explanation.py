@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_data_config
 from export import runtime
 from export.metadata import describe_model
 from export.runtime import Prediction
-from timm_tmblock import Explainer, Explanation, InputError, explain
+from timm_tmblock import Explainer, Explanation, InputError, PatchSupervised, explain
 from timm_tmblock.__main__ import main
 from timm_tmblock.explanation import class_color, forward_class_activation
 from timm_tmblock.image import IMAGE_SUFFIXES, list_images
@@ -370,6 +370,7 @@ def test_unknown_class_is_refused(regions):
     ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
     (lambda: timm.create_model('rn26'), 'no template matching block'),
+    (lambda: PatchSupervised(timm.create_model('rn26')), "PreActResNet has no .*, or the method 'cam'"),
     (lambda: timm.create_model('rn26_tm', num_classes=0), 'has no classifier'),
     (lambda: timm.create_model('rn26_tm', in_chans=2), 'images of 2 channels'),
     (lambda: timm.create_model('rn26_tm', pretrained_cfg_overlay=dict(crop_mode='border')), 'belongs to no region'),

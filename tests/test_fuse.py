@@ -152,6 +152,12 @@ def test_convolutions_whose_weights_are_computed_stay(trained_like, name, change
     assert sum(isinstance(m, BatchNormAct2d) for m in fused.modules()) > NORMS_LEFT[name]
 
 
+def test_block_whose_shortcut_alone_is_computed_stays(trained_like):
+    model = trained_like('rn26_tm')
+    l1_unstructured(model.tm.shortcut, 'weight', 0.5)  # a step of the optimizer is in `weight` with the next forward
+    assert model.tm.fuse() is model.tm and model.fuse().tm is model.tm
+
+
 def test_frozen_norms_fuse(trained_like):
     model = freeze_batch_norm_2d(trained_like('rn26_tm'))
     fused = copy.deepcopy(model).fuse()

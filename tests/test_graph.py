@@ -95,11 +95,13 @@ def test_checkpoint_of_a_graph_goes_on_without_one(name):
     torch.testing.assert_close((weight.detach(), bias.detach()), expected)
 
 
-def test_state_of_a_checkpoint_goes_to_the_device():
+@pytest.mark.parametrize('agrees', [False, True])
+def test_state_of_a_checkpoint_goes_to_the_device(agrees):
     weight = torch.nn.Parameter(torch.ones(8))
     optimizer = torch.optim.NAdam([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
+    optimizer.param_groups[0]['capturable'] = agrees  # Accelerate may load onto another device than the flag says
     set_capturable(optimizer, True, torch.device('meta'))
     assert optimizer.param_groups[0]['capturable']
     state, = optimizer.state.values()

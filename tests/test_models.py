@@ -210,6 +210,14 @@ def test_meta_device_model_initializes_every_tensor(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
+def test_modules_stand_in_the_order_they_run(trained_like, name):
+    model, x = trained_like(name), torch.randn(3, 3, 32, 32)
+    *rest, last = model.children()
+    assert last is model.get_classifier()
+    torch.testing.assert_close(torch.nn.Sequential(*rest)(x), model.forward_head(model.forward_features(x), True))
+
+
+@pytest.mark.parametrize('name', MODELS)
 def test_features_are_one_tap_a_reduction(name):
     model = timm.create_model(name, features_only=True)
     assert model.feature_info.reduction() == [1, 2, 4]  # what segmentation decoders accept

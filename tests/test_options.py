@@ -1,13 +1,16 @@
 """Settings of the training script: each has the effect its name says."""
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
@@ -177,6 +180,11 @@ def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
         gradient_clipping=0., train_micro_batch_size_per_gpu=7, gradient_accumulation_steps=1)
     _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--clip-grad', '3']))
     assert config['gradient_clipping'] == 3
+    for key, flag in (('gradient_accumulation_steps', '--grad-accum-steps 4'), ('gradient_clipping', '--clip-grad 4')):
+        with pytest.raises(InputError, match=f'has {key} 4, which the flags of the run set; use {flag}'):
+            _configure_deepspeed({key: 4}, parse_args(['--mixed-precision', 'no']))
+    with pytest.raises(InputError, match='use --zero_stage 2'):
+        _configure_deepspeed(dict(zero_optimization=dict(stage=3)), parse_args(['--mixed-precision', 'no']))
     with pytest.raises(InputError, match=message):
         _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', *flags]))
 
@@ -202,6 +210,15 @@ def test_script_ends_with_its_result_where_the_launcher_leaves_settings_open(tmp
     flags = ['--output', str(tmp_path), '--max-steps', '1']
     done = forks.run('train/train.py', *TINY, *flags, ACCELERATE_GRADIENT_ACCUMULATION_STEPS='auto')
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])['updates'] == 1
+
+
+@pytest.mark.parametrize('version, efficient, fits', [(2, False, True), (1, False, False), (2, True, False)])
+def test_fsdp_is_of_version_2_without_efficient_loading(monkeypatch, version, efficient, fits):
+    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
+    monkeypatch.setattr(AcceleratorState, 'fsdp_plugin', plugin, raising=False)
+    with nullcontext() if fits else pytest.raises(InputError, match='train/accelerate/fsdp.yaml'):
+        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
 
 
 def test_fsdp_compiles_nothing(monkeypatch):
@@ -784,7 +801,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--torchcompile', '--torchcompile-mode', 'max-autotune', '--grad-accum-steps', '2'], 'leave out one of the two'),
     (['--torchcompile', 'cudagraphs', '--grad-accum-steps', '2'], 'leave out one of the two'),
     (['--cuda-graph', '--grad-accum-steps', '2'], 'use --no-cuda-graph or --grad-accum-steps 1'),
-    (['--cuda-graph', '--torchcompile', 'cudagraphs'], 'use --no-cuda-graph'),
+    (['--cuda-graph', '--torchcompile', 'cudagraphs'], 'compiler captures CUDA graphs too'),
     (['--cuda-graph'], 'needs a GPU of NVIDIA or AMD, not cpu; use --no-cuda-graph'),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode only applies with --torchcompile'),
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
@@ -872,6 +889,14 @@ def test_launcher_that_has_another_device_than_the_flag_is_an_error(monkeypatch)
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')  # as accelerate launch --cpu does
     with pytest.raises(InputError, match='--device cuda was asked for, but Accelerate was set up for cpu'):
         create_accelerator(parse_args([*TINY, '--device', 'cuda']))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    with pytest.raises(InputError, match='8 processes were launched on a machine with 4 GPUs; launch as many'):
+        create_accelerator(parse_args(TINY))
 
 
 def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):

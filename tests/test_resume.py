@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import check_resumed, dump_args, find_changes_of_finished, parse_args
+from train.record import holding
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +82,8 @@ def assert_same(a: Path, b: Path) -> None:
 def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, processes, patch, flags):
     flags = [*FLAGS, *flags, '--batch-size', str(12 // processes)]
     script = ROOT / 'train' / 'train.py'
-    whole = forks.run(script, *flags, '--output', str(tmp_path / 'whole'), processes=processes)
+    auto = ['--resume', 'auto'] if processes > 1 else []  # of which nothing has begun
+    whole = forks.run(script, *flags, *auto, '--output', str(tmp_path / 'whole'), processes=processes)
     assert whole.returncode == 0, whole.stderr[-2000:]
 
     killer = tmp_path / 'killer.py'
@@ -91,6 +94,8 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, process
     assert json.loads((find_checkpoints(folder)[-1] / 'state.json').read_text())['update'] in (3, 4, 5)
 
     resume = [script, '--resume', str(folder)]  # with the settings of the run
+    if processes > 1:  # or the same command
+        resume = [script, *flags, '--output', str(tmp_path / 'killed'), '--resume', 'auto']
     if 'muon' in flags:  # in another process, which has another order of sets
         resumed = subprocess.run(
             [sys.executable, *resume], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': '1', 'OMP_NUM_THREADS': '1'},
@@ -102,6 +107,18 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, process
     results = [json.loads(r.stdout.splitlines()[-1]) for r in (whole, resumed)]
     for key in ('history', 'best', 'test', 'images'):
         assert results[0][key] == results[1][key]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    flags = [*FLAGS, '--batch-size', '12', '--max-steps', '1', '--output', str(tmp_path)]
+    with holding(tmp_path / 'run'), pytest.raises(InputError, match='A run is in progress in .*run; wait for it'):
+        main(flags)
+    assert not list((tmp_path / 'run').iterdir())
+    main(flags)  # it is free again
+    result = (tmp_path / 'run' / 'result.json').read_bytes()
+    with holding(tmp_path / 'run'), pytest.raises(InputError, match='A run is in progress'):
+        main(['--resume', str(tmp_path / 'run'), '--max-steps', '2'])
+    assert (tmp_path / 'run' / 'result.json').read_bytes() == result
 
 
 def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path, forks):
@@ -163,7 +180,7 @@ def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_wo
     flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2']
     whole = main([*flags, '--output', str(tmp_path / 'whole')])
     trainer = Trainer(parse_args([*flags, '--output', str(tmp_path / 'cut')]))
-    trainer.start_record()
+    trainer.start_record(ExitStack())
     trainer.model.train()
     for images, targets in trainer.train_loader.epoch(0):
         trainer.step(images, targets)
@@ -252,7 +269,7 @@ def test_run_that_goes_on_is_not_finished(tmp_path):
     state.write_text(json.dumps(dict(json.loads(state.read_text()), running_seconds=500.)))
     trainer = Trainer(parse_args(['--resume', str(folder), '--epochs', '2', '--img-size', '16']))
     assert trainer.data_config.input_size == (3, 16, 16) and trainer.args.model_kwargs['img_size'] == 16
-    trainer.start_record()
+    trainer.start_record(ExitStack())
     assert not (folder / 'result.json').exists()  # it was of one epoch
     trainer.train_epoch()
     assert trainer.state.epoch_seconds[1] > 500 > trainer.state.epoch_seconds[0]
@@ -317,7 +334,7 @@ def test_result_names_every_machine_a_run_was_on(tmp_path, monkeypatch):
 
 def test_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path, monkeypatch):
     flags = [*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1']
-    Trainer(parse_args(flags)).start_record()  # killed here
+    Trainer(parse_args(flags)).start_record(ExitStack())  # killed here
     monkeypatch.setattr('train.train.open_splits', lambda *args: pytest.fail('that is soon enough'))
     with pytest.raises(InputError, match='that run ended before its first; begin it again with the same command'):
         main(['--resume', str(tmp_path / 'run')])

@@ -233,6 +233,8 @@ def test_server_tells_cuda_what_the_runtime_tells_it(served):
     accelerators = config['optimization']['execution_accelerators']['gpu_execution_accelerator']
     assert [(a['name'], a['parameters']) for a in accelerators] == [('cuda', {'use_tf32': '0'})]
     assert config['parameters']['cudnn_conv_algo_search'] == {'string_value': '1'}  # the backend's heuristic
+    warmups = [(w['batch_size'], [int(n) for n in w['inputs']['image']['dims']]) for w in config['model_warmup']]
+    assert warmups == [(1, [3, 32, 32]), (config['max_batch_size'], [3, 32, 32])]
 
 
 def test_versions_and_settings(files, tmp_path, capsys):
@@ -247,9 +249,11 @@ def test_versions_and_settings(files, tmp_path, capsys):
     main(['triton', str(files / 'pixels.onnx'), '--output', str(tmp_path), '--kind', 'cpu', '--threads', '3'])
     assert 'key: "intra_op_thread_count" value: { string_value: "3" }' in (
         tmp_path / 'pixels' / 'config.pbtxt').read_text()
-    shutil.copy(files / 'scores.onnx', tmp_path / 'model.onnx')  # what a file of the Hub is called
-    main(['triton', str(tmp_path / 'model.onnx'), '--output', str(tmp_path)])
-    assert 'name: "rn26_tm"' in (tmp_path / 'rn26_tm' / 'config.pbtxt').read_text()
+    for stem in ('model', 'model_fp16', 'model_int8_tensorrt', 'model_of_mine'):  # files of the Hub, and another
+        shutil.copy(files / 'scores.onnx', tmp_path / f'{stem}.onnx')
+        main(['triton', str(tmp_path / f'{stem}.onnx'), '--output', str(tmp_path)])
+        name = stem if stem == 'model_of_mine' else stem.replace('model', 'rn26_tm')
+        assert f'name: "{name}"' in (tmp_path / name / 'config.pbtxt').read_text()
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):

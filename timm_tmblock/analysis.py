@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 import torch.nn as nn
+from timm.utils import unwrap_model
 
 from .layers.fuse import BATCH_NORMS
 from .mode import evaluating
@@ -72,9 +73,11 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
     Raises:
         ValueError: If there are no images, or the model has no such layers or is not trained.
     """
+    model = unwrap_model(model)  # a graph that was compiled before knows no hooks
     norms = dict(_norms_after_3x3(model))
     if not norms:
-        raise ValueError('The model has no BN-ReLU after a 3x3 convolution; give a ResNet with maximizer="bn_relu".')
+        raise ValueError(
+            'The model has no BN-ReLU after a 3x3 convolution; give a ResNet with maximizer="bn_relu", not fused.')
     sums: Dict[str, List[float]] = {name: [0., 0] for name in norms}  # of the output, and number of pixels
 
     def count(name: str):

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_input_data_config
 from timm.utils import unwrap_model
 
+from .auxiliary import PatchSupervised
 from .checkpoint import load_pretrained
 from .errors import InputError
 from .image import read_image
@@ -27,7 +28,7 @@ from .mode import evaluating
 from .models._base import TemplateMatchingNet
 from .models._labels import list_class_names
 
-ImageSource = Union[str, Path, Image.Image, np.ndarray]
+ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
 METHODS = ('match', 'cam')
 
 # Matplotlib's tab10, then hues a golden angle apart
@@ -159,6 +160,8 @@ class Explainer:
             raise InputError("The crop mode 'border' pads images, and padding belongs to no region; use another.")
 
     def _use_torch(self, model: Any) -> None:
+        if isinstance(model, PatchSupervised):
+            model = model.model
         if self.method == 'match' and not getattr(model, 'has_template_matching', False):
             raise InputError(
                 f"{type(model).__name__} has no template matching block; use a *_tm model, or the method 'cam'.")
@@ -228,7 +231,7 @@ class Explainer:
     def __call__(self, image: ImageSource) -> Explanation:
         """
         Args:
-            image: File, PIL image or uint8 array, of any size.
+            image: File or its bytes, PIL image or uint8 array, of any size.
 
         Raises:
             InputError: If the image cannot be read.
@@ -263,7 +266,7 @@ def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: Opt
     Args:
         source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the name
             of a pretrained model.
-        image: File, PIL image or uint8 array, of any size.
+        image: File or its bytes, PIL image or uint8 array, of any size.
         method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
             what a file was exported with, and of a model 'match'.
 

@@ -1,4 +1,5 @@
 """Reading images of any size and mode."""
+import io
 from pathlib import Path
 from typing import IO, List, Sequence, Union
 
@@ -47,11 +48,12 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
+def read_image(source: Union[str, Path, bytes, IO[bytes], Image.Image, np.ndarray], mode: str = 'RGB') -> Image.Image:
     """Read an image and convert it to 8 bits in `mode`, upright and on white where it is transparent.
 
     Args:
-        source: Path, open file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        source: Path, open file or its bytes, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), grey
+            or RGB(A).
         mode: 'RGB' or 'L'.
 
     Raises:
@@ -59,6 +61,8 @@ def read_image(source: Union[str, Path, IO[bytes], Image.Image, np.ndarray], mod
     """
     name = str(source) if isinstance(source, (str, Path)) else getattr(source, 'name', 'The image')
     file_format = None
+    if isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
     try:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from timm_tmblock.checkpoint import remove, writing
@@ -57,19 +57,17 @@ def store_plain_names(accelerator: Accelerator) -> None:
     FSDP and DeepSpeed, which show hooks no weights, keep their own format.
     """
     def on_save(models: List[torch.nn.Module], weights: List[Dict[str, torch.Tensor]], folder: str) -> None:
-        weights[:] = [{k: v.contiguous() for k, v in _strip(w).items()} for w in weights]
+        if weights:
+            plain = (accelerator.unwrap_model(model, keep_torch_compile=False) for model in models)
+            weights[:] = [{k: v.contiguous() for k, v in model.state_dict().items()} for model in plain]
 
     def on_load(models: List[torch.nn.Module], folder: str) -> None:
         if models:
             model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            model.load_state_dict(_strip(load_file(Path(folder) / 'model.safetensors')))
+            model.load_state_dict(load_file(Path(folder) / 'model.safetensors'))
 
     accelerator.register_save_state_pre_hook(on_save)
     accelerator.register_load_state_pre_hook(on_load)
-
-
-def _strip(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    return {k.removeprefix('module.').replace('_orig_mod.', '').removeprefix('module.'): v for k, v in weights.items()}
 
 
 def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, ema: Optional[torch.nn.Module]) -> None:
@@ -152,7 +150,9 @@ def load_checkpoint(
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
         raise InputError(f'{folder} holds no checkpoint to resume from; give the folder of an earlier run.')
-    path = checkpoints[-1]
+    path = Path(broadcast_object_list([str(checkpoints[-1])])[0])  # the first process's, of folders that are copies
+    if path not in checkpoints:
+        raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
     try:
         content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
         content.pop('files')

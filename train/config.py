@@ -282,7 +282,9 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
-    group.add_argument('--resume', metavar='FOLDER', help='continue this experiment, with its settings')
+    group.add_argument('--resume', metavar='FOLDER', help=(
+        "continue this experiment, with its settings; 'auto': that of --experiment if it has begun, for jobs that are "
+        'started again'))
     group.add_argument('--checkpoint-interval', type=not_negative, default=0, help=(
         'updates between checkpoints; 0: each epoch'))
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
@@ -330,6 +332,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     unset = object()  # argparse keeps what a namespace has
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {k: v for k, v in given.items() if v is not unset}
+    automatic = args.resume == 'auto'
+    if automatic:
+        args.resume = _find_begun(parser, args, given)
+        argv = [*argv, '--resume', args.resume]
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
     settings: Dict[str, Any] = {}
@@ -337,8 +343,24 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         settings = _override(settings, _read_known(parser, Path(recipe)))
     settings = {k: v for k, v in _override(settings, given).items() if k not in given}
     args = parser.parse_args(_make_flags(parser, settings) + argv)
+    if automatic and args.resume:  # to those of the command an --initial-checkpoint may have added its own
+        args.model_kwargs = _read_known(parser, Path(recipes[0]))['model_kwargs']
     _check_given(given, args)
     return args
+
+
+def _find_begun(parser: Parser, args: argparse.Namespace, given: Dict[str, Any]) -> str:
+    """The folder of the experiment that flags and recipe name, '' if there is nothing in it to go on from.
+
+    Raises:
+        InputError: If they name none.
+    """
+    from train.checkpoint import find_checkpoints
+    named = {**(_read_known(parser, Path(args.config)) if args.config else {}), **given}
+    if not named.get('experiment'):
+        raise InputError('--resume auto goes on with the run of --experiment where it has begun; name one.')
+    folder = Path(named.get('output') or args.output) / named['experiment']
+    return str(folder) if find_checkpoints(folder) else ''
 
 
 VALIDATING = 'images that validate, of --val-fraction, --val-split or the second size of --pool'

@@ -142,7 +142,7 @@ def open_dataset(
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
     if kind == 'hfds':
-        import pyarrow.compute as pc
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
         table = dataset.reader.dataset.data
         # timm casts the image column, which adds an empty one where there was none
         columns = [c for c in table.column_names if table.column(c).null_count < size]
@@ -169,7 +169,7 @@ def _number_classes(dataset: Any, names: Optional[Sequence[str]] = None) -> None
     if isinstance(dataset, ImageFolder):
         dataset.loader = str  # a path; torchvision's own drops what is transparent before anybody sees it
         return
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if type(reader) is not ReaderImageFolder:
         return
 
@@ -283,7 +283,7 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
         The names of the set's classes, in order.
     """
     found = get_class_names(dataset)
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if set(found) < set(names):
         if type(reader) is ReaderImageFolder:
             _number_classes(dataset, names)

@@ -22,6 +22,7 @@ from timm_tmblock.errors import InputError
 from train.config import refusing
 from train.hardware import resolve_device
 from train.memory import keep_freed_memory
+from train.processes import join_tasks
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -30,8 +31,14 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
     """
+    join_tasks()
     device = resolve_device(args.device)
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device.type == 'cuda' and here > max(1, torch.cuda.device_count()):  # NCCL refuses two on one
+        raise InputError(
+            f'{here} processes were launched on a machine with {torch.cuda.device_count()} GPUs; launch as many, with '
+            f'--num_processes of accelerate launch.')
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
     compiler = _create_compiler(args)
@@ -77,6 +84,11 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = getattr(accelerator.state, 'fsdp_plugin', None)
+        if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
+            raise InputError(
+                'FSDP is to be of version 2 and without fsdp_cpu_ram_efficient_loading; launch with --config_file '
+                'train/accelerate/fsdp.yaml.')
         if args.mixed_precision != 'no':
             raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
         if args.clip_grad and args.clip_mode == 'value':
@@ -128,6 +140,16 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
         raise InputError(f'{args.opt} needs the shapes of the weights, which DeepSpeed flattens; choose another --opt.')
     if args.clip_grad and args.clip_mode != 'norm':
         raise InputError(f'DeepSpeed clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
+    if config.get('zero_optimization', {}).get('stage') == 3:
+        raise InputError('ZeRO stage 3 divides the weights, which are then not validated; use --zero_stage 2.')
+    for key, flag, default, value in (
+            ('gradient_accumulation_steps', 'grad-accum-steps', 1, args.grad_accum_steps),
+            ('gradient_clipping', 'clip-grad', 0, args.clip_grad or 0)):
+        configured = config.get(key, 'auto')
+        if configured not in ('auto', default, value):
+            raise InputError(
+                f'The configuration of DeepSpeed has {key} {configured}, which the flags of the run set; use --{flag} '
+                f'{configured}, or leave it out there.')
     config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader
@@ -168,3 +190,15 @@ def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_
     }
     with refusing(f'The tracker ({" ".join(args.report_to)})'):
         accelerator.init_trackers(args.project, config=config, init_kwargs=settings)
+
+
+def fail_trackers(accelerator: Accelerator) -> None:
+    """End the run in every tracker, as one that failed where it knows the difference."""
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        if tracker.name == 'wandb':
+            tracker.tracker.finish(exit_code=1)
+        elif tracker.name == 'mlflow':
+            import mlflow  # type: ignore[import-not-found]
+            mlflow.end_run('FAILED')
+        else:
+            tracker.finish()

@@ -17,10 +17,10 @@ WARMUP_STEPS = 3  # in which the optimizer makes its state, cuDNN chooses kernel
 def set_capturable(optimizer: Any, capturable: bool, device: torch.device) -> None:
     """Let an optimizer count its steps on the GPU, where a graph can, or on the CPU.
 
-    Its state may be of a checkpoint that was written with the other setting.
+    Its state may be of a checkpoint, written with the other setting or loaded onto the GPU with the weights.
     """
     for group in optimizer.param_groups:
-        if group.get('capturable', capturable) == capturable:
+        if 'capturable' not in group:
             continue
         group['capturable'] = capturable
         on_device = capturable or group.get('fused')

@@ -4,13 +4,37 @@ import time
 from contextlib import contextmanager
 from typing import Iterator
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.utils.distributed import world_info_from_env
+from torch.distributed import DistError
 
 from timm_tmblock.errors import InputError
 
 PATIENCE = 10.  # seconds in which the launcher ends the others, once a process has said what is wrong
 LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # what Gloo says of one that is gone
+TASKS = ('SLURM_STEP_NUM_TASKS', 'WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')  # of srun, a cluster and mpirun
+
+
+def join_tasks() -> None:
+    """Let processes that srun, mpirun or a cluster started train together, as timm's script does.
+
+    Raises:
+        InputError: If nobody said where they meet.
+    """
+    tasks = max(int(os.environ.get(name) or 1) for name in TASKS)
+    if 'LOCAL_RANK' in os.environ or tasks == 1:  # torchrun and accelerate launch set it
+        return
+    if 'MASTER_ADDR' not in os.environ:
+        raise InputError(
+            f'{tasks} tasks were started, of which each would train alone; export MASTER_ADDR, the machine of the '
+            f'first, for them to meet, or start one a machine, with torchrun or accelerate launch in it.')
+    local_rank, rank, world_size = world_info_from_env()
+    if torch.cuda.device_count() == 1:  # each task sees its own alone
+        local_rank = 0
+    os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault('MASTER_PORT', '29500')
 
 
 @contextmanager
@@ -43,6 +67,6 @@ def leaving_it_to_the_first() -> Iterator[None]:
             time.sleep(PATIENCE)
         raise
     except RuntimeError as e:
-        if launched and any(words in str(e) for words in LOST):
+        if launched and (isinstance(e, DistError) or any(words in str(e) for words in LOST)):
             time.sleep(PATIENCE)
         raise

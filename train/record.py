@@ -4,9 +4,15 @@ import os
 import time
 import uuid
 from argparse import Namespace
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -40,6 +46,32 @@ def create_folder_name(args: Namespace) -> Path:
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
     return folder
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an experiment folder, where the system can; a run that is killed leaves it.
+
+    Raises:
+        InputError: If a run is in it.
+    """
+    with suppress(OSError):  # what is written next says so
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(handle)
+        raise InputError(f'A run is in progress in {folder}; wait for it, or choose another --experiment.') from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_shared(settings: Path, seconds: int = 60) -> None:

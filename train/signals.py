@@ -18,6 +18,7 @@ def stopping_at_signals() -> Iterator[Callable[[], bool]]:
     def stop(signum: int, frame: Any) -> None:
         nonlocal asked
         asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it, and the scheduler that ends the launcher
         raise KeyboardInterrupt
 
     try:

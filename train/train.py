@@ -30,7 +30,7 @@ import sys
 import time
 import uuid
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -61,7 +61,7 @@ from train.config import (
     to_flag,
 )
 from train.data import get_class_names
-from train.engine import create_accelerator, start_trackers
+from train.engine import create_accelerator, fail_trackers, start_trackers
 from train.failure import advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
@@ -196,11 +196,13 @@ class Trainer:
             **{key: getattr(self.data_config, key) for key in PREPROCESSING},
         )
 
-    def start_record(self) -> None:
+    def start_record(self, stack: ExitStack) -> None:
+        """Begin the records, and hold the folder until the stack is closed."""
         args, accelerator = self.args, self.accelerator
         with agreeing(accelerator):
             if self.main_process:
                 check_disk_space(self.folder, network(self.model), args)
+                stack.enter_context(record.holding(self.folder))
                 if self.state.update < self.updates:
                     remove(self.folder / 'result.json')  # of a run that was shorter
                 elif changes := find_changes_of_finished(args, self.folder / SETTINGS):
@@ -241,25 +243,26 @@ class Trainer:
 
     def run(self) -> Dict[str, Any]:
         """Train to the last update, measure the weights that were chosen, and return the result."""
-        self.start_record()
-        try:
-            with stopping_at_signals() as asked, naming_failures(advise_on_memory(self.args)):
-                while self.state.update < self.updates or self.state.batch:  # the last update may fall within an epoch
-                    self.train_epoch()
-                    self.finish_epoch()
-                result = self.result(self.test())
-                if self.main_process:
-                    write_json(self.folder / 'result.json', result)
-            self.accelerator.end_training()
-            return result
-        except (KeyboardInterrupt, Exception) as e:
-            for tracker in self.accelerator.trackers:  # and no more, as the other processes would be waited for
-                tracker.finish()
-            if isinstance(e, Exception) and not asked():
-                raise
-            raise InputError(
-                f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
-                f'{self.describe_resumption()}.') from None
+        with ExitStack() as stack:
+            self.start_record(stack)
+            asked = stack.enter_context(stopping_at_signals())
+            try:
+                with naming_failures(advise_on_memory(self.args)):
+                    while self.state.update < self.updates or self.state.batch:  # the last may fall within an epoch
+                        self.train_epoch()
+                        self.finish_epoch()
+                    result = self.result(self.test())
+                    if self.main_process:
+                        write_json(self.folder / 'result.json', result)
+                self.accelerator.end_training()
+                return result
+            except (KeyboardInterrupt, Exception) as e:
+                fail_trackers(self.accelerator)  # and no more, as the other processes would be waited for
+                if isinstance(e, Exception) and not asked():
+                    raise
+                raise InputError(
+                    f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
+                    f'{self.describe_resumption()}.') from None
 
     def train_epoch(self) -> None:
         """The rest of the epoch in progress."""
@@ -287,7 +290,7 @@ class Trainer:
                     break  # what is left does not fill an update
                 if self.accelerator.sync_gradients:
                     if args.log_interval and state.update % args.log_interval == 0:
-                        self.log({f'train/{k}': v for k, v in self.meter.means().items()})
+                        self.log({f'train/{k}': v for k, v in self.meter.means(self.accelerator).items()})
                     if args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
                         state.running_seconds = before + now - start
                         self.check_finite()

@@ -149,7 +149,13 @@ class TemplateMatching(PatchClassifier):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The block for inference, the block itself if its norm is not a batch norm with running statistics."""
+        """The block for inference.
+
+        The block itself if its norm is not a batch norm with running statistics, or the weight of a convolution is
+        computed (pruned, parametrized, that of an adapter).
+        """
+        if self.shortcut is not None and self.shortcut._parameters.get('weight') is None:
+            return self
         match, act = fuse_conv_norm(self.match, self.norm)
         return self if match is self.match else FusedTemplateMatching(self, match, act)
 

@@ -113,9 +113,8 @@ class TemplateMatchingNet(nn.Module):
     def _create_head(self, num_features: int, global_pool: str, device=None, dtype=None) -> None:
         self.num_features = num_features
         self._body = [name for name, _ in self.named_children()]
-        self.global_pool, self.fc = create_classifier(
-            num_features, self.num_classes, pool_type=global_pool, device=device, dtype=dtype)
-        self.head_drop = nn.Dropout(self.drop_rate)
+        self.global_pool, self.head_drop, self.fc = create_classifier(
+            num_features, self.num_classes, pool_type=global_pool, drop_rate=self.drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
