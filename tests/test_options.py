@@ -896,7 +896,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
     with pytest.raises(InputError, match='8 processes were launched on a machine with 4 GPUs; launch as many'):
-        create_accelerator(parse_args(TINY))
+        create_accelerator(parse_args([*TINY, '--device', 'cuda']))
 
 
 def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
