@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 def verdicts(**kwargs):
     fields = dict(scores={}, evaluations={}, runs={})
-    return {claim.text: (claim.verdict, claim.evidence) for claim in judge(Evidence(**{**fields, **kwargs}))}
+    claims = judge(Evidence(**{**fields, **kwargs}))
+    return {claim.text: (claim.verdict, '; '.join(claim.evidence) or '–') for claim in claims}
 
 
 def test_committed_pages_are_those_of_the_committed_results():
@@ -310,7 +311,7 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
     geometry = make_geometry(0.6, shortcut, mean=mean)
     found = judge_beside(0.7)
     assert found[0].removesuffix(' for one network') == verdict and (
-        f'90.0 ± 1.0 % in the value vectors alone, {100 * mean:.1f} ± 1.0 % in the mean' in found[1])
+        f'90.0 ± 1.0 % in the mixture of value vectors alone, {100 * mean:.1f} ± 1.0 % in the mean' in found[1])
     assert judge_beside(0.81)[0] == (FAILS if verdict == FAILS else UNDECIDED)  # as much in the scores that weight them
     assert judge_beside(0.9)[0] == FAILS
     del geometry['spaces']['rn26_tm: shortcut']
@@ -329,7 +330,7 @@ def test_value_embeddings_against_class_scores(values, verdict):
 
 @pytest.mark.parametrize('shares, verdict', [
     ([0.9], HOLDS), ([0.51], UNDECIDED), ([0.2], FAILS), ([0.9, 0.2], FAILS), ([0.9, 0.51], UNDECIDED)])
-def test_best_match_is_to_have_the_largest_coefficient_in_most_regions_of_each_network(shares, verdict):
+def test_best_match_is_to_have_the_largest_weight_in_most_regions_of_each_network(shares, verdict):
     def mix(share, spread=0.3):
         return dict(
             agreement=share, agreement_error=0.01, matched_share=share / 2, matched_off=spread / 2, value_spread=spread)
@@ -345,8 +346,9 @@ def test_best_match_is_to_have_the_largest_coefficient_in_most_regions_of_each_n
     alone, beside = verdicts(mixing=mixing, runs=runs, taught={'b'})[claim]
     assert alone == (verdict + scope[len(shares) + 1] if verdict == HOLDS else verdict)
     assert beside.endswith('with a teacher, so not judged: 10.0 ± 1.0 % (b)')
-    assert f' to {47.5:.0f} % (a)' in beside and 'of what they are added to: 0.04 (a) to 0.30 (rn26_tm.' in beside
-    assert '; regions where its coefficient is 0: 2.0 % (a) to 15.0 % (rn26_tm.' in beside
+    assert f' to {47.5:.0f} % (a)' in beside
+    assert 'as a multiple of what it is added to: 0.04 (a) to 0.30 (rn26_tm.' in beside
+    assert '; regions where that weight is 0: 2.0 % (a) to 15.0 % (rn26_tm.' in beside
     mixing['dn100_tm_cat.a'] = mix(0.95, 5.)  # not added
     concatenated = verdicts(mixing=mixing, runs=runs, taught={'b'})[claim][1]
     assert 'to 250.0 % (dn100_tm_cat.a)' in concatenated and 'added to: 0.04 (a) to 0.30 (rn26_tm.' in concatenated

@@ -20,7 +20,7 @@ class Claim:
     text: str
     section: str  # of the paper
     verdict: str
-    evidence: str
+    evidence: List[str]
 
 
 def combine_all(verdicts: List[str]) -> str:
@@ -302,10 +302,10 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
         [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')],
         {OUTPUT: '',
          'shortcut': ' without them, in the projected input',
-         'values': ' in the value vectors alone',
+         'values': ' in the mixture of value vectors alone',
          'patch mean': ' in the mean of the input over patches, with no template',
-         'value embeddings': ' in the value vectors of fewer regions',
-         'class scores': ' in the class scores of these'})
+         'value embeddings': ' in the mixture over fewer regions, those of Figure 6',
+         'class scores': ' in the class scores there'})
     return verdict, introduce('neighbours of the class at the output', lines)
 
 
@@ -322,7 +322,7 @@ def adds_values(model: str) -> bool:
 
 
 def judge_mixing(evidence: Evidence) -> Judgement:
-    """By the regions whose best match has the largest coefficient, too: most of them."""
+    """By the regions whose best match has the largest weight in the mixture, too: most of them."""
     verdicts: List[str] = []
     lines: List[str] = []
     others: List[str] = []
@@ -335,16 +335,16 @@ def judge_mixing(evidence: Evidence) -> Judgement:
     if judged > 2:
         lines = [f'{lines[0]} to {lines[-1]}, in {judged} networks']
     for key, factor, digits, unit, what in (
-            ('matched_off', 100, 1, ' %', 'regions where its coefficient is 0'),
-            ('matched_share', 100, 0, ' %', 'its share of what is mixed'),
-            ('value_spread', 1, 2, '', 'how much the mixed values vary, of what they are added to')):
+            ('matched_off', 100, 1, ' %', 'regions where that weight is 0'),
+            ('matched_share', 100, 0, ' %', 'its share of the sum of the weights'),
+            ('value_spread', 1, 2, '', 'how much the mixture varies, as a multiple of what it is added to')):
         ordered = sorted(
             (factor * found[key], tag) for tag, found in evidence.mixing.items()
             if tag not in evidence.taught and (key != 'value_spread' or adds_values(evidence.runs[tag]['model'])))
         ends = [f'{value:.{digits}f}{unit} ({tag})' for value, tag in (ordered[0], ordered[-1])] if ordered else []
         lines += introduce(what, [' to '.join(dict.fromkeys(ends))] if ends else [])
     return say_of(combine_all(verdicts), judged), introduce(
-        'regions whose best match has the largest coefficient', [*lines, *introduce(TAUGHT, others)])
+        'regions whose best match has the largest weight in the mixture', [*lines, *introduce(TAUGHT, others)])
 
 
 def judge_words(evidence: Evidence) -> Judgement:
@@ -392,4 +392,4 @@ def judge(evidence: Evidence) -> List[Claim]:
         ('The classes that match a patch most are selected for its embedding (here: the best one, in most regions)',
          '5', judge_mixing(evidence)),
     ]
-    return [Claim(text, section, verdict, '; '.join(lines) or '–') for text, section, (verdict, lines) in found]
+    return [Claim(text, section, verdict, lines) for text, section, (verdict, lines) in found]

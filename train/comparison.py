@@ -152,7 +152,7 @@ def compare_others(evidence: Evidence) -> List[Comparison]:
             epochs = sum(run['epochs'] for run in legs)
             found.append(
                 Comparison(
-                    tag, other, epochs, difference, (model, dataset, str(legs[-1]['settings']['seed'])),
+                    tag, other, epochs, difference, (model, dataset, str(legs[-1]['settings'].get('seed'))),
                     are_paired(ours, theirs), tag in evidence.taught))
     return sorted(found, key=lambda c: (c.pair, c.epochs, c.tag))
 

@@ -43,67 +43,36 @@ def say_setting(result: Dict[str, Any]) -> str:
     return f'{result["hardware"]}; {versions}'
 
 
+SECTIONS = (
+    'Trained weights, shipped and intermediate', 'With and without template matching', 'What the paper claims',
+    'The experiments of the paper', 'What the regions show')
+
+
+def to_anchor(title: str) -> str:
+    return '#' + title.lower().replace(',', '').replace(' ', '-')
+
+
 def render_results(root: Path, evidence: Evidence) -> str:
     """The page of all results."""
+    analyses = {tag: found for tag in evidence.evaluations if (found := find_analyses(root, tag))}
+    parts = (
+        say_weights(root, evidence), say_comparisons(evidence), say_claims(evidence), say_experiments(root),
+        say_regions(analyses) if analyses else [])
     lines = [
         '# Results', '',
         'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).',
         "Commands name the Hub's sets; the runs read copies with the same images in another order. So the commands",
         'train with the same images in other batches, and analyses of a part of a set take other images of it.', '',
-        '## What the paper claims', '',
-        *wrap(
-            'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
-            'verdict is about the networks and datasets that its evidence names, and one about several holds if it '
-            'holds for each. It says that there is a difference, not that it is large; "undecided" means tested, '
-            'without a clear result.'), '',
-        *wrap(
-            f'**Accuracies** decide a claim by Welch\'s t-test at 5 % over the runs of each setting (± is one standard '
-            f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
-            f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
-            f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
-            f'tests, so of many comparisons one may be confirmed or refuted by chance. Runs of fewer epochs than the '
-            f'protocol\'s say so.'), '',
-        *wrap(
-            '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
-            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. A "
-            'difference of two standard errors over images decides these, as if each measure had had images of its '
-            'own. How much another run would differ is unknown, so that they hold for these networks. Reported but not '
-            'judged: `rn26_tm` for CIFAR-100, and networks with a teacher, which the paper does not use; these differ '
-            'much, and their baseline had no teacher and fewer epochs.'), '',
-        *wrap(
-            '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
-            'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
-        '| claim | section | verdict | evidence |', '|---|---|---|---|',
-    ]
-    lines += [f'| {c.text} | {c.section} | **{c.verdict}** | {c.evidence} |' for c in judge(evidence)]
-    lines += [
-        '', '## The experiments of the paper', '',
-        'By its protocol, as far as section 4 tells it: a split of 65, 15 and 20 % for training, validation and test,',
-        'Adam with a learning rate of 0.001 and a weight decay of 0.0001, batches of 32, λ 0.5. The rest is our',
-        'reading or choice, in [paper.yaml](train/recipes/paper.yaml): that all 60,000 images of a set are pooled, in',
-        'one stratified split for all runs; crops from a padding of 4 pixels of the mean colour and mirror images, as',
-        'the work has that it cites for augmentation; weight decay as an L2 term on every parameter; a constant',
-        'learning rate for 100 epochs, or as many as a table says; that the weights that are best on the 15 % are',
-        'tested; that an incomplete last batch of an epoch is dropped; that templates begin as PyTorch initializes a',
-        "convolution, and all other convolutions by Kaiming's normal distribution (fan-out). Runs that still",
-        'misclassify many training images have not converged: they do not reproduce the level of Table 1, and are no',
-        'evidence against it.',
-        '']
-    empty = []
-    for name, title in TITLES.items():
-        results, scores = read_results(root / 'train' / 'results' / 'paper' / name)
-        if results:
-            lines += [f'### {title}', '', *tabulate(name, scores), '', *say_provenance(results), '']
-        else:
-            empty.append(f'- {title}: `python train/reproduce.py {name} --output train/results/paper`')
-        if name == 'table1' and results:
-            empty += say_missing(scores)
-    if empty:
-        lines += ['Not run yet:', '', *empty, '']
-    lines += say_comparisons(evidence)
-    lines += [
-        '## Trained weights, shipped and intermediate', '',
+        ' ·\n'.join(f'[{title}]({to_anchor(title)})' for title, part in zip(SECTIONS, parts) if part), '']
+    for title, part in zip(SECTIONS, parts):
+        lines += [f'## {title}', '', *part] if part else []
+    return '\n'.join(lines)
+
+
+def say_weights(root: Path, evidence: Evidence) -> List[str]:
+    """The table of all weights."""
+    lines = [
         '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | recipe of the last stage '
         '| measured on |', '|---|---|---|---|---|---|---|---|---|---|',
     ]
@@ -121,17 +90,84 @@ def render_results(root: Path, evidence: Evidence) -> str:
         lines.append(
             f'| [{name}](train/results/{tag}) | {Path(e["dataset"]).name} {e["split"]}, {e["images"]:,} images{size} '
             f'| {epochs} | {run["parameters"]:,} | {e["top1"]:.2f} % | {e["flip_top1"]:.2f} % | {regions} '
-            f'| {100 * e["ece"]:.1f} % | {say_recipe(root, tag)} | {say_setting(e)} |')
+            f'| {100 * e["ece"]:.1f} % | {say_recipe(root, tag)} | {e["hardware"]} |')
     precisions = sorted({e['precision'] for e in evidence.evaluations.values()})
-    lines += [
-        '', f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`. Patch accuracy is the share of',
-        'regions that match the class of their image, ECE the expected calibration error (15 bins). One run each.',
-        'Test images [influenced some choices](train/README.md#the-shipped-weights): optimizer and learning rate,',
-        'chosen for `rn26_tm`, whether training went on, and the last teachers of `rn26_tm.dist_cifar10`.', '']
-    analyses = {tag: found for tag in evidence.evaluations if (found := find_analyses(root, tag))}
-    if analyses:
-        lines += say_regions(analyses)
-    return '\n'.join(lines)
+    return [*lines, '', *wrap(
+        f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`, with '
+        f'{say_versions(evidence.evaluations)}. Patch accuracy is the share of regions that match the class of their '
+        f'image, ECE the expected calibration error (15 bins). One run each. Test images [influenced some '
+        f'choices](train/README.md#the-shipped-weights): optimizer and learning rate were chosen among three for '
+        f'`rn26_tm`, by short runs that were scored on 2,000 test images of CIFAR-10; most later stages were added '
+        f'when the test accuracy before them was known; the last teachers of `rn26_tm.dist_cifar10` were chosen by '
+        f'theirs.'), '']
+
+
+def say_versions(evaluations: Dict[str, Dict[str, Any]]) -> str:
+    """Versions that most weights were measured with, and those of the others."""
+    by_version: Dict[str, List[str]] = {}
+    for tag, e in evaluations.items():
+        by_version.setdefault(', '.join(f'{k} {e["versions"][k]}' for k in ('torch', 'timm')), []).append(tag)
+    (most, _), *others = sorted(by_version.items(), key=lambda item: -len(item[1]))
+    return most + ''.join(f' ({", ".join(tags)}: {versions})' for versions, tags in others)
+
+
+def say_claims(evidence: Evidence) -> List[str]:
+    """The table of what the paper claims, and the evidence for each verdict."""
+    claims = judge(evidence)
+    return [
+        *wrap(
+            'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
+            'verdict is about the networks and datasets that its evidence names, and one about several holds if it '
+            'holds for each. It says that there is a difference, not that it is large; "undecided" means tested, '
+            'without a clear result.'), '',
+        '| | claim | section | verdict |', '|---|---|---|---|',
+        *(f'| {n} | {c.text} | {c.section} | **{c.verdict}** |' for n, c in enumerate(claims, 1)), '',
+        *wrap(
+            f'**Accuracies** decide a claim by Welch\'s t-test at 5 % over the runs of each setting (± is one standard '
+            f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
+            f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
+            f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
+            f'tests, so of many comparisons one may be confirmed or refuted by chance. Runs of fewer epochs than the '
+            f'protocol\'s say so.'), '',
+        *wrap(
+            '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
+            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. A "
+            'difference of two standard errors over images decides these, as if each measure had had images of its '
+            'own. How much another run would differ is unknown, so that they hold for these networks. Reported but not '
+            'judged: `rn26_tm` for CIFAR-100, and networks with a teacher, which the paper does not use; these differ '
+            'much, and their baseline had no teacher and fewer epochs.'), '',
+        *wrap(
+            '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
+            'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
+        'The evidence:', '',
+        *(line for n, c in enumerate(claims, 1) if c.evidence for line in (
+            f'**{n}.** {c.text}: {c.verdict}.', '', *(f'- {part}' for part in c.evidence), ''))]
+
+
+def say_experiments(root: Path) -> List[str]:
+    """The tables of the experiments of the paper, and what has no run yet."""
+    lines = [
+        'By its protocol, as far as section 4 tells it: a split of 65, 15 and 20 % for training, validation and test,',
+        'Adam with a learning rate of 0.001 and a weight decay of 0.0001, batches of 32, λ 0.5. The rest is our',
+        'reading or choice, in [paper.yaml](train/recipes/paper.yaml): that all 60,000 images of a set are pooled, in',
+        'one stratified split for all runs; crops from a padding of 4 pixels of the mean colour and mirror images, as',
+        "the work has that it cites for augmentation, normalised and padded by CIFAR-10's mean on CIFAR-100 too;",
+        'weight decay as an L2 term on every parameter; a constant learning rate for 100 epochs, or as many as a table',
+        'says; that the weights that are best on the 15 % are tested; that an incomplete last batch of an epoch is',
+        'dropped; that templates begin as PyTorch initializes a convolution, and all other convolutions by',
+        "Kaiming's normal distribution (fan-out). Runs that still misclassify many training images have not converged: they do not",
+        'reproduce the level of Table 1, and are no evidence against it.',
+        '']
+    empty = []
+    for name, title in TITLES.items():
+        results, scores = read_results(root / 'train' / 'results' / 'paper' / name)
+        if results:
+            lines += [f'### {title}', '', *tabulate(name, scores), '', *say_provenance(results), '']
+        else:
+            empty.append(f'- {title}: `python train/reproduce.py {name} --output train/results/paper`')
+        if name == 'table1' and results:
+            empty += say_missing(scores)
+    return [*lines, 'Not run yet:', '', *empty, ''] if empty else lines
 
 
 def say_missing(scores: Scores) -> List[str]:
@@ -141,8 +177,8 @@ def say_missing(scores: Scores) -> List[str]:
         f'{name} ({"all rows" if len(rows) == len(TABLE_1) else ", ".join(rows)})'
         for name, rows in missing.items() if rows]
     return [
-        f'- Table 1: {"; ".join(parts)}; [the command](train/README.md#reproduce-the-paper) with `--rows` and '
-        f'`--datasets`'] if parts else []
+        f'- Table 1: {"; ".join(parts)}; [the command](train/README.md#reproduce-the-paper) with `--rows`, '
+        f'`--datasets` and `--data`'] if parts else []
 
 
 def say_recipe(root: Path, tag: str) -> str:
@@ -165,7 +201,6 @@ def say_comparisons(evidence: Evidence) -> List[str]:
     if not found:
         return []
     lines = [
-        '## With and without template matching', '',
         '| network | data | epochs | top-1 | baseline | top-1 | difference |', '|---|---|---|---|---|---|---|']
     for c in found:
         run, ours, theirs = evidence.runs[c.tag], evidence.evaluations[c.tag], evidence.evaluations[c.baseline]
@@ -182,7 +217,8 @@ def say_comparisons(evidence: Evidence) -> List[str]:
         f'on the test images, ± one standard error over these, image by image. Of {len(found)} '
         f'differences {sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than '
         f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
-        f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, partly on test images.')
+        f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, by short runs that were scored '
+        f'on test images.')
     if not all(c.by_image for c in found):
         text += (
             ' ‡: computed as if each had been tested on images of its own, which makes the error larger: these weights '
@@ -209,7 +245,6 @@ MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM pro
 def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
-        '## What the regions show', '',
         *wrap(
             'Does a network lose the class when the regions that its class map ranks highest are masked? By four '
             'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half) '
@@ -276,7 +311,7 @@ def render_analysis(
                   say_fillings(fillings), '', '![Deletion and insertion curves](trust.png)', '',
                   f'`{found["trust"]["command"]}`', '']
     if 'trust_blur' in found:
-        lines += ['## The same, masked by a blurred image', '', *say_trust(found['trust_blur']), '',
+        lines += ['## The same, masked by a blurred image', '', *say_trust(found['trust_blur'], 'trust' in found), '',
                   '![Deletion and insertion curves](trust_blur.png)', '', f'`{found["trust_blur"]["command"]}`', '']
     if 'mixing' in found:
         lines += ['## Does the block mix what the class map shows?', '',
@@ -287,15 +322,22 @@ def render_analysis(
             '| features | silhouette, classes | neighbours of the class | silhouette, superclasses '
             '| neighbours of the superclass |', '|---|---|---|---|---|',
             *(say_space(name, values) for name, values in found['geometry']['spaces'].items()), '',
-            f'Each region with its 10 nearest of other images, in the space itself; the silhouette is of all regions, '
-            f'those of the same image too. Standard errors are over images, given the others, so rather too small. '
+            f'Stage 3 is the input of the block, patch mean the same averaged over patches, shortcut its 1×1 '
+            f'projection, values the mixture that is added, block output their sum. The silhouette is from −1 to 1, '
+            f'higher where points of one label lie closer together than to others; it is of all regions, those of the '
+            f'same image too. Neighbours are the 10 nearest of other images, in the space itself. Standard errors are '
+            f'over images, given the others, so rather too small. '
             f'{say_chance(found["geometry"]["chance"])}', '',
             '![t-SNE of the features](geometry.png)', '', f'`{found["geometry"]["command"]}`', '']
     if 'mosaic' in found:
-        lines += ['## Patches by class scores and by value embeddings', '', '![Patches](mosaic.png)', '',
+        lines += ['## Patches by class scores and by value embeddings', '',
+                  'Each cell is a patch, framed in the colour of the class of its image; neighbours in the grid are '
+                  'alike by class scores (left) or by the mixture (right).', '', '![Patches](mosaic.png)', '',
                   f'`{found["mosaic"]["command"]}`', '']
     if 'words' in found:
-        lines += ['## Visual words', '', '![Visual words](words.png)', '', f'`{found["words"]["command"]}`', '']
+        lines += ['## Visual words', '',
+                  "Centres that k-means finds among the patches' class scores (bars), with the 16 nearest patches.",
+                  '', '![Visual words](words.png)', '', f'`{found["words"]["command"]}`', '']
     return '\n'.join(lines)
 
 
@@ -309,8 +351,8 @@ def say_space(name: str, values: Dict[str, Optional[float]]) -> str:
     return f'| {name} | ' + ' | '.join(cells) + ' |'
 
 
-def say_trust(trust: Dict[str, Any]) -> List[str]:
-    """The table of the masking experiment, and what follows from it."""
+def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
+    """The table of the masking experiment, and what follows from it; of a second one without what stands above."""
     def cell(row: Dict[str, float], key: str, digits: int) -> str:
         return f'{row[key]:.{digits}f} ± {row[f"{key}_error"]:.{digits}f}'
 
@@ -325,12 +367,14 @@ def say_trust(trust: Dict[str, Any]) -> List[str]:
         lines.append(
             f'| {name} | {cell(row, "deletion", 3)} | {cell(row, "insertion", 3)} '
             f'| {cell(row, "without_most", 1)} % | {cell(row, "without_least", 1)} % |')
-    lines += ['', "Means with standard errors over images. Another image's class map is as smooth and as central as",
-              'the own one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and',
-              'a linear layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by',
-              "`method='cam'`. CAM probabilities are the same scores after a soft-max over the classes. Occlusion",
-              f'hides windows of {trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by '
-              f'{FILLS[trust["fill"]]}, and is of log-odds, as the class map is.', '']
+    lines += ['', *wrap(
+        'Occlusion hides by the blurred image here; all else is as above.' if is_second else
+        f"Means with standard errors over images. Another image's class map is as smooth and as central as the own "
+        f"one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and a linear "
+        f"layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by `method='cam'`. "
+        f'CAM probabilities are the same scores after a soft-max over the classes. Occlusion hides windows of '
+        f'{trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by {FILLS[trust["fill"]]}, and is of '
+        f'log-odds, as the class map is.'), '']
     if trust['fill'] == 'mean':
         lines += ['Insertion is not compared with occlusion, which hid by what insertion does not start from.', '']
     for name in list(trust['maps'])[1:]:
@@ -344,14 +388,14 @@ def say_mixing(mixing: Dict[str, float], added: bool = True) -> List[str]:
     shares = {key: f'{100 * mixing[key]:.1f} ± {100 * mixing[f"{key}_error"]:.1f} %' for key in (
         'agreement', 'matched_share', 'matched_off')}
     return [
-        'The class map shows the patch logits, which the patch loss trains. What the block mixes is ReLU(BN(patch',
-        f'logits)), with a scale and a shift of each class. In {shares["agreement"]} of the regions of '
-        f'{mixing["images"]:,} images the class that matches',
-        f'best has the largest coefficient too; it has {shares["matched_share"]} of the sum of them, and in '
-        f'{shares["matched_off"]} of the regions it is 0.',
-        *([f'Over the regions the value vectors, mixed, vary {mixing["value_spread"]:.2f} times as much as what they',
-           'are added to.'] if added else [
-            'The mixed value vectors are concatenated, and a norm follows, so that their scale says nothing.'])]
+        'The class map shows the patch logits, which the patch loss trains, after a soft-max over the classes. The',
+        f'block mixes value vectors by weights ReLU(BN(patch logits)), with a scale and a shift of each class. In '
+        f'{shares["agreement"]} of the regions',
+        f'of {mixing["images"]:,} images the class that matches best has the largest weight too; it has '
+        f'{shares["matched_share"]} of the sum',
+        f'of the weights, and in {shares["matched_off"]} of the regions its weight is 0.',
+        *([f'Over the regions the mixture varies {mixing["value_spread"]:.2f} times as much as what it is added to.']
+          if added else ['The mixture is concatenated, and a norm follows, so that its scale says nothing.'])]
 
 
 def say_fillings(fillings: Optional[List[str]]) -> str:
