@@ -9,6 +9,7 @@ if of_user := [name for name in os.environ if name.startswith(('HF_', 'HUGGINGFA
     for name in of_user:
         del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE='1', HF_HOME=tempfile.mkdtemp(prefix='hf_home_'))
+os.environ['XDG_CACHE_HOME'] = os.path.join(os.environ['HF_HOME'], 'cache')  # of what times engines
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 

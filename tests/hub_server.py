@@ -26,7 +26,6 @@ class Fault:
     method: str
     path: str  # regular expression
     times: int = 1
-    skip: int = 0
     status: int = 0
     headers: Dict[str, str] = field(default_factory=dict)
     body: bytes = b'{"error": "injected"}'
@@ -132,9 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f'{self.command} {path}')
             fault = next((f for f in self.hub.faults if f.times > 0 and f.method == self.command and re.search(
                 f.path, self.path)), None)
-            if fault and fault.skip:
-                fault.skip -= 1
-                fault = None
             if fault:
                 fault.times -= 1
         if fault and fault.delay:
@@ -158,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def respond(self, path: str, query: Dict[str, List[str]]) -> None:
         raise AssertionError

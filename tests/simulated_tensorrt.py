@@ -34,9 +34,6 @@ class Guarded:
     def __getattr__(self, name):
         return getattr(self._check(name), name)
 
-    def __call__(self, *args):
-        return self._guard[0](*args)
-
     def __setattr__(self, name, value):
         setattr(self._check(name), name, value)
 

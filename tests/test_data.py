@@ -184,6 +184,25 @@ def test_folders_are_read_whatever_the_format_of_their_images(tmp_path, suffix):
     assert decoded.images.float().mean((1, 2, 3)).tolist() == pytest.approx([40, 200], abs=2)
 
 
+@pytest.mark.parametrize('kind', ['', 'torch/folder'])
+def test_images_of_folders_are_upright_and_on_white_where_they_are_transparent(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    for name in 'ab':
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / 'train' / name / '0.png', exif=exif)
+    dataset = open_dataset(kind, 'train', str(tmp_path / 'train')) if kind else open_dataset(str(tmp_path), 'train')
+    background = 255 - pixels[..., 3:].astype(float)
+    on_white = (pixels[..., :3] * (pixels[..., 3:] / 255) + background).round()
+    expected = torch.from_numpy(np.rot90(on_white, -1).copy()).permute(2, 0, 1)
+    decoded = decode(dataset, CONFIG, progress=False)
+    assert (decoded.images - expected).abs().max() <= 1
+    (images, _), = StreamingLoader(dataset, CONFIG, 2, torch.device('cpu'), num_workers=1).epoch(0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
+    assert ((images * std + mean) * 255 - expected).abs().max() <= 1.01
+
+
 def test_stored_images_are_decoded_exactly():
     dataset = open_dataset('sample', 'test[:20]')
     decoded = decode(dataset, DataConfig((3, 32, 32), (0, 0, 0), (1, 1, 1)), progress=False)

@@ -23,7 +23,7 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
-from train.engine import _configure_deepspeed, create_accelerator
+from train.engine import _configure_deepspeed, create_accelerator, fail_trackers, start_trackers
 from train.inputs import create_data_config
 from train.model import network
 from train.optim import create_optimizer, create_schedule, resolve_lr
@@ -219,6 +219,33 @@ def test_fsdp_is_of_version_2_without_efficient_loading(monkeypatch, version, ef
     monkeypatch.setattr(AcceleratorState, 'fsdp_plugin', plugin, raising=False)
     with nullcontext() if fits else pytest.raises(InputError, match='train/accelerate/fsdp.yaml'):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
+
+
+def test_fsdp_keeps_no_ema(monkeypatch):
+    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
+    with pytest.raises(InputError, match='--model-ema keeps whole weights, which FSDP and DeepSpeed divide'):
+        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--model-ema']))
+
+
+def test_trackers_know_the_run_and_whether_it_failed():
+    told, ended = {}, []
+    accelerator = SimpleNamespace(
+        is_main_process=True, init_trackers=lambda project, **kwargs: told.update(kwargs, project=project))
+    args = parse_args(['--project', 'birds', '--report-to', 'wandb', 'mlflow', 'trackio'])
+    start_trackers(accelerator, args, Path('output/run'), 'an id', 7)
+    assert told['project'] == 'birds' and told['config']['report_to'] == "['wandb', 'mlflow', 'trackio']"
+    assert told['init_kwargs'] == dict(
+        tensorboard={'purge_step': 8}, wandb={'name': 'run', 'id': 'an id', 'resume': 'allow', 'dir': 'output/run'},
+        mlflow={'run_name': 'run'}, trackio={'name': 'run', 'resume': 'allow'})
+    wandb_run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
+    accelerator.trackers = [
+        SimpleNamespace(name='wandb', tracker=wandb_run),
+        SimpleNamespace(name='tensorboard', finish=lambda: ended.append('tensorboard'))]
+    fail_trackers(accelerator)
+    assert ended == [1, 'tensorboard']
+    accelerator.is_main_process = False
+    fail_trackers(accelerator)
+    assert ended == [1, 'tensorboard']
 
 
 def test_fsdp_compiles_nothing(monkeypatch):

@@ -417,6 +417,14 @@ PARSERS = {  # of what follows `python` in a command
     'runtime.py': export.__main__.create_parser().parse_args}
 
 
+@pytest.mark.parametrize('page', [
+    *PAGES, 'hub_cards/rendered/rn26_tm.cifar10.md', 'hub_cards/rendered/rn26.cifar10.md'])
+def test_code_of_pages_is_python(page):
+    text = (ROOT / page).read_text()
+    for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL):
+        compile(block, page, 'exec')
+
+
 @pytest.mark.parametrize('page, least', [
     (PAGES[0], 17), (PAGES[1], 30), (PAGES[2], 14), ('hub_cards/rendered/rn26_tm.cifar10.md', 7)])
 def test_commands_are_such_as_the_programs_take(page, least):

@@ -3,6 +3,7 @@ import fnmatch
 import gc
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -18,11 +19,13 @@ import timm
 import export.check
 import export.runtime as runtime
 import export.tensorrt
+from export.__main__ import main
 from export.bench import open_file
 from export.check import check_file
 from export.onnx import OnnxOptions
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
 from timm_tmblock.errors import InputError
+from train import evaluate
 
 ROOT = Path(__file__).parent.parent
 GPU = dict(name='NVIDIA L4', compute_capability='8.9', cuda_driver='13.0')
@@ -405,6 +408,35 @@ def test_simulated_mismatch_says_the_reason_and_how_to_build_it(simulated, files
         runtime.load(path, rebuild=True)
 
 
+@one_version
+def test_simulated_engine_is_measured_as_its_file_is(simulated, files, tmp_path):
+    path = tmp_path / 'x.engine'
+    metadata = build_engine(files / 'patches.onnx', path, EngineOptions(batches=((1, 8, 16),)))
+    assert 'parity' not in metadata and 'parity' not in json.loads(Path(f'{path}.json').read_text())
+    flags = ['--split', 'test[:37]', '--batch-size', '16']
+    engine, file = evaluate.main([str(path), *flags]), evaluate.main([str(files / 'patches.onnx'), *flags])
+    assert (engine['runtime'], engine['hardware']) == ('TensorRT', f'1 x {GPU["name"]}')
+    for key in ('images', 'top1', 'top5', 'patch_accuracy', 'ece', 'loss'):
+        assert engine[key] == pytest.approx(file[key], rel=1e-5), key
+
+
+@one_version
+def test_commands_of_a_card_build_an_engine_and_run_it(simulated, files, tmp_path, monkeypatch, capsys):
+    card = (ROOT / 'hub_cards' / 'rendered' / 'rn26_tm.cifar10.md').read_text()
+    download, *commands = re.search(r'With TensorRT, .*?```\n(.*?)```', card, re.DOTALL)[1].splitlines()
+    assert download.startswith('hf download ') and download.endswith(' --local-dir net')
+    (tmp_path / 'net' / 'onnx').mkdir(parents=True)
+    for suffix in ('.onnx', '.onnx.json'):
+        shutil.copy(files / f'patches{suffix}', tmp_path / 'net' / 'onnx' / f'model_fp16{suffix}')
+    shutil.copy(ROOT / 'train' / 'sample' / 'images' / 'ship.png', tmp_path / 'photo.jpg')
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        python, _, module, *arguments = shlex.split(command)
+        assert (python, module) == ('python', 'export')
+        main(arguments)
+    assert 'photo.jpg: ship ' in capsys.readouterr().out
+
+
 @pytest.fixture
 def engines(simulated, files, tmp_path):
     """Makes an engine of a folder that looks like a repository, with changes to its sidecar."""
@@ -429,7 +461,7 @@ T4, H100, RTX = (
 
 
 @each_package
-def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engines, tmp_path, monkeypatch):
+def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engines, tmp_path, monkeypatch, capsys):
     with pytest.raises(runtime.RuntimeInputError, match='holds no engine; build one'):
         runtime.load(tmp_path, engine=True)
     # worst first: what cannot run, then what can, each better than the one before
@@ -446,8 +478,13 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
             ('fp16', dict(gpu=GPU)))):
         path = engines(f'y{9 - i}', precision, **change)
         assert runtime._find(tmp_path, 'auto', None, engine=True) == path, change
-    prediction = runtime.load(tmp_path, engine=True)(ROOT / 'train' / 'sample' / 'images' / 'ship.png')
-    assert prediction.label == 'ship'
+    ship = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
+    assert runtime.load(tmp_path, engine=True)(ship).label == 'ship'
+    capsys.readouterr()
+    main(['run', str(tmp_path), str(ship), '--engine'])
+    assert f'{ship}: ship ' in capsys.readouterr().out
+    with pytest.raises(runtime.RuntimeInputError, match='revision'):
+        main(['run', str(tmp_path), str(ship), '--revision', 'v1'])
     assert runtime.load(tmp_path, 'cpu').session.provider == 'CPUExecutionProvider'  # unless asked, an ONNX file
     with pytest.raises(runtime.RuntimeInputError, match='is not an engine; name one'):
         runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)

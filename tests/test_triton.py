@@ -26,7 +26,7 @@ from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 # unpacked from the wheel nvidia-pytriton by `make test`; it needs none of what the wheel asks for
-SERVER = Path(os.environ.get('TRITON_HOME', ROOT / '.venv' / 'triton')) / 'pytriton' / 'tritonserver'
+SERVER = ROOT / '.venv' / 'triton' / 'pytriton' / 'tritonserver'
 needs_server = pytest.mark.skipif(
     not (SERVER / 'bin' / 'tritonserver').is_file(), reason='no Triton server; make .venv/triton')
 STUB = SERVER / 'python_backend_stubs' / f'{sys.version_info.major}.{sys.version_info.minor}'

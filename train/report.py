@@ -155,8 +155,8 @@ def say_experiments(root: Path) -> List[str]:
         'weight decay as an L2 term on every parameter; a constant learning rate for 100 epochs, or as many as a table',
         'says; that the weights that are best on the 15 % are tested; that an incomplete last batch of an epoch is',
         'dropped; that templates begin as PyTorch initializes a convolution, and all other convolutions by',
-        "Kaiming's normal distribution (fan-out). Runs that still misclassify many training images have not converged: they do not",
-        'reproduce the level of Table 1, and are no evidence against it.',
+        "Kaiming's normal distribution (fan-out). Runs that still misclassify many training images have not converged:",
+        'they do not reproduce the level of Table 1, and are no evidence against it.',
         '']
     empty = []
     for name, title in TITLES.items():
