@@ -91,7 +91,7 @@ def print_parity(parity: Dict[str, Any]) -> None:
 
 def add_check(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
-    command = commands.add_parser('check', help='compare an ONNX file or an engine with PyTorch again')
+    command = commands.add_parser('check', help='compare an ONNX file or an engine with PyTorch')
     command.add_argument('file', type=Path)
     add_model_options(command)
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where an ONNX file runs')
@@ -205,7 +205,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         'networks to time in PyTorch, with untrained weights, norms folded and in channels_last'))
     command.add_argument('--compile', action='store_true', help='those compiled too')
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
-    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where all of them run')
+    command.add_argument(
+        '--device', choices=('cpu', 'cuda'), default='cpu',
+        help='where networks and ONNX files run; engines are on the GPU')
     command.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64])
     command.add_argument('--threads', type=int, help="on a CPU; PyTorch's choice, for all, if not given")
     command.add_argument('--seconds', type=float, default=20., help='for each batch size')

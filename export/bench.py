@@ -104,9 +104,12 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
     model = model.to(device, dtype, memory_format=memory_format)
     torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime and TensorRT are told
     torch.backends.cudnn.benchmark = True  # kernels are tried, as ONNX Runtime and TensorRT do
-    if compiled:  # for each batch size, as files are, and not for any
-        torch._dynamo.config.recompile_limit = 64  # of all networks, as they share their code
-        model = torch.compile(model, dynamic=False, mode='max-autotune' if device == 'cuda' else None)
+    if compiled:
+        mode, dynamic = None, None
+        if device == 'cuda':  # a graph for each batch size: one for any keeps the format of convolutions
+            mode, dynamic = 'max-autotune', False
+            torch._dynamo.config.recompile_limit = 64  # of all networks, as they share their code
+        model = torch.compile(model, dynamic=dynamic, mode=mode)
 
     @torch.inference_mode()
     def call(x: np.ndarray) -> Any:

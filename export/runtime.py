@@ -5,7 +5,7 @@
     python runtime.py run rn26_tm.engine folder/ --json
 
     runner = load('rn26_tm.onnx')                        # or an engine, a folder, a Hub repository
-    for prediction in runner(['a.jpg', 'b.jpg']):        # paths, PIL images or uint8 arrays, of any size
+    for prediction in runner(['a.jpg', 'b.jpg']):        # paths, bytes, PIL images, uint8 arrays (RGB), any size
         print(prediction.top(3))                         # [('ship', 0.98), ...]
         prediction.patch_probabilities                   # (templates, H/r, W/r), None if the file has no patch scores
 
@@ -111,7 +111,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
                     f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             source = Image.fromarray(source)
         if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
-            raise RuntimeInputError(f'{type(source).__name__} is not an image; give a path, PIL image or uint8 array.')
+            raise RuntimeInputError(
+                f'{type(source).__name__} is not an image; give a path, bytes, PIL image or uint8 array.')
         image = source if isinstance(source, Image.Image) else Image.open(source)
         file_format = image.format
         if file_format == 'EPS':

@@ -437,11 +437,21 @@ def test_split_may_lack_a_class(tmp_path):
     found = decode(small, DataConfig((3, 8, 8), (0, 0, 0), (1, 1, 1)), progress=False)
     assert found.images[:, 0, 0, 0].tolist() == [1, 0] and found.targets.tolist() == [0, 2]
     assert adopt_classes(open_dataset(str(tmp_path), 'test'), ['a', 'b', 'c']) == ['a', 'd']
+    small = open_dataset('torch/folder', 'validation', str(tmp_path / 'validation'))
+    assert adopt_classes(small, ['a', 'b', 'c']) == ['a', 'b', 'c']
+    found = decode(small, DataConfig((3, 8, 8), (0, 0, 0), (1, 1, 1)), progress=False)
+    assert found.images[:, 0, 0, 0].tolist() == [1, 0] and found.targets.tolist() == [0, 2]
 
 
 def test_class_may_be_called_as_a_split(tmp_path):
-    save_classes(tmp_path, 'bus', 'car', 'train')
+    save_classes(tmp_path, 'bus', 'car', 'train', 'train/.ipynb_checkpoints')
     assert get_class_names(open_dataset(str(tmp_path), 'train')) == ['bus', 'car', 'train']
+
+
+def test_split_without_classes_is_told_apart_from_a_class(tmp_path):
+    save_classes(tmp_path, 'train/a', 'train/b', 'val/a', 'val/b', 'test')
+    with pytest.raises(InputError, match="has no split 'test', it has train, val; name one"):
+        open_dataset(str(tmp_path), 'test')
 
 
 def test_labels_that_are_integers_are_classes(tmp_path):

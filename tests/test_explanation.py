@@ -23,7 +23,7 @@ from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, PatchSupervised, explain
 from timm_tmblock.__main__ import main
 from timm_tmblock.explanation import class_color, forward_class_activation
-from timm_tmblock.image import IMAGE_SUFFIXES, list_images
+from timm_tmblock.image import IMAGE_SUFFIXES, list_images, read_image
 from timm_tmblock.models import PreActResNet
 
 ROOT = Path(__file__).parent.parent
@@ -294,10 +294,17 @@ def test_wrapped_models_are_explained_as_they_are(trained_like, wrap, method):
     np.testing.assert_array_equal(a.patch_probabilities, b.patch_probabilities)
 
 
-@pytest.mark.parametrize('image', [torch.zeros(3, 32, 32), None, b'abc'])
-def test_what_is_no_image_is_one_sentence(trained_like, image):
-    with pytest.raises(InputError, match='^(Tensor|NoneType|bytes) is not an image; give a path, PIL image or '):
+@pytest.mark.parametrize('image, message', [
+    (torch.zeros(3, 32, 32), 'Tensor is not an image; give a path, bytes, PIL image or '),
+    (None, 'NoneType is not an image'), (b'abc', 'The image is empty or not an image Pillow can read')])
+def test_what_is_no_image_is_one_sentence(trained_like, image, message):
+    with pytest.raises(InputError, match=f'^{message}'):
         explain(trained_like('rn26_tm'), image)
+
+
+def test_bytes_of_a_file_are_read_as_the_file():
+    path = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
+    assert read_image(path.read_bytes()).tobytes() == read_image(path).tobytes()
 
 
 def test_heat_map_is_of_the_template_most_regions_match_where_none_is_of_the_class(regions):

@@ -218,6 +218,7 @@ def test_runs_from_the_hub_are_set_beside_those_of_a_copy():
     for dataset in ('cifar10', 'cifar100'):
         check_flags(folder, dataset, flags)
         check_flags(folder, dataset, ['--dataset', f'hfds/uoft-cs/{dataset}', *flags])
+        check_flags(folder, dataset, ['--dataset', f'hfds/my copies/{dataset}/', *flags, '--report-to', 'a', 'b'])
         for other in (flags[2:], ['--dataset', f'hfds/uoft-cs/{dataset}x', *flags]):
             with pytest.raises(InputError, match=f'{dataset}.seed0 was begun with the flags'):
                 check_flags(folder, dataset, other)

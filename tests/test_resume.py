@@ -109,6 +109,21 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, process
         assert results[0][key] == results[1][key]
 
 
+def test_what_goes_on_by_itself_is_the_run_of_the_experiment(tmp_path):
+    (tmp_path / 'recipe.yaml').write_text('experiment: run\nresume: auto\n')
+    flags = [*FLAGS[:-2], '-c', str(tmp_path / 'recipe.yaml'), '--batch-size', '12', '--output', str(tmp_path)]
+    with pytest.raises(InputError, match='run has nothing to measure yet'):
+        parse_args([*flags, '--eval-only'])
+    with pytest.raises(InputError, match='goes on with the run of --experiment .*; name one'):
+        parse_args(['--resume', 'auto'])
+    assert main([*flags, '--max-steps', '1', '--model-kwargs', 'patch_size=2'])['updates'] == 1
+    args = parse_args([*flags, '--max-steps', '2'])
+    assert args.resume == str(tmp_path / 'run') and args.model_kwargs == {'patch_size': 2}
+    assert main([*flags, '--max-steps', '2'])['updates'] == 2
+    with pytest.raises(InputError, match='--model-kwargs patch_size cannot change in a run that goes on'):
+        parse_args([*flags, '--model-kwargs', 'patch_size=4'])
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     flags = [*FLAGS, '--batch-size', '12', '--max-steps', '1', '--output', str(tmp_path)]
     with holding(tmp_path / 'run'), pytest.raises(InputError, match='A run is in progress in .*run; wait for it'):

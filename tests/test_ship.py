@@ -148,6 +148,20 @@ def test_run_that_has_seen_the_images_is_refused(finished_run, elsewhere, tmp_pa
     assert not (elsewhere / 'weights').exists()
 
 
+def test_record_of_a_stage_is_not_lost_to_the_next(finished_run, elsewhere, tmp_path):
+    shutil.copytree(finished_run, tmp_path / 'next')
+    path, recorded = tmp_path / 'next' / 'args.yaml', elsewhere / 'results' / 'rn20_tm.sample' / 'args.yaml'
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(dict(settings, experiment='next', initial_checkpoint='output/run/last.safetensors')))
+    recorded.parent.mkdir(parents=True)
+    shutil.copy(finished_run / 'args.yaml', recorded)
+    with pytest.raises(InputError, match='records the run that .*next continues; rename it first, as rn20_tm_24_'):
+        ship.main([str(tmp_path / 'next'), '--tag', 'sample', '--split', 'test[:20]', *SET])
+    assert yaml.safe_load(recorded.read_text()) == settings and not (elsewhere / 'weights').exists()
+    shutil.copy(path, recorded)  # once more the same
+    ship.main([str(tmp_path / 'next'), '--tag', 'sample', '--split', 'test[:20]', *SET])
+
+
 def test_arguments_that_change_how_a_network_runs_make_it_no_other(tmp_path):
     model = timm.create_model('dn100', memory_efficient=True)
     for arguments in (dict(memory_efficient=True), dict(memory_efficient=True, growth_rate=24)):

@@ -73,7 +73,7 @@ def read_image(source: Union[str, Path, bytes, IO[bytes], Image.Image, np.ndarra
                 raise InputError(f'The image array has shape {source.shape}; give (H, W), (H, W, 3) or (H, W, 4).')
             image = Image.fromarray(source)
         elif not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
-            raise InputError(f'{type(source).__name__} is not an image; give a path, PIL image or uint8 array.')
+            raise InputError(f'{type(source).__name__} is not an image; give a path, bytes, PIL image or uint8 array.')
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             file_format = image.format

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError
+from train.processes import agreeing
 
 KEEP = 2  # a checkpoint cut short must leave another one
 
@@ -150,9 +151,10 @@ def load_checkpoint(
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
         raise InputError(f'{folder} holds no checkpoint to resume from; give the folder of an earlier run.')
-    path = Path(broadcast_object_list([str(checkpoints[-1])])[0])  # the first process's, of folders that are copies
-    if path not in checkpoints:
-        raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
+    path = folder / 'checkpoints' / broadcast_object_list([checkpoints[-1].name])[0]  # the first process's
+    with agreeing(accelerator):
+        if path not in checkpoints:
+            raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
     try:
         content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
         content.pop('files')

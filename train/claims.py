@@ -1,6 +1,7 @@
 """What the paper claims, and what the committed results say of it."""
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from train.analysis import name_network
@@ -46,8 +47,12 @@ def compare_rows(
         pairs: List[Tuple[str, str]],
         combined: Callable[[List[str]], str] = combine_all,
         within_margin: bool = False,
-) -> Tuple[str, List[str]]:
-    """Whether the first setting of each pair beats the second, or is at most MARGIN below it, on each set both have."""
+) -> Tuple[str, List[str], List[str]]:
+    """Whether the first setting of each pair beats the second, or is at most MARGIN below it, on each set both have.
+
+    Returns:
+        The verdict, what it rests on, and the sets of that.
+    """
     scores, verdicts, lines, sets = evidence.scores.get(experiment, {}), [], [], []
     for better, worse in pairs:
         for dataset in DATASETS:
@@ -64,7 +69,7 @@ def compare_rows(
         lines = [
             f'{line}, by itself: {say_epochs(verdict, evidence, experiment, [dataset])}'
             for line, verdict, dataset in zip(lines, verdicts, sets)]
-    return combined(verdicts), lines
+    return combined(verdicts), lines, sets
 
 
 def say_p(difference: Difference) -> str:
@@ -113,7 +118,7 @@ def introduce(what: str, lines: List[str]) -> List[str]:
     return [f'{what}: {lines[0]}', *lines[1:]] if lines else []
 
 
-def say_epochs(verdict: str, evidence: Evidence, experiment: str, datasets: Sequence[str] = DATASETS) -> str:
+def say_epochs(verdict: str, evidence: Evidence, experiment: str, datasets: Sequence[str]) -> str:
     """A verdict, with the fewest epochs of runs that the protocol would have gone on with."""
     epochs = [evidence.short[experiment, d] for d in datasets if (experiment, d) in evidence.short]
     return f'{verdict} after {min(epochs)} epochs' if epochs and verdict in (HOLDS, FAILS) else verdict
@@ -122,32 +127,33 @@ def say_epochs(verdict: str, evidence: Evidence, experiment: str, datasets: Sequ
 def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     pairs = [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')]
-    verdict, lines = compare_rows(evidence, 'table1', pairs)
+    verdict, lines, sets = compare_rows(evidence, 'table1', pairs)
     others, exceptions = compare_others(evidence), find_exceptions(pairs)
     if not lines and not others:
         return UNTESTED, exceptions
     if not lines:
         return UNDECIDED, ["not run with the paper's protocol", *summarize(others), *exceptions]
-    return say_epochs(verdict, evidence, 'table1'), [*lines, *summarize(others), *exceptions]
+    return say_epochs(verdict, evidence, 'table1', sets), [*lines, *summarize(others), *exceptions]
 
 
 def judge_supervision(evidence: Evidence) -> Judgement:
     """Beside it, what the supervision alone does for the baseline."""
-    verdict, lines = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
-    alone, more = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
+    verdict, lines, sets = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
+    alone, more, on = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
     if len(more) == 1:  # of several each has its own
-        more = [f'{more[0]}, by itself: {say_epochs(alone, evidence, "table1")}']
-    return say_epochs(verdict, evidence, 'table1'), [*lines, *more]
+        more = [f'{more[0]}, by itself: {say_epochs(alone, evidence, "table1", on)}']
+    return say_epochs(verdict, evidence, 'table1', sets), [*lines, *more]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:
     """By how much more two blocks a stage gain than three."""
-    scores, verdicts, lines = evidence.scores.get('table1', {}), [], []
+    scores, verdicts, lines, sets = evidence.scores.get('table1', {}), [], [], []
     for dataset in DATASETS:
         rows = [scores.get((model, dataset), []) for model in ('rn26_tm', 'rn26', 'rn38_tm', 'rn38')]
         if all(rows):
             ours, baseline, deep, deep_baseline = rows
             gain = Difference.of_runs([ours, deep_baseline], [baseline, deep])
+            sets.append(dataset)
             verdicts.append(gain.verdict)
             lines.append(f'{DATASET_NAMES[dataset]}: {gain} points{say_p(gain)}')
     gains = zip(DATASETS, *(
@@ -155,34 +161,34 @@ def judge_shallow(evidence: Evidence) -> Judgement:
     exceptions = [
         f'{DATASET_NAMES[dataset]} ({shallow:+.2f} and {deep:+.2f})'
         for dataset, shallow, deep in gains if shallow <= deep]
-    return say_epochs(combine_all(verdicts), evidence, 'table1'), [*lines, *tell_exceptions(exceptions)]
+    return say_epochs(combine_all(verdicts), evidence, 'table1', sets), [*lines, *tell_exceptions(exceptions)]
 
 
 def judge_depth(evidence: Evidence) -> Judgement:
     for experiment in ('depth', 'table1'):
-        verdict, lines = compare_rows(evidence, experiment, [('rn38_tm', 'rn26_tm')])
+        verdict, lines, sets = compare_rows(evidence, experiment, [('rn38_tm', 'rn26_tm')])
         if lines:
             break
-    return say_epochs(verdict, evidence, experiment), lines
+    return say_epochs(verdict, evidence, experiment, sets), lines
 
 
 def judge_weight(evidence: Evidence) -> Judgement:
     others = sorted({setting for setting, _ in evidence.scores.get('lambda', {})} - {'lambda0.5'})
-    verdict, lines = compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
-    return say_epochs(verdict, evidence, 'lambda'), lines
+    verdict, lines, sets = compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
+    return say_epochs(verdict, evidence, 'lambda', sets), lines
 
 
 def judge_soft_maximizers(evidence: Evidence) -> Judgement:
     """Both, at both batch sizes, no more than MARGIN below; the paper has no perturbed maximizer at 32."""
     pairs = [(f'{kind}.batch{n}', f'bn_relu.batch{n}') for kind, n in (
         ('softmax', 8), ('softmax', 32), ('perturbed', 8), ('perturbed', 32))]
-    verdicts, lines = zip(*(
+    verdicts, lines, sets = zip(*(
         compare_rows(evidence, 'maximizers', [pair], within_margin=True) for pair in pairs))
     if set(verdicts) == {UNTESTED}:
         return UNTESTED, []
     *needed, optional = [UNDECIDED if v == UNTESTED else v for v in verdicts]
     verdict = combine_all(needed if verdicts[-1] == UNTESTED else [*needed, optional])
-    return say_epochs(verdict, evidence, 'maximizers'), [line for lines_of_pair in lines for line in lines_of_pair]
+    return say_epochs(verdict, evidence, 'maximizers', [*chain(*sets)]), [*chain(*lines)]
 
 
 def judge_constants(evidence: Evidence) -> Judgement:
@@ -331,7 +337,7 @@ def judge_mixing(evidence: Evidence) -> Judgement:
         (others if tag in evidence.taught else lines).append(f'{share:.1f} ± {error:.1f} % ({tag})')
         if tag not in evidence.taught:
             verdicts.append(Difference(share - 50, error).verdict)
-    judged = len(lines)
+    judged, taught = len(lines), [', '.join(others)] if others else []
     if judged > 2:
         lines = [f'{lines[0]} to {lines[-1]}, in {judged} networks']
     for key, factor, digits, unit, what in (
@@ -344,7 +350,7 @@ def judge_mixing(evidence: Evidence) -> Judgement:
         ends = [f'{value:.{digits}f}{unit} ({tag})' for value, tag in (ordered[0], ordered[-1])] if ordered else []
         lines += introduce(what, [' to '.join(dict.fromkeys(ends))] if ends else [])
     return say_of(combine_all(verdicts), judged), introduce(
-        'regions whose best match has the largest weight in the mixture', [*lines, *introduce(TAUGHT, others)])
+        'regions whose best match has the largest weight in the mixture', [*lines, *introduce(TAUGHT, taught)])
 
 
 def judge_words(evidence: Evidence) -> Judgement:
@@ -359,8 +365,8 @@ def judge_words(evidence: Evidence) -> Judgement:
 def judge(evidence: Evidence) -> List[Claim]:
     """Every claim of the paper with its verdict."""
     def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine_all) -> Judgement:
-        verdict, lines = compare_rows(evidence, 'table1', [(better, worse)], combined)
-        return say_epochs(verdict, evidence, 'table1'), [*lines, *find_exceptions([(better, worse)])]
+        verdict, lines, sets = compare_rows(evidence, 'table1', [(better, worse)], combined)
+        return say_epochs(verdict, evidence, 'table1', sets), [*lines, *find_exceptions([(better, worse)])]
 
     found = [
         ('Template matching improves the baselines', '4.2, Table 1', judge_baselines(evidence)),

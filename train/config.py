@@ -332,9 +332,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     unset = object()  # argparse keeps what a namespace has
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {k: v for k, v in given.items() if v is not unset}
-    automatic = args.resume == 'auto'
+    named = {**(_read_known(parser, Path(args.config)) if args.config else {}), **given}
+    automatic = named.get('resume') == 'auto'
     if automatic:
-        args.resume = _find_begun(parser, args, given)
+        args.resume = _find_begun(named, args.output)
         argv = [*argv, '--resume', args.resume]
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []
@@ -344,23 +345,31 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     settings = {k: v for k, v in _override(settings, given).items() if k not in given}
     args = parser.parse_args(_make_flags(parser, settings) + argv)
     if automatic and args.resume:  # to those of the command an --initial-checkpoint may have added its own
-        args.model_kwargs = _read_known(parser, Path(recipes[0]))['model_kwargs']
+        added = _read_known(parser, Path(recipes[0]))['model_kwargs']
+        for key, value in yaml.safe_load(yaml.safe_dump(args.model_kwargs)).items():
+            if added.get(key) != value:
+                raise InputError(
+                    f'--model-kwargs {key} cannot change in a run that goes on; begin another --experiment.')
+        args.model_kwargs = added
     _check_given(given, args)
     return args
 
 
-def _find_begun(parser: Parser, args: argparse.Namespace, given: Dict[str, Any]) -> str:
-    """The folder of the experiment that flags and recipe name, '' if there is nothing in it to go on from.
+def _find_begun(named: Dict[str, Any], output: str) -> str:
+    """The folder of the experiment that settings name, '' if there is nothing in it to go on from.
 
     Raises:
-        InputError: If they name none.
+        InputError: If they name none, or it is to be measured and has not begun.
     """
     from train.checkpoint import find_checkpoints
-    named = {**(_read_known(parser, Path(args.config)) if args.config else {}), **given}
     if not named.get('experiment'):
         raise InputError('--resume auto goes on with the run of --experiment where it has begun; name one.')
-    folder = Path(named.get('output') or args.output) / named['experiment']
-    return str(folder) if find_checkpoints(folder) else ''
+    folder = Path(named.get('output') or output) / named['experiment']
+    if find_checkpoints(folder):
+        return str(folder)
+    if named.get('eval_only'):
+        raise InputError(f'{folder} has nothing to measure yet; train first, without --eval-only.')
+    return ''
 
 
 VALIDATING = 'images that validate, of --val-fraction, --val-split or the second size of --pool'
@@ -452,7 +461,7 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
 
 
 def dump_args(args: argparse.Namespace) -> str:
-    """The settings as a recipe that repeats the run."""
+    """The settings as a recipe that repeats the run, under another --experiment."""
     return yaml.safe_dump({k: v for k, v in vars(args).items() if k not in ('config', 'resume')})
 
 

@@ -158,7 +158,7 @@ def open_dataset(
 
 def _is_class(folder: Path) -> bool:
     """Whether a folder named as a split is one of images, as of a class of trains."""
-    return folder.is_dir() and not any(path.is_dir() for path in folder.iterdir())
+    return folder.is_dir() and not any(path.is_dir() and path.name[0] != '.' for path in folder.iterdir())
 
 
 def _number_classes(dataset: Any, names: Optional[Sequence[str]] = None) -> None:
@@ -168,6 +168,10 @@ def _number_classes(dataset: Any, names: Optional[Sequence[str]] = None) -> None
     """
     if isinstance(dataset, ImageFolder):
         dataset.loader = str  # a path; torchvision's own drops what is transparent before anybody sees it
+        if names is not None:
+            old, dataset.classes = dataset.classes, list(names)
+            dataset.class_to_idx = {name: index for index, name in enumerate(names)}
+            dataset.samples = [(path, dataset.class_to_idx[old[index]]) for path, index in dataset.samples]
         return
     reader: Any = getattr(dataset, 'reader', None)
     if type(reader) is not ReaderImageFolder:
@@ -202,7 +206,8 @@ def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
         # parts with the same classes, whatever they are called; torchvision takes the outer folders for classes
         repeated = isinstance(source, ReaderImageFolder) and any(count > 1 for count in classes.values())
         splits = [
-            path.name for path in folders if repeated or path.name.lower() in SPLIT_NAMES and not _is_class(path)]
+            path.name for path in folders
+            if not _is_class(path) and (repeated or path.name.lower() in SPLIT_NAMES)]
         if splits:
             raise InputError(
                 f'Dataset {name!r} has no split {split!r}, it has {", ".join(splits)}; name one of these with the flag '
@@ -265,11 +270,11 @@ def open_named(args: Namespace, split: str) -> Any:
 def get_class_names(dataset: Any) -> List[str]:
     """Class names in the order of their indices."""
     reader = getattr(dataset, 'reader', dataset)
-    class_to_idx = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of .tar files
+    class_to_idx = getattr(reader, 'class_to_idx', None)
     if not class_to_idx:
         raise InputError(
             'The dataset does not say its classes; of an hfds/ set make the label column integers or a '
-            'datasets.ClassLabel, of another kind put the images into a folder for each class.')
+            'datasets.ClassLabel, of another kind, as a .tar file, put the images into a folder for each class.')
     names: Dict[int, str] = {}
     for name, index in class_to_idx.items():
         names.setdefault(index, str(name))  # of ImageNet's several the first
@@ -283,9 +288,9 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
         The names of the set's classes, in order.
     """
     found = get_class_names(dataset)
-    reader: Any = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', dataset)
     if set(found) < set(names):
-        if type(reader) is ReaderImageFolder:
+        if type(reader) in (ReaderImageFolder, ImageFolder):
             _number_classes(dataset, names)
         elif found == list(names[:len(found)]):  # of labels that are integers
             reader.class_to_idx = {name: index for index, name in enumerate(names)}

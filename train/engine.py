@@ -22,7 +22,6 @@ from timm_tmblock.errors import InputError
 from train.config import refusing
 from train.hardware import resolve_device
 from train.memory import keep_freed_memory
-from train.processes import join_tasks
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -31,7 +30,6 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
     """
-    join_tasks()
     device = resolve_device(args.device)
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -54,7 +52,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
-            cpu=device.type == 'cpu' or args.device == 'auto' and launched > 1 and not _has_collectives(),
+            cpu=args.device == 'cpu' or args.device == 'auto' and not _has_collectives(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accum_steps),  # the launcher's aside
             log_with=_resolve_trackers(args.report_to) or None,
@@ -124,7 +122,8 @@ def _create_compiler(args: Namespace) -> TorchDynamoPlugin:
 
 
 def _has_collectives() -> bool:
-    # without a GPU, Accelerate joins the processes of a launch only if it is told to use the CPU
+    # without a GPU, Accelerate joins the processes of a launch only if it is told to use the CPU; Apple's joins none,
+    # and is left to --device mps
     device = torch.accelerator.current_accelerator(check_available=True)
     return device is not None and device.type != 'mps' or is_torch_xla_available()
 

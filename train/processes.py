@@ -29,7 +29,8 @@ def join_tasks() -> None:
     if 'MASTER_ADDR' not in os.environ:
         raise InputError(
             f'{tasks} tasks were started, of which each would train alone; export MASTER_ADDR, the machine of the '
-            f'first, for them to meet, or start one a machine, with torchrun or accelerate launch in it.')
+            f'first, for them to meet, or start one a machine, with torchrun or accelerate launch in it; for runs of '
+            f'their own unset SLURM_STEP_NUM_TASKS.')
     local_rank, rank, world_size = world_info_from_env()
     if torch.cuda.device_count() == 1:  # each task sees its own alone
         local_rank = 0
@@ -59,7 +60,6 @@ def agreeing(accelerator: Accelerator) -> Iterator[None]:
 @contextmanager
 def leaving_it_to_the_first() -> Iterator[None]:
     """Let the first process of a machine say what ends all of them, and one that is gone what ends the others."""
-    launched = 'LOCAL_RANK' in os.environ
     try:
         yield
     except (InputError, OSError):
@@ -67,6 +67,6 @@ def leaving_it_to_the_first() -> Iterator[None]:
             time.sleep(PATIENCE)
         raise
     except RuntimeError as e:
-        if launched and (isinstance(e, DistError) or any(words in str(e) for words in LOST)):
+        if 'LOCAL_RANK' in os.environ and (isinstance(e, DistError) or any(words in str(e) for words in LOST)):
             time.sleep(PATIENCE)
         raise

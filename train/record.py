@@ -15,7 +15,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_tmblock.checkpoint import remove, save_weights, writing
 from timm_tmblock.errors import InputError
@@ -29,6 +29,8 @@ def create_folder_name(args: Namespace) -> Path:
     Raises:
         InputError: If there is no run to resume, or there is one that was not to be resumed.
     """
+    if len(set(gather_object([bool(args.resume)]))) > 1:  # of --resume auto
+        raise InputError('Some machines have a run to go on with, others none; name an --output that they share.')
     if args.resume:
         if not Path(args.resume).is_dir():
             raise InputError(f'There is no experiment folder {args.resume} to resume.')
@@ -46,6 +48,20 @@ def create_folder_name(args: Namespace) -> Path:
         raise InputError(
             f'{folder} already holds a run; continue it with --resume {folder}, or choose another --experiment.')
     return folder
+
+
+_held: List[int] = []
+
+
+def _let_go() -> None:
+    """In a process that loads data, which may outlive for a moment the run that was killed."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -68,9 +84,11 @@ def holding(folder: Path) -> Iterator[None]:
         raise InputError(f'A run is in progress in {folder}; wait for it, or choose another --experiment.') from e
     except OSError:  # a file system without locks
         pass
+    _held.append(handle)
     try:
         yield
     finally:
+        _held.remove(handle)
         os.close(handle)
 
 

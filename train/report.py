@@ -127,8 +127,8 @@ def say_claims(evidence: Evidence) -> List[str]:
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
             f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
-            f'tests, so of many comparisons one may be confirmed or refuted by chance. Runs of fewer epochs than the '
-            f'protocol\'s say so.'), '',
+            f'tests, so of many comparisons one may be confirmed or refuted by chance. What holds or fails after fewer '
+            f'epochs than the protocol\'s says so; the epochs of all runs are below Table 1.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. A "
@@ -139,7 +139,7 @@ def say_claims(evidence: Evidence) -> List[str]:
         *wrap(
             '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
             'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
-        'The evidence:', '',
+        'The evidence, where there is any:', '',
         *(line for n, c in enumerate(claims, 1) if c.evidence for line in (
             f'**{n}.** {c.text}: {c.verdict}.', '', *(f'- {part}' for part in c.evidence), ''))]
 

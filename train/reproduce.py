@@ -18,7 +18,6 @@ OUTPUT/EXPERIMENT/ holds a folder a cell with its result.json and log.txt, and t
 import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -45,6 +44,9 @@ from train.signals import stopping_at_signals
 from train.tables import TITLES, render
 
 ROOT = Path(__file__).resolve().parent
+
+
+NO_PROTOCOL = ('--checkpoint-interval', '--log-interval', '--workers', '--project', '--report-to')
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,16 @@ def is_begun(path: Path) -> bool:
         (path / 'result.json').is_file() or bool(find_checkpoints(path)))
 
 
-def _find_protocol(flags: str, dataset: str) -> str:
-    """Flags but for where the set or a copy of it lies, and what does not change the result."""
-    flags = re.sub(rf' ?--dataset (\S*/)?{dataset}(?!\S)', '', flags)
-    return re.sub(r' ?--(checkpoint-interval|log-interval|workers|project|report-to)( (?!-)\S+)+', '', flags).strip()
+def _find_protocol(flags: str, dataset: str) -> List[List[str]]:
+    """Flags, each with its values, but for where the set or a copy of it lies, and what does not change the result."""
+    found: List[List[str]] = [[]]
+    for word in shlex.split(flags):
+        if word.startswith('--'):
+            found.append([])
+        found[-1].append(word)
+    found = [[name, Path(values[-1]).name] if name == '--dataset' else [name, *values]
+             for name, *values in filter(None, found)]
+    return [words for words in found if words[0] not in NO_PROTOCOL and words != ['--dataset', dataset]]
 
 
 def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:

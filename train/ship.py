@@ -112,10 +112,13 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             f'timm creates it without.')
     target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
     start, before = settings.get('initial_checkpoint'), results / SETTINGS
-    if start and before.is_file() and is_of(start, name, yaml.safe_load(before.read_text(encoding='utf-8'))):
+    recorded = yaml.safe_load(before.read_text(encoding='utf-8')) if before.is_file() else settings
+    if start and recorded != settings and is_of(start, name, recorded):
+        earlier = f'{name.partition(".")[0]}_24_epochs.{args.tag}'
         raise InputError(
-            f'{results} records the run that {args.run} continues; rename it first, {model}_24_epochs.{args.tag} for '
-            f'example, so that the record stays.')
+            f'{results} records the run that {args.run} continues; rename it first, as {earlier} for example, and '
+            f'let initial_checkpoint in {args.run / SETTINGS} name the weights by its experiment, so that the record '
+            f'stays.')
     data = ['--dataset', args.dataset, '--split', args.split, '--input-key', args.input_key, '--target-key',
             args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
             *(['--dataset-download'] if args.dataset_download else [])]

@@ -78,7 +78,7 @@ from train.model import (
     take_up_checkpoint,
 )
 from train.optim import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from train.processes import agreeing, leaving_it_to_the_first
+from train.processes import agreeing, join_tasks, leaving_it_to_the_first
 from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
@@ -498,6 +498,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For settings, data or a checkpoint that cannot be used.
     """
     args = parse_args(argv)
+    join_tasks()
     if args.push_to_hub and not args.eval_only:
         check_push(args.push_to_hub, args.hub_private)
     with naming_failures(advise_on_memory(args)):
