@@ -221,6 +221,20 @@ def test_fsdp_is_of_version_2_without_efficient_loading(monkeypatch, version, ef
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
 
 
+@pytest.mark.parametrize('metric', ['top1', 'loss'])
+def test_weights_are_chosen_by_the_metric(tmp_path, monkeypatch, metric):
+    told = iter([dict(top1=top1, top5=90., loss=loss) for top1, loss in ((50., 2.), (60., 3.), (40., 1.))])
+    monkeypatch.setattr(Trainer, 'measure', lambda *args: next(told))
+    flags = ['--epochs', '3', '--max-steps', '9', '--eval-metric', metric, '--checkpoint-hist', '2']
+    result = main([*TINY, '--output', str(tmp_path), *flags])
+    assert result['best']['epoch'] == (1 if metric == 'top1' else 2)
+    kept = sorted(path.stem for path in (tmp_path / 'run' / 'history').iterdir())
+    assert kept == (['epoch-0000', 'epoch-0001'] if metric == 'top1' else ['epoch-0000', 'epoch-0002'])
+    best = load_file(tmp_path / 'run' / 'best.safetensors')
+    chosen = load_file(tmp_path / 'run' / 'history' / f'{kept[-1]}.safetensors')
+    assert all(torch.equal(best[key], chosen[key]) for key in best)
+
+
 def test_fsdp_keeps_no_ema(monkeypatch):
     monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
     with pytest.raises(InputError, match='--model-ema keeps whole weights, which FSDP and DeepSpeed divide'):

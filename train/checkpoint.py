@@ -32,7 +32,7 @@ class TrainState:
     seconds: float = 0.  # time in all, validation included
     epoch_seconds: List[float] = field(default_factory=list)  # of training, by epoch
     best: Optional[Dict[str, Any]] = None  # epoch and metrics of best.safetensors
-    kept: List[Dict[str, Any]] = field(default_factory=list)  # epoch and accuracy of history/, the best first
+    kept: List[Dict[str, Any]] = field(default_factory=list)  # epoch and score of history/, the best first
     history: List[Dict[str, Any]] = field(default_factory=list)  # metrics of each epoch
     running: List[Dict[str, float]] = field(default_factory=list)  # sums over the epoch in progress, by process
     running_seconds: float = 0.  # of training in it

@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 from timm_tmblock.errors import InputError, say_why_not_loaded
 
 SETTINGS = 'args.yaml'  # in the experiment folder
+METRICS = ('top1', 'top5', 'loss')  # of validation
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
@@ -31,8 +32,8 @@ NO_RECIPE = (
 DIVISION = ('train_split', 'val_fraction', 'pool', 'split_seed')
 SETTLED = (
     'val_split', 'pretrained', 'initial_checkpoint', 'opt', 'opt_args', 'opt_betas', 'opt_eps', 'momentum',
-    'weight_decay', 'filter_bias_and_bn', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'seed',
-    'experiment', 'output')
+    'weight_decay', 'filter_bias_and_bn', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale',
+    'eval_metric', 'seed', 'experiment', 'output')
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -290,6 +291,7 @@ def create_parser() -> Parser:
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
         'keep the weights of this many best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
+    group.add_argument('--eval-metric', choices=METRICS, default='top1', help='by which validation chooses weights')
     group.add_argument('--log-interval', type=not_negative, default=50, help=(
         'updates between values sent to trackers; 0: none'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
@@ -399,6 +401,7 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
             (['layer_decay_min_scale', 'layer_decay_no_opt_scale'], '--layer-decay', args.layer_decay is not None),
             (['checkpoint_hist'] if args.checkpoint_hist else [], VALIDATING, validates),
             (['val_interval'] if args.val_interval > 1 else [], VALIDATING, validates),
+            (['eval_metric'], VALIDATING, validates),
             (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
         for flag in flags:
             if flag in given and not have:

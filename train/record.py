@@ -117,10 +117,10 @@ def describe_resumption(folder: Path) -> str:
     return f'the last good checkpoint is {checkpoints[-1].name}, continue with --resume {folder}'
 
 
-def keep_best(folder: Path, state: TrainState, top1: float, limit: int, weights: Dict[str, torch.Tensor],
+def keep_best(folder: Path, state: TrainState, score: float, limit: int, weights: Dict[str, torch.Tensor],
               description: Dict[str, Any]) -> None:
     """Keep the weights of this epoch among those of the `limit` best, in history/."""
-    ranked = sorted([*state.kept, {'epoch': state.epoch, 'top1': top1}], key=lambda e: (-e['top1'], e['epoch']))
+    ranked = sorted([*state.kept, {'epoch': state.epoch, 'score': score}], key=lambda e: (-e['score'], e['epoch']))
     state.kept = ranked[:limit]
     if any(entry['epoch'] == state.epoch for entry in state.kept):
         save_weights(_epoch_path(folder, state.epoch), weights, description)

@@ -51,6 +51,7 @@ from train import checkpoint, record
 from train.augment import PREPROCESSING
 from train.checkpoint import TrainState
 from train.config import (
+    METRICS,
     SETTINGS,
     check_resumed,
     dump_args,
@@ -382,12 +383,15 @@ class Trainer:
         state = self.state
         weights = {prefix: network_weights(model, self.accelerator) for prefix, model in candidates.items()}
         final = 'ema_' if self.ema is not None else ''
-        prefix = max(candidates, key=lambda p: evaluation[f'{p}top1']) if evaluation else final
-        improved = bool(evaluation) and (state.best is None or evaluation[f'{prefix}top1'] > state.best['top1'])
+        metric = self.args.eval_metric
+        sign = -1 if metric == 'loss' else 1
+        prefix = max(candidates, key=lambda p: sign * evaluation[p + metric]) if evaluation else final
+        improved = bool(evaluation) and (
+            state.best is None or sign * evaluation[prefix + metric] > sign * state.best[metric])
         if improved:
             state.best = {
                 'epoch': state.epoch, 'weights': 'ema' if prefix else 'model', 'images': self.num_held_out,
-                **{k: evaluation[prefix + k] for k in ('loss', 'top1', 'top5')},
+                **{k: evaluation[prefix + k] for k in METRICS},
             }
         if self.main_process:
             description = self.describe()
@@ -398,7 +402,7 @@ class Trainer:
                 remove(self.folder / 'best.safetensors')  # of a run that went on with other images held out
             if evaluation and self.args.checkpoint_hist:
                 record.keep_best(
-                    self.folder, state, evaluation[f'{prefix}top1'], self.args.checkpoint_hist, weights[prefix],
+                    self.folder, state, sign * evaluation[prefix + metric], self.args.checkpoint_hist, weights[prefix],
                     description)
 
     def log(self, values: Dict[str, float]) -> None:
