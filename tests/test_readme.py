@@ -116,6 +116,9 @@ def test_pixels_a_region_depends_on():
     ) in PLAIN
 
 
+INSERTION = dict(trust=[], trust_blur=['insertion'])  # of a blurred image, whatever masks
+
+
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
     most, least = 'what is right without the more evident half', 'what is right without the less evident half'
 
@@ -126,7 +129,7 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     for tag in (TAG, 'rn26_tm.cifar100'):
         for mask in ('trust', 'trust_blur'):
             for other in ('random', "another image's class map"):
-                assert tell(tag, mask, other) == [['deletion', 'insertion', most, least], []]
+                assert tell(tag, mask, other) == [['deletion', *INSERTION[mask], most, least], []]
         for other in ('occlusion', 'Grad-CAM'):
             (better, worse), (better_blurred, worse_blurred) = (tell(tag, m, other) for m in ('trust', 'trust_blur'))
             assert len(better) >= len(worse) and len(better) + len(worse) <= 3
@@ -144,8 +147,9 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     for mask in ('trust', 'trust_blur'):
         for tag in ('dist_cifar10', 'dist_cifar100'):
             assert tell(f'rn26_tm.{tag}', mask, "another image's class map") == [
-                ['deletion', 'insertion', most, least], []]
-            assert tell(f'rn26_tm.{tag}', mask, 'Grad-CAM')[1][:3] == ['deletion', 'insertion', most]
+                ['deletion', *INSERTION[mask], most, least], []]
+            assert ['deletion', *INSERTION[mask], most] == [
+                measure for measure in tell(f'rn26_tm.{tag}', mask, 'Grad-CAM')[1] if measure != least]
             better, worse = tell(f'rn26_tm.{tag}', mask, 'occlusion')
             assert not worse if tag == 'dist_cifar10' else not better and worse
     assert '`rn26_tm.dist_cifar100` | less than CAM |' in TEXT
@@ -158,7 +162,8 @@ def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
                 trust = read('train', 'results', tag.removesuffix('.yaml'), 'analysis', f'{mask}.json')
                 for other in ('occlusion', 'Grad-CAM'):
                     found = compare_maps(trust, other)
-                    assert len(found['worse']) > len(found['better']) + 1, (tag, mask, other)
+                    margin = 1 if mask == 'trust_blur' else 0
+                    assert len(found['worse']) > len(found['better']) + margin, (tag, mask, other)
     assert 'all others with template matching | less than CAM; for CIFAR-10 little or nothing' in TEXT
 
 

@@ -369,6 +369,24 @@ def test_curves_follow_the_evidence():
     assert summary['wrong']['without_least'] == 0 and summary['wrong']['without_least_lead'] == 100
 
 
+def test_errors_of_maps_and_of_their_leads_are_over_images():
+    rng = np.random.default_rng(0)
+    curves = {
+        name: trust.Curves(rng.random((7, 5)), rng.random((7, 5)), rng.random(7) > 0.5, rng.random(7) > 0.5)
+        for name in ('class map', 'other')}
+    row = trust.summarize(curves)['other']
+    for key in ('deletion', 'insertion', 'without_most', 'without_least'):
+        ours, theirs = (
+            [100. * x for x in getattr(c, key)] if key.startswith('without') else
+            [sum((a + b) / 2 for a, b in zip(line, line[1:])) / 4 for line in getattr(c, key).tolist()]
+            for c in curves.values())
+        leads = [a - b for a, b in zip(ours, theirs)]
+        for values, name in ((theirs, key), (leads, f'{key}_lead')):
+            mean = sum(values) / 7
+            assert row[name] == pytest.approx(mean)
+            assert row[f'{name}_error'] == pytest.approx((sum((v - mean) ** 2 for v in values) / 6 / 7) ** 0.5)
+
+
 @pytest.mark.parametrize('fill', ['mean', 'blur'])
 def test_images_are_masked_and_uncovered_cell_by_cell(fill):
     x = torch.zeros(3, 1, 8, 8)

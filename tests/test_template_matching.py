@@ -87,9 +87,11 @@ def test_block_equals_loop(concat, num_templates, patch_size, size):
     torch.testing.assert_close(block.patch_logits(f), a, rtol=0, atol=1e-12)
     torch.testing.assert_close(block(f), f_out, rtol=0, atol=1e-12)
     torch.testing.assert_close(block(f, return_patch_logits=True), (f_out, a), rtol=0, atol=1e-12)
-    block.float()
-    torch.testing.assert_close(block.patch_logits(f.float()).double(), a, rtol=0, atol=1e-5)
-    torch.testing.assert_close(block(f.float()).double(), f_out, rtol=0, atol=1e-5)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        block.to(dtype)
+        for output, expected in ((block.patch_logits(f.to(dtype)), a), (block(f.to(dtype)), f_out)):
+            tolerance = 40 * torch.finfo(dtype).eps * max(1., expected.abs().max().item())
+            torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize('patch_size', [3, 4])

@@ -17,7 +17,9 @@ from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
 def match_threshold(norm: Any) -> torch.Tensor:
-    """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation at which BN-ReLU starts to pass kernel k.
+    """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation from which on BN-ReLU passes kernel k.
+
+    Where gamma_k is negative, it passes what is below.
 
     Args:
         norm: A batch norm.

@@ -221,7 +221,7 @@ def say_of(verdict: str, networks: int) -> str:
 
 
 def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Difference:
-    """With the errors of regions of different images, which are larger than image by image."""
+    """With errors as if the regions of each were of images of its own."""
     return Difference(ours[key] - other[key], math.hypot(ours[f'{key}_error'], other[f'{key}_error']))
 
 
@@ -389,7 +389,7 @@ def judge(evidence: Evidence) -> List[Claim]:
          'the baseline)', '4.3, Figure 5',
          judge_block_output(evidence, 'superclass')),
         ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
-         'mean over the patch and than the class scores that weight them)',
+         'mean over the patch and than the class scores)',
          '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),

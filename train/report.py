@@ -253,8 +253,10 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             "much by chance, so that a single + or − says little; 150 images show less than 600. Another image's class "
             'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
             'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
-            'the row. Insertion starts from the blurred image in both rows of a network, so that '
-            'it is the same in both; with occlusion by the mean colour it is not compared (three measures). A random '
+            'the row; the blur is a Gaussian of 11×11 pixels, σ = 5, as of RISE, whose images were larger. Insertion '
+            'starts from the blurred image whatever masks, so that it counts in the second row of a network alone '
+            '(three measures in the first). In the dense networks a region is scored two pixels further right and down than '
+            'it is masked, which is against the class map. A random '
             'map masks regions that are scattered, which takes more from an image than as many that lie together: the '
             "fairer control is another image's map."), '',
         *wrap(
@@ -371,12 +373,13 @@ def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
         'Occlusion hides by the blurred image here; all else is as above.' if is_second else
         f"Means with standard errors over images. Another image's class map is as smooth and as central as the own "
         f"one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and a linear "
-        f"layer, and needs no backward pass: the order of the heat map of `timm_tmblock.explain` by `method='cam'`. "
-        f'CAM probabilities are the same scores after a soft-max over the classes. Occlusion hides windows of '
+        f"layer, and needs no backward pass; its ReLU is left out, which would leave cells without an order. "
+        f"`method='cam'` of `timm_tmblock.explain` shows the same scores, clipped at 0. CAM probabilities are the same "
+        f'after a soft-max over the classes. Occlusion hides windows of '
         f'{trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by {FILLS[trust["fill"]]}, and is of '
         f'log-odds, as the class map is.'), '']
     if trust['fill'] == 'mean':
-        lines += ['Insertion is not compared with occlusion, which hid by what insertion does not start from.', '']
+        lines += ['Insertion, which uncovers a blurred image whatever masks, counts where that masks.', '']
     for name in list(trust['maps'])[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
@@ -415,7 +418,7 @@ def say_fillings(fillings: Optional[List[str]]) -> str:
 def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
     """By which measures the class map is better or worse than another by two standard errors, each with its lead.
 
-    Insertion starts from the blurred image, whatever masks, so that occlusion by the mean colour is not compared by it.
+    Insertion starts from the blurred image, whatever masks, so that it counts where that masks.
     """
     row = trust['maps'][name]
     verdicts: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
@@ -424,7 +427,7 @@ def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
             ('insertion', 1, 3, 'insertion'),
             ('without_most', -1, 1, 'what is right without the more evident half'),
             ('without_least', 1, 1, 'what is right without the less evident half')):
-        if key == 'insertion' and name == 'occlusion' and trust['fill'] == 'mean':
+        if key == 'insertion' and trust['fill'] == 'mean':
             continue
         lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
         verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'

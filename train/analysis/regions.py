@@ -116,29 +116,23 @@ def embed_regions(
         values are concatenated there is no 'shortcut'.
     """
     patch_mean = PatchMean(patch_size or model.patch_size)
-    inputs: List[torch.Tensor] = []
-    handle = model.tm.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     parts: Dict[str, List[np.ndarray]] = {}
-    try:
-        for first in range(0, len(sample.images), batch_size):
-            batch = slice(first, first + batch_size)
-            model(normalize(model, torch.from_numpy(sample.images[batch]).permute(0, 3, 1, 2)))
-            f = inputs.pop()
-            maps = {'stage 3': f, 'patch mean': patch_mean(f)}
-            if model.has_template_matching:
-                logits = model.tm.patch_logits(f)
-                if model.tm.shortcut is not None:
-                    maps['shortcut'] = model.tm.shortcut(f)
-                maps['values'] = model.tm.value(model.tm.mix(logits))
-                maps['block output'] = model.tm.embed(f, logits)
-                maps['scores'] = F.softmax(logits, dim=1)
-            places = torch.from_numpy(sample.places[batch]).to(f.device)
-            for name in (name for name in maps if name in layers):
-                x = maps[name].float().flatten(2).transpose(1, 2)  # (B, H · W, D)
-                x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
-                parts.setdefault(name, []).append(x.flatten(0, 1).cpu().numpy())
-    finally:
-        handle.remove()
+    for first in range(0, len(sample.images), batch_size):
+        batch = slice(first, first + batch_size)
+        f = model._forward_trunk(normalize(model, torch.from_numpy(sample.images[batch]).permute(0, 3, 1, 2)))
+        maps = {'stage 3': f, 'patch mean': patch_mean(f)}
+        if model.has_template_matching:
+            logits = model.tm.patch_logits(f)
+            if model.tm.shortcut is not None:
+                maps['shortcut'] = model.tm.shortcut(f)
+            maps['values'] = model.tm.value(model.tm.mix(logits))
+            maps['block output'] = model.tm.embed(f, logits)
+            maps['scores'] = F.softmax(logits, dim=1)
+        places = torch.from_numpy(sample.places[batch]).to(f.device)
+        for name in (name for name in maps if name in layers):
+            x = maps[name].float().flatten(2).transpose(1, 2)  # (B, H · W, D)
+            x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+            parts.setdefault(name, []).append(x.flatten(0, 1).cpu().numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
