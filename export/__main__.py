@@ -326,10 +326,12 @@ def run_push(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     import tempfile
 
+    from huggingface_hub import ModelCard
+
     from export.images import load_images
     from export.load import load
     from export.metadata import hash_weights
-    from export.publish import create_files
+    from export.publish import create_files, find_license
     from export.push import Published, PushError, PushOptions, check_access, list_files, push, read_published
     from hub_cards.card import find_card
     from timm_tmblock.errors import InputError
@@ -346,14 +348,19 @@ def _push(args: argparse.Namespace) -> None:
         published = read_published(options)
     keep_card = args.keep_card and published.card is not None
     model = load(args.model, args.checkpoint)
+    config: Any = model.pretrained_cfg
+    if find_card(hash_weights(model)) is None:  # what timm wrote into the configuration is the package's
+        config['license'] = find_license(args.model)
     if args.license:
-        config: Any = model.pretrained_cfg
-        is_own = (args.checkpoint or args.model.endswith('.safetensors') or args.model.startswith('local-dir:')) and (
-            find_card(hash_weights(model)) is None)
-        if config.get('license') not in (None, args.license) and not is_own:
+        if config.get('license') not in (None, args.license):
             raise InputError(
                 f'{args.model} has weights under {config["license"]}; --license is for weights of your own.')
         config['license'] = args.license
+        text = args.card.read_text(encoding='utf-8-sig') if args.card and args.card.is_file() else (
+            published.card if keep_card else None)
+        said = args.license if text is None else ModelCard(text, ignore_metadata_errors=True).data.get('license')
+        if said != args.license:
+            raise InputError(f'The card names the license {said}, not {args.license}; change one of the two.')
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

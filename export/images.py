@@ -62,7 +62,7 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         if share_images(train, check):
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
-                f'images in common; a check needs others.')
+                f'images in common; a check needs others, so name two splits, as folders if the set is one.')
         rows = _choose_rows(train, args.calibration_images)
         calibration = decode(train, config, progress=len(rows) > 2000, labelled=False, rows=rows).images.numpy()
     labels = list_class_names(model.pretrained_cfg)
@@ -71,7 +71,8 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     held_out = decode(check, config, progress=len(rows) > 2000, rows=rows)
     if args.dataset != 'sample' and len(names) != model.num_classes:
         raise InputError(
-            f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name the set it is for.')
+            f'{args.dataset} has {len(names)} classes and the network {model.num_classes}; name its own '
+            f'set with --dataset.')
     if len(labels) == len(names) and (args.dataset != 'sample' or set(labels) == set(names)):
         check_classes('The network', labels, args.dataset, names)
     if calibrate and args.dataset == 'sample' and (names != labels if labels else len(names) != model.num_classes):

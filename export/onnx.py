@@ -24,7 +24,7 @@ try:
     import onnxscript
     onnxruntime = import_onnxruntime()
 except ImportError as e:
-    raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export,ort]".') from e
+    raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export]".') from e
 except RuntimeInputError as e:
     raise InputError(str(e)) from e
 

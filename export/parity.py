@@ -130,7 +130,8 @@ def check(
     batches = [prepare(part) for part in parts if len(part) >= batch_sizes[0] and accepts(len(part))]
     if not batches:
         raise InputError(
-            f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images.')
+            f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images '
+            f'or a larger --dataset.')
     real, *scores = _compare(run, reference, names, batches, limits)
     noise = _of_noise(limits)
     random, *_ = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)
@@ -214,9 +215,9 @@ def _judge(name: str, c: _Comparison, limits: Limits, call: Callable[[int], str]
     if c.same < same or c.decided < decided:
         share, limit = (c.decided, decided) if c.decided < decided else (c.same, same)
         return ParityError(
-            f'{name} has the class of PyTorch for {100 * share:.2f} % of the {"regions" if regions else "inputs"}, at '
-            f'least {100 * limit:.4g} % are asked for; {call(c.flipped)} changes its class, {call(c.worst)} differs '
-            f'most.')
+            f'{name} has the same class as PyTorch for {100 * share:.2f} % of the '
+            f'{"regions" if regions else "inputs"}, and at least {100 * limit:.4g} % are required; '
+            f'{call(c.flipped)} changes its class, {call(c.worst)} differs most.')
     return None
 
 

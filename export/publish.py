@@ -8,6 +8,8 @@ from urllib.parse import unquote
 
 import timm
 import torch
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 
@@ -29,6 +31,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # pictures of a card
 SHOWN = re.compile(r'!\[[^\]]*\]\((?:<([^>]+)>|([^)\s]+))|<img\b[^>]*\bsrc=["\']([^"\']+)')
 ELSEWHERE = re.compile(r'[a-zA-Z][a-zA-Z0-9+.-]*:|//|#')  # of addresses
+
+
+def find_license(model: str) -> Optional[str]:
+    """The license that the card of a repository on the Hub names; None of other weights, or if it names none."""
+    repo = re.fullmatch(r'hf[-_]hub:([^@]+)(?:@(.+))?', model)
+    if repo is None:
+        return None
+    try:
+        path = hf_hub_download(repo[1], 'README.md', revision=repo[2])
+        return ModelCard(Path(path).read_text(encoding='utf-8-sig'), ignore_metadata_errors=True).data.get('license')
+    except (OSError, ValueError, HfHubHTTPError):  # there is no card
+        return None
 
 
 def create_files(
@@ -73,7 +87,7 @@ def create_files(
         if not card.is_file():
             raise InputError(f'There is no card {card}.')
         try:
-            text = card.read_text(encoding='utf-8')
+            text = card.read_text(encoding='utf-8-sig')  # some editors begin with a mark
             check(text)
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e

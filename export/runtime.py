@@ -77,9 +77,12 @@ class EngineMismatchError(RuntimeInputError):
 
 
 def _tell(error: BaseException) -> str:
-    """What another library says went wrong: of a GPU, or the first line."""
+    """What another library says went wrong: of a GPU, or the first line; of the Hub the one after its number."""
     of_gpu = _GPU_FAILURE.search(str(error))
-    return (of_gpu[0] if of_gpu else (str(error).strip().splitlines() or [type(error).__name__])[0]).strip()[:200]
+    if of_gpu:
+        return of_gpu[0].strip()[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1 if lines[1:] and getattr(error, 'response', None) is not None else 0][:200]
 
 
 # Images
@@ -303,8 +306,8 @@ class OnnxSession:
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
-                f'This onnxruntime has no {wanted}; install onnxruntime-gpu[cuda,cudnn], use --device cpu, or (of run '
-                f'alone) --allow-fallback.')
+                f'This onnxruntime has no {wanted}; run "pip uninstall -y onnxruntime", then "pip install '
+                f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or (of run alone) --allow-fallback.')
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
@@ -739,7 +742,7 @@ def import_onnxruntime() -> Any:
     if len(installed) == 2:
         raise RuntimeInputError(
             'Both onnxruntime and onnxruntime-gpu are installed and overwrite each other; run "pip uninstall -y '
-            'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu" (or onnxruntime).')
+            'onnxruntime onnxruntime-gpu", then "pip install onnxruntime-gpu[cuda,cudnn]" (or onnxruntime).')
     ort = import_library('onnxruntime')
     if ort is None:
         raise NotInstalledError('ONNX files need ONNX Runtime; pip install onnxruntime, or onnxruntime-gpu.')
@@ -880,7 +883,7 @@ def read_sidecar(path: Path) -> Dict[str, Any]:
     except FileNotFoundError as e:
         raise RuntimeInputError(
             f'There is no {sidecar(path)}, which holds the input format and classes of {path.name}; put it beside the '
-            f'file.') from e
+            f'file, or make that with python -m export tensorrt.') from e
     except OSError as e:
         raise RuntimeInputError(f'Cannot read {sidecar(path)}: {e.strerror}.') from e
     except ValueError as e:
@@ -906,19 +909,20 @@ def check_metadata(metadata: Dict[str, Any], path: Path) -> None:
     Raises:
         RuntimeInputError: For metadata of another version, or that are not whole.
     """
+    again = f'make it again with python -m export {"tensorrt" if path.suffix in ENGINE_SUFFIXES else "onnx"}'
     version = metadata.get('metadata_version')
     if version != METADATA_VERSION:
         found = f'has metadata of version {version}' if version else 'does not say its classes and preprocessing'
-        raise RuntimeInputError(f'{path} {found}; export it with python -m export onnx.')
+        raise RuntimeInputError(f'{path} {found}; {again}.')
     try:
         complete = _is_whole(metadata)
         scores, names = metadata['outputs'][0]['shape'][1], metadata['class_names']
     except (AttributeError, KeyError, IndexError, TypeError):
         complete = False
     if not complete:
-        raise RuntimeInputError(f'{path} says only a part of what is needed to use it; export it again.')
+        raise RuntimeInputError(f'{path} says only a part of what is needed to use it; {again}.')
     if scores != len(names):
-        raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; export it again.')
+        raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; {again}.')
 
 
 def _is_whole(metadata: Dict[str, Any]) -> bool:
@@ -1165,9 +1169,11 @@ def load(
                 f'leave rebuild out.')
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu' or allow_fallback:
-        raise RuntimeInputError('Engines run on NVIDIA GPUs alone; give the ONNX file for the CPU.')
+        raise RuntimeInputError(
+            f'Engines run on NVIDIA GPUs alone; {"leave out --allow-fallback, or " if allow_fallback else ""}give the '
+            f'ONNX file for the CPU.')
     if threads is not None:
-        raise RuntimeInputError('Threads are of ONNX Runtime, and engines have none; leave them out.')
+        raise RuntimeInputError("--threads sets ONNX Runtime's threads; leave it out for an engine.")
     try:
         return Runner(TensorRTSession(path, cuda_graphs))
     except EngineMismatchError:

@@ -280,7 +280,8 @@ def read_onnx(path: Path, last_opset: int) -> Tuple[bytes, Dict[str, Any]]:
 def _check_backend(trt: Any, gpu: Optional[Dict[str, Any]], options: EngineOptions) -> None:
     if trt.__name__ == 'tensorrt':
         if gpu is None:  # some versions end the process
-            raise InputError('TensorRT builds on an NVIDIA GPU, and there is none here; TensorRT-RTX needs none.')
+            raise InputError('TensorRT builds on an NVIDIA GPU, and there is none here; use --backend '
+                             'tensorrt_rtx, which builds without one.')
         name = HARDWARE[options.hardware_compatibility]
         if name and not hasattr(trt.HardwareCompatibilityLevel, name):
             raise InputError(
@@ -476,7 +477,7 @@ def parse_ranges(values: Sequence[Sequence[int]]) -> Tuple[Range, ...]:
     ranges: List[Range] = []
     for numbers in values:
         if len(numbers) not in (1, 3):
-            raise ProfileError('A range is one number, or three: smallest, preferred and largest.')
-        low, opt, high = (*numbers,) * (3 // len(numbers))
+            raise ProfileError('--batch and --size take one number, or three: smallest, preferred and largest.')
+        low, opt, high = numbers if len(numbers) == 3 else [*numbers] * 3
         ranges.append((low, opt, high))
     return tuple(ranges)

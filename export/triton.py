@@ -183,7 +183,8 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     if kind == 'auto' and (metadata['quantization'] or {}).get('target') == 'cpu':
         kind = 'cpu'
     if options.threads and kind != 'cpu':
-        raise InputError(f'--threads is of the CPU, where {path} does not run alone; add --kind cpu.')
+        raise InputError(f'--threads is for instances on a CPU, and {path} ' + (
+            'is an engine; leave it out.' if engine else 'may be placed on a GPU; add --kind cpu.'))
     lines = [
         f'name: "{name}"',
         f'backend: "{backend}"',

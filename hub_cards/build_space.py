@@ -3,7 +3,7 @@
     python -m hub_cards.build_space --output space                          # the shipped models
     python -m hub_cards.build_space --output space best.safetensors rn26    # those with template matching come first
     python space/app.py                                                     # try it: pip install gradio onnxruntime
-    hf upload user/name space . --repo-type space                           # publish it
+    hf upload user/name space . --repo-type space --exclude "__pycache__/*" --delete "models/*" --delete "examples/*"
 
 The folder has all that the app needs: ONNX files, the runtime, example images. Nothing in it needs PyTorch.
 """
@@ -120,7 +120,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
     for path in build(args.output, models, args, args.method, args.examples):
         print(f'{path.stat().st_size:>10,} {path}')
-    print(f'Publish it: hf upload USER/NAME {args.output} . --repo-type space')
+    # the models and examples of an earlier one, and what Python writes where it was tried
+    print(
+        f'Publish it: hf upload USER/NAME {args.output} . --repo-type space --exclude "__pycache__/*" '
+        f'--delete "models/*" --delete "examples/*"')
 
 
 if __name__ == '__main__':

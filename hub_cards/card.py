@@ -123,15 +123,15 @@ def render_plain(
         measured.update(metrics=['accuracy'], model_name=repo.split('/')[-1], eval_results=[EvalResult(
             task_type='image-classification', dataset_type=run['dataset_type'],
             dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
-            metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2), verified=None)])
+            metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2))])
     told = re.search(r'^Top-1 [\d.]+ %.*?(?=\n\n)', before, re.DOTALL | re.MULTILINE) if before and not run else None
-    if before and told:  # what this wrote where the run was
-        theirs = ModelCard(before, ignore_metadata_errors=True).data
+    theirs = ModelCard(before, ignore_metadata_errors=True).data if before else ModelCardData()
+    if told:  # what this wrote where the run was
         measured = {key: theirs.get(key) for key in ('datasets', 'metrics', 'model_name', 'eval_results')}
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
-        license=first['license'],
+        license=first['license'] or theirs.get('license'),
         tags=choose_tags(len(first['outputs']) > 1, bool(engines)),
         **measured,
     )

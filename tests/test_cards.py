@@ -129,7 +129,7 @@ KINDS = {'patches': FULL, 'none': 'rn26.cifar10'}  # cards whose snippets are ru
 def find_snippets(name):
     text = str(cards.render(name, 'user/net'))
     return re.findall(r'```python\n(.*?)```', text, re.DOTALL), next(
-        line for line in text.splitlines() if line.startswith('python runtime.py run onnx/'))
+        line for line in text.splitlines() if line.startswith('python net/runtime.py run net/onnx/'))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -153,8 +153,8 @@ def test_snippets_run(name, tmp_path, write_unchecked, forks):
     assert 'import timm_tmblock' in blocks[0]  # which the process that the program is forked from has done
     from export.publish import save_model
     save_model(model, tmp_path / 'net')
-    (tmp_path / 'onnx').mkdir()
-    write_unchecked(model, tmp_path / 'onnx' / 'model.onnx', OnnxOptions(patch_logits=patches))
+    (tmp_path / 'net' / 'onnx').mkdir()
+    write_unchecked(model, tmp_path / 'net' / 'onnx' / 'model.onnx', OnnxOptions(patch_logits=patches))
     image = ROOT / 'train' / 'sample' / 'images' / 'ship.png'
     shutil.copy(image, tmp_path / 'photo.jpg')
     with_timm, with_onnx = ''.join(blocks[:-1]).replace('hf-hub:user/net', f'local-dir:{tmp_path / "net"}'), blocks[-1]
@@ -171,7 +171,7 @@ def test_snippets_run(name, tmp_path, write_unchecked, forks):
     if patches:
         with Image.open(tmp_path / 'explained.png') as picture:
             assert picture.width > 500
-    shutil.copy(ROOT / 'export' / 'runtime.py', tmp_path)
+    shutil.copy(ROOT / 'export' / 'runtime.py', tmp_path / 'net')
     run = subprocess.run(
         [sys.executable, *command.split()[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and f'photo.jpg: {label}' in run.stdout, run.stderr

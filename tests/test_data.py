@@ -372,7 +372,7 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
     ('missing_folder', 'train', {}, 'Cannot open .* there is no such folder; sets of the Hub are named hfds/USER/NAME'),
     ('sample', 'holdout', {}, 'holdout'),
     ('sample', 'test', dict(root='elsewhere'), '--dataset names a folder of images, not --data-dir'),
-    ('torch/cifar10', 'train[:100]', {}, "Only hfds/ sets have parts of splits as 'train.:100.'"),
+    ('torch/cifar10', 'train[:100]', {}, "Only hfds/ sets can be sliced, as in 'train.:100.'"),
     ('torch/CIFAR10', 'holdout', {}, "has the splits train and test, not 'holdout'"),
 ])
 def test_sets_that_cannot_be_opened_are_named(name, split, kwargs, message):
@@ -384,7 +384,7 @@ def test_sets_that_cannot_be_opened_are_named(name, split, kwargs, message):
 @pytest.mark.parametrize('kind, split, kwargs, message', [
     ('', 'test', {}, "has no split 'test', it has train, validation"),  # timm opens all images of both
     ('torch/image_folder', 'test', {}, "has no split 'test', it has train, validation"),
-    ('', 'train[:50%]', {}, 'use --val-fraction, or name a split'),  # of which timm reads 'train'
+    ('', 'train[:50%]', {}, 'name a whole split'),  # of which timm reads 'train'
     ('', 'train', dict(root='elsewhere'), 'is a folder; leave out --data-dir'),
 ])
 def test_split_that_a_folder_does_not_have_is_not_another(folder, kind, split, kwargs, message):

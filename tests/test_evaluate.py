@@ -227,7 +227,7 @@ def test_set_of_the_same_classes_in_another_order_is_refused(tmp_path):
     names = [*CIFAR10_LABELS[1:], CIFAR10_LABELS[0]]
     save_weights(tmp_path / 'w.safetensors', model.state_dict(), dict(model='rn20', num_classes=10, label_names=names))
     flags = ['--dataset', str(tmp_path), '--split', 'test', '--device', 'cpu']
-    with pytest.raises(InputError, match='have classes in another order .class 0 is automobile and airplane'):
+    with pytest.raises(InputError, match="in another order .class 0 is 'automobile' in the one and 'airplane'"):
         main([str(tmp_path / 'w.safetensors'), *flags])
     assert main(['rn26_tm', *flags])['images'] == 10
 

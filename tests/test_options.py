@@ -419,7 +419,7 @@ def test_weights_of_other_classes_are_not_measured_nor_gone_on_with(tmp_path, st
         flags.append(str(tmp_path / 'run'))
         main([*(f for f in TINY if f not in ('--val-split', 'test[:15]')), '--output', str(tmp_path)])
     for name, names, message in (
-            ('mixed', mixed, 'have classes in another order .class 6 is frog and ship'),
+            ('mixed', mixed, "have classes in another order .class 6 is 'frog' in the one and 'ship'"),
             ('two', 'ab', 'has 10 classes and .*two has 2')):
         data = save_sample(tmp_path / name, names)
         for more in [['--eval-only'], ['--epochs', '2']][:1 + (start == '--resume')]:
@@ -649,7 +649,7 @@ def test_no_images_validate_where_the_split_for_it_is_empty(tmp_path, recipe):
 @pytest.mark.parametrize('flag', ['--checkpoint-hist', '--val-interval'])
 @pytest.mark.parametrize('held_out', [['--val-fraction', '0'], ['--pool', '80', '0', '20'], ['--val-split', '']])
 def test_flags_of_validation_need_images_for_it(flag, held_out):
-    with pytest.raises(InputError, match=f'^{flag} only applies with images that validate, of --val-fraction, '):
+    with pytest.raises(InputError, match=f'^{flag} only applies with images held out .*; give --val-split, '):
         parse_args([flag, '2', *held_out])
     for others in ([], ['--val-split', 'test'], ['--pool', '65', '15', '20']):
         parse_args([flag, '2', *others])
@@ -842,7 +842,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--torchcompile', '--torchcompile-mode', 'max-autotune', '--grad-accum-steps', '2'], 'leave out one of the two'),
     (['--torchcompile', 'cudagraphs', '--grad-accum-steps', '2'], 'leave out one of the two'),
     (['--cuda-graph', '--grad-accum-steps', '2'], 'use --no-cuda-graph or --grad-accum-steps 1'),
-    (['--cuda-graph', '--torchcompile', 'cudagraphs'], 'compiler captures CUDA graphs too'),
+    (['--cuda-graph', '--torchcompile', 'cudagraphs'], 'captures CUDA graphs itself, which --cuda-graph cannot'),
     (['--cuda-graph'], 'needs a GPU of NVIDIA or AMD, not cpu; use --no-cuda-graph'),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode only applies with --torchcompile'),
     (['--task-loss-weight', '1', '--kd-model-name', 'rn26_tm'], 'weight 1 leaves nothing for the teacher; give --dist'),
@@ -864,7 +864,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
      'first fall after 95 epochs, and the run has 95'),
     (['--train-crop-mode', 'rkrr'], '--train-crop-mode is of images that are randomly resized'),
     (['--train-interpolation', 'random'], '--train-interpolation is of images that are randomly resized'),
-    (['--sched', 'rsqrt'], "'rsqrt' falls as far as the warmup was long; set --warmup-epochs"),
+    (['--sched', 'rsqrt'], "'rsqrt' takes its timescale from the warmup; set --warmup-epochs"),
     (['--lr-noise-pct', '0'], 'must be above 0'),
     (['--mixup', '0.2', '--batch-size', '1'], 'in pairs; use an even --batch-size'),
     (['--cutmix', '0.2', '--batch-size', '3'], 'in pairs; use an even --batch-size'),

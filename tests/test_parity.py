@@ -177,7 +177,7 @@ def test_int8_may_turn_ties_of_one_image_in_twenty():
     assert failure is None and report['outputs']['logits']['same_class'] == 0.95
     assert report['outputs']['logits']['same_class_decided'] == 1
     _, failure = run_check(turn(25), 'int8', images)  # one more than chance allows
-    assert 'logits has the class of PyTorch for 93.75 % of the inputs, at least 94.01 % are asked for' in str(failure)
+    assert 'same class as PyTorch for 93.75 % of the inputs, and at least 94.01 % are required' in str(failure)
 
 
 def test_int8_fails_where_99_percent_and_half_a_point_of_accuracy_are_missed_by_more_than_chance():
@@ -200,7 +200,7 @@ def test_int8_fails_where_99_percent_and_half_a_point_of_accuracy_are_missed_by_
     _, failure = run_check(flip([7]), 'int8', images)
     assert failure is None
     _, failure = run_check(flip([8]), 'int8', images)
-    assert 'logits has the class of PyTorch for 97.79 % of the inputs, at least 98.01 % are asked for' in str(failure)
+    assert 'same class as PyTorch for 97.79 % of the inputs, and at least 98.01 % are required' in str(failure)
     images.targets = scores_of((images.held_out / 255 - 0.5).astype(np.float32))[0].argmax(1)
     report, failure = run_check(flip([6]), 'int8', images)  # 1.5 points are lost
     assert report['top1'] == dict(pytorch=100, exported=98.5) and 'at most 1.495 points may be lost' in str(failure)

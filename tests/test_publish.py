@@ -183,10 +183,16 @@ def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, f
 def test_weights_trained_from_others_may_have_another_license(tmp_path, capsys):
     network = timm.create_model('rn26_tm', pretrained=True, num_classes=2).eval()
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
-    flags = ['--repo', 'me/net', '--precisions', 'fp32', '--check-images', '8', '--dry-run', '--license', 'mit']
+    flags = ['--repo', 'me/net', '--precisions', 'fp32', '--check-images', '8', '--dry-run']
+    export.main(['push', f'local-dir:{tmp_path}', *flags])
+    assert 'license' not in yaml.safe_load(capsys.readouterr().out.partition('---\n')[2].partition('---\n')[0])
+    flags += ['--license', 'mit']
     export.main(['push', f'local-dir:{tmp_path}', *flags])
     card = capsys.readouterr().out.partition('---\n')[2].partition('---\n')[0]
     assert yaml.safe_load(card)['license'] == 'mit'
+    (tmp_path / 'card.md').write_text('---\nlicense: bsd-3-clause\n---\n# A model\n')
+    with pytest.raises(InputError, match='The card names the license bsd-3-clause, not mit; change one of the two'):
+        export.main(['push', f'local-dir:{tmp_path}', *flags, '--card', str(tmp_path / 'card.md')])
     timm.models.save_for_hf(timm.create_model('rn26_tm', pretrained=True), tmp_path, safe_serialization=True)
     with pytest.raises(InputError, match='has weights under apache-2.0; --license is for weights of your own'):
         export.main(['push', f'local-dir:{tmp_path}', *flags])

@@ -526,7 +526,7 @@ def test_engines_that_others_push_meanwhile_are_not_lost_from_the_card(monkeypat
     answers, pushed = iter([Published(), Published(there)]), []
     for name, stand_in in (
             ('push.check_access', lambda options: None), ('push.read_published', lambda options: next(answers)),
-            ('load.load', lambda *args: SimpleNamespace(pretrained_cfg={})),
+            ('load.load', lambda *args: SimpleNamespace(pretrained_cfg={}, state_dict=dict)),
             ('images.load_images', lambda *args, **kwargs: None), ('publish.create_files', lambda *args: []),
             ('push.push', lambda *args: pushed.append(args))):
         monkeypatch.setattr(f'export.{name}', stand_in)
@@ -550,7 +550,7 @@ def test_flags_of_the_command_are_what_is_pushed(monkeypatch, tmp_path):
             return answer
         return stand_in
 
-    network = SimpleNamespace(pretrained_cfg={})
+    network = SimpleNamespace(pretrained_cfg={}, state_dict=dict)
     for name, function, answer in (
             ('push.check_access', export.push.check_access, None),
             ('load.load', lambda model, checkpoint: None, network),

@@ -401,7 +401,7 @@ PARSERS = {  # of what follows `python` in a command
     'train/reproduce.py': lambda words: reproduce.create_parser().parse_args(words[:[*words, '--'].index('--')]),
     'train/ship.py': ship.create_parser().parse_args, '-m train.analysis': analysis.create_parser().parse_args,
     '-m export': export.__main__.create_parser().parse_args, '-m timm_tmblock': cli.create_parser().parse_args,
-    'runtime.py': export.__main__.create_parser().parse_args}
+    **dict.fromkeys(('runtime.py', 'net/runtime.py'), export.__main__.create_parser().parse_args)}
 
 
 @pytest.mark.parametrize('page', [

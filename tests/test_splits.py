@@ -120,7 +120,7 @@ def test_pool_of_all_splits_is_divided_as_in_the_paper():
     (['--pool', '65', '15', '20', '--val-fraction', '0'], '--pool says which .* leave out --val-fraction'),
     (['--val-fraction', '1'], 'at least 0 and less than 1'),
     (['--train-split', 'train[:20]', '--val-fraction', '0.01'], 'holds none out'),
-    (['--memory-limit', '0'], 'do not fit in memory'),
+    (['--memory-limit', '0'], 'training images take more than --memory-limit 0 GB, .* name a --val-split'),
     (['--pool', '0', '1', '1'], '65 15 20'),
 ])
 def test_divisions_that_cannot_be_are_refused(flags, message):
@@ -144,7 +144,7 @@ def test_sets_whose_classes_teach_nothing_are_refused(tmp_path, splits, flags, m
 def test_pool_is_refused_where_its_splits_fit_in_memory_one_by_one_alone(monkeypatch):
     monkeypatch.setattr('train.splits.fits_in_memory', lambda images, config, limit: images <= 60)
     load('--train-split', 'train[:50]', '--val-split', 'train[50:60]', '--test-split', 'test[:50]')
-    with pytest.raises(InputError, match='do not fit in memory'):
+    with pytest.raises(InputError, match='The pooled images take more than --memory-limit .* GB, .*; raise it.$'):
         load('--train-split', 'train[:50]', '--test-split', 'test[:50]', '--pool', '65', '15', '20')
 
 

@@ -115,7 +115,7 @@ def test_simulated_engine_is_timed(simulated, files, tmp_path):
     contestant = open_file(tmp_path / 'x.engine', 'cuda')
     assert re.fullmatch(r'tensorrt(_rtx)? [\d.]+, x.engine', contestant.name)
     assert [y.shape for y in contestant.call(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
-    for kwargs, message in ((dict(threads=2), 'engines have none; leave them out'), (
+    for kwargs, message in ((dict(threads=2), 'leave it out for an engine'), (
             dict(allow_fallback=True), 'Engines run on NVIDIA GPUs alone')):
         with pytest.raises(runtime.RuntimeInputError, match=message):
             runtime.load(tmp_path / 'x.engine', **kwargs)

@@ -193,6 +193,10 @@ def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) 
         return load_model(checkpoint, source)
     if source.endswith('.safetensors'):
         return load_model(source)
+    if _is_of_torch(source) and Path(source).is_file():
+        raise InputError(
+            f'{source} does not say which network it is of; name the network, and this file with --checkpoint '
+            f'(load_model(file, name) in Python).')
     try:
         return timm.create_model(source, pretrained=True).eval()
     except Exception as e:  # the network, the Hub, safetensors and timm have errors of their own

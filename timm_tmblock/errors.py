@@ -22,7 +22,10 @@ class InputError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its name where it says nothing."""
-    return str(error).strip().split('\n')[0] or type(error).__name__
+    lines = [line.strip() for line in str(error).split('\n') if line.strip()]
+    if lines[1:] and getattr(error, 'response', None) is not None:  # the Hub begins with a number of the request
+        return lines[1]
+    return lines[0] if lines else type(error).__name__
 
 
 def say_why_not_loaded(error: BaseException) -> str:

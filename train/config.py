@@ -304,7 +304,7 @@ def create_parser() -> Parser:
     group.add_argument('--hub-private', action=boolean, default=False, help='in a private repository')
     group.add_argument('--report-to', nargs='+', default=['tensorboard'], metavar='TRACKER', help=(
         "tensorboard, wandb, mlflow, trackio, ... (Accelerate's), 'all' that are installed, or 'none'"))
-    group.add_argument('--project', default='timm-tmblock', help='name the trackers file the run under')
+    group.add_argument('--project', default='timm-tmblock', help='name of the project in the trackers')
     return parser
 
 
@@ -374,7 +374,8 @@ def _find_begun(named: Dict[str, Any], output: str) -> str:
     return ''
 
 
-VALIDATING = 'images that validate, of --val-fraction, --val-split or the second size of --pool'
+VALIDATING = 'images held out for validation'
+ADVICE = 'give --val-split, --val-fraction above 0, or a second size of --pool above 0'
 
 
 def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
@@ -405,7 +406,8 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
             (['warmup_lr', 'warmup_prefix'], '--warmup-epochs', args.warmup_epochs)):
         for flag in flags:
             if flag in given and not have:
-                raise InputError(f'{to_flag(flag)} only applies with {needed}; add it.')
+                add = ADVICE if needed == VALIDATING else 'add it'
+                raise InputError(f'{to_flag(flag)} only applies with {needed}; {add}.')
     if 'push_to_hub' in given and args.eval_only:
         raise InputError('--eval-only trains nothing to publish; leave out --push-to-hub.')
 

@@ -111,7 +111,7 @@ def open_dataset(
         if root and Path(name).is_dir():
             raise InputError(f'The dataset {name!r} is a folder; leave out --data-dir.')
         if '[' in split:
-            raise InputError(f'Only hfds/ sets have parts of splits as {split!r}; use --val-fraction, or name a split.')
+            raise InputError(f'Only hfds/ sets can be sliced, as in {split!r}; name a whole split.')
         if kind != 'torch':
             kwargs['root'] = root or name
             if Path(root or name).is_dir():  # timm reads png and jpg unless told otherwise, and leaves out the rest
@@ -308,8 +308,8 @@ def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence
     for i, (ours, theirs) in enumerate(zip(known, found)):
         if ours != theirs and (ours in found or theirs in known):
             raise InputError(
-                f'{name} and {dataset} have classes in another order (class {i} is {ours} and {theirs}); order the '
-                f'labels of the set as the network has them.')
+                f'{name} and {dataset} have classes in another order (class {i} is {ours!r} in the one and {theirs!r} '
+                f'in the other); order the labels of the set as the network has them.')
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:

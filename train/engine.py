@@ -49,7 +49,9 @@ def create_accelerator(args: Namespace) -> Accelerator:
             '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
             '1.')
     if args.cuda_graph and captures_graphs(args):
-        raise InputError('The compiler captures CUDA graphs too, which cannot be in another; use --no-cuda-graph.')
+        raise InputError(
+            'This --torchcompile captures CUDA graphs itself, which --cuda-graph cannot capture again; use '
+            '--no-cuda-graph.')
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
             cpu=args.device == 'cpu' or args.device == 'auto' and not _has_collectives(),

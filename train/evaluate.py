@@ -106,9 +106,11 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
         targets.append(labels.cpu().numpy())
     scores, classes = np.concatenate(logits), np.concatenate(targets)
     if classes.max() >= scores.shape[1]:
-        raise InputError(f'The model has {scores.shape[1]} outputs and the set has a label {classes.max()}.')
+        raise InputError(f'The model has {scores.shape[1]} outputs and the set has a label {classes.max()}; name its '
+                         f'own set with --dataset.')
     if not np.isfinite(scores).all():
-        raise InputError('The model gives logits that are not finite; are these the right weights and precision?')
+        raise InputError('The model gives logits that are not finite; are these its weights? Try --precision '
+                         'float32.')
     reliability = measure_reliability(softmax(scores), classes, bins)
     values: Dict[str, Any] = dict(images=len(classes), **measure_accuracy(scores, classes), ece=reliability.ece)
     if flip:

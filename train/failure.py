@@ -21,7 +21,7 @@ def advise_on_memory(args: Namespace) -> str:
     if on_gpu and args.model.startswith('dn100') and 'memory_efficient' not in args.model_kwargs:
         other = '--model-kwargs memory_efficient=True or --grad-checkpointing'
     else:
-        other = '--grad-checkpointing'
+        other = 'a smaller --img-size' if args.grad_checkpointing else '--grad-checkpointing'
     if not half:
         return f'use a smaller model or image size, or {other}'
     fails = f'{args.model} with a batch of {args.batch_size} does not fit; try --batch-size {half}'

@@ -58,7 +58,7 @@ def create_schedule(
     if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant'):
         raise InputError(f'The schedule {args.sched!r} has no lowest rate to stay at; leave out --cooldown-epochs.')
     if args.sched == 'rsqrt' and not args.warmup_epochs:
-        raise InputError("The schedule 'rsqrt' falls as far as the warmup was long; set --warmup-epochs.")
+        raise InputError("The schedule 'rsqrt' takes its timescale from the warmup; set --warmup-epochs.")
     fraction = args.sched in ('wsd', 'rsqrt') and (kwargs['decay_epochs'] or 1) < 1  # of the whole schedule
     if kwargs['decay_epochs'] is None and args.sched == 'step':
         kwargs['decay_epochs'] = STEP

@@ -255,9 +255,9 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
             'the row; the blur is a Gaussian of 11×11 pixels, σ = 5, as of RISE, whose images were larger. Insertion '
             'starts from the blurred image whatever masks, so that it counts in the second row of a network alone '
-            '(three measures in the first). In the dense networks a region is scored two pixels further right and down than '
-            'it is masked, which is against the class map. A random '
-            'map masks regions that are scattered, which takes more from an image than as many that lie together: the '
+            '(three measures in the first). In the dense networks a region is scored two pixels further right and '
+            'down than it is masked, which is against the class map. A random map masks regions that are scattered, '
+            'which takes more from an image than as many that lie together: '
             "fairer control is another image's map."), '',
         *wrap(
             'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '

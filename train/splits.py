@@ -78,7 +78,7 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         InputError: If a split is missing, serves two ends, or differs from the others in its classes.
     """
     if args.pool and args.pool[0] == 0:
-        raise InputError('--pool takes three sizes, of the parts for training, validation and test: 65 15 20.')
+        raise InputError('The first size of --pool, the training part, is 0; give it one above 0, as in 65 15 20.')
     names = {'train': args.train_split, 'validation': args.val_split, 'test': args.test_split}
     names = {part: name for part, name in names.items() if name}
     if 'train' not in names:
@@ -158,13 +158,14 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         raise InputError(f'--val-fraction must be at least 0 and less than 1, not {fraction}.')
     if not fits['train'] and (fraction or args.pool):
         raise InputError(
-            'The training images do not fit in memory, so no part can be held out; name a --val-split, '
-            'set --val-fraction 0, or raise --memory-limit.')
+            f'The {"pooled" if args.pool else "training"} images take more than --memory-limit {args.memory_limit:g} '
+            f'GB, so none can be held out; raise it'
+            f'{"" if args.pool else ", name a --val-split, or set --val-fraction 0"}.')
     for name in ('scale', 'ratio', 'train_crop_mode', 'train_interpolation'):
         if fits['train'] and getattr(config, name):
             raise InputError(
                 f'{to_flag(name)} is of images that are randomly resized and cropped, as those of sets above '
-                f'--memory-limit are; leave it out, or set --memory-limit 0.')
+                f'--memory-limit are; leave it out, or set --memory-limit 0 with a --val-split or --val-fraction 0.')
     for part, split in splits.items():
         if not fits[part]:
             ImageSet(split, 3)[0]  # a split without labels is told before the training, not after it

@@ -157,8 +157,8 @@ class Trainer:
                 if args.max_steps and before != updates_per_epoch and not find_changes(
                         args, self.folder / SETTINGS, ('max_steps',)):
                     raise InputError(
-                        f'--max-steps {args.max_steps} was of epochs of {before} updates, which have '
-                        f'{updates_per_epoch} now; name it anew, or resume with the processes and batch size it had.')
+                        f'--max-steps {args.max_steps} was counted in epochs of {before} updates, and an epoch has '
+                        f'{updates_per_epoch} now; give another, or resume with the processes and batch size it had.')
                 if self.main_process:
                     self.tell_change(self.state.layout)
                 done = self.state.update / self.state.layout['updates_per_epoch']

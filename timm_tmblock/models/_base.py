@@ -205,7 +205,7 @@ class TemplateMatchingNet(nn.Module):
         if self.has_template_matching and num_classes == self.tm.num_templates:
             _logger.warning(
                 'The model keeps its %d templates of the previous classes; retrain them with TemplateMatchingTask, or '
-                'call reset_templates().', num_classes)
+                'call reset_templates(%d).', num_classes, num_classes)
         cfg: Optional[Dict[str, Any]] = getattr(self, 'pretrained_cfg', None)
         if cfg and num_classes:  # as many classes as before, perhaps, but not the same ones
             self.pretrained_cfg = self.default_cfg = dict(cfg, label_names=None, label_descriptions=None)
