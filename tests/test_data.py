@@ -461,6 +461,9 @@ def test_labels_that_are_integers_are_classes(tmp_path):
     train, test = (open_dataset(f'hfds/{tmp_path}', split) for split in ('train', 'test'))
     assert get_class_names(train) == ['0', '1', '2'] and get_class_names(test) == ['0', '1']
     assert adopt_classes(test, get_class_names(train)) == ['0', '1', '2']
+    datasets.Dataset.from_dict(dict(image=pixels, label=[7, 10 ** 9, 3])).to_parquet(tmp_path / 'train.parquet')
+    with pytest.raises(InputError, match='The dataset does not say its classes'):  # numbers of images, say
+        get_class_names(open_dataset(f'hfds/{tmp_path}', 'train'))
 
 
 def test_workers_end_with_what_they_were_for(tmp_path):

@@ -31,6 +31,7 @@ SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval'
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
 CHUNK = 256  # images that a process decodes at a time
 WORTH_A_PROCESS = 5e6  # pixels of images; fewer are decoded before another process has begun
+MOST_CLASSES = 100_000  # a column of larger integers is none of labels
 INTEGERS = tuple(f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64))
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
@@ -152,7 +153,8 @@ def open_dataset(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
         if not dataset.reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
             largest = pc.max(table.column(target_key)).as_py()
-            dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
+            if largest < MOST_CLASSES:
+                dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
     return dataset
 
 
