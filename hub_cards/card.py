@@ -128,9 +128,12 @@ def render_plain(
     theirs = ModelCard(before, ignore_metadata_errors=True).data if before else ModelCardData()
     if told:  # what this wrote where the run was
         measured = {key: theirs.get(key) for key in ('datasets', 'metrics', 'model_name', 'eval_results')}
+    base = (model.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0]  # where the weights are from
+    base = None if base in ('', repo) else base
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
+        base_model=base,
         license=first['license'] or theirs.get('license'),
         tags=choose_tags(len(first['outputs']) > 1, bool(engines)),
         **measured,
@@ -150,6 +153,7 @@ def render_plain(
         files=files,
         images=first['parity']['images'],
         run=run,
+        base=base,
         told=told[0] if told else None,
         engines=engines,
         has_bf16='bf16' in exports,

@@ -275,6 +275,15 @@ def test_plain_card_says_class_of_regions_only_where_templates_are_classes(templ
     assert ('which template each region' in text and 'of other classes than these' in text) == (len(templates) == 3)
 
 
+@pytest.mark.parametrize('repo, named', [('me/net', True), ('them/net', False)])
+def test_plain_card_names_the_repository_that_weights_are_from(repo, named):
+    sidecar = json.loads((ROOT / 'export/results/rn26_tm.cifar10/rn26_tm.fp32.onnx.json').read_text())
+    model = timm.create_model('rn26_tm', pretrained_cfg_overlay=dict(hf_hub_id='them/net@v1'))
+    card = cards.render_plain(model, repo, dict(fp32=sidecar))
+    assert card.data.base_model == ('them/net' if named else None)
+    assert ('The weights are those of [them/net](https://huggingface.co/them/net)' in str(card)) == named
+
+
 @pytest.mark.parametrize('engines', [[], [dict(
     path='engines/a/x.engine', precision='fp16', megabytes='2.00', version='tensorrt 11', runs_on='L4', batches='1')]])
 def test_cards_are_tagged_with_tensorrt_where_there_are_engines(engines):
