@@ -1,17 +1,13 @@
 """Settings of the training script: each has the effect its name says."""
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torchvision.transforms import InterpolationMode
@@ -23,7 +19,7 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
-from train.engine import _configure_deepspeed, create_accelerator, fail_trackers, start_trackers
+from train.engine import create_accelerator
 from train.inputs import create_data_config
 from train.model import network
 from train.optim import create_optimizer, create_schedule, resolve_lr
@@ -162,65 +158,6 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
     assert len(names) == 3 and all(name.name.split('-')[2] == 'rn26_tm' for name in names)
 
 
-def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
-    main([*TINY, '--output', str(tmp_path)])
-    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
-    assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['mixed_precision'] == 'bf16'
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--mixed-precision', 'bf16'], 'use --mixed-precision no'), (['--opt', 'muon'], 'muon needs the shapes'),
-    (['--clip-grad', '1', '--clip-mode', 'agc'], 'clips by the norm alone'),
-])
-def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
-    config = dict(gradient_clipping='auto')
-    _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--batch-size', '7']))
-    assert config == dict(  # 'auto' would clip by 1
-        gradient_clipping=0., train_micro_batch_size_per_gpu=7, gradient_accumulation_steps=1)
-    _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--clip-grad', '3']))
-    assert config['gradient_clipping'] == 3
-    for key, flag in (('gradient_accumulation_steps', '--grad-accum-steps 4'), ('gradient_clipping', '--clip-grad 4')):
-        with pytest.raises(InputError, match=f'has {key} 4, which the flags of the run set; use {flag}'):
-            _configure_deepspeed({key: 4}, parse_args(['--mixed-precision', 'no']))
-    with pytest.raises(InputError, match='use --zero_stage 2'):
-        _configure_deepspeed(dict(zero_optimization=dict(stage=3)), parse_args(['--mixed-precision', 'no']))
-    with pytest.raises(InputError, match=message):
-        _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', *flags]))
-
-
-@pytest.mark.parametrize('theirs', ['auto', '1'])
-def test_gradients_accumulate_as_the_flag_says_whatever_the_launcher(tmp_path, monkeypatch, theirs):
-    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', theirs)  # of a DeepSpeed configuration
-    result = main([*TINY, '--output', str(tmp_path), '--grad-accum-steps', '3'])
-    assert result['updates'] == 1 and len(result['history']) == 1
-
-
-def test_fsdp_in_16_bits_is_refused(monkeypatch):
-    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    args = parse_args(['--device', 'cpu', '--report-to', 'none'])
-    assert args.channels_last
-    create_accelerator(args)
-    assert not args.channels_last  # which FSDP2 has no parameters in
-    with pytest.raises(InputError, match='FSDP casts batch norms .* use --mixed-precision no'):
-        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--mixed-precision', 'bf16']))
-
-
-def test_script_ends_with_its_result_where_the_launcher_leaves_settings_open(tmp_path, forks):
-    flags = ['--output', str(tmp_path), '--max-steps', '1']
-    done = forks.run('train/train.py', *TINY, *flags, ACCELERATE_GRADIENT_ACCUMULATION_STEPS='auto')
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])['updates'] == 1
-
-
-@pytest.mark.parametrize('version, efficient, fits', [(2, False, True), (1, False, False), (2, True, False)])
-def test_fsdp_is_of_version_2_without_efficient_loading(monkeypatch, version, efficient, fits):
-    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
-    monkeypatch.setattr(AcceleratorState, 'fsdp_plugin', plugin, raising=False)
-    with nullcontext() if fits else pytest.raises(InputError, match='train/accelerate/fsdp.yaml'):
-        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none']))
-
-
 @pytest.mark.parametrize('metric', ['top1', 'loss'])
 def test_weights_are_chosen_by_the_metric(tmp_path, monkeypatch, metric):
     told = iter([dict(top1=top1, top5=90., loss=loss) for top1, loss in ((50., 2.), (60., 3.), (40., 1.))])
@@ -233,47 +170,6 @@ def test_weights_are_chosen_by_the_metric(tmp_path, monkeypatch, metric):
     best = load_file(tmp_path / 'run' / 'best.safetensors')
     chosen = load_file(tmp_path / 'run' / 'history' / f'{kept[-1]}.safetensors')
     assert all(torch.equal(best[key], chosen[key]) for key in best)
-
-
-def test_fsdp_keeps_no_ema(monkeypatch):
-    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    with pytest.raises(InputError, match='--model-ema keeps whole weights, which FSDP and DeepSpeed divide'):
-        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--model-ema']))
-
-
-def test_trackers_know_the_run_and_whether_it_failed():
-    told, ended = {}, []
-    accelerator = SimpleNamespace(
-        is_main_process=True, init_trackers=lambda project, **kwargs: told.update(kwargs, project=project))
-    args = parse_args(['--project', 'birds', '--report-to', 'wandb', 'mlflow', 'trackio'])
-    start_trackers(accelerator, args, Path('output/run'), 'an id', 7)
-    assert told['project'] == 'birds' and told['config']['report_to'] == "['wandb', 'mlflow', 'trackio']"
-    assert told['init_kwargs'] == dict(
-        tensorboard={'purge_step': 8}, wandb={'name': 'run', 'id': 'an id', 'resume': 'allow', 'dir': 'output/run'},
-        mlflow={'run_name': 'run'}, trackio={'name': 'run', 'resume': 'allow'})
-    wandb_run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
-    accelerator.trackers = [
-        SimpleNamespace(name='wandb', tracker=wandb_run),
-        SimpleNamespace(name='tensorboard', finish=lambda: ended.append('tensorboard'))]
-    fail_trackers(accelerator)
-    assert ended == [1, 'tensorboard']
-    accelerator.is_main_process = False
-    fail_trackers(accelerator)
-    assert ended == [1, 'tensorboard']
-
-
-def test_fsdp_compiles_nothing(monkeypatch):
-    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    with pytest.raises(InputError, match='FSDP gathers .* use --torchcompile no'):
-        create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--torchcompile', 'aot_eager']))
-
-
-def test_fsdp_does_not_clip_by_value(monkeypatch):
-    monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
-    flags = ['--device', 'cpu', '--report-to', 'none', '--clip-grad', '1', '--clip-mode']
-    create_accelerator(parse_args([*flags, 'norm']))
-    with pytest.raises(InputError, match='does not clip by value under FSDP; use --clip-mode norm'):
-        create_accelerator(parse_args([*flags, 'value']))
 
 
 @pytest.mark.parametrize('flags, updates, shape', [
@@ -553,19 +449,6 @@ def test_teacher_is_compiled_with_the_student_and_teaches_the_same(tmp_path):
     assert isinstance(compiled.task.teachers[0].model, torch._dynamo.OptimizedModule)
     images, _ = next(plain.train_loader.epoch(0))
     torch.testing.assert_close(compiled.task.teach(images), plain.task.teach(images))
-
-
-def test_compiler_of_the_launcher_is_a_setting_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'eager')
-    teach = ('--model', 'rn20', '--kd-model-name', 'rn26_tm')
-    for flag, backend in (('', 'eager'), ('--torchcompile=AOT_EAGER', 'aot_eager'), ('--torchcompile=no', None)):
-        trainer = create_trainer(tmp_path, *teach, *filter(None, [flag]))
-        assert trainer.args.torchcompile == backend
-        for model in (trainer.model, trainer.task.teachers[0].model):
-            assert isinstance(model, torch._dynamo.OptimizedModule) is (backend is not None)
-    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'cudagraphs')
-    with pytest.raises(InputError, match='captures CUDA graphs, .* leave out one of the two'):
-        create_trainer(tmp_path, '--grad-accum-steps', '2')
 
 
 def test_several_teachers_teach_the_mean_of_their_logits(tmp_path):
@@ -925,21 +808,6 @@ def test_each_run_of_one_process_has_its_own_precision_and_compiler():
     assert found == [('bf16', 'AOT_EAGER'), ('no', 'NO'), ('no', 'NO')]
 
 
-def test_launcher_that_has_another_device_than_the_flag_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')  # as accelerate launch --cpu does
-    with pytest.raises(InputError, match='--device cuda was asked for, but Accelerate was set up for cpu'):
-        create_accelerator(parse_args([*TINY, '--device', 'cuda']))
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    with pytest.raises(InputError, match='8 processes were launched on a machine with 4 GPUs; launch as many'):
-        create_accelerator(parse_args([*TINY, '--device', 'cuda']))
-
-
 def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
     (tmp_path / 'base.yaml').write_text('lr: 0.1\nepochs: 7\n')
     (tmp_path / 'sub').mkdir()
@@ -952,15 +820,6 @@ def test_recipe_takes_what_it_does_not_say_from_its_base(tmp_path):
     (tmp_path / 'base.yaml').write_text('base: sub/recipe.yaml\n')
     with pytest.raises(InputError, match='is its own base'):
         parse_args(['-c', str(tmp_path / 'sub' / 'recipe.yaml')])
-
-
-def test_notebook_launcher_trains(tmp_path, forks):
-    code = (
-        'import accelerate, train.train\n'
-        f'accelerate.notebook_launcher(train.train.main, ({[*TINY, "--output", str(tmp_path)]!r},), num_processes=1)\n')
-    run = forks.run('-c', code)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert (tmp_path / 'run' / 'best.safetensors').is_file()
 
 
 def test_loss_of_a_baseline_is_cross_entropy(tmp_path):

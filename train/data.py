@@ -138,7 +138,11 @@ def open_dataset(
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
     if kind != 'hfds':
         _check_folder(dataset, name, split, Path(root or name))
-        _number_classes(dataset)
+        source = getattr(dataset, 'reader', dataset)
+        if type(source) is ReaderImageFolder:
+            _number_classes(source)
+        elif isinstance(source, ImageFolder):
+            source.loader = str  # a path; torchvision's own drops what is transparent before anybody sees it
         size = len(dataset)
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
@@ -163,33 +167,26 @@ def _is_class(folder: Path) -> bool:
     return folder.is_dir() and not any(path.is_dir() and path.name[0] != '.' for path in folder.iterdir())
 
 
-def _number_classes(dataset: Any, names: Optional[Sequence[str]] = None) -> None:
+def _number_classes(source: Any, names: Optional[Sequence[str]] = None) -> None:
     """Number the classes of a folder: in the order of their names, or that of others which include them.
 
     timm takes hidden folders for classes too, and leaves the order of 'a' and 'A', or '1' and '01', to chance.
+
+    Args:
+        source: timm's reader of a folder, or torchvision's ImageFolder.
+        names: Of another split.
     """
-    if isinstance(dataset, ImageFolder):
-        dataset.loader = str  # a path; torchvision's own drops what is transparent before anybody sees it
-        if names is not None:
-            old, dataset.classes = dataset.classes, list(names)
-            dataset.class_to_idx = {name: index for index, name in enumerate(names)}
-            dataset.samples = [(path, dataset.class_to_idx[old[index]]) for path, index in dataset.samples]
-        return
-    reader: Any = getattr(dataset, 'reader', None)
-    if type(reader) is not ReaderImageFolder:
-        return
-
     def is_hidden(path: str) -> bool:
-        return any(part.startswith('.') for part in Path(os.path.relpath(path, reader.root)).parts[:-1])
+        return any(part.startswith('.') for part in Path(os.path.relpath(path, source.root)).parts[:-1])
 
-    old = {index: name for name, index in reader.class_to_idx.items()}
+    old = {index: name for name, index in source.class_to_idx.items()}
     samples = sorted(
-        ((path, old[index]) for path, index in reader.samples if not is_hidden(path)),
+        ((path, old[index]) for path, index in source.samples if not is_hidden(path)),
         key=lambda sample: (natural_key(sample[0]), sample[0]))
     if names is None:
         names = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
-    reader.class_to_idx = {name: index for index, name in enumerate(names)}
-    reader.samples = [(path, reader.class_to_idx[name]) for path, name in samples]
+    source.class_to_idx = {name: index for index, name in enumerate(names)}
+    source.samples = [(path, source.class_to_idx[name]) for path, name in samples]
 
 
 def is_whole_folder(dataset: Any, root: Path) -> bool:
@@ -290,12 +287,12 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
         The names of the set's classes, in order.
     """
     found = get_class_names(dataset)
-    reader: Any = getattr(dataset, 'reader', dataset)
+    source: Any = getattr(dataset, 'reader', dataset)
     if set(found) < set(names):
-        if type(reader) in (ReaderImageFolder, ImageFolder):
-            _number_classes(dataset, names)
+        if type(source) in (ReaderImageFolder, ImageFolder):
+            _number_classes(source, names)
         elif found == list(names[:len(found)]):  # of labels that are integers
-            reader.class_to_idx = {name: index for index, name in enumerate(names)}
+            source.class_to_idx = {name: index for index, name in enumerate(names)}
     return get_class_names(dataset)
 
 
