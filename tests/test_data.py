@@ -35,7 +35,7 @@ from train.data import (
 )
 from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
-from train.signals import outlive_sigterm
+from train.signals import init_worker
 from train.splits import hash_pixels
 from train.validation import validate
 
@@ -472,7 +472,7 @@ def test_workers_end_with_what_they_were_for(tmp_path):
         Image.new('RGB', (8, 8)).save(tmp_path / 'a' / f'{i:02}.png')
     (tmp_path / 'a' / '03.png').write_bytes(b'no image')
     source = ImageSet(open_dataset(str(tmp_path), 'train'), 3)
-    loader = DataLoader(source, batch_size=2, num_workers=2, worker_init_fn=outlive_sigterm, collate_fn=list)
+    loader = DataLoader(source, batch_size=2, num_workers=2, worker_init_fn=init_worker, collate_fn=list)
     before = set(multiprocessing.active_children())
     with pytest.raises(InputError, match='03.png'):
         list(read_batches(loader))

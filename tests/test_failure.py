@@ -3,6 +3,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -169,14 +170,45 @@ def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():
     code = (
         'import sys, time\n'
         'from torch.utils.data import DataLoader, Dataset\n'
-        'from train.signals import outlive_sigterm\n'
+        'from train.signals import init_worker\n'
         'class Stuck(Dataset):\n'
         '    def __len__(self): return 9\n'
         '    def __getitem__(self, i): time.sleep(1000)\n'
-        'batches = iter(DataLoader(Stuck(), num_workers=1, worker_init_fn=outlive_sigterm))\n'
+        'batches = iter(DataLoader(Stuck(), num_workers=1, worker_init_fn=init_worker))\n'
         'time.sleep(1)\n'
         'sys.exit(2)\n')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120).returncode == 2
+
+
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='needs the sockets of Unix')
+@pytest.mark.parametrize('init', ['init_worker', 'print'])
+def test_batch_that_is_not_taken_to_the_end_leaves_no_traceback(init):
+    """As when a signal interrupts who takes it."""
+    code = (
+        'import multiprocessing, os, socket, sys, time\n'
+        'from multiprocessing.reduction import DupFd\n'
+        'from train.signals import init_worker\n'
+        'def serve(queue):\n'
+        f'    {init}(0)\n'
+        '    queue.put(DupFd(os.open(os.devnull, os.O_RDONLY))._id)\n'
+        '    time.sleep(1000)\n'
+        'context = multiprocessing.get_context("fork")\n'
+        'queue = context.Queue()\n'
+        'process = context.Process(target=serve, args=(queue,), daemon=True)\n'
+        'process.start()\n'
+        'address, key = queue.get()\n'
+        'for _ in range(2):\n'  # the second is served after the first has failed
+        '    client = socket.socket(socket.AF_UNIX)\n'
+        '    client.connect(address)\n'
+        '    client.recv(1)\n'
+        '    client.close()\n'  # with bytes that it has not read: the other side gets ECONNRESET
+        'client = socket.socket(socket.AF_UNIX)\n'
+        'client.connect(address)\n'
+        'client.recv(1)\n'
+        'process.kill()\n')
+    error = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, timeout=120, stderr=subprocess.PIPE, text=True).stderr
+    assert ('ConnectionResetError' in error) == (init == 'print'), error
 
 
 def test_unreadable_image_of_a_streamed_set_is_named(tmp_path, images):
@@ -247,7 +279,7 @@ def test_workers_killed_at_the_end_disturb_nothing_else_that_ends():
         import torch.utils.data
         import train.signals
         loader = torch.utils.data.DataLoader(range(8), num_workers=1, persistent_workers=True,
-                                             worker_init_fn=train.signals.outlive_sigterm)
+                                             worker_init_fn=train.signals.init_worker)
         iterator = iter(loader)
         next(iterator)
     '''

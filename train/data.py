@@ -23,7 +23,7 @@ from tqdm import tqdm
 from timm_tmblock.errors import InputError, first_line
 from timm_tmblock.image import IMAGE_SUFFIXES, read_image
 from train.augment import DataConfig
-from train.signals import outlive_sigterm
+from train.signals import init_worker
 
 # what timm's create_dataset does with the names of splits
 HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
@@ -387,7 +387,7 @@ def decode(
     digests: List[bytes] = []
     chunks = DataLoader(
         _Chunks(source, config, digest), batch_size=None, num_workers=workers,
-        worker_init_fn=outlive_sigterm, generator=torch.Generator())  # of its own, or the global one would advance
+        worker_init_fn=init_worker, generator=torch.Generator())  # of its own, or the global one would advance
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
         for number, (pixels, labels, names) in enumerate(read_batches(chunks)):
             part = slice(number * CHUNK, (number + 1) * CHUNK)

@@ -19,7 +19,7 @@ from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
 from train.config import refusing
 from train.data import ImageSet, InMemorySet, read_batches
-from train.signals import outlive_sigterm
+from train.signals import init_worker
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
 UNCHANGED = 'no augmentation'
@@ -133,7 +133,7 @@ class InMemoryLoader:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
                     num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
-                    worker_init_fn=outlive_sigterm,
+                    worker_init_fn=init_worker,
                     persistent_workers=True,  # each takes a copy of the images where processes are not forked
                     generator=torch.Generator())  # of its own: the global one would advance, and again after a restart
             if config.re_prob > 0:
@@ -180,7 +180,7 @@ class InMemoryLoader:
 
 def _start_worker(seed: Callable[[int], None], worker: int) -> None:
     seed(worker)
-    outlive_sigterm(worker)
+    init_worker(worker)
 
 
 class StreamingLoader:

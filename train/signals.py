@@ -2,8 +2,10 @@
 import atexit
 import multiprocessing
 import signal
+import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator
+from types import TracebackType
+from typing import Any, Callable, Iterator, Optional, Type
 
 
 @contextmanager
@@ -32,9 +34,16 @@ def stopping_at_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def outlive_sigterm(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Leave a process that loads data to the one that started it, which tells of the end; some send SIGTERM to all."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _print_exception
+
+
+def _print_exception(kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
+    # the thread of multiprocessing that hands over batches ends up here when who takes them was interrupted
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @atexit.register
