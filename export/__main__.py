@@ -34,7 +34,7 @@ def add_content_options(command: Any) -> None:
     command.add_argument('--softmax', action='store_true', help='probabilities instead of scores')
     command.add_argument(
         '--preprocessing', choices=('NCHW', 'NHWC'),
-        help='take uint8 pixels of the input size so laid out, normalise inside')
+        help='take uint8 pixels of the input size in this layout and normalise them in the file')
     command.add_argument('--dynamic-size', action='store_true', help='let height and width vary, not only the batch')
 
 
@@ -44,7 +44,7 @@ def add_onnx(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser('onnx', help='write an ONNX file and check it against PyTorch')
     add_model_options(command)
     command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
-    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of the weights and what is computed')
+    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of weights and computation')
     command.add_argument('--target', choices=TARGETS, default='cpu', help='what an int8 file is to run on')
     add_content_options(command)
     command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
@@ -120,7 +120,7 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         '--batch', type=int, nargs='+', action='append', metavar='N',
         help='one batch size, or smallest, preferred and largest; again for another profile (1 16 64 if not given)')
-    command.add_argument('--size', type=int, nargs='+', metavar='N', help='the same of height and width, if dynamic')
+    command.add_argument('--size', type=int, nargs='+', metavar='N', help='likewise for height and width, if dynamic')
     command.add_argument('--tf32', action='store_true', help='let float32 be computed with 10 bits of mantissa')
     command.add_argument('--optimization-level', type=int, choices=range(6), default=3)
     command.add_argument('--workspace', type=int, metavar='MB', help="memory the builder's choices may use")
@@ -203,7 +203,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
         'networks to time in PyTorch, with untrained weights, norms folded and in channels_last'))
-    command.add_argument('--compile', action='store_true', help='those compiled too')
+    command.add_argument('--compile', action='store_true', help='time these with torch.compile too')
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
     command.add_argument(
         '--device', choices=('cpu', 'cuda'), default='cpu',

@@ -36,8 +36,8 @@ def add_image_options(parser: ArgumentParser) -> None:
     add_set_options(group)
     group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
     group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
-    group.add_argument('--calibration-images', type=int, default=512, help='most images to calibrate on')
-    group.add_argument('--check-images', type=int, default=512, help='most images to compare on')
+    group.add_argument('--calibration-images', type=int, default=512, help='calibrate on at most this many images')
+    group.add_argument('--check-images', type=int, default=512, help='compare on at most this many images')
 
 
 def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:

@@ -88,7 +88,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
 
     Input: `image` (batch, C, H, W), float32, normalised; or uint8 pixels. Outputs: `logits` (batch, num_classes) and,
     if asked for, `patch_logits` (batch, num_templates, H/r, W/r), or as many as classes by the method 'cam'; called
-    `probabilities` and `patch_probabilities` after a soft-max. A file that does not give what PyTorch gives is kept as
+    `probabilities` and `patch_probabilities` after a softmax. A file that does not give what PyTorch gives is kept as
     NAME.failed.onnx.
 
     Args:

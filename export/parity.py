@@ -69,7 +69,7 @@ class _Comparison:
 
 
 def compare_output(got: np.ndarray, expected: np.ndarray, scores: np.ndarray, resolution: float) -> _Comparison:
-    """Compare an output (N, K, ...) with PyTorch's, given the scores before any soft-max."""
+    """Compare an output (N, K, ...) with PyTorch's, given the scores before any softmax."""
     largest, tie = (max(y.max(), -y.min()) for y in (expected, scores))
     differences, gaps = [], []
     for i in range(0, len(got), BLOCK):  # copies of all would take several times the outputs' memory
@@ -108,8 +108,8 @@ def check(
 
     Args:
         run: The file: input to outputs, in the order of `names`.
-        reference: PyTorch in float32: the same input to the class scores (and patch scores) before any soft-max.
-        names: Outputs. Those called probabilities are compared after a soft-max of the reference.
+        reference: PyTorch in float32: the same input to the class scores (and patch scores) before any softmax.
+        names: Outputs. Those called probabilities are compared after a softmax of the reference.
         precision: Key of LIMITS.
         images: Their held-out part is compared.
         prepare: Makes an input of uint8 images (N, C, H, W).

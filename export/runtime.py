@@ -217,7 +217,7 @@ class Prediction:
         """How much each region speaks for a template or class, (H/r, W/r) in [0, 1].
 
         The probability that it matches. Of class activation maps the score divided by the largest score of any class
-        and region, 0 where it is negative; of a file with a soft-max the probability.
+        and region, 0 where it is negative; of a file with a softmax the probability.
 
         Raises:
             RuntimeInputError: If the file has no patch scores.

@@ -186,7 +186,7 @@ def test_card_of_weights_without_results_says_so(tmp_path):
         model='rn26', license='apache-2.0', class_names=['ant', 'bee'], outputs=[{}],
         preprocessing=dict(input_size=[3, 32, 32]), parity=dict(images=80, outputs=dict(logits=dict(same_class=1.))))}
     text = str(cards.render_plain(load_model(tmp_path / 'w.safetensors'), 'user/ants', exports))
-    assert 'ant, bee' in text and 'did not measure its accuracy' in text and 'hf-hub:user/ants' in text
+    assert 'ant, bee' in text and 'Its accuracy was not measured' in text and 'hf-hub:user/ants' in text
     assert 'which class each region' not in text and '| `onnx/model.onnx` | fp32 | 100.00 % |' in text
     assert ModelCard(text).data.get('library_name') == 'timm'
 
@@ -205,7 +205,7 @@ def test_card_says_what_the_one_before_said_of_the_same_weights(tmp_path):
     again = cards.render_plain(model, 'me/net', exports, None, (), str(before))
     assert str(again) == str(before) and again.data.eval_results[0].metric_value == 71.5
     edited = cards.render_plain(model, 'me/net', exports, None, (), '# By hand')
-    assert 'did not measure its accuracy' in str(edited) and edited.data.eval_results is None
+    assert 'Its accuracy was not measured' in str(edited) and edited.data.eval_results is None
 
 
 @pytest.mark.parametrize('settings, test, expected, metric', [

@@ -101,7 +101,7 @@ def test_mini_imagenet_has_the_pixels_of_imagenet():
 def test_other_image_size_is_announced(caplog):
     with caplog.at_level('INFO', logger='timm_tmblock'):
         timm.create_model('rn26_tm', img_size=84)
-    assert 'rn26_tm is laid out for 84x84 images: reduced by 8, patches of 5x5' in caplog.text
+    assert 'rn26_tm is configured for 84x84 images: reduced by 8, patches of 5x5' in caplog.text
     caplog.clear()
     with caplog.at_level('INFO', logger='timm_tmblock'):
         timm.create_model('rn26_tm')

@@ -116,11 +116,11 @@ def test_pixels_a_region_depends_on():
     ) in PLAIN
 
 
-INSERTION = dict(trust=[], trust_blur=['insertion'])  # of a blurred image, whatever masks
+INSERTION = dict(trust=[], trust_blur=['insertion'])  # of a blurred image, whatever the mask
 
 
 def test_what_is_said_of_the_class_map_follows_from_both_masks():
-    most, least = 'what is right without the more evident half', 'what is right without the less evident half'
+    most, least = 'accuracy without the higher-ranked half', 'accuracy without the lower-ranked half'
 
     def tell(tag, mask, other):
         found = compare_maps(read('train', 'results', tag, 'analysis', f'{mask}.json'), other)
@@ -135,13 +135,13 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
             assert len(better) >= len(worse) and len(better) + len(worse) <= 3
             assert len(worse_blurred) > len(better_blurred)
     assert (
-        '`rn26_tm.cifar100` | [where the evidence is](#explain): as well as class activation maps (CAM) where the mean '
-        'colour masks, less well where a blurred image does |') in TEXT
+        '`rn26_tm.cifar100` | [where the evidence is](#explain): as well as class activation maps (CAM) if the mean '
+        'colour is the mask, less well if a blurred image is |') in TEXT
     for other in ('Grad-CAM', 'CAM probabilities', 'occlusion'):
         cells = []
         for mask in ('trust', 'trust_blur'):
             better, worse = tell(TAG, mask, other)
-            cells.append(f'better by {len(better)}, worse by {len(worse)}')
+            cells.append(f'better on {len(better)}, worse on {len(worse)}')
         assert f'| {other} | {" | ".join(cells)} |' in TEXT
 
     for mask in ('trust', 'trust_blur'):
@@ -273,8 +273,8 @@ def test_differences_from_the_baselines():
     untaught = {tag: entry['top1'] for tag, entry in index.items() if '_tm' in tag and '.dist' not in tag}
     alone = [max(top1 for tag, top1 in untaught.items() if tag.endswith(end)) for end in best]
     assert (
-        'CIFAR-10 and CIFAR-100 come with the package (up to {:.2f} and {:.2f} %, distilled from other networks up to '
-        '{:.2f} and {:.2f} %)').format(*alone, *best.values()) in PLAIN
+        'CIFAR-10 and CIFAR-100 come with the package (top-1 up to {:.2f} and {:.2f} %, distilled from other networks '
+        'up to {:.2f} and {:.2f} %)').format(*alone, *best.values()) in PLAIN
     assert (
         f'has 95.87 % on CIFAR-10 and a DenseNet-BC-100 78.81 % on CIFAR-100: {best["cifar10"] - 95.87:.2f} points '
         f'below and '
@@ -319,8 +319,8 @@ def test_differences_from_the_baselines():
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
     baselines = {4: 'four', 5: 'five', 6: 'six'}[len({row[2] for row in last.values()})]
     assert (
-        f'In {count} comparisons of a network with one of {baselines} baselines, trained alike, one run each, the '
-        f'difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
+        f'In {count} comparisons of a network with one of {baselines} baselines, trained the same way, one run each, '
+        f'the difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
     (_, _, _, _, difference, *_), = taught
     assert f'is {difference.lstrip("+")} points below' in PLAIN
 
@@ -376,9 +376,10 @@ def test_int8_of_a_hundred_classes():
     parity = read('export', 'results', 'rn26_tm.cifar100', 'rn26_tm.int8.onnx.json')['parity']
     logits, top1, limit = parity['outputs']['logits'], parity['top1'], LIMITS['int8']
     assert (
-        f'keeps {100 * logits["same_class"]:.2f} % of all classes, {100 * logits["same_class_decided"]:.2f} % of those '
-        f'that are no tie ({100 * (limit.decided - limit.allow(parity["images"])):.2f} % would do, two standard errors '
-        f'of so many images below the limit), and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %'
+        f'keeps the class of {100 * logits["same_class"]:.2f} % of the images, '
+        f'{100 * logits["same_class_decided"]:.2f} % excluding ties '
+        f'({100 * (limit.decided - limit.allow(parity["images"])):.2f} % would pass: two standard errors below the '
+        f'limit), and {top1["exported"]:.2f} % top-1 of PyTorch\'s {top1["pytorch"]:.2f} %'
     ) in ' '.join(EXPORT.split())
 
 

@@ -17,7 +17,7 @@ from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
 def match_threshold(norm: Any) -> torch.Tensor:
-    """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation from which on BN-ReLU passes kernel k.
+    """mu_k = E[a_k] - beta_k sqrt(Var(a_k)) / gamma_k, the activation above which BN-ReLU lets kernel k through.
 
     Where gamma_k is negative, it passes what is below.
 

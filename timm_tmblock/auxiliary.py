@@ -17,8 +17,8 @@ from .models._base import TemplateMatchingNet
 class PatchSupervised(nn.Module):
     """A baseline and, for its training, a classifier of the patches at the input of its last stage.
 
-    `model` stays as it is: what is evaluated, saved and exported is `model`, in which nothing of `aux` is left. To
-    distribute, shard or hook its training take the whole, as parts of `model` are called one by one then.
+    `model` stays as it is: evaluate, save and export it; it contains nothing of `aux`. To distribute, shard or hook
+    training use the whole module, as training calls the parts of `model` one by one.
 
     Examples:
 

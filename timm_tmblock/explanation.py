@@ -95,7 +95,7 @@ class Explanation:
 
         By the method 'match' the probability that the region matches the class; by 'cam' its score for the class over
         the largest of any class and region, 0 where it is negative. Grad-CAM ranks regions in the same order, as it
-        omits the classifier's bias alone.
+        differs only by the classifier's bias.
 
         Args:
             class_name: The predicted class if None.

@@ -88,7 +88,7 @@ def find_exceptions(pairs: List[Tuple[str, str]]) -> List[str]:
 
 
 def tell_exceptions(found: List[str]) -> List[str]:
-    return [f'not so in the paper\'s own table: {"; ".join(found)}'] if found else []
+    return [f'exceptions in the paper\'s own table: {"; ".join(found)}'] if found else []
 
 
 def summarize(comparisons: List[Comparison]) -> List[str]:
@@ -103,7 +103,7 @@ def summarize(comparisons: List[Comparison]) -> List[str]:
     if last:
         told.append(f'{say_range(last)} points, {len(last)} in all')
     if len(alone) > len(last):
-        told.append(f'{say_range(alone)} points with earlier stages, {len(alone)} in all')
+        told.append(f'{say_range(alone)} points with earlier phases, {len(alone)} in all')
     if taught:
         told.append(f'{say_range(taught)} points where both had a teacher')
     what = 'with other recipes, one run each, ± over test images'
@@ -164,16 +164,15 @@ def judge_shallow(evidence: Evidence) -> Judgement:
     return say_epochs(combine_all(verdicts), evidence, 'table1', sets), [*lines, *tell_exceptions(exceptions)]
 
 
-def judge_depth(evidence: Evidence) -> Judgement:
+def judge_depth(evidence: Evidence, better: str, worse: str, within_margin: bool = False) -> Judgement:
     for experiment in ('depth', 'table1'):
-        verdict, lines, sets = compare_rows(evidence, experiment, [('rn38_tm', 'rn26_tm')])
+        verdict, lines, sets = compare_rows(evidence, experiment, [(better, worse)], within_margin=within_margin)
         if lines:
             break
     return say_epochs(verdict, evidence, experiment, sets), lines
 
 
-def judge_weight(evidence: Evidence) -> Judgement:
-    others = sorted({setting for setting, _ in evidence.scores.get('lambda', {})} - {'lambda0.5'})
+def judge_weight(evidence: Evidence, others: Sequence[str]) -> Judgement:
     verdict, lines, sets = compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
     return say_epochs(verdict, evidence, 'lambda', sets), lines
 
@@ -198,7 +197,7 @@ def judge_constants(evidence: Evidence) -> Judgement:
         return UNTESTED, []
     near = {key: abs(measured[key] / measured['paper'][key] - 1) <= 0.25 for key in ('mu', 'eta')}
     words = ', and '.join(
-        f'{symbol} = {measured[key]:.{digits}f}, {"" if near[key] else "not "}within a quarter of that'
+        f'{symbol} = {measured[key]:.{digits}f}, {"" if near[key] else "not "}within 25 % of the claimed value'
         for key, symbol, digits in (('mu', 'μ', 2), ('eta', 'η', 1)))
     if not measured['by_protocol']:
         return UNTESTED, [
@@ -295,7 +294,11 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     beside_averages = judge_against('patch mean')[0]
     if verdict.startswith(HOLDS) and not beside_averages.startswith(HOLDS):
         verdict += f', but averaging over patches alone does {"more" if beside_averages == FAILS else "as much"}'
-    return verdict, introduce(f'neighbours of the {label} at the output', lines)
+    judged = {tag: found for tag, found in analyses.items() if tag not in evidence.taught | evidence.elsewhere}
+    silhouettes = judge_spaces(evidence, judged, f'{label}_silhouette', [], BEFORE)[1]
+    return verdict, [
+        *introduce(f'nearest neighbours of the {label}, at the output', lines),
+        *introduce(f'silhouettes of the {label}es, at the output', silhouettes)]
 
 
 def judge_value_vectors(evidence: Evidence) -> Judgement:
@@ -303,16 +306,19 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
     analyses = {
         tag: dict(found, spaces={**found['spaces'], **evidence.mosaic[tag]['spaces']})
         for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
+    pairs = [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')]
     verdict, lines = judge_spaces(
-        evidence, analyses, 'class_neighbour_rate',
-        [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')],
+        evidence, analyses, 'class_neighbour_rate', pairs,
         {OUTPUT: '',
          'shortcut': ' without them, in the projected input',
          'values': ' in the mixture of value vectors alone',
          'patch mean': ' in the mean of the input over patches, with no template',
-         'value embeddings': ' in the mixture over fewer regions, those of Figure 6',
+         'value embeddings': ' in the mixture over fewer regions, 2 of an image as in our Figure 6',
          'class scores': ' in the class scores there'})
-    return verdict, introduce('neighbours of the class at the output', lines)
+    each = [
+        judge_spaces(evidence, analyses, 'class_neighbour_rate', [pair], dict.fromkeys(pair, ''))[0] for pair in pairs]
+    comparisons = [f'the three comparisons by themselves: {"; ".join(each)}'] if lines else []
+    return verdict, [*introduce('nearest neighbours of the class, at the output', lines), *comparisons]
 
 
 def judge_values(evidence: Evidence) -> Judgement:
@@ -343,7 +349,8 @@ def judge_mixing(evidence: Evidence) -> Judgement:
     for key, factor, digits, unit, what in (
             ('matched_off', 100, 1, ' %', 'regions where that weight is 0'),
             ('matched_share', 100, 0, ' %', 'its share of the sum of the weights'),
-            ('value_spread', 1, 2, '', 'how much the mixture varies, as a multiple of what it is added to')):
+            ('value_spread', 1, 2, '',
+             'standard deviation of the mixture over regions, relative to that of what it is added to')):
         ordered = sorted(
             (factor * found[key], tag) for tag, found in evidence.mixing.items()
             if tag not in evidence.taught and (key != 'value_spread' or adds_values(evidence.runs[tag]['model'])))
@@ -357,7 +364,7 @@ def judge_words(evidence: Evidence) -> Judgement:
     if not evidence.words:
         return UNTESTED, []
     shares = [
-        f'{100 * found["mixed_words"]:.0f} % of {found["settings"]["words"]} visual words, with '
+        f'{100 * found["mixed_words"]:.0f} % of {found["settings"]["words"]} visual words, holding '
         f'{100 * found["mixed_patches"]:.0f} % of the patches ({tag})' for tag, found in evidence.words.items()]
     return UNTESTED, [f'no class has half of the score in {", ".join(shares)}; what they show has not been labelled']
 
@@ -368,32 +375,38 @@ def judge(evidence: Evidence) -> List[Claim]:
         verdict, lines, sets = compare_rows(evidence, 'table1', [(better, worse)], combined)
         return say_epochs(verdict, evidence, 'table1', sets), [*lines, *find_exceptions([(better, worse)])]
 
+    weights = sorted({setting for setting, _ in evidence.scores.get('lambda', {})} - {'lambda0.5'})
     found = [
         ('Template matching improves the baselines', '4.2, Table 1', judge_baselines(evidence)),
         ('It is not the additional parameters that improve them', '4.2', (UNTESTED, [])),
-        ('It improves shallow networks more (here: RN26 more than RN38)', '4.2, Table 1', judge_shallow(evidence)),
+        ('Template matching improves shallow networks more (here: RN26 more than RN38)', '4.2, Table 1',
+         judge_shallow(evidence)),
         ('It does more than auxiliary supervision alone', '4.2, Table 1', judge_supervision(evidence)),
-        ('With it two blocks a stage are mostly above three without', '4.2, Table 1',
+        ('Two blocks a stage with it mostly beat three without', '4.2, Table 1',
          rows('rn26_tm', 'rn38', combine_most)),
         ('In DenseNet, concatenation is marginally above addition (here: mostly)', '4.2, Table 1',
          rows('dn100_tm_cat', 'dn100_tm', combine_most)),
-        ('It gains from depth', '4.1', judge_depth(evidence)),
-        ('λ = 0.5 is best', '4.1, Figure 4', judge_weight(evidence)),
+        ('Template matching gains from depth', '4.1', judge_depth(evidence, 'rn38_tm', 'rn26_tm')),
+        ('With less depth it is on par with the deeper baseline (here: RN26-Ours no more than '
+         f'{MARGIN:g} point below RN38)', '4.1', judge_depth(evidence, 'rn26_tm', 'rn38', within_margin=True)),
+        ('λ = 0.5 is best', '4.1, Figure 4', judge_weight(evidence, weights)),
+        ('Without the patch loss it is worse (λ = 0 than λ = 0.5)', '4.1, Figure 4',
+         judge_weight(evidence, ['lambda0'])),
         (f'Soft maximizers do as well as BN-ReLU (no more than {MARGIN:g} point below it)', '4.1, Figure 3',
          judge_soft_maximizers(evidence)),
         ('A trained RN20 has μ = 2.5 and η = 17', '4.1', judge_constants(evidence)),
-        ("Features are clustered by what they mean at the block's output, not before it nor in the baseline (here: "
-         'more than single positions there)',
+        ("Features are clustered by meaning at the block's output, not before it nor in the baseline (here: compared "
+         'with single positions there)',
          '4.3, Figure 5', judge_block_output(evidence)),
         ("Animals lie apart from vehicles at the block's output (here: more than single positions at its input and in "
          'the baseline)', '4.3, Figure 5',
          judge_block_output(evidence, 'superclass')),
-        ('It is the value vectors that cluster them (here: the output more than without them, they alone more than the '
-         'mean over the patch and than the class scores)',
+        ('The value vectors cluster them (here: the output is more clustered than without them, and they alone more '
+         'than the patch mean and than the class scores)',
          '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),
-        ('Combinations of classes stand for new things, such as wings and tyres', '4.3, Figure 7',
+        ('Combinations of classes represent new concepts, such as wings and tyres', '4.3, Figure 7',
          judge_words(evidence)),
         ('The classes that match a patch most are selected for its embedding (here: the best one, in most regions)',
          '5', judge_mixing(evidence)),

@@ -122,11 +122,11 @@ def create_parser() -> Parser:
     group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
     group.add_argument('--train-split', default='train', help='images to train on')
     group.add_argument('--val-split', help=(
-        "images that choose the best weights; a part of the train split if not given, none if ''"))
+        "split that chooses the best weights; a part of the train split if not given, none if ''"))
     group.add_argument('--val-fraction', type=finite, help=(
         'part of the train split held out for that choice, 0.1 if not given, but none where --eval-only measures '
         'weights that may have seen it; 0: train on all, keep the last weights'))
-    group.add_argument('--test-split', help='images that measure the chosen weights, once, at the end')
+    group.add_argument('--test-split', help='split on which the chosen weights are measured, once, at the end')
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
     group.add_argument('--split-seed', type=seed, default=0, help='seed of the division by --val-fraction and --pool')
@@ -138,7 +138,7 @@ def create_parser() -> Parser:
         '-j', '--workers', type=not_negative, default=4, help='processes that decode images and change them one by one')
     group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('-vb', '--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
-        'images per process, to measure'))
+        'images per process and step in evaluation'))
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
         "of images that are resized; the model's if not given"))
     group.add_argument('--crop-pct', type=above_zero, help=(
@@ -156,7 +156,7 @@ def create_parser() -> Parser:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
         'arguments of timm.create_model'))
     group.add_argument('--img-size', type=positive, help=(
-        "side the images are resized to and the model is laid out for; the model's if not given"))
+        "side the images are resized to and the model is configured for; the model's if not given"))
     group.add_argument('--aux-head', action=boolean, default=False, help=(
         'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
     group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
@@ -212,23 +212,25 @@ def create_parser() -> Parser:
     group.add_argument('--decay-rate', type=from_zero, default=0.1, help=(
         "factor of 'step' and 'multistep', power of 'poly'"))
     group.add_argument('--decay-epochs', type=above_zero, help=(
-        "between steps (90 if not given); of 'wsd' and 'rsqrt' the decay at the end, below 1 as a share of the "
-        'schedule (0.2 if not given)'))
+        "'step': epochs between steps (90 if not given); 'wsd', 'rsqrt': length of the final decay, below 1 as a share "
+        'of the schedule (0.2 if not given)'))
     group.add_argument('--decay-milestones', type=not_negative, nargs='+', help=(
         "epochs of 'multistep', 90 180 270 if not given"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
         'fractions of the schedule where noise starts, ends'))
     group.add_argument('--lr-noise-pct', type=above_zero, default=0.67, help='largest change of the rate by the noise')
     group.add_argument('--lr-noise-std', type=from_zero, default=1., help='standard deviation of the noise')
-    group.add_argument('--lr-cycle-mul', type=above_zero, default=1., help='length of a cycle over the last one')
-    group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5, help='highest rate over that of the last one')
+    group.add_argument('--lr-cycle-mul', type=above_zero, default=1., help=(
+        'length of each cycle relative to the previous one'))
+    group.add_argument('--lr-cycle-decay', type=from_zero, default=0.5, help=(
+        'peak rate of each cycle relative to the previous one'))
     group.add_argument('--lr-cycle-limit', type=positive, default=1, help='number of cycles')
     group.add_argument('--lr-k-decay', type=above_zero, default=1., help='exponent of k-decay')
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--aug', action=boolean, default=True, help=(
-        'augment the training images; --no-aug: neither crop nor flip, no policy, no erasing, but what --mixup and '
-        '--cutmix do'))
+        'augment the training images; --no-aug: no crop, flip, policy or erasing, only --mixup and '
+        '--cutmix'))
     group.add_argument('--padding', type=not_negative, default=4, help=(
         'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
@@ -236,13 +238,13 @@ def create_parser() -> Parser:
     group.add_argument('--scale', type=share, nargs=2, metavar=('MIN', 'MAX'), help=(
         "share of the area that is cropped, of sets above --memory-limit (timm's 0.08 to 1 if not given)"))
     group.add_argument('--ratio', type=above_zero, nargs=2, metavar=('MIN', 'MAX'), help=(
-        "its aspect ratio, likewise (timm's 3/4 to 4/3 if not given)"))
+        "aspect ratio of that crop (timm's 3/4 to 4/3 if not given)"))
     group.add_argument('--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr'], help=(
-        "how it is cropped, likewise: randomly resized ('rrc', if not given), or by timm's random resize keep ratio"))
+        "crop of sets above --memory-limit: randomly resized ('rrc', if not given), or timm's resize keep ratio"))
     group.add_argument('--train-interpolation', choices=['random', *INTERPOLATIONS], help=(
-        "of that, likewise; --interpolation's if not given"))
-    group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a mirror image')
-    group.add_argument('--vflip', type=fraction, default=0., help='probability of an image upside down')
+        "interpolation of that crop; --interpolation's if not given"))
+    group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    group.add_argument('--vflip', type=fraction, default=0., help='probability of a vertical flip')
     group.add_argument('--aa', metavar='POLICY', help=(
         "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', '3a' (with "
         '--color-jitter 0.3), ...'))
@@ -267,25 +269,26 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('EMA of the weights, by timm')
     group.add_argument('--model-ema', action=boolean, default=False, help='validate and keep the averaged weights')
-    group.add_argument('--model-ema-decay', type=fraction, default=0.998, help='share of the old average an update')
-    group.add_argument('--model-ema-warmup', action=boolean, default=True, help='let it rise at the beginning')
+    group.add_argument('--model-ema-decay', type=fraction, default=0.998, help=(
+        'share of the old average that is kept at each update'))
+    group.add_argument('--model-ema-warmup', action=boolean, default=True, help='raise that share at the start')
 
     group = parser.add_argument_group('distillation')
     group.add_argument('--kd-model-name', nargs='*', metavar='NAME', help=(
         'teacher: a model of timm or of the Hub, with weights; the logits of several are averaged'))
     group.add_argument('--kd-checkpoint', nargs='*', metavar='FILE', help=(
         'weights of the teacher, or of several; those of this script name their model'))
-    group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both soft-maxes')
+    group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both softmaxes')
     group.add_argument('--task-loss-weight', type=from_zero, help='weight of the loss on labels, 1 if not given')
     group.add_argument('--distill-loss-weight', type=from_zero, help=(
-        "of the teacher's part; if not given, 1 - task-loss-weight where that is given, else 1"))
+        "weight of the distillation loss; if not given, 1 - task-loss-weight where that is given, else 1"))
 
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
     group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
     group.add_argument('--resume', metavar='FOLDER', help=(
-        "continue this experiment, with its settings; 'auto': that of --experiment if it has begun, for jobs that are "
-        'started again'))
+        "continue this experiment, with its settings; 'auto': the run of --experiment if it has begun, for requeued "
+        'jobs'))
     group.add_argument('--checkpoint-interval', type=not_negative, default=0, help=(
         'updates between checkpoints; 0: each epoch'))
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(

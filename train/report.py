@@ -60,10 +60,10 @@ def render_results(root: Path, evidence: Evidence) -> str:
         say_regions(analyses) if analyses else [])
     lines = [
         '# Results', '',
-        'Written by `python train/report.py` from the files in [train/results](train/results), which have data,',
+        'Written by `python train/report.py` from the files in [train/results](train/results), which record the data,',
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).',
-        "Commands name the Hub's sets; the runs read copies with the same images in another order. So the commands",
-        'train with the same images in other batches, and analyses of a part of a set take other images of it.', '',
+        'Commands name the datasets on the Hub; the runs read copies with the images in another order. So the commands',
+        'form other batches, and analyses of part of a dataset use other images.', '',
         ' ·\n'.join(f'[{title}]({to_anchor(title)})' for title, part in zip(SECTIONS, parts) if part), '']
     for title, part in zip(SECTIONS, parts):
         lines += [f'## {title}', '', *part] if part else []
@@ -73,7 +73,7 @@ def render_results(root: Path, evidence: Evidence) -> str:
 def say_weights(root: Path, evidence: Evidence) -> List[str]:
     """The table of all weights."""
     lines = [
-        '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | recipe of the last stage '
+        '| weights | data | epochs | parameters | top-1 | flip TTA | patch accuracy | ECE | recipe of the last phase '
         '| measured on |', '|---|---|---|---|---|---|---|---|---|---|',
     ]
     index = read_json(root / 'timm_tmblock' / 'weights' / 'index.json') or {}
@@ -96,10 +96,10 @@ def say_weights(root: Path, evidence: Evidence) -> List[str]:
         f'In {" and ".join(precisions)}, by `python train/evaluate.py --tta flip`, with '
         f'{say_versions(evidence.evaluations)}. Patch accuracy is the share of regions that match the class of their '
         f'image, ECE the expected calibration error (15 bins). One run each. Test images [influenced some '
-        f'choices](train/README.md#the-shipped-weights): optimizer and learning rate were chosen among three for '
-        f'`rn26_tm`, by short runs that were scored on 2,000 test images of CIFAR-10; most later stages were added '
-        f'when the test accuracy before them was known; the last teachers of `rn26_tm.dist_cifar10` were chosen by '
-        f'theirs.'), '']
+        f'choices](train/README.md#the-shipped-weights): optimizer and learning rate were chosen from three '
+        f'candidates for `rn26_tm`, by short runs that were scored on 2,000 test images of CIFAR-10; most later phases '
+        f'were added when the test accuracy before them was known; the last teachers of `rn26_tm.dist_cifar10` were '
+        f'chosen by their test accuracy.'), '']
 
 
 def say_versions(evaluations: Dict[str, Dict[str, Any]]) -> str:
@@ -118,24 +118,27 @@ def say_claims(evidence: Evidence) -> List[str]:
         *wrap(
             'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
             'verdict is about the networks and datasets that its evidence names, and one about several holds if it '
-            'holds for each. It says that there is a difference, not that it is large; "undecided" means tested, '
-            'without a clear result.'), '',
+            'holds for each. "(here: …)" is what we tested. A verdict says that there is a difference, not that it is '
+            'large; "undecided" means tested, without a clear result.'), '',
         '| | claim | section | verdict |', '|---|---|---|---|',
         *(f'| {n} | {c.text} | {c.section} | **{c.verdict}** |' for n, c in enumerate(claims, 1)), '',
         *wrap(
             f'**Accuracies** decide a claim by Welch\'s t-test at 5 % over the runs of each setting (± is one standard '
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
-            f'takes more than three runs to see, if runs spread as ours do. Nothing is corrected for the number of '
-            f'tests, so of many comparisons one may be confirmed or refuted by chance. What holds or fails after fewer '
-            f'epochs than the protocol\'s says so; the epochs of all runs are below Table 1.'), '',
+            f'takes more than three runs to see, if runs spread as ours do. There is no correction for '
+            f'multiple comparisons, so one of many may be confirmed or refuted by chance. Verdicts after fewer epochs '
+            f'than the protocol\'s say so; the epochs of all runs are below Table 1.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
-            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. A "
-            'difference of two standard errors over images decides these, as if each measure had had images of its '
-            'own. How much another run would differ is unknown, so that they hold for these networks. Reported but not '
-            'judged: `rn26_tm` for CIFAR-100, and networks with a teacher, which the paper does not use; these differ '
-            'much, and their baseline had no teacher and fewer epochs.'), '',
+            "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. Those "
+            'about Figure 5 are judged by the ten nearest neighbours, among regions of other images, of 8 regions of '
+            'each of 80 images a class, that about Figure 6 by silhouettes of 2 regions of each; the other measure may '
+            'differ, and is in the evidence. A difference of two standard errors over images decides, treating the '
+            'measures as independent. How much another run would differ is unknown, so these verdicts are about these '
+            'networks only. Reported but not judged: `rn26_tm` for CIFAR-100, whose baseline had fewer epochs, and '
+            'networks with a teacher, which the paper does not use; these differ much, and their baseline had no '
+            'teacher and fewer epochs.'), '',
         *wrap(
             '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
             'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',
@@ -151,10 +154,10 @@ def say_experiments(root: Path) -> List[str]:
         'Adam with a learning rate of 0.001 and a weight decay of 0.0001, batches of 32, λ 0.5. The rest is our',
         'reading or choice, in [paper.yaml](train/recipes/paper.yaml): that all 60,000 images of a set are pooled, in',
         'one stratified split for all runs; crops from a padding of 4 pixels of the mean colour and mirror images, as',
-        "the work has that it cites for augmentation, normalised and padded by CIFAR-10's mean on CIFAR-100 too;",
+        "in the work it cites for augmentation, normalised and padded by CIFAR-10's mean on CIFAR-100 too;",
         'weight decay as an L2 term on every parameter; a constant learning rate for 100 epochs, or as many as a table',
         'says; that the weights that are best on the 15 % are tested; that an incomplete last batch of an epoch is',
-        'dropped; that templates begin as PyTorch initializes a convolution, and all other convolutions by',
+        'dropped; that templates are initialized as PyTorch does a convolution, all other convolutions by',
         "Kaiming's normal distribution (fan-out). Runs that still misclassify many training images have not converged:",
         'they do not reproduce the level of Table 1, and are no evidence against it.',
         '']
@@ -182,7 +185,7 @@ def say_missing(scores: Scores) -> List[str]:
 
 
 def say_recipe(root: Path, tag: str) -> str:
-    """Link to the recipe that the card of shipped weights names; its header has the commands of all stages."""
+    """Link to the recipe that the card of shipped weights names; its header has the commands of all phases."""
     path = root / 'hub_cards' / 'models' / f'{tag}.yaml'
     if not path.is_file():
         return '–'
@@ -212,21 +215,21 @@ def say_comparisons(evidence: Evidence) -> List[str]:
     beyond = [c.difference.points > 0 for c in found if abs(c.difference.points) > 2 * c.difference.error]
     text = (
         f'Network and baseline were trained by the same recipes, one run each. These are {len(find_last(found))} '
-        f'pairs: rows with the same network and dataset are stages of one training run; those at 24×24 are first '
-        f'stages, whose learning rate had not been annealed yet. A baseline of two networks was trained once. Top-1 is '
-        f'on the test images, ± one standard error over these, image by image. Of {len(found)} '
+        f'pairs: rows with the same network and dataset are phases of one training run; those at 24×24 are first '
+        f'phases, whose learning rate had not been annealed yet. A baseline shared by two networks was trained once. '
+        f'Top-1 is on the test images; ± is one standard error of the difference, paired by image. Of {len(found)} '
         f'differences {sum(beyond)} are more than two such errors above zero and {len(beyond) - sum(beyond)} more than '
         f'two below it. These errors leave out how much two runs of one network differ, so no difference says which of '
         f'the two is better. Optimizer and learning rate were chosen for `rn26_tm`, by short runs that were scored '
         f'on test images.')
     if not all(c.by_image for c in found):
         text += (
-            ' ‡: computed as if each had been tested on images of its own, which makes the error larger: these weights '
-            'were not kept, so their answers image by image are unknown.')
+            ' ‡: unpaired, which makes the error larger: these weights were not kept, so their predictions per image '
+            'are unknown.')
     if any(ran_elsewhere(c, evidence) for c in found):
         text += ' †: parts of the two trainings ran on different hardware or versions of torch.'
     if any(c.taught for c in found):
-        text += ' §: the last stage of both had a teacher, the same.'
+        text += ' §: the last phase of both had the same teacher.'
     return [*lines, '', *wrap(text), '']
 
 
@@ -247,24 +250,24 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     lines = [
         *wrap(
             'Does a network lose the class when the regions that its class map ranks highest are masked? By four '
-            'measures (areas under deletion and insertion curves, accuracy without the more and the less evident half) '
-            'the class map is compared with other maps of the same network: 3+ 1− means that it is better by three and '
-            'worse by one, by more than two standard errors, image by image. Of so many comparisons a few differ so '
-            "much by chance, so that a single + or − says little; 150 images show less than 600. Another image's class "
-            'map and a random one are the controls. Grad-CAM is what `method="cam"` shows, CAM probabilities are the '
-            'same after a soft-max over the classes. Occlusion hides windows as large as the patches by what masks in '
-            'the row; the blur is a Gaussian of 11×11 pixels, σ = 5, as of RISE, whose images were larger. Insertion '
-            'starts from the blurred image whatever masks, so that it counts in the second row of a network alone '
-            '(three measures in the first). In the dense networks a region is scored two pixels further right and '
-            'down than it is masked, which is against the class map. A random map masks regions that are scattered, '
-            'which takes more from an image than as many that lie together: '
-            "fairer control is another image's map."), '',
+            'measures (areas under deletion and insertion curves, accuracy without the higher- and the lower-ranked '
+            'half) the class map is compared with other maps of the same network: 3+ 1− means that it is better on '
+            'three measures and worse on one, by more than two standard errors, paired by image. Of so many '
+            'comparisons a few differ so much by chance, so that a single + or − says little; 150 images show less '
+            "than 600. Another image's class map and a random one are the controls. Grad-CAM is what `method=\"cam\"` "
+            'shows, CAM probabilities are the same after a softmax over the classes. Occlusion hides windows as large '
+            "as the patches with the row's mask; the blur is a Gaussian of 11×11 pixels, σ = 5, as in RISE, whose "
+            'images were larger. Insertion starts from the blurred image whatever the mask, so it counts only in the '
+            'second row of a network (three measures in the first). In the DenseNets a region is scored two pixels '
+            'further right and down than it is masked, which puts the class map at a disadvantage. A random map masks '
+            'regions that are scattered, which takes more from an image than as many that lie together: another '
+            "image's map is the fairer control."), '',
         *wrap(
             'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
-            'share of that weight in the sum of all; how much the mixture varies over the regions, as a multiple of '
-            'what it is added to. Where that is small, the block adds little, whatever it matched; where it is '
-            'concatenated, a norm follows, so that its scale says nothing. Where the scale of its norm is positive, '
-            'the weight of a class rises with its score, so that some agreement is built in.'), '',
+            'share of that weight in the sum of all; the standard deviation of the mixture over the regions, relative '
+            'to that of what it is added to. Where that ratio is small, the block adds little, whatever it matched; a '
+            'concatenated mixture is normalised next, so its scale says nothing. Where the scale of the norm of a '
+            'class is positive, its weight rises with its score, so that some agreement is built in.'), '',
         f'| network | masked by | images | {" | ".join(MAPS)} | best match mixed most | its share | mixture |',
         '|---|---|---|' + '---|' * len(MAPS) + '---|---|---|']
     for tag, found in analyses.items():
@@ -364,7 +367,7 @@ def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
         f'{trust["patch_accuracy"]:.1f} % of the regions match the class of their image, '
         f'{trust["patch_agreement"]:.1f} % the class that is predicted.', '',
         '| map | area under deletion (less is better) | area under insertion (more is better) '
-        '| accuracy without the more evident half | without the less evident half |', '|---|---|---|---|---|']
+        '| accuracy without the higher-ranked half | without the lower-ranked half |', '|---|---|---|---|---|']
     for name, row in trust['maps'].items():
         lines.append(
             f'| {name} | {cell(row, "deletion", 3)} | {cell(row, "insertion", 3)} '
@@ -375,11 +378,11 @@ def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
         f"one, but of what is not there. Grad-CAM is CAM here, as the network ends in average pooling and a linear "
         f"layer, and needs no backward pass; its ReLU is left out, which would leave cells without an order. "
         f"`method='cam'` of `timm_tmblock.explain` shows the same scores, clipped at 0. CAM probabilities are the same "
-        f'after a soft-max over the classes. Occlusion hides windows of '
+        f'after a softmax over the classes. Occlusion hides windows of '
         f'{trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by {FILLS[trust["fill"]]}, and is of '
         f'log-odds, as the class map is.'), '']
     if trust['fill'] == 'mean':
-        lines += ['Insertion, which uncovers a blurred image whatever masks, counts where that masks.', '']
+        lines += ['Insertion, which uncovers a blurred image whatever the mask, counts where that is the mask.', '']
     for name in list(trust['maps'])[1:]:
         found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
         lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
@@ -391,7 +394,7 @@ def say_mixing(mixing: Dict[str, float], added: bool = True) -> List[str]:
     shares = {key: f'{100 * mixing[key]:.1f} ± {100 * mixing[f"{key}_error"]:.1f} %' for key in (
         'agreement', 'matched_share', 'matched_off')}
     return [
-        'The class map shows the patch logits, which the patch loss trains, after a soft-max over the classes. The',
+        'The class map shows the patch logits, which the patch loss trains, after a softmax over the classes. The',
         f'block mixes value vectors by weights ReLU(BN(patch logits)), with a scale and a shift of each class. In '
         f'{shares["agreement"]} of the regions',
         f'of {mixing["images"]:,} images the class that matches best has the largest weight too; it has '
@@ -418,15 +421,15 @@ def say_fillings(fillings: Optional[List[str]]) -> str:
 def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
     """By which measures the class map is better or worse than another by two standard errors, each with its lead.
 
-    Insertion starts from the blurred image, whatever masks, so that it counts where that masks.
+    Insertion starts from the blurred image, whatever the mask, so that it counts where that is the mask.
     """
     row = trust['maps'][name]
     verdicts: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
     for key, sign, digits, title in (
             ('deletion', -1, 3, 'deletion'),
             ('insertion', 1, 3, 'insertion'),
-            ('without_most', -1, 1, 'what is right without the more evident half'),
-            ('without_least', 1, 1, 'what is right without the less evident half')):
+            ('without_most', -1, 1, 'accuracy without the higher-ranked half'),
+            ('without_least', 1, 1, 'accuracy without the lower-ranked half')):
         if key == 'insertion' and trust['fill'] == 'mean':
             continue
         lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']

@@ -70,7 +70,7 @@ def label(setting: str) -> str:
     if setting.startswith('lambda'):
         return f'λ = {setting.removeprefix("lambda")}'
     maximizer, batch_size = setting.split('.batch')
-    names = dict(bn_relu='BN-ReLU', softmax='margin-augmented soft-max', perturbed='perturbed maximizer')
+    names = dict(bn_relu='BN-ReLU', softmax='margin-augmented softmax', perturbed='perturbed maximizer')
     return f'{names[maximizer]}, batch {batch_size}'
 
 
@@ -108,8 +108,8 @@ def say_provenance(results: List[Dict[str, Any]]) -> List[str]:
         lines.append('- ±: standard deviation over the runs, where there are more than two')
     lines += _say_of_sets('Epochs', results, lambda found: ', '.join(dict.fromkeys(str(r['epochs']) for r in found)))
     lines += _say_of_sets('Seeds', results, lambda found: ', '.join(dict.fromkeys(str(r['seed']) for r in found)))
-    for key, title in (('images', 'Images'), ('hardware', 'Hardware'), ('mixed_precision', 'Mixed precision'),
-                       ('versions', 'Versions')):
+    for key, title in (('images', 'Images'), ('hardware', 'Hardware'),
+                       ('mixed_precision', 'Mixed precision, in training and test'), ('versions', 'Versions')):
         found = list(dict.fromkeys(_say(r[key]) for r in results))
         if found:
             lines.append(f'- {title}: {"; ".join(found)}')

@@ -42,7 +42,7 @@ class DistillationTask(TrainingTask):
             task: Task of the student.
             teachers: Teachers, on the task's device.
             config: What the student expects of its input.
-            temperature: Temperature of both soft-maxes.
+            temperature: Temperature of both softmaxes.
             task_loss_weight: Weight of the task's own loss.
             distill_loss_weight: Weight of the divergence; both as in timm's LogitDistillationTask where None.
             autocast: Context the teachers run in.

@@ -42,7 +42,7 @@ class HardMaximizer(nn.Module):
 
 
 class SoftMaximizer(nn.Module):
-    """Margin-augmented soft-max, (P3): eta * exp(epsilon a_k) / (exp(epsilon mu) + sum of exp(epsilon a_k'))."""
+    """Margin-augmented softmax, (P3): eta * exp(epsilon a_k) / (exp(epsilon mu) + sum of exp(epsilon a_k'))."""
 
     def __init__(self, mu: float = 2.5, eta: float = 17., epsilon: float = 1.) -> None:
         """
@@ -56,7 +56,7 @@ class SoftMaximizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=self.mu)  # (B, K + 1, H, W)
-        # the backward of soft-max is Proposition 3.2 applied to a vector
+        # the backward of softmax is Proposition 3.2 applied to a vector
         x = self.epsilon * (x - x.amax(dim=1, keepdim=True))  # fp16 overflows to minus infinity alone
         return self.eta * torch.softmax(x, dim=1)[:, :-1]
 

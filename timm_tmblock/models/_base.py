@@ -31,8 +31,8 @@ class TemplateMatchingNet(nn.Module):
     `norm`, and calls `_create_head` and `init_weights`. It defines `_forward_trunk`, all up to `tm`, and
     `_forward_last`, all after it.
 
-    `img_size` is the size the network is laid out for, not a limit: `extra_halvings` of the resolution, so that patches
-    are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as wide in
+    `img_size` is the size the network is configured for, not a limit: `extra_halvings` of the resolution, so that
+    patches are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as wide in
     RN20), and patches half as wide as that map. Parameters are the same for every size, so weights of one size are a
     start for another.
 
@@ -154,7 +154,7 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def set_patch_supervision(self, enable: bool = True) -> None:
-        """Make `forward` return `(logits, patch_logits)` in training; in evaluation it returns logits all the same.
+        """Make `forward` return `(logits, patch_logits)` in training; in evaluation it still returns logits only.
 
         Raises:
             ValueError: If the model has no template matching block, or is fused.
@@ -402,7 +402,7 @@ def create_network(
         pretrained: bool = False,
         **kwargs,
 ) -> TemplateMatchingNet:
-    """Build a network by timm's `build_model_with_cfg`, laid out for the input size of its pretrained config.
+    """Build a network by timm's `build_model_with_cfg`, configured for the input size of its pretrained config.
 
     `img_size` lays it out for another size and becomes the input size. Templates are as in `checkpoint_filter_fn`.
     """
@@ -425,7 +425,7 @@ def create_network(
         known = cfg.num_classes if cfg.num_classes > 0 else get_pretrained_cfg(variant).num_classes
         kwargs['num_templates'] = known
     img_size, input_size = kwargs.pop('img_size', None), tuple(cfg.input_size[1:])
-    # what a folder was laid out for: its config may have images of another size, and those asked for come first
+    # what a folder was configured for: its config may have images of another size, and those asked for come first
     was_saved = img_size is not None and to_2tuple(img_size) == to_2tuple(saved.get('img_size'))
     img_size = input_size if img_size is None or was_saved and 'input_size' in overlay else to_2tuple(img_size)
     if img_size != input_size and not was_saved:
@@ -449,7 +449,7 @@ def create_network(
         update_model_args(model, num_templates=model.tm.num_templates)
     if img_size != (32, 32):
         _logger.info(
-            '%s is laid out for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
+            '%s is configured for %dx%d images: reduced by %d, patches of %dx%d pixels of that map.',
             variant, *img_size, model.patch_reduction, model.patch_size, model.patch_size)
     return model
 

@@ -182,8 +182,8 @@ class DenseNetSmall(TemplateMatchingNet):
             bn_size: Channels between the convolutions of a layer, in growth rates.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
-            img_size: Image size the network is laid out for. From 64 on there is a 2x2 average pooling after stage 3
-                too, from 128 on the stem is strided. Other sizes run all the same, if the poolings leave something.
+            img_size: Image size the network is configured for. From 64 on there is a 2x2 average pooling after stage 3
+                too, from 128 on the stem is strided. Other sizes work too, unless pooling leaves nothing.
             global_pool: Global pooling type.
             stem_width: Output channels of the stem convolution.
             template_matching: Put a template matching block between the last two stages.

@@ -227,8 +227,8 @@ class PreActResNet(TemplateMatchingNet):
             channels: Output channels of each stage.
             num_classes: Number of classes, 0 for no classifier.
             in_chans: Number of input channels.
-            img_size: Image size the network is laid out for. From 64 on the first stage is strided too, from 128 on
-                also the stem. Other sizes run all the same.
+            img_size: Image size the network is configured for. From 64 on the first stage is strided too, from 128 on
+                also the stem. Other sizes work too.
             global_pool: Global pooling type.
             stem_width: Output channels of the stem convolution.
             template_matching: Put a template matching block between the last two stages.

@@ -36,7 +36,7 @@ from train.hardware import describe_hardware, describe_versions, resolve_device
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
 several = number(int, 2)  # images, as errors are over them
-FIRST = 'the first of the split, or a draw where it lies sorted by class'
+FIRST = 'number of images: the first of the split, or a random sample if it is sorted by class'
 
 
 def create_parser() -> Parser:
@@ -62,11 +62,11 @@ def create_parser() -> Parser:
         sub.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
         if images_per_class:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
-                'or as many as the smallest class has'))
+                'at most; fewer if the smallest class has fewer'))
         if regions:
             sub.add_argument('--regions', type=positive, default=regions, help='regions of each image, drawn at random')
             sub.add_argument('--max-regions', type=positive, default=max_regions, help=(
-                'in all; of sets with many classes there are fewer images of each'))
+                'limit over all images; with many classes fewer images of each are taken'))
         return sub
 
     sub = add('geometry', 't-SNE of features by class, with how well classes lie together', 80, 8, 10_000)
@@ -75,7 +75,7 @@ def create_parser() -> Parser:
     add('mosaic', 'patches laid out by their class scores and by their value embeddings', 80, 2, 3600)
     sub = add('words', 'k-means over the class scores of patches', 80, 64, 150_000)
     sub.add_argument('--words', type=positive, default=100)
-    sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, of as many images')
+    sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, each from a different image')
     sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
     sub.add_argument('--images', type=several, default=1000, help=FIRST)

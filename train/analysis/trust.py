@@ -103,7 +103,7 @@ class Curves:
     """One map over all images."""
     deletion: np.ndarray  # (I, steps + 1) probability of the class
     insertion: np.ndarray  # (I, steps + 1)
-    without_most: np.ndarray  # (I,) whether the image is right without its more evident half
+    without_most: np.ndarray  # (I,) whether the image is right without its higher-ranked half
     without_least: np.ndarray  # (I,)
 
     def areas(self) -> Dict[str, np.ndarray]:
