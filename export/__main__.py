@@ -326,14 +326,12 @@ def run_push(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     import tempfile
 
-    from huggingface_hub import ModelCard
-
     from export.images import load_images
     from export.load import load
     from export.metadata import hash_weights
-    from export.publish import create_files, find_license
+    from export.publish import create_files, find_license, read_card
     from export.push import Published, PushError, PushOptions, check_access, list_files, push, read_published
-    from hub_cards.card import find_card
+    from hub_cards.card import find_card, read_front_matter
     from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
@@ -356,9 +354,8 @@ def _push(args: argparse.Namespace) -> None:
             raise InputError(
                 f'{args.model} has weights under {config["license"]}; --license is for weights of your own.')
         config['license'] = args.license
-        text = args.card.read_text(encoding='utf-8-sig') if args.card and args.card.is_file() else (
-            published.card if keep_card else None)
-        said = args.license if text is None else ModelCard(text, ignore_metadata_errors=True).data.get('license')
+        text = read_card(args.card) if args.card else published.card if keep_card else None
+        said = args.license if text is None else read_front_matter(text).get('license')
         if said != args.license:
             raise InputError(f'The card names the license {said}, not {args.license}; change one of the two.')
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import timm
 import torch
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
@@ -21,7 +21,16 @@ from export.parity import ParityError
 from export.push import WEIGHTS, Published
 from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
 from export.tensorrt import read_options, tell_command
-from hub_cards.card import FILES, check, describe_engine, find_card, load_data, render, render_plain
+from hub_cards.card import (
+    FILES,
+    check,
+    describe_engine,
+    find_card,
+    load_data,
+    read_front_matter,
+    render,
+    render_plain,
+)
 from hub_cards.run import read_run
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
@@ -40,9 +49,24 @@ def find_license(model: str) -> Optional[str]:
         return None
     try:
         path = hf_hub_download(repo[1], 'README.md', revision=repo[2])
-        return ModelCard(Path(path).read_text(encoding='utf-8-sig'), ignore_metadata_errors=True).data.get('license')
+        return read_front_matter(Path(path).read_text(encoding='utf-8-sig')).get('license')
     except (OSError, ValueError, HfHubHTTPError):  # there is no card
         return None
+
+
+def read_card(path: Path) -> str:
+    """
+    Raises:
+        InputError: If there is none, or the Hub would refuse it.
+    """
+    if not path.is_file():
+        raise InputError(f'There is no card {path}.')
+    try:
+        text = path.read_text(encoding='utf-8-sig')  # some editors begin with a mark
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f'The card {path} cannot be read as UTF-8 ({e}); save it so.') from e
+    check(text)
+    return text
 
 
 def create_files(
@@ -84,14 +108,7 @@ def create_files(
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
     if card is not None:
-        if not card.is_file():
-            raise InputError(f'There is no card {card}.')
-        try:
-            text = card.read_text(encoding='utf-8-sig')  # some editors begin with a mark
-            check(text)
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f'The card {card} cannot be read as UTF-8 ({e}); save it so.') from e
-        shown = _find_pictures(card, text)
+        shown = _find_pictures(card, read_card(card))
     check_deterministic(model)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     for path in engines:

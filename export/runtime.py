@@ -125,7 +125,7 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             raise RuntimeInputError(f'{name} has no pixels.')
         if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
             # 16 bits, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ('I', 'F'):
             kind = 'floating-point' if image.mode == 'F' else '32-bit'
             raise RuntimeInputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')
@@ -933,8 +933,9 @@ def _is_whole(metadata: Dict[str, Any]) -> bool:
     return (
         len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
         and len(preprocessing['mean']) == len(preprocessing['std']) == size[0]
-        and all(isinstance(v, (int, float)) for v in preprocessing['mean'])
-        and all(v > 0 for v in preprocessing['std']) and preprocessing['crop_pct'] > 0
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in preprocessing['mean'])
+        and all(0 < v < math.inf for v in preprocessing['std'])
+        and 0 < preprocessing['crop_pct'] <= min(size[1:])  # what is larger leaves no pixel of an image
         and preprocessing['color'] in ('RGB', 'L')
         and preprocessing['interpolation'].upper() in Image.Resampling.__members__
         and all(isinstance(kinds, list) and all(isinstance(name, str) for name in kinds) for kinds in names)
@@ -1246,7 +1247,9 @@ def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool
     """The ONNX file of a folder, or of a repository's sidecars, for a device."""
     files = [f for f in _list_files(folder, ('*', 'onnx/*'), ('.onnx',), remote) if not f.name.endswith('.failed.onnx')]
     if not files:
-        raise RuntimeInputError(f'{source} holds no ONNX file.')
+        raise RuntimeInputError(
+            f'{source} holds no ONNX file with its .json beside it; download the file and name it.' if remote else
+            f'{source} holds no ONNX file.')
     order = ['fp16', 'fp32', 'int8'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16', 'int8']
     order += ['', 'bf16']  # it does not say; ONNX Runtime cannot run it
     said: Dict[Path, Dict[str, Any]] = {}

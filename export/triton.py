@@ -4,6 +4,7 @@
     REPOSITORY/NAME/1/model.onnx or model.plan, with its metadata as .json
 """
 import errno
+import json
 import os
 import re
 import shutil
@@ -89,7 +90,7 @@ class _Model:
         if name is None:  # files of the Hub are all called so
             name = re.sub(r'^model(?=(_(fp16|bf16|int8|int8_tensorrt))?$)', lambda _: metadata['model'], path.stem)
         name = re.sub(r'[^\w-]+', '_', name)
-        labels = '\n'.join(metadata['class_names']) + '\n'
+        labels = ''.join(f'{" ".join(class_name.split())}\n' for class_name in metadata['class_names'])  # one a line
         return cls(path, name, create_config(name, path, metadata, options), labels)
 
     def write(self, repository: Path) -> Path:
@@ -224,8 +225,8 @@ def _dims(shape: List[Any]) -> str:
 def _tensor(described: Dict[str, Any], labels: bool = False) -> str:
     label = ' label_filename: "labels.txt"' if labels else ''
     return (
-        f'{{ name: "{described["name"]}" data_type: {DTYPES[described["dtype"]]} dims: [ {_dims(described["shape"])} ]'
-        f'{label} }}')
+        f'{{ name: {json.dumps(described["name"])} data_type: {DTYPES[described["dtype"]]} '
+        f'dims: [ {_dims(described["shape"])} ]{label} }}')
 
 
 def _warmup(batch_size: int, metadata: Dict[str, Any], engine: Optional[Dict[str, Any]]) -> str:
@@ -235,5 +236,6 @@ def _warmup(batch_size: int, metadata: Dict[str, Any], engine: Optional[Dict[str
     if engine:  # a size the profile has
         size = engine['profiles'][0][1][1:]
     return (
-        f'  {{ name: "batch_{batch_size}" batch_size: {batch_size} inputs {{ key: "{tensor["name"]}" value {{ '
-        f'data_type: {DTYPES[tensor["dtype"]]} dims: [ {", ".join(map(str, size))} ] random_data: true }} }} }}')
+        f'  {{ name: "batch_{batch_size}" batch_size: {batch_size} '
+        f'inputs {{ key: {json.dumps(tensor["name"])} value {{ data_type: {DTYPES[tensor["dtype"]]} '
+        f'dims: [ {", ".join(map(str, size))} ] random_data: true }} }} }}')

@@ -76,8 +76,10 @@ def build(
             shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
             (tmp / 'examples').mkdir()
             for path in pictures:
-                shutil.copy(path, tmp / 'examples')
-            shutil.copytree(exported, tmp / 'models')
+                shutil.copyfile(path, tmp / 'examples' / path.name)
+            (tmp / 'models').mkdir()  # not by copytree, with which only this user might read it
+            for path in exported.iterdir():
+                shutil.copyfile(path, tmp / 'models' / path.name)
             if output.exists():
                 output.rmdir()  # it is empty, and Windows replaces no folder
             os.replace(tmp, output)
@@ -113,7 +115,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--method', choices=METHODS, default='match', help=(
         "'cam' shows class activation maps of networks with template matching too, as of those without it"))
     parser.add_argument('--examples', type=Path, nargs='+', default=[EXAMPLES], metavar='FILE', help=(
-        'images to try, or folders of them; those of the sample if not given'))
+        'images to try, or folders of them, shown as they are with their EXIF data (place, camera); those of the sample if '
+        'not given'))
     add_image_options(parser)
     args = parser.parse_args(argv)
     args.examples = _list_examples(args.examples)

@@ -125,7 +125,7 @@ def render_plain(
             dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
             metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2))])
     told = re.search(r'^Top-1 [\d.]+ %.*?(?=\n\n)', before, re.DOTALL | re.MULTILINE) if before and not run else None
-    theirs = ModelCard(before, ignore_metadata_errors=True).data if before else ModelCardData()
+    theirs = read_front_matter(before or '')
     if told:  # what this wrote where the run was
         measured = {key: theirs.get(key) for key in ('datasets', 'metrics', 'model_name', 'eval_results')}
     base = (model.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0]  # where the weights are from
@@ -147,7 +147,7 @@ def render_plain(
         name=repo.split('/')[-1],
         repo=repo,
         model=first['model'],
-        class_names=first['class_names'],
+        class_names=[escape_markdown(class_name) for class_name in first['class_names']],
         preprocessing=first['preprocessing'],
         parameters=sum(p.numel() for p in model.parameters()),
         files=files,
@@ -160,6 +160,19 @@ def render_plain(
         has_patches=len(first['outputs']) > 1,
         matches_classes=first.get('template_names') == first['class_names'],
     )
+
+
+def read_front_matter(text: str) -> ModelCardData:
+    """What a card of somebody's says of itself; nothing if that cannot be read."""
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError):
+        return ModelCardData()
+
+
+def escape_markdown(text: str) -> str:
+    """A name as it is, on one line."""
+    return re.sub(r'([\\`*_\[\]<>|~&])', r'\\\1', ' '.join(text.split()))
 
 
 def _read_template(name: str) -> str:
@@ -344,7 +357,7 @@ def render(
         dataset=dataset,
         commands=read_commands(data['recipe']),
         of_copy=is_of_copy(evaluation['dataset']),
-        class_names=first['class_names'],
+        class_names=[escape_markdown(class_name) for class_name in first['class_names']],
         preprocessing=first['preprocessing'],
         has_patches=has_patches,
         concat=has_patches and model.tm.shortcut is None,

@@ -59,4 +59,7 @@ def read_run(weights: Optional[Path]) -> Optional[Dict[str, Any]]:
 def _name_weights(source: str) -> str:
     """Weights without the place on this machine: of a file of training the name of the run too."""
     path = Path(source.removeprefix('local-dir:'))
-    return '/'.join(path.parts[-2:]) if path.suffix == '.safetensors' else path.name if path.is_absolute() else source
+    if path.suffix == '.safetensors':
+        return '/'.join(path.parts[-2:])
+    is_here = source.startswith('local-dir:') or path.is_absolute() or path.suffix in ('.pth', '.pt', '.tar', '.bin')
+    return path.name if is_here else source

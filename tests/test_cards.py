@@ -180,13 +180,14 @@ def test_snippets_run(name, tmp_path, write_unchecked, forks):
 def test_card_of_weights_without_results_says_so(tmp_path):
     from timm_tmblock.checkpoint import load_model, save_weights
     model = timm.create_model('rn26', num_classes=2)
-    description = dict(model='rn26', num_classes=2, label_names=['ant', 'bee'])
+    names = ['__ant__', '<bee>']
+    description = dict(model='rn26', num_classes=2, label_names=names)
     save_weights(tmp_path / 'w.safetensors', model.state_dict(), description)
     exports = {'fp32': dict(
-        model='rn26', license='apache-2.0', class_names=['ant', 'bee'], outputs=[{}],
+        model='rn26', license='apache-2.0', class_names=names, outputs=[{}],
         preprocessing=dict(input_size=[3, 32, 32]), parity=dict(images=80, outputs=dict(logits=dict(same_class=1.))))}
     text = str(cards.render_plain(load_model(tmp_path / 'w.safetensors'), 'user/ants', exports))
-    assert 'ant, bee' in text and 'Its accuracy was not measured' in text and 'hf-hub:user/ants' in text
+    assert r'\_\_ant\_\_, \<bee\>' in text and 'Its accuracy was not measured' in text and 'hf-hub:user/ants' in text
     assert 'which class each region' not in text and '| `onnx/model.onnx` | fp32 | 100.00 % |' in text
     assert ModelCard(text).data.get('library_name') == 'timm'
 
@@ -248,6 +249,8 @@ def test_card_of_a_run_tells_what_the_run_measured_and_on_which_images(tmp_path,
     (dict(dataset='sample', initial_checkpoint='/home/me/a/last.safetensors', kd_checkpoint=['/b/t.safetensors']),
      'with seed 42, started from the weights `a/last.safetensors`, taught by `b/t.safetensors`, trained and',
      'sample'),
+    (dict(dataset='sample', initial_checkpoint='../acme/best.pth.tar', kd_model_name=['local-dir:../acme/teacher']),
+     'with seed 42, started from the weights `best.pth.tar`, taught by `teacher`, trained and', 'sample'),
     (dict(dataset='birds', kd_model_name=['wrn16'], kd_checkpoint=['a/last.safetensors']),
      'with seed 42, taught by `a/last.safetensors`, trained and', 'imagefolder'),
     (dict(dataset='birds', kd_model_name=['hf-hub:me/one', 'local-dir:/home/me/two']),

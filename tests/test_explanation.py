@@ -174,13 +174,26 @@ def test_legend_names_the_classes_there_are_most_frequent_first(monkeypatch):
     draw = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, xy, text, *args, **kwargs: (
         written.append((xy, text)), draw(self, xy, text, *args, **kwargs))[1])
-    size = 140
+    size = 200
     picture = np.asarray(make_explanation(p).picture('bee', size=size))
     legend = [(xy, text) for xy, text in written if re.fullmatch(r'\w+ \d+ %', text)]
     assert [text for _, text in legend] == [f'{NAMES[2]} 94 %', f'{NAMES[1]} 6 %']
     for (x, y), index in zip((xy for xy, _ in legend), (2, 1)):
         assert tuple(picture[y + 8, x - 10]) == class_color(index)
     assert len({class_color(i) for i in range(100)}) == 100
+
+
+def test_legend_has_of_long_names_what_fits_its_column(monkeypatch):
+    names = ['black-footed albatross', 'bee', 'long-tailed jaeger of the north']
+    p = np.full((3, 4, 4), 0.1)
+    p[0, :2], p[2, 2:] = 0.9, 0.9
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, xy, text, *args, font, **kwargs: drawn.append(
+        (xy[0], text, font.getlength(text))))
+    Explanation(Image.new('RGB', (16, 16)), np.array([0.7, 0.2, 0.1]), p, names, names).picture('bee', size=280)
+    legend = [(x, text, length) for x, text, length in drawn if text.endswith(' 50 %')]
+    assert [text[:5] for _, text, _ in legend] == ['long-', 'black'] and all('... ' in text for _, text, _ in legend)
+    assert all(x + length <= start + 140 for (x, _, length), start in zip(legend, (16 + 280 + 16, 16 + 280 + 16 + 140)))
 
 
 def test_command_explains_the_images_of_a_folder_by_the_weights_it_is_told(tmp_path, capsys):
@@ -376,7 +389,8 @@ def test_unknown_class_is_refused(regions):
     ('local-dir:FOREIGN', "is not a model with pretrained weights.*argument 'foo'"),
     ('missing.onnx', 'There is no file'),
     ('missing.safetensors', 'There is no checkpoint'), ('nothing', 'nothing'),
-    (lambda: timm.create_model('rn26'), 'no template matching block'),
+    (lambda: timm.create_model('rn26'), 'has no patch logits'),
+    (lambda: timm.create_model('resnet18'), r'ResNet has no patch logits \(forward_patch_logits\)'),
     (lambda: PatchSupervised(timm.create_model('rn26')), "PreActResNet has no .*, or the method 'cam'"),
     (lambda: timm.create_model('rn26_tm', num_classes=0), 'has no classifier'),
     (lambda: timm.create_model('rn26_tm', in_chans=2), 'images of 2 channels'),

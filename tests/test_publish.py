@@ -67,6 +67,11 @@ def test_pictures_of_a_card_of_ones_own_go_with_it(model, images, tmp_path):
     pictures = {path.name: (folder / path).read_bytes() for path in files if path.suffix == '.png'}
     ours = Path(__file__).parent.parent / 'train' / 'results' / 'rn26_tm.cifar10' / 'explained.png'
     assert pictures == {'map.png': b'a map', 'other map.png': b'another', 'explained.png': ours.read_bytes()}
+    push = ['push', 'rn26', '--repo', 'me/net', '--dry-run', '--license', 'apache-2.0', '--card', str(card)]
+    for content, message in ((b'---\nlicense: \t[mit\n---\n', 'is not YAML'), (b'\xe9', 'cannot be read as UTF-8')):
+        card.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            export.main(push)
     card.write_text('---\nlicense: mit\n---\n![a](../outside.png)')
     with pytest.raises(InputError, match='shows ../outside.png, which is outside of its folder; put it beside'):
         create_files(tmp_path / 'other', model, 'me/net', (), (), images(model, 8, 8), card=card)

@@ -13,7 +13,7 @@ import timm_tmblock  # noqa: F401  registers the models
 import timm_tmblock.__main__ as cli
 import train.analysis.__main__ as analysis
 from export.parity import LIMITS
-from train import evaluate, reproduce, ship
+from train import evaluate, reproduce, ship, train
 from train.comparison import HOLDS, UNDECIDED, Difference, compare_others
 from train.config import parse_args
 from train.evidence import collect
@@ -93,11 +93,28 @@ def test_network_of_ones_own_trains_with_the_block():
     targets = torch.tensor([0, 4, 2])
     result = task(torch.randn(3, 3, 64, 64), targets)
     logits, patch_logits = network(torch.randn(3, 3, 64, 64))
-    assert logits.shape == (3, 5) and patch_logits.shape == (3, 5, 8, 8)
+    assert logits.shape == (3, 5) and patch_logits.shape == (3, 5, 4, 4)
     assert result['loss'].item() == pytest.approx(0.5 * (result['class_loss'] + result['patch_loss']).item())
     result['loss'].backward()
     assert all(p.grad is not None for p in network.tm.parameters())
     assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+    explanation = timm_tmblock.explain(network, ROOT / 'train' / 'sample' / 'images' / 'ship.png')
+    assert explanation.patch_classes.shape == (14, 14) and explanation.top(1)[0][0].startswith('class ')
+
+
+def test_network_of_ones_own_trains_with_the_script(tmp_path, monkeypatch, fresh_accelerate):
+    code = re.search(r'```python\n(import timm, timm_tmblock\nfrom torch import nn\n.*?)\ntask = ', TRAIN, re.DOTALL)[1]
+    (tmp_path / 'nets_of_ones_own.py').write_text(
+        f'{code}\n@timm.models.register_model\ndef net_of_ones_own(pretrained=False, num_classes=10, **kwargs):\n'
+        '    return Net(num_classes)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    result = train.main([
+        '--device-modules', 'nets_of_ones_own', '--model', 'net_of_ones_own', '--img-size', '32', '--train-split',
+        'train[:20]', '--val-split', 'test[:10]', '--epochs', '1', '--batch-size', '10', '--output', str(tmp_path),
+        '--experiment', 'run', '--device', 'cpu', '--report-to', 'none'])
+    assert 'train_patch_loss' in result['last'] and result['test'] is None
+    found = evaluate.main([str(tmp_path / 'run' / 'last.safetensors'), '--split', 'test[:10]', '--device', 'cpu'])
+    assert 0 <= found['patch_accuracy'] <= 100 and found['images'] == 10
 
 
 def test_pixels_a_region_depends_on():

@@ -1,6 +1,7 @@
 """The runtime sees images as PyTorch does, needs no PyTorch, and says what it cannot do."""
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -351,7 +352,8 @@ def with_preprocessing(source, target, **changes):
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', input='[]'), 'says only a part of what'),
     *((lambda f, t, change=change: with_preprocessing(f / 'plain.onnx', t / 'x.onnx', **change), 'says only a part')
       for change in (dict(interpolation='x'), dict(interpolation=3), dict(input_size=[]), dict(crop_pct=0),
-                     dict(mean=[0.5]), dict(std=[0, 1, 1]), dict(mean=['a', 'b', 'c']), dict(color='BGR'))),
+                     dict(mean=[0.5]), dict(std=[0, 1, 1]), dict(mean=[math.nan] * 3),
+                     dict(crop_pct=99), dict(mean=['a', 'b', 'c']), dict(color='BGR'))),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', 'There is no .*x.engine.json, which'),
     (lambda f, t: (t / 'x.engine.json').mkdir() or (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine',
      'Cannot read .*x.engine.json: Is a directory'),

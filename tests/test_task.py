@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -50,6 +51,19 @@ class Fixed(nn.Module):
     def forward(self, x):
         assert self.enabled
         return self.outputs
+
+
+def test_norms_that_lost_their_activation_are_refused():
+    TemplateMatchingTask(convert_sync_batchnorm(timm.create_model('rn26_tm')))
+    with pytest.raises(ValueError, match='use timm.layers.convert_sync_batchnorm'):
+        TemplateMatchingTask(nn.SyncBatchNorm.convert_sync_batchnorm(timm.create_model('rn26_tm')))
+
+
+def test_network_of_ones_own_is_told_what_it_can_mend():
+    network = Fixed()
+    network.tm.num_templates = 7
+    with pytest.raises(ValueError, match='7 templates and 5 classes; create its patch classifier with 5 templates'):
+        TemplateMatchingTask(network)
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 3])

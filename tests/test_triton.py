@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 from PIL import Image
@@ -22,6 +23,7 @@ from PIL import Image
 import export.runtime as runtime
 from export.__main__ import main
 from export.onnx import OnnxOptions
+from export.triton import _tensor
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -386,6 +388,19 @@ def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, mes
     with pytest.raises(InputError, match=message) as error:
         main(['triton', str(make(files, tmp_path / 'made')), '--output', str(tmp_path / 'repository'), *flags])
     assert '\n' not in str(error.value) and not (tmp_path / 'repository').exists()
+
+
+def test_names_are_those_of_the_file(files, tmp_path):
+    text = _tensor(dict(name='a "b" {', dtype='float32', shape=['batch', 3]))
+    assert text.startswith(r'{ name: "a \"b\" {" data_type: TYPE_FP32 dims: [ 3 ]')
+    shutil.copy(files / 'scores.onnx', tmp_path / 'lines.onnx')
+    proto = onnx.load(tmp_path / 'lines.onnx')
+    entry = next(entry for entry in proto.metadata_props if entry.key == 'class_names')
+    names = json.loads(entry.value)
+    entry.value = json.dumps([f'{name}\n' for name in names])  # as of readlines()
+    onnx.save(proto, tmp_path / 'lines.onnx')
+    main(['triton', str(tmp_path / 'lines.onnx'), '--output', str(tmp_path / 'repository')])
+    assert (tmp_path / 'repository' / 'lines' / 'labels.txt').read_text().splitlines() == names
 
 
 def test_engines_of_tensorrt_rtx_and_bf16_files_are_refused(files, tmp_path):

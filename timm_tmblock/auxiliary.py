@@ -42,7 +42,9 @@ class PatchSupervised(nn.Module):
         if not isinstance(model, TemplateMatchingNet) and isinstance(unwrap_model(model), TemplateMatchingNet):
             raise ValueError('This model is compiled or distributed; wrap it in PatchSupervised before.')
         if not isinstance(model, TemplateMatchingNet):
-            raise ValueError(f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like.')
+            raise ValueError(
+                f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like, or give the '
+                f'network a timm_tmblock.layers.PatchClassifier.')
         if model.has_template_matching:
             raise ValueError('This model has patch logits of its own; train it as it is.')
         if model.num_classes < 1:

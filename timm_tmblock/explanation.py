@@ -136,8 +136,9 @@ class Explainer:
     def __init__(self, source: Union[nn.Module, str, Path], method: Optional[str] = None) -> None:
         """
         Args:
-            source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the
-                name of a pretrained model.
+            source: A model of this package, an ONNX file exported with patch logits, a weight file of training, the
+                name of a pretrained model, or a network of your own with `num_classes`, `pretrained_cfg`,
+                `get_patch_classifier` and `forward_patch_logits`, which returns logits and patch logits.
             method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
                 what a file was exported with, and of a model 'match'.
 
@@ -162,9 +163,11 @@ class Explainer:
     def _use_torch(self, model: Any) -> None:
         if isinstance(model, PatchSupervised):
             model = model.model
-        if self.method == 'match' and not getattr(model, 'has_template_matching', False):
+        if self.method == 'match' and not getattr(
+                model, 'has_template_matching', hasattr(model, 'forward_patch_logits')):
             raise InputError(
-                f"{type(model).__name__} has no template matching block; use a *_tm model, or the method 'cam'.")
+                f"{type(model).__name__} has no patch logits (forward_patch_logits); use a *_tm model, or the method "
+                f"'cam'.")
         if self.method == 'cam' and not has_class_activation(model):
             raise InputError(
                 f"The method 'cam' needs a network of this package that ends in average pooling and a linear "
@@ -175,7 +178,9 @@ class Explainer:
             raise InputError('The model has no classifier; give it one with reset_classifier().')
         self.data_config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
         names = list_class_names(model.pretrained_cfg)
-        num_templates = model.tm.num_templates if self.method == 'match' else model.num_classes
+        num_templates = model.num_classes
+        if self.method == 'match':
+            num_templates = model.get_patch_classifier().num_templates
         self._set_names(names, model.num_classes, num_templates)
 
         def run(x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
@@ -331,6 +336,15 @@ def _heat_color(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, at, _HEAT[:, i]) for i in range(3)], axis=-1).astype(np.uint8)
 
 
+def _shorten(text: str, font: Any, width: float) -> str:
+    """The text, or as much of its beginning as fits, with dots."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f'{text}...') > width:
+        text = text[:-1]
+    return f'{text}...'
+
+
 def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Image.Image:
     index = explanation.template_index(class_name)
     gap, line = 16, 20
@@ -371,8 +385,9 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
         x = lefts[1] + entry % 2 * size // 2
         y = below + entry // 2 * line
         draw.rectangle((x, y + 3, x + 11, y + 14), fill=class_color(int(present[i])))
-        share = 100 * counts[i] / classes.size
-        draw.text((x + 17, y), f'{explanation.template_names[present[i]]} {share:.0f} %', fill='black', font=font)
+        share = f' {100 * counts[i] / classes.size:.0f} %'
+        name = _shorten(explanation.template_names[present[i]], font, size // 2 - 24 - font.getlength(share))
+        draw.text((x + 17, y), name + share, fill='black', font=font)
     scale = Image.fromarray(np.broadcast_to(_heat_color(np.linspace(0, 1, size)), (12, size, 3)).copy())
     canvas.paste(scale, (lefts[2], below + 3))
     for text, anchor, x in (('0', 'la', lefts[2]), (unit, 'ma', lefts[2] + size // 2),

@@ -98,7 +98,7 @@ def read_image(source: Union[str, Path, bytes, IO[bytes], Image.Image, np.ndarra
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
     if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
         # 16-bit grey; Pillow's own conversion clips it at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
         kind = 'floating-point' if image.mode == 'F' else '32-bit'
         raise InputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')

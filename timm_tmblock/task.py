@@ -10,6 +10,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .auxiliary import PatchSupervised
+from .models._base import TemplateMatchingNet
 
 
 class TemplateMatchingTask(ClassificationTask):
@@ -61,12 +62,19 @@ class TemplateMatchingTask(ClassificationTask):
         if not 0. <= patch_loss_weight <= 1.:
             raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
         unwrapped = unwrap_model(model)
-        if not all(hasattr(unwrapped, name) for name in ('set_patch_supervision', 'get_patch_classifier')):
+        needed = 'num_classes', 'set_patch_supervision', 'get_patch_classifier'
+        if not all(hasattr(unwrapped, name) for name in needed):
             raise ValueError(f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask.')
+        if any(type(m) is nn.SyncBatchNorm and hasattr(m, 'act') for m in unwrapped.modules()):
+            raise ValueError(
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm has left out the activations of timm's norms; use "
+                'timm.layers.convert_sync_batchnorm.')
         num_templates, num_classes = unwrapped.get_patch_classifier().num_templates, unwrapped.num_classes
         if num_templates != num_classes:
             if isinstance(unwrapped, PatchSupervised):
                 remedy = 'wrap it in PatchSupervised again'
+            elif not isinstance(unwrapped, TemplateMatchingNet):
+                remedy = f'create its patch classifier with {num_classes} templates'
             elif num_classes > 0:
                 remedy = f'call model.reset_templates({num_classes})'
             else:
@@ -115,14 +123,6 @@ class TemplateMatchingTask(ClassificationTask):
         supervised = self._find_auxiliary(module, ema)
         if supervised is not None and state:
             supervised.aux.load_state_dict(state['aux'], strict=strict)
-
-    def get_clip_parameters(self, exclude_head: bool = False):
-        """Return parameters to clip the gradients of, those of the auxiliary classifier among them."""
-        supervised = self._find_auxiliary()
-        if supervised is None:
-            return super().get_clip_parameters(exclude_head)
-        parameters = list(supervised.model.parameters())
-        return [*(parameters[:-2] if exclude_head else parameters), *supervised.aux.parameters()]
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Forward pass through model and compute the loss of equation 3.1.

@@ -6,6 +6,7 @@ An experiment folder holds, beside weights and records,
 """
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -86,6 +87,8 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
         if accelerator.is_main_process:
             (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))
             for file in tmp.rglob('*'):
+                if file.is_file():
+                    shutil.copymode(tmp / 'state.json', file)  # safetensors' are their owner's alone
                 _flush(file)  # the name must not reach the disk before the content
             remove(path)
             os.replace(tmp, path)

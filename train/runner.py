@@ -64,7 +64,7 @@ class TorchRunner:
         self.weights = self.model.pretrained_cfg.get('file')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list_class_names(self.model.pretrained_cfg)
-        self.has_patches = getattr(self.model, 'has_template_matching', False)
+        self.has_patches = getattr(self.model, 'has_template_matching', hasattr(self.model, 'forward_patch_logits'))
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> Outputs:

@@ -151,7 +151,8 @@ def create_task(
     criterion_kwargs = dict(smoothing=args.smoothing, soft_targets=soft_targets)
     device = accelerator.device
     with refusing('These settings of the loss'):
-        if args.aux_head or getattr(unwrap_model(model), 'has_template_matching', False):
+        plain = unwrap_model(model)
+        if getattr(plain, 'has_template_matching', hasattr(plain, 'get_patch_classifier')):
             task: TrainingTask = TemplateMatchingTask(
                 model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
         else:

@@ -221,7 +221,8 @@ class Trainer:
                     f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} '
                     f'schedule; {describe_hardware(accelerator.device, processes)}, mixed precision '
                     f'{accelerator.mixed_precision}\n'
-                    f'writing to {self.folder}', flush=True)
+                    f'writing to {self.folder}' +
+                    (f', then pushing to {args.push_to_hub} on the Hub' if args.push_to_hub else ''), flush=True)
             start_trackers(accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
         with agreeing(accelerator):
             record.check_shared(self.folder / SETTINGS)

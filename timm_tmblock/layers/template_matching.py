@@ -77,7 +77,7 @@ class TemplateMatching(PatchClassifier):
         Args:
             dim: Input channels D.
             num_templates: Number of templates K, one per class when the patch logits are supervised.
-            patch_size: Side of the matched patch, in pixels of the feature map.
+            patch_size: Side of the matched patch, in pixels of the feature map; in the paper half of the map's.
             value_dim: Channels V of the value vectors, `dim` if None. Other widths need `concat`.
             concat: Concatenate the values to the input instead of adding them to its 1x1 projection.
             norm_act_layer: Norm + activation layer that turns patch logits into mixing coefficients.
@@ -149,7 +149,7 @@ class TemplateMatching(PatchClassifier):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The block for inference.
+        """The block for inference, with `forward` and `patch_logits` alone; timm's `reparameterize_model` calls it.
 
         The block itself if its norm is not a batch norm with running statistics, or the weight of a convolution is
         computed (pruned, parametrized, that of an adapter).
@@ -175,7 +175,7 @@ class FusedTemplateMatching(nn.Module):
             act: Its activation.
         """
         super().__init__()
-        self.num_templates = block.num_templates
+        self.dim, self.out_dim, self.num_templates = block.dim, block.out_dim, block.num_templates
         self.concat = block.shortcut is None
         self.conv = match
         if block.shortcut is not None:

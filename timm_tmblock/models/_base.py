@@ -32,9 +32,9 @@ class TemplateMatchingNet(nn.Module):
     `_forward_last`, all after it.
 
     `img_size` is the size the network is configured for, not a limit: `extra_halvings` of the resolution, so that
-    patches are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as wide in
-    RN20), and patches half as wide as that map. Parameters are the same for every size, so weights of one size are a
-    start for another.
+    patches are matched on a map of 8x8 at 32, 64 and 128 pixels, up to 16x16 between them, larger above 256 (twice as
+    wide in RN20), and patches half as wide as that map. Parameters are the same for every size, so weights of one size
+    are a starting point for another.
 
     The patch logits (B, K, H/r, W/r), r = `patch_reduction`, are returned beside the logits by `forward_patch_logits`,
     and by `forward` in training once `set_patch_supervision` switched them on.
