@@ -56,7 +56,7 @@ def run_onnx_command(args: argparse.Namespace) -> None:
     from timm_tmblock.errors import InputError
     if args.target != 'cpu' and args.precision != 'int8':
         raise InputError(
-            f'--target is of int8, and {args.precision} files are for all; add --precision int8, or leave it out.')
+            '--target applies to int8 files only; add --precision int8, or leave it out.')
     run_onnx(args)
 
 
@@ -161,7 +161,7 @@ def run_tensorrt(args: argparse.Namespace) -> None:
                 f'out.')
     else:
         if args.dynamic_size and not args.size:
-            raise InputError('An engine of dynamic height and width has a range of them: --size MIN OPT MAX.')
+            raise InputError('An engine with --dynamic-size needs a range of sizes: --size MIN OPT MAX.')
         if args.size and not args.dynamic_size:
             raise InputError('--size is of dynamic height and width; add --dynamic-size.')
         check_before_export(args.output, options, args.layers)
@@ -376,16 +376,9 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    from train.config import HelpFormatter
-
-    class Command(argparse.ArgumentParser):
-        """With the defaults in its help."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(formatter_class=HelpFormatter, **kwargs)
-
-    parser = argparse.ArgumentParser(prog='python -m export', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='COMMAND', parser_class=Command)
+    from train.config import Parser
+    parser = Parser(prog='python -m export', description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
     runtime.add_run(commands)
     add_onnx(commands)
     add_check(commands)

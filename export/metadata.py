@@ -180,7 +180,7 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
             raise InputError(f'{path} does not say its classes and preprocessing; {advice}.')
         missing = [key for key in REQUIRED if key not in metadata]
         if missing and metadata['metadata_version'] == METADATA_VERSION:
-            raise InputError(f'{path} says only a part of what is needed, not its {missing[0]}; export it again.')
+            raise InputError(f'{path} lacks a part of its metadata, {missing[0]}; export it again.')
         check_metadata(metadata, path)
     except RuntimeInputError as e:
         raise InputError(str(e)) from e
@@ -201,7 +201,7 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     if path.suffix != '.onnx':
         metadata = read_metadata(path, {})
         if path.suffix in ENGINE_SUFFIXES and not is_described(content, metadata):
-            raise InputError(f'{path} is not the engine its sidecar is of, or is cut short; build it again.')
+            raise InputError(f'{path} does not match its sidecar: another file, or cut short; build it again.')
         return metadata
     import onnx
     from google.protobuf.message import DecodeError

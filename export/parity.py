@@ -40,7 +40,7 @@ class Limits:
     sampled: bool = False  # asked of the set the images are drawn from: see `allow`
 
     def allow(self, images: int) -> float:
-        """By how much the share of so many images may miss the limit: two standard errors, what it is off by chance."""
+        """How far a share of so many images may fall below the limit by chance: two standard errors, where sampled."""
         return 2 * math.sqrt(self.decided * (1 - self.decided) / images) if self.sampled else 0.
 
 
@@ -173,10 +173,8 @@ def check_batch(
 
 
 def _of_noise(limits: Limits) -> Limits:
-    """Limits for random input: what a network makes of noise is often close to a tie.
-
-    One of so few inputs would be too many, so that scores of a rounded format are a tie where they lie closer than it
-    may differ.
+    """Limits for random input, of which networks are often undecided: scores of a rounded format are a tie where they
+    lie closer than the difference that it may make.
     """
     noise = replace(limits, same=0., same_regions=0.)
     if limits.difference is None:

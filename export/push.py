@@ -39,7 +39,8 @@ OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
 ENGINE_SOURCE = re.compile(r'engines/[^/]+/[^/]+-[0-9a-f]{8}\.onnx(?:\.json)?')  # of export/publish.py
 PULL_REQUEST = re.compile(r'refs/pr/\d+')
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
-# of HTTP and of the connection, whichever library the client is built on; of an upload; of what the Hub refuses
+# the bases of HfHubHTTPError for HTTP and connections, whatever the client uses; RuntimeError for uploads, ValueError
+# for what the Hub refuses
 FAILURES: Tuple[Type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
 
 
@@ -346,10 +347,11 @@ class _Push:
         return found
 
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:
-        """Exports of an earlier push that this one leaves out: of another network all, of the same one ONNX files.
+        """Files to delete, of an earlier push.
 
-        Of other weights those that timm pickled too. Engines of the same network stay, which may be of another machine,
-        with their sources, and ONNX files that others put there.
+        If it was of another network, all exports that are not pushed now, and with other weights those that timm
+        pickled. If of the same, our ONNX files that are left out now; engines, which may be of another machine, stay
+        with their sources, and so do files of other people.
         """
         kept = {file.as_posix() for file in self.files}
         exports = [path for path in tree if path.startswith(EXPORTS) and path not in kept]

@@ -77,7 +77,7 @@ class EngineMismatchError(RuntimeInputError):
 
 
 def _tell(error: BaseException) -> str:
-    """What another library says went wrong: of a GPU, or the first line; of the Hub the one after its number."""
+    """One line of another library's error: the GPU's part if it has one, the second of the Hub's, else the first."""
     of_gpu = _GPU_FAILURE.search(str(error))
     if of_gpu:
         return of_gpu[0].strip()[:200]
@@ -680,9 +680,9 @@ def import_tensorrt(backend: str = 'auto') -> Any:
 
 
 def get_logger(trt: Any) -> Any:
-    """The logger of all builders and runtimes: TensorRT keeps the first, ignores others, and would use a freed one.
+    """One logger for the whole process, never freed: TensorRT keeps the first it is given.
 
-    Its `last` is the last error, which TensorRT tells nobody else, as a part of a sentence.
+    Its `last` is the latest error, which TensorRT reports nowhere else, as a part of a sentence.
     """
     logger = _create_logger(trt)
     logger.last = logger.warning = NO_REASON
@@ -784,7 +784,7 @@ def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
     """
     check_built(metadata, path)
     if not is_described(plan, metadata):
-        raise EngineMismatchError(f'{path} is not the engine its sidecar is of, or is cut short; '
+        raise EngineMismatchError(f'{path} does not match its sidecar: another file, or cut short; '
             f'{_rebuild(metadata, path)}.')
     mismatch = _find_mismatch(metadata)
     if mismatch:
@@ -920,7 +920,7 @@ def check_metadata(metadata: Dict[str, Any], path: Path) -> None:
     except (AttributeError, KeyError, IndexError, TypeError):
         complete = False
     if not complete:
-        raise RuntimeInputError(f'{path} says only a part of what is needed to use it; {again}.')
+        raise RuntimeInputError(f'{path} lacks a part of its metadata; {again}.')
     if scores != len(names):
         raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; {again}.')
 
@@ -952,7 +952,7 @@ def check_built(metadata: Dict[str, Any], path: Path) -> None:
     complete = all(key in built for key in BUILT) and built['backend'] in TENSORRT_MODULES
     complete = complete and isinstance(profiles, list) and all(isinstance(p, list) and len(p) == 3 for p in profiles)
     if not complete or not (gpu is None or isinstance(gpu, dict) and {'name', 'compute_capability'} <= gpu.keys()):
-        raise RuntimeInputError(f'{sidecar(path)} says only a part of what is needed; build the engine again.')
+        raise RuntimeInputError(f'{sidecar(path)} lacks a part of its metadata; build the engine again.')
 
 
 # Runner: images in, predictions out

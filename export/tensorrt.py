@@ -76,7 +76,7 @@ class EngineOptions:
         """
         Raises:
             ProfileError: If a range does not rise.
-            InputError: For a workspace that is none, or a name that there is not.
+            InputError: If the size of the workspace or a name is invalid.
         """
         for name, value, known in (('--backend', self.backend, BACKENDS),
                                    ('--hardware-compatibility', self.hardware_compatibility, HARDWARE)):

@@ -21,8 +21,8 @@ DTYPES = {'float32': 'TYPE_FP32', 'uint8': 'TYPE_UINT8'}
 BACKENDS = {suffix: ('tensorrt', 'model.plan') for suffix in ENGINE_SUFFIXES}
 BACKENDS['.onnx'] = 'onnxruntime', 'model.onnx'
 KINDS = ('auto', 'gpu', 'cpu')
-# By cuDNN's heuristic: dynamic batches come in every size, and the backend's default searches at length for each. The
-# backend heeds this among the parameters alone, and other options of CUDA in its accelerator alone (Triton 24.07 on).
+# cuDNN's heuristic, as by default the backend searches algorithms for each batch size anew. It reads this option only
+# from the parameters, and all others of CUDA only from the accelerator (Triton 24.07 on).
 HEURISTIC = 'parameters { key: "cudnn_conv_algo_search" value: { string_value: "1" } }'
 
 

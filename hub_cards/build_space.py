@@ -10,7 +10,6 @@ The folder has all that the app needs: ONNX files, the runtime, example images. 
 import argparse
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -59,8 +58,15 @@ def build(
     pictures = _list_examples(examples)
     if not output.name:
         output = output.resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder)
+    with writing(output) as tmp:
+        remove(tmp)  # of a run that was killed
+        shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
+        tmp.chmod(0o755)  # a checkout may be read-only
+        shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
+        (tmp / 'examples').mkdir()
+        for path in pictures:
+            shutil.copyfile(path, tmp / 'examples' / path.name)
+        (tmp / 'models').mkdir()
         for name, model in models:
             if getattr(model, 'has_template_matching', False):
                 options = OnnxOptions(patch_logits=True, method=method)
@@ -68,21 +74,10 @@ def build(
                 options = OnnxOptions(patch_logits=True, method='cam')
             else:
                 options = OnnxOptions()
-            export_onnx(model, exported / f'{name}.onnx', options, load_images(args, model, calibrate=False))
-        with writing(output) as tmp:
-            remove(tmp)  # of a run that was killed
-            shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
-            tmp.chmod(0o755)  # a checkout may be read-only
-            shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
-            (tmp / 'examples').mkdir()
-            for path in pictures:
-                shutil.copyfile(path, tmp / 'examples' / path.name)
-            (tmp / 'models').mkdir()  # not by copytree, with which only this user might read it
-            for path in exported.iterdir():
-                shutil.copyfile(path, tmp / 'models' / path.name)
-            if output.exists():
-                output.rmdir()  # it is empty, and Windows replaces no folder
-            os.replace(tmp, output)
+            export_onnx(model, tmp / 'models' / f'{name}.onnx', options, load_images(args, model, calibrate=False))
+        if output.exists():
+            output.rmdir()  # it is empty, and Windows replaces no folder
+        os.replace(tmp, output)
     return sorted(path for path in output.rglob('*') if path.is_file())
 
 
@@ -115,8 +110,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--method', choices=METHODS, default='match', help=(
         "'cam' shows class activation maps of networks with template matching too, as of those without it"))
     parser.add_argument('--examples', type=Path, nargs='+', default=[EXAMPLES], metavar='FILE', help=(
-        'images to try, or folders of them, shown as they are with their EXIF data (place, camera); those of the sample if '
-        'not given'))
+        'images to try, or folders of them, shown as they are with their EXIF data (place, camera); those of the '
+        'sample if not given'))
     add_image_options(parser)
     args = parser.parse_args(argv)
     args.examples = _list_examples(args.examples)

@@ -9,6 +9,7 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import CardData
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
@@ -22,9 +23,10 @@ TEMPLATE = ROOT / 'hub_cards' / 'card.md.jinja'
 # names of the files on the Hub, by precision and target
 FILES = {'fp32': 'onnx/model.onnx', 'fp16': 'onnx/model_fp16.onnx', 'bf16': 'onnx/model_bf16.onnx',
          'int8': 'onnx/model_int8.onnx', 'int8-tensorrt': 'onnx/model_int8_tensorrt.onnx'}
-REQUIRED = (
-    'model', 'tag', 'description', 'dataset', 'license', 'training', 'evaluation', 'recipe', 'exports', 'precisions',
-    'pictures', 'notes')
+REQUIRED = ('description', 'recipe', 'precisions', 'notes')
+DATASETS: Dict[str, Dict[str, str]] = {
+    'cifar10': dict(id='uoft-cs/cifar10', name='CIFAR-10', split='test'),
+    'cifar100': dict(id='uoft-cs/cifar100', name='CIFAR-100', split='test', target_key='fine_label')}
 TAGS = ['image-classification', 'timm', 'onnx', 'arxiv:2210.00992']
 PATCH_TAGS = ['template-matching', 'explainability']
 RATES = 'benchmarks/results/deployment_cpu.json'
@@ -42,7 +44,7 @@ def list_cards() -> List[str]:
 
 
 def load_data(name: str) -> Dict[str, Any]:
-    """The data file of a model.
+    """What a card says: the data file of a model, and what its name says of the rest.
 
     Raises:
         InputError: If there is none, or a field is missing.
@@ -54,7 +56,22 @@ def load_data(name: str) -> Dict[str, Any]:
     missing = [field for field in REQUIRED if field not in data]
     if missing:
         raise InputError(f'{path.name} lacks {", ".join(missing)}.')
-    return data
+    model, _, tag = name.partition('.')
+    results = f'train/results/{name}'
+    pictures = dict(evaluation=f'{results}/evaluation.png')
+    if '_tm' in model:
+        pictures.update(block='hub_cards/block.png', explanation=f'{results}/explained.png')
+        data['analysis'] = f'{results}/analysis'
+    return dict(
+        data,
+        model=model,
+        tag=tag,
+        license='apache-2.0',
+        dataset=DATASETS[tag.removeprefix('dist_')],
+        training=f'{results}/result.json',
+        evaluation=f'{results}/evaluation.json',
+        exports=f'export/results/{name}',
+        pictures={**pictures, **data.get('pictures', {})})
 
 
 def find_card(weights_sha256: str) -> Optional[str]:
@@ -162,7 +179,7 @@ def render_plain(
     )
 
 
-def read_front_matter(text: str) -> ModelCardData:
+def read_front_matter(text: str) -> CardData:
     """What a card of somebody's says of itself; nothing if that cannot be read."""
     try:
         return ModelCard(text, ignore_metadata_errors=True).data

@@ -1,8 +1,8 @@
 """Python programs in processes of their own that do not import PyTorch anew: forked from one that has.
 
 Start-up takes longer than most runs of the tests. What a module reads from its environment when it is imported has to
-be in that of the server. Modules that start a thread to be joined at the end, as onnxruntime, cannot be in the server;
-nor do programs tell here that they would not find a module of it.
+be in that of the server. Modules that start a thread to be joined at the end, as onnxruntime, cannot be in the server.
+A program that forgets to import a module that the server has loaded does not fail here.
 """
 import contextlib
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 class Forks:
     """A process that has imported modules, and of which programs are forked; a context manager that ends it.
 
-    They begin alike, in the order of their sets too, as no two processes of a user do.
+    All have one hash seed, so their sets have one order, which processes of a user do not.
     """
 
     def __init__(self, *modules: str, env=None) -> None:

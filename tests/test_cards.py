@@ -312,8 +312,8 @@ def test_missing_and_broken_numbers_are_refused(copied):
     (root / data['evaluation']).unlink()
     with pytest.raises(InputError, match='needs train/results/.*evaluation.json, which is not there'):
         cards.render(FULL)
-    (root / 'hub_cards' / 'models' / f'{FULL}.yaml').write_text('model: rn26_tm\n')
-    with pytest.raises(InputError, match=r'lacks tag, description'):
+    (root / 'hub_cards' / 'models' / f'{FULL}.yaml').write_text('notes: none\n')
+    with pytest.raises(InputError, match='lacks description, recipe, precisions'):
         cards.render(FULL)
     with pytest.raises(InputError, match="There is no card of 'nothing'"):
         cards.render('nothing')

@@ -206,7 +206,7 @@ def test_report_on_other_runtimes_is_written_where_it_is_asked_for_alone(exporte
 
 
 def test_target_is_of_int8_alone(tmp_path):
-    with pytest.raises(InputError, match='--target is of int8, and fp16 files are for all; add --precision int8'):
+    with pytest.raises(InputError, match='--target applies to int8 files only; add --precision int8'):
         main(['onnx', 'rn26_tm', '--output', str(tmp_path / 'x.onnx'), '--precision', 'fp16', '--target', 'tensorrt'])
 
 
@@ -430,7 +430,7 @@ def test_metadata_that_are_not_whole_are_one_sentence(exported, tmp_path, key):
     onnx.save(proto, tmp_path / 'x.onnx')
     for command in (['triton', str(tmp_path / 'x.onnx'), '--output', str(tmp_path / 'r')],
                     ['check', str(tmp_path / 'x.onnx'), 'rn26_tm', *FEW]):
-        with pytest.raises(InputError, match=f'x.onnx says only a part of what is needed, not its {key}; export it'):
+        with pytest.raises(InputError, match=f'x.onnx lacks a part of its metadata, {key}; export it'):
             main(command)
 
 

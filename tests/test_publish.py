@@ -115,7 +115,7 @@ def test_engine_is_refused_without_its_onnx_file_or_of_other_weights(engines, tm
     shutil.copy(f'{engines[1]}.json', tmp_path / 'cut.engine.json')
     for path, of, message in (
             (tmp_path / 'pixels.engine', network, r'pixels\.engine was built from .*pixels\.onnx, which is gone'),
-            (tmp_path / 'cut.engine', network, r'cut\.engine is not the engine its sidecar is of, or is cut short'),
+            (tmp_path / 'cut.engine', network, r'cut\.engine does not match its sidecar: another file, or cut short'),
             (engines[0], dict(network, weights_sha256=64 * '0'), r'same\.engine was built from other weights'),
             (engines[0], renamed, r'same\.engine was built from other class names; build it again'),
             (tmp_path / 'a.onnx', network, r'a\.onnx must end in \.engine or \.plan')):

@@ -1,6 +1,7 @@
 """The paper's experiments, in miniature: which cells there are, that they run, resume, and are set beside the paper."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from train import reproduce
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
 from train.paper import DATASETS, TABLE_1
-from train.reproduce import check_flags, create_cells, create_parser, main
+from train.reproduce import Processes, check_flags, create_cells, create_parser, main, run_cell
 from train.tables import format_scores, render, tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +212,19 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     for row in ('rn26', 'rn38'):  # itself, and one to compare it with
         with pytest.raises(InputError, match='rn26.cifar10.seed0 was begun with the flags .*choose another --output'):
             main([*command[:2], row, *long[3:], '--lr', '0.1'])
+
+
+def test_runs_of_one_row_have_one_number_of_samples(tmp_path):
+    folder = tmp_path / 'maximizers' / 'perturbed.batch8.cifar10.seed0'
+    folder.mkdir(parents=True)
+    kwargs = shlex.quote('maximizer_kwargs={"num_samples":50}')
+    (folder / 'cell.json').write_text(json.dumps(dict(data='cifar10', flags='--max-steps 1', command=(
+        'train.py -c train/recipes/paper/rn26.cifar10.yaml --seed 0 --model rn20 --batch-size 8 --model-kwargs '
+        f'maximizer=perturbed {kwargs} --max-steps 1'))))
+    (folder / 'result.json').write_text('{}')
+    cell, = (cell for cell in cells('maximizers', '--seeds', '1') if cell.setting == 'perturbed.batch8')
+    with pytest.raises(InputError, match='seed0 was begun as .*num_samples.*, not as .* --seed 1 .*choose another'):
+        run_cell(cell, tmp_path / 'maximizers', ['--max-steps', '1'], {}, Processes())
 
 
 def test_runs_from_the_hub_are_set_beside_those_of_a_copy():

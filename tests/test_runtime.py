@@ -346,11 +346,11 @@ def with_preprocessing(source, target, **changes):
     (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),
-    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'says only a part of what is needed'),
-    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'says only a part of what'),
-    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='null'), 'says only a part of what'),
-    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', input='[]'), 'says only a part of what'),
-    *((lambda f, t, change=change: with_preprocessing(f / 'plain.onnx', t / 'x.onnx', **change), 'says only a part')
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'lacks a part of its metadata'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'lacks a part of its metadata'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='null'), 'lacks a part of its metadata'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', input='[]'), 'lacks a part of its metadata'),
+    *((lambda f, t, change=change: with_preprocessing(f / 'plain.onnx', t / 'x.onnx', **change), 'lacks a part of')
       for change in (dict(interpolation='x'), dict(interpolation=3), dict(input_size=[]), dict(crop_pct=0),
                      dict(mean=[0.5]), dict(std=[0, 1, 1]), dict(mean=[math.nan] * 3),
                      dict(crop_pct=99), dict(mean=['a', 'b', 'c']), dict(color='BGR'))),

@@ -264,7 +264,7 @@ def test_unwritable_or_missing_place_is_one_sentence(files, tmp_path):
     with pytest.raises(InputError, match='--batch 4 2 8 must rise'):  # before anything is exported
         main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.engine'), '--batch', '4', '2', '8'])
     for flags, message in (
-            (['--dynamic-size'], 'has a range of them: --size MIN OPT MAX'),
+            (['--dynamic-size'], 'needs a range of sizes: --size MIN OPT MAX'),
             (['--size', '32', '32', '64'], '--size is of dynamic height and width; add --dynamic-size'),
             ([] if runtime.query_gpu() else ['--layers', 'x.json'], 'describes layers on a GPU')):
         if flags:

@@ -380,7 +380,7 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
     (lambda f, t: f / 'scores.onnx', ['--threads', '2'], '--threads is for instances on a CPU, .* add --kind cpu'),
     (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or no ONNX file'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
-    (lambda f, t: cut(write_engine(f, 'cut', [(1, 2, 3)])), [], 'is not the engine its sidecar is of, or is cut short'),
+    (lambda f, t: cut(write_engine(f, 'cut', [(1, 2, 3)])), [], 'does not match its sidecar: another file'),
     (lambda f, t: write_engine(f, 'cpu', [(1, 2, 3)]), ['--kind', 'cpu'], 'is an engine, which runs on GPUs alone'),
 ])
 def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, message):

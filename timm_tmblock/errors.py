@@ -29,7 +29,7 @@ def first_line(error: BaseException) -> str:
 
 
 def say_why_not_loaded(error: BaseException) -> str:
-    """`first_line`, but of PyTorch's error of weights, whose first is a headline, the last."""
+    """The last line of PyTorch's error of weights, whose first is a headline; `first_line` of any other error."""
     text = str(error).strip()
     return text.split('\n')[-1].strip() if text.startswith('Error(s) in loading') else first_line(error)
 

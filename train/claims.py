@@ -114,7 +114,7 @@ Judgement = Tuple[str, List[str]]
 
 
 def introduce(what: str, lines: List[str]) -> List[str]:
-    """Say once, before the first line, what all of them are of."""
+    """Put what all lines are of before the first."""
     return [f'{what}: {lines[0]}', *lines[1:]] if lines else []
 
 
@@ -213,7 +213,7 @@ def judge_constants(evidence: Evidence) -> Judgement:
 
 
 def say_of(verdict: str, networks: int) -> str:
-    """A verdict that networks of one training run each are the evidence of."""
+    """A verdict with the number of networks it rests on, each trained once."""
     if verdict != HOLDS:
         return verdict
     return f'{verdict} for {"one network" if networks == 1 else f"{networks} networks"}'

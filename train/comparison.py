@@ -128,7 +128,7 @@ def is_chosen_by(run: Dict[str, Any], split: str) -> bool:
 
 
 def compare_others(evidence: Evidence) -> List[Comparison]:
-    """Networks that another recipe trained, the same for baseline and template matching.
+    """Each network with template matching beside the baseline of the same recipe, other than the paper's.
 
     One run each, which decides nothing; pairs of longer training come later.
     """

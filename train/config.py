@@ -28,7 +28,7 @@ NO_RECIPE = (
     'checkpoint_interval', 'checkpoint_hist', 'val_interval', 'log_interval', 'tta', 'eval_only', 'device',
     'push_to_hub', 'hub_private', 'report_to', 'project')
 
-# what says which images are trained on, and what else a checkpoint settles
+# settings that say which images are trained on, and others that cannot change when a run is resumed
 DIVISION = ('train_split', 'val_fraction', 'pool', 'split_seed')
 SETTLED = (
     'val_split', 'pretrained', 'initial_checkpoint', 'opt', 'opt_args', 'opt_betas', 'opt_eps', 'momentum',
@@ -424,7 +424,7 @@ def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[s
 
 
 def find_changes_of_finished(args: argparse.Namespace, path: Path) -> List[str]:
-    """Settings that a finished run has otherwise: of the recipe, and what images it was trained on."""
+    """Settings of the recipe, and which images train, that differ from those of a finished run."""
     before = yaml.safe_load(path.read_text(encoding='utf-8'))
     changes = find_changes(args, path)
     if count_held_out(before) != count_held_out(vars(args)):

@@ -68,7 +68,7 @@ def take_up_checkpoint(args: Namespace) -> None:
 
 
 def _count_classes(path: str, name: str, default: Optional[int] = None) -> Optional[int]:
-    """As `count_classes`; None of a network whose classifier timm does not name."""
+    """`count_classes`, or None where timm's config does not name the classifier."""
     cfg = timm.get_pretrained_cfg(name)
     return count_classes(path, name, default) if cfg and cfg.classifier else None
 
@@ -151,7 +151,7 @@ def _refusing_weights_out_of_reach(name: str) -> Iterator[None]:
 
 
 def network(model: torch.nn.Module) -> torch.nn.Module:
-    """What is left of a model after training."""
+    """The plain network: without what distributes, compiles or supervises it."""
     model = unwrap_model(model)
     return model.model if isinstance(model, PatchSupervised) else model
 

@@ -12,7 +12,7 @@ from timm_tmblock.errors import InputError
 from train.config import refusing
 from train.model import network
 
-# timm's script has these of 300 epochs
+# defaults of timm's script, which trains for 300 epochs
 STEP, MILESTONES = 90, [90, 180, 270]
 BY_EPOCHS = ('num_epochs', 'warmup_epochs', 'cooldown_epochs')
 
@@ -89,7 +89,7 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, args: Names
         accelerator.clip_grad_value_(model.parameters(), args.clip_grad)
     else:
         accelerator.unscale_gradients()
-        plain: Any = network(model)  # the last two parameters, which timm would leave out, may be of --aux-head
+        plain: Any = network(model)  # timm leaves out the last two parameters, but a network may have two heads
         heads = plain.get_classifier()  # of some networks of timm several
         head = {id(p) for m in (heads if isinstance(heads, (tuple, list)) else (heads,)) for p in m.parameters()}
         adaptive_clip_grad([p for p in model.parameters() if id(p) not in head], args.clip_grad)

@@ -59,7 +59,7 @@ def agreeing(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def leaving_it_to_the_first() -> Iterator[None]:
-    """Let the first process of a machine say what ends all of them, and one that is gone what ends the others."""
+    """Let the first process of a machine fail at once; the others wait for the launcher to end them, so one is told."""
     try:
         yield
     except (InputError, OSError):

@@ -71,14 +71,10 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         '--check-split', args.test_split or args.val_split or args.train_split, '--input-key', args.input_key,
         '--target-key', args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
         *(['--dataset-download'] if args.dataset_download else []), *(['--private'] if args.hub_private else [])]
-    try:
-        from export.images import add_image_options, load_images
-        from export.load import load
-        from export.publish import create_files, save_model
-        from export.push import WEIGHTS, PushError, PushOptions, check_access, find_weights, get_endpoint, push
-    except (ImportError, InputError) as e:
-        _say(f'pushing needs more than is installed ({e}); {INSTALL}.', flags)
-        return None
+    from export.images import add_image_options, load_images
+    from export.load import load
+    from export.publish import create_files, save_model
+    from export.push import WEIGHTS, PushError, PushOptions, check_access, find_weights, get_endpoint, push
     parser = ArgumentParser()
     add_image_options(parser)
     image_args = parser.parse_known_args(flags)[0]

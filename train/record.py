@@ -54,7 +54,7 @@ _held: List[int] = []
 
 
 def _let_go() -> None:
-    """In a process that loads data, which may outlive for a moment the run that was killed."""
+    """In a forked process that loads data, which would hold the folder for a moment after the run was killed."""
     for handle in _held:
         os.close(handle)
     _held.clear()

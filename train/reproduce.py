@@ -46,7 +46,7 @@ from train.tables import TITLES, render
 ROOT = Path(__file__).resolve().parent
 
 
-NO_PROTOCOL = ('--checkpoint-interval', '--log-interval', '--workers', '--project', '--report-to')
+NO_PROTOCOL = ('--seed', '--checkpoint-interval', '--log-interval', '--workers', '--project', '--report-to')
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,16 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     """Run a cell to its end, from where it stands.
 
     Raises:
-        InputError: If the run fails, or is finished with other settings.
+        InputError: If the run fails, or one of its row was begun with other settings.
     """
     path = folder / cell.name
     command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
                *flags]
     wanted = shlex.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
-    if is_begun(path):
-        begun = json.loads((path / 'cell.json').read_text(encoding='utf-8'))['command']
+    for other in filter(is_begun, sorted(folder.glob(f'{cell.setting}.{cell.dataset}.seed*'))):  # one row of the table
+        begun = json.loads((other / 'cell.json').read_text(encoding='utf-8'))['command']
         if _find_protocol(begun, cell.dataset) != _find_protocol(wanted, cell.dataset):
-            raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
+            raise InputError(f'{other} was begun as "{begun}", not as "{wanted}"; choose another --output.')
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text(encoding='utf-8')):
         return  # not one that train.py wrote and nobody has labelled yet
     try:

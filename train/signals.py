@@ -35,13 +35,13 @@ def stopping_at_signals() -> Iterator[Callable[[], bool]]:
 
 
 def init_worker(worker: int) -> None:
-    """Leave a process that loads data to the one that started it, which tells of the end; some send SIGTERM to all."""
+    """Ignore SIGTERM, which schedulers send to every process, in one that loads data: its parent ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _print_exception
 
 
 def _print_exception(kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
-    # the thread of multiprocessing that hands over batches ends up here when who takes them was interrupted
+    # the thread of a worker that hands over batches gets these when a signal interrupted the parent
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)
 

@@ -1,4 +1,4 @@
-"""Whether the block mixes the value vectors of the classes that match: the map shows scores, the sum has others."""
+"""Whether the classes the map shows are those whose value vectors the block adds, with weights of another scale."""
 from typing import Any, Dict, Iterable, List
 
 import torch
