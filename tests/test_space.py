@@ -120,6 +120,13 @@ def shown_maps(page):
         'maps => maps.filter(m => +getComputedStyle(m).opacity > 0).map(m => m.alt)')
 
 
+def wait_for_map(page, name):
+    """Wait until the map of this alternative text is the one one sees, which a busy browser draws late."""
+    page.wait_for_function(
+        '''name => [...document.querySelectorAll('.tm-result:first-of-type .tm-heat')]
+        .filter(m => +getComputedStyle(m).opacity > 0).map(m => m.alt).join() == name''', arg=name)
+
+
 def look_apart(a, b):
     """Whether two screenshots show different things; edges may be drawn differently."""
     a, b = (np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int) for png in (a, b))
@@ -172,17 +179,22 @@ class TestInBrowser:
         upload(page, SHIP)
         view = page.locator('.tm-result').first.locator('.tm-seen')
         page.mouse.move(0, 0)
-        assert shown_maps(page) == ['Where ship was matched']
+        wait_for_map(page, 'Where ship was matched')
         first = view.screenshot()
         page.locator('.tm-row', has_text='truck').first.hover()  # a look
-        assert shown_maps(page) == ['Where truck was matched'] and look_apart(view.screenshot(), first)
+        wait_for_map(page, 'Where truck was matched')
+        assert look_apart(view.screenshot(), first)
         page.mouse.move(0, 0)
-        assert shown_maps(page) == ['Where ship was matched'] and not look_apart(view.screenshot(), first)
+        wait_for_map(page, 'Where ship was matched')
+        assert not look_apart(view.screenshot(), first)
         page.locator('.tm-row', has_text='truck').first.click()  # a choice
         page.mouse.move(0, 0)
-        assert shown_maps(page) == ['Where truck was matched'] and look_apart(view.screenshot(), first)
+        wait_for_map(page, 'Where truck was matched')
+        assert look_apart(view.screenshot(), first)
+        rows = page.locator('.tm-result').first.locator('.tm-row').all_inner_texts()[1:]
+        names = [row.split('\n')[0] for row in rows]
         page.keyboard.press('ArrowUp')  # without a mouse
-        assert shown_maps(page) != ['Where truck was matched'] and len(shown_maps(page)) == 1
+        wait_for_map(page, f'Where {names[names.index("truck") - 1]} was matched')
 
     def test_networks_are_compared(self, open_page, folder):
         page = open_page()
@@ -240,7 +252,8 @@ class TestInBrowser:
             assert box['x'] >= 0 and box['x'] + box['width'] <= 375 and box['width'] >= 250
         row = page.locator('.tm-row', has_text='truck').first
         row.tap()
-        assert shown_maps(page) == ['Where truck was matched'] and row.bounding_box()['height'] >= 20
+        wait_for_map(page, 'Where truck was matched')
+        assert row.bounding_box()['height'] >= 20
 
 
 @needs_gradio
