@@ -27,7 +27,8 @@ lint: $(VENV)/.installed
 
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "timm-tmblock needs Python 3.10 or newer")'
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null 2>&1 \
+		|| $(PYTHON) -m venv --clear $(VENV)  # environments of uv have no pip
 	$(BIN)/python -m pip install --quiet --editable ".[train,export,ort]"
 	touch $@
 
@@ -41,7 +42,7 @@ $(VENV)/triton: $(VENV)/.installed
 		|| { rm -rf $@; echo "no Triton server to test with"; }
 
 # what the Hub installs for the Space, and nothing else
-$(VENV)/space: hub_cards/space/README.md hub_cards/space/requirements.txt
+$(VENV)/space: hub_cards/space/README.md hub_cards/space/requirements.txt | $(VENV)/.installed
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet gradio==$$(sed -n 's/^sdk_version: //p' $<) -r hub_cards/space/requirements.txt \
 		&& touch $@ || { rm -rf $@; echo "no gradio to test the Space with"; }

@@ -123,7 +123,7 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--size', type=int, nargs='+', metavar='N', help='likewise for height and width, if dynamic')
     command.add_argument('--tf32', action='store_true', help='let float32 be computed with 10 bits of mantissa')
     command.add_argument('--optimization-level', type=int, choices=range(6), default=3)
-    command.add_argument('--workspace', type=int, metavar='MB', help="memory the builder's choices may use")
+    command.add_argument('--workspace', type=int, metavar='MB', help='scratch memory that kernels may use')
     command.add_argument('--no-timing-cache', action='store_true', help='time everything anew')
     command.add_argument('--version-compatible', action='store_true', help='let later versions load the engine')
     command.add_argument('--hardware-compatibility', choices=HARDWARE, default='none', help='let other GPUs load it')
@@ -163,7 +163,7 @@ def run_tensorrt(args: argparse.Namespace) -> None:
         if args.dynamic_size and not args.size:
             raise InputError('An engine with --dynamic-size needs a range of sizes: --size MIN OPT MAX.')
         if args.size and not args.dynamic_size:
-            raise InputError('--size is of dynamic height and width; add --dynamic-size.')
+            raise InputError('--size is for dynamic height and width; add --dynamic-size.')
         check_before_export(args.output, options, args.layers)
         args.precision = args.precision or 'fp16'
         source = args.output.with_name(f'{args.output.name}.onnx')
@@ -337,7 +337,7 @@ def _push(args: argparse.Namespace) -> None:
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
     options.validate()
     if args.keep_card and args.dry_run:
-        raise InputError('--dry-run asks the Hub for nothing, so not for the card to keep; leave out one of the two.')
+        raise InputError('--dry-run asks the Hub for nothing, so it has no card to keep; leave out --keep-card.')
     if args.license is not None and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', args.license):
         raise InputError(f'{args.license!r} is not how the Hub names a license; use a name like apache-2.0 or mit.')
     published = Published()

@@ -49,7 +49,7 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         calibrate: Load calibration images too.
 
     Raises:
-        InputError: If they cannot be had, the parts are one, or their classes cannot be the network's.
+        InputError: If they cannot be read, the parts share images, or their classes cannot be the network's.
     """
     if min(args.calibration_images, args.check_images) < 1:
         raise InputError('--calibration-images and --check-images must be at least 1.')
@@ -62,7 +62,7 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         if share_images(train, check):
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
-                f'images in common; a check needs others, so name two splits, as folders if the set is one.')
+                f'images in common; name two splits that share none (in a folder, two subfolders).')
         rows = _choose_rows(train, args.calibration_images)
         calibration = decode(train, config, progress=len(rows) > 2000, labelled=False, rows=rows).images.numpy()
     labels = list_class_names(model.pretrained_cfg)

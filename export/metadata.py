@@ -3,28 +3,7 @@
 The metadata are one JSON object. An ONNX file holds it in its properties, a string for each key below (structured
 values as JSON), and a sidecar FILE.json holds it as it is. An engine has the sidecar alone.
 
-metadata_version: 2.
-model: name registered with timm.
-weights_sha256: of safetensors.torch.save(model.state_dict()) before anything was folded or rounded.
-versions: of timm_tmblock, timm, torch, onnx, onnxscript and onnxruntime.
-license: SPDX identifier of the weights, null if unknown.
-class_names: in the order of the class scores.
-template_names: in the order of the patch scores; only with patch scores.
-input: name, dtype, layout ('NCHW' or 'NHWC'), shape (axes that may vary by name) and range of values:
-    'normalized' floats, (pixel / 255 - mean) / std by channel; or 'pixels', uint8 from 0 to 255, normalised inside.
-preprocessing: what comes before: input_size (C, H, W), color ('RGB' or 'L'), interpolation and crop_pct (resize the
-    shorter side to floor(size / crop_pct), crop the centre), mean and std of pixels in [0, 1].
-outputs: for each its name, dtype, shape and meaning ('class scores', 'class probabilities', 'patch scores', 'patch
-    probabilities'); of patches also stride, in pixels of the input between neighbouring regions, and method 'cam' where
-    they are class activation maps, and not of template matching.
-opset: of the ONNX operators.
-precision: 'fp32', 'fp16', 'bf16' or 'int8'.
-quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
-    how many), and float_nodes, the names of nodes kept in floating point.
-parity: comparison with PyTorch in float32, see export/parity.py; an engine's sidecar has none.
-
-Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
-export/tensorrt.py.
+The keys are described in runtime.py, which lies beside published files.
 """
 import contextlib
 import hashlib
@@ -106,7 +85,7 @@ def check_preprocessing(config: Dict[str, Any]) -> None:
 
 
 def find_difference(described: Dict[str, Any], other: Dict[str, Any]) -> Optional[str]:
-    """In what two descriptions are of different networks, if they are."""
+    """What differs if two descriptions are of different networks, else None."""
     names = dict(weights_sha256='weights', class_names='class names', preprocessing='preprocessing')
     return next((name for key, name in names.items() if described.get(key) != other.get(key)), None)
 
@@ -208,7 +187,7 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     try:
         proto = onnx.load_from_string(content)
     except DecodeError as e:
-        raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
+        raise InputError(f'{path} is cut short or not an ONNX file; export it again.') from e
     metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
     dims = proto.graph.input[0].type.tensor_type.shape.dim  # another tool may have fixed the batch
     metadata['input']['shape'] = [d.dim_value if d.HasField('dim_value') else d.dim_param for d in dims]

@@ -24,7 +24,7 @@ try:
     import onnxscript
     onnxruntime = import_onnxruntime()
 except ImportError as e:
-    raise InputError(f'ONNX export needs {e.name}; pip install "timm-tmblock[export]".') from e
+    raise InputError(f'ONNX export needs {e.name}; pip install -e ".[export]" in the checkout.') from e
 except RuntimeInputError as e:
     raise InputError(str(e)) from e
 
@@ -101,7 +101,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         The metadata, see export/metadata.py, with the parity report.
 
     Raises:
-        InputError: If the options do not go with the network, the opset cannot be had, or the file cannot be written.
+        InputError: If the options do not fit the network, torch.onnx lacks the opset, or the file cannot be written.
         ParityError: If its results differ from PyTorch's.
     """
     if path.is_dir():
@@ -163,6 +163,8 @@ def create_onnx(model: Any, options: OnnxOptions, images: Images) -> Tuple['onnx
             float_nodes=kept)
     # not PyTorch's: OpenCV takes averages that it wrote to count the padding, which those of ONNX do not
     proto.producer_name, proto.producer_version = 'timm-tmblock', __version__
+    # no newer than the operators need, as older runtimes refuse what PyTorch writes
+    proto.ir_version = min(proto.ir_version, onnx.helper.find_min_ir_version_for(proto.opset_import))
     onnx.checker.check_model(proto, full_check=True)
     return proto, _describe(model, config, options, proto, quantization)
 

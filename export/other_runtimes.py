@@ -118,9 +118,11 @@ def find_version(module: str) -> Optional[str]:
 
 
 def render(rows: List[Dict[str, Any]], versions: str) -> str:
+    count = len(list(IMAGES.glob('*.png')))
     lines = [
-        'What other runtimes make of exported files: the largest difference from ONNX Runtime on the sample images,',
-        'relative to the largest value, and how many images or regions have the same class. Written by',
+        'What other runtimes make of exported files: the largest difference from ONNX Runtime on '
+        f'{count} images of the',
+        'sample, relative to the largest value, and how many images or regions have the same class. Written by',
         f'`export/other_runtimes.py` with {versions}. "For float32": with INFERENCE_PRECISION_HINT f32.', '',
         '| file | runtime | class scores | same class | patch scores | same class |', '|---|---|---|---|---|---|']
     for row in rows:

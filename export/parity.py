@@ -114,7 +114,7 @@ def check(
         images: Their held-out part is compared.
         prepare: Makes an input of uint8 images (N, C, H, W).
         random_input: A batch of so many random inputs.
-        batch_sizes: Images at a time, rising; of what is left over when all had their turn, as many as the last.
+        batch_sizes: Images at a time, rising; each is used once, then the last again and again for the other images.
         accepts: Whether the file takes a batch of a size; the last images are left out where it does not.
 
     Returns:

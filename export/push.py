@@ -79,7 +79,7 @@ class PushOptions:
     def validate(self) -> None:
         """
         Raises:
-            InputError: For what no push can be.
+            InputError: For options that no push can have.
         """
         try:
             validate_repo_id(self.repo)
@@ -451,15 +451,15 @@ class _Push:
                 raise
             if self.api.repo_info(options.repo, revision=options.tag).sha != revision:
                 raise InputError(
-                    f'The files are pushed, but the tag {options.tag} was made by another meanwhile; '
+                    f'The files are pushed, but the tag {options.tag} was made by somebody else meanwhile; '
                     f'choose another.') from e
 
     def _retry(self, call: Callable[[], Any], doing: str) -> Any:
         """The result of a call; what may pass is tried again.
 
         Raises:
-            InputError: For what the user can mend.
-            PushError: For what did not pass.
+            InputError: For errors that the user can correct.
+            PushError: For errors that trying again did not help.
         """
         for attempt in range(TRIES):
             try:
@@ -492,8 +492,8 @@ class _Push:
                 f'The Hub does not let this token {doing} ({self._clean(error)}); if it lacks write access to '
                 f'{self.options.repo}, use one that has it, or --create-pr.')
         if doing == 'sign in':
-            return InputError(f'There is no Hub at {self.api.endpoint} to sign in to; mend HF_ENDPOINT.')
-        return _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it.')
+            return InputError(f'There is no Hub at {self.api.endpoint} to sign in to; correct HF_ENDPOINT.')
+        return _Missing(f'{self.options.repo} or its revision is not there, or the token may not see it; check both.')
 
     def _clean(self, error: BaseException) -> str:
         """One line that says what happened, without the token."""

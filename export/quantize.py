@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 METHOD = 'MinMax'
 BATCH_SIZE = 64
-# A CPU is fast with unsigned activations alone, and where little between two convolutions is in floating point.
+# A CPU is fast only with unsigned activations, and where little between two convolutions is in floating point.
 # TensorRT takes neither zero points other than 0 nor a bias in int32; it can fuse what is between convolutions itself
 # where their outputs are free of 8 bits, as is the sum that a residual network adds to.
 SETTINGS: Dict[str, Dict[str, Any]] = {

@@ -9,9 +9,37 @@
         print(prediction.top(3))                         # [('ship', 0.98), ...]
         prediction.patch_probabilities                   # (templates, H/r, W/r), None if the file has no patch scores
 
-This file stands alone, so that it can be copied beside a model: it needs numpy, Pillow ≥ 10.1, and onnxruntime for
-.onnx files or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the file's metadata,
-see export/metadata.py.
+This file stands alone, so that it can be copied beside a model: it needs Python ≥ 3.10, numpy, Pillow ≥ 10.1, and
+onnxruntime for .onnx files or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the
+file's metadata: one JSON object, in an ONNX file a property for each key (structured values as JSON), and as it is in a
+sidecar FILE.json.
+
+metadata_version: 2.
+model: name registered with timm.
+weights_sha256: of safetensors.torch.save(model.state_dict()) before anything was folded or rounded.
+versions: of timm_tmblock, timm, torch, onnx, onnxscript and onnxruntime.
+license: SPDX identifier of the weights, null if unknown.
+class_names: in the order of the class scores.
+template_names: in the order of the patch scores; only with patch scores.
+input: name, dtype, layout ('NCHW' or 'NHWC'), shape (axes that may vary by name) and range of values:
+    'normalized' floats, (pixel / 255 - mean) / std by channel; or 'pixels', uint8 from 0 to 255, normalised inside.
+preprocessing: how pixels are made of an image that is upright, and on white where it is transparent: input_size
+    (C, H, W), color ('RGB' or 'L'), interpolation and crop_pct: resize until it covers floor(size / crop_pct), keeping
+    its proportions, and crop the centre. By Pillow's resize, which antialiases; OpenCV's interpolations (other than
+    INTER_AREA) and a browser's canvas do not, so larger images come out different. For the rounding see
+    resize_and_crop in runtime.py. mean and std are of pixels in [0, 1], for 'normalized' inputs.
+outputs: for each its name, dtype, shape (an axis that varies with the input by name or formula) and meaning ('class
+    scores', 'class probabilities', 'patch scores', 'patch probabilities'); of patches also stride, in pixels of the
+    input between neighbouring regions, and method 'cam' where they are class activation maps, and not of template
+    matching. To show a map, stretch it over the whole input.
+opset: of the ONNX operators.
+precision: 'fp32', 'fp16', 'bf16' or 'int8'.
+quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
+    how many), and float_nodes, the names of nodes kept in floating point that the target would quantize.
+parity: comparison with PyTorch in float32, see export/parity.py; an engine's sidecar has none.
+
+Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
+export/tensorrt.py.
 """
 import argparse
 import codecs
@@ -44,7 +72,7 @@ import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
-METADATA_VERSION = 2  # export/metadata.py says what is in it
+METADATA_VERSION = 2  # of what is described above
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
 MAX_PIXELS = 1 << 26  # of an image that is resized before it is cropped
@@ -184,7 +212,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.
         ratio = min(h / scaled[0], w / scaled[1])
         size = (round(w / ratio), round(h / ratio))
     if size[0] * size[1] > MAX_PIXELS:  # Pillow's own limit is on what is resized: a few bytes may ask for gigabytes
-        raise RuntimeInputError(f'An image of {w}×{h} pixels is too long to be resized and cropped; cut it.')
+        raise RuntimeInputError(f'An image of {w}×{h} pixels is too long and narrow; crop it first.')
     image = image.resize(size, getattr(Image.Resampling, preprocessing['interpolation'].upper()))
     # as torchvision crops; where the image is smaller, it has the larger part of the padding on the right and below
     left, top = (
@@ -260,20 +288,29 @@ class Prediction:
         canvas = Image.new('RGB', (3 * size + 40, height + 70), 'white')
         draw = ImageDraw.Draw(canvas)
         best = '   '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
-        titles = (best, 'class of each region', f'where it is {templates[shown]}')
+        where = 'where it is' if self.activations is None else 'class activation of'
+        titles = (best, 'class of each region', f'{where} {templates[shown]}')
+
+        def write(place: Tuple[int, int], text: str, width: int) -> None:
+            while draw.textlength(text, font_size=13) > width:
+                text = text.removesuffix('...')[:-1] + '...'
+            draw.text(place, text, fill='black', font_size=13)
+
         for i, (panel, title) in enumerate(zip((base, Image.blend(grey, regions, 0.5), gold), titles)):
             canvas.paste(panel, (10 + i * (size + 10), 30))
-            draw.text((10 + i * (size + 10), 10), title, fill='black')
+            write((10 + i * (size + 10), 8), title, size)
         for i, k in enumerate(legend):
             x, y = 20 + size + (i % 2) * size // 2, height + 36 + (i // 2) * 16
+            others = ', others' if i == 3 and len(present) > 4 else ''
             draw.rectangle((x, y, x + 10, y + 10), fill=_color(int(k)))
-            draw.text((x + 15, y), templates[k], fill='black')
+            write((x + 15, y - 3), templates[k] + others, size // 2 - 18)
         return canvas
 
 
 def _color(index: int) -> Tuple[int, int, int]:
-    """Hues a golden angle apart."""
-    r, g, b = colorsys.hsv_to_rgb((0.6 + index * 0.618034) % 1, 0.75, 0.9)
+    """Hues a golden angle apart, in shades, as those of many classes come close."""
+    r, g, b = colorsys.hsv_to_rgb(
+        (0.6 + index * 0.618034) % 1, 0.55 + 0.4 * (index % 2), 0.9 - 0.3 * (index % 3 == 0))
     return round(255 * r), round(255 * g), round(255 * b)
 
 
@@ -307,7 +344,7 @@ class OnnxSession:
         if wanted not in ort.get_available_providers() and not allow_fallback:
             raise RuntimeInputError(
                 f'This onnxruntime has no {wanted}; run "pip uninstall -y onnxruntime", then "pip install '
-                f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or (of run alone) --allow-fallback.')
+                f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or, with run, --allow-fallback.')
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             providers.insert(0, (wanted, CUDA_OPTIONS))
@@ -368,7 +405,7 @@ class OnnxSession:
             raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
 
     def _fall_back(self, error: Exception) -> Any:
-        warnings.warn(f'ONNX Runtime goes on with the CPU: {_tell(error)}.', stacklevel=3)
+        warnings.warn(f'ONNX Runtime continues on the CPU: {_tell(error)}.', stacklevel=3)
         assert self.start_on_cpu is not None
         return self.start_on_cpu()
 
@@ -770,7 +807,7 @@ def read_file(path: Path) -> bytes:
         raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
     if content.startswith(b'version https://git-lfs'):
         raise RuntimeInputError(
-            f'{path} is not the file but a pointer of Git LFS to it; install git-lfs and run git lfs pull, or use hf '
+            f'{path} is a pointer of Git LFS, not the file itself; install git-lfs and run git lfs pull, or use hf '
             f'download.')
     return content
 
@@ -922,7 +959,7 @@ def check_metadata(metadata: Dict[str, Any], path: Path) -> None:
     if not complete:
         raise RuntimeInputError(f'{path} lacks a part of its metadata; {again}.')
     if scores != len(names):
-        raise RuntimeInputError(f'{path} names {len(names)} classes and gives scores of {scores}; {again}.')
+        raise RuntimeInputError(f'{path} names {len(names)} classes but gives scores of {scores}; {again}.')
 
 
 def _is_whole(metadata: Dict[str, Any]) -> bool:
@@ -1005,10 +1042,10 @@ class Runner:
         """Classify images one after the other; the next batch is read while one runs.
 
         Args:
-            images: As of a call, or an iterator of any length, which may give one array or PIL image again and again.
+            images: As for a call, or an iterator of any length, which may yield the same array or PIL image each time.
                 Up to two batches of it are asked for before the first prediction; for live images call the runner.
             batch_size: Images at a time.
-            on_error: Called with an image that cannot be read, which is left out then. The error is raised if None.
+            on_error: Called with each image that cannot be read and its error; the image is left out. If None, raises.
 
         Yields:
             Each image with its prediction; of an iterator's array or PIL image, a copy.
@@ -1145,18 +1182,18 @@ def load(
 
     Args:
         source: .onnx file or TensorRT engine with its sidecar, a folder of ONNX files, or a Hub repository 'user/name'.
-        device: 'cpu', 'cuda', or 'auto' for the GPU where there is one, but for int8 files of CPUs; engines are always
+        device: 'cpu', 'cuda', or 'auto': the GPU if there is one, but the CPU for its int8 files; engines are always
             on the GPU.
         allow_fallback: Let ONNX Runtime use the CPU where the GPU was asked for.
         threads: Threads of ONNX Runtime, its own choice if None.
         cuda_graphs: Replay a CUDA graph for each batch size of an engine.
         rebuild: Build an engine again from the ONNX file beside it if it is of another GPU or version.
         revision: Branch, tag or commit of a Hub repository.
-        engine: Of a folder or Hub repository, take the engine that was built for this GPU and TensorRT, not an ONNX
+        engine: From a folder or Hub repository, take the engine built for this GPU and TensorRT instead of an ONNX
             file. An engine is code: ask for one only of a publisher you trust.
 
     Raises:
-        RuntimeInputError: If it cannot be had or cannot run here.
+        RuntimeInputError: If it cannot be found or fetched, or cannot run here.
     """
     if device not in DEVICES:
         raise RuntimeInputError(
@@ -1166,12 +1203,12 @@ def load(
     if path.suffix not in ENGINE_SUFFIXES:
         if rebuild:
             raise RuntimeInputError(
-                f'{path} is not an engine, and engines alone are built again; name one, ask for one of a folder, or '
-                f'leave rebuild out.')
+                f'{path} is not an engine, and only engines are built again; name one, use --engine with a folder, or '
+                f'leave out --rebuild.')
         return Runner(OnnxSession(path, device, allow_fallback, threads))
     if device == 'cpu' or allow_fallback:
         raise RuntimeInputError(
-            f'Engines run on NVIDIA GPUs alone; {"leave out --allow-fallback, or " if allow_fallback else ""}give the '
+            f'Engines run only on NVIDIA GPUs; {"leave out --allow-fallback, or " if allow_fallback else ""}give the '
             f'ONNX file for the CPU.')
     if threads is not None:
         raise RuntimeInputError("--threads sets ONNX Runtime's threads; leave it out for an engine.")
@@ -1186,7 +1223,7 @@ def load(
 def _build_again(path: Path, cuda_graphs: bool) -> Runner:
     """Build an engine for this machine, by one process at a time, and open it."""
     if not (Path(__file__).parent / 'tensorrt.py').is_file():
-        raise RuntimeInputError('Building needs a checkout of timm-tmblock, which this file is a part of.')
+        raise RuntimeInputError('Building needs a checkout of timm-tmblock; run python -m export run --rebuild there.')
     try:
         from filelock import FileLock
 
@@ -1239,7 +1276,7 @@ def _find(
     name = found.relative_to(sidecars)
     file = _download(str(source), sidecars.name, [name.as_posix(), f'{name.as_posix()}.json']) / name
     if not file.is_file():
-        raise RuntimeInputError(f'{source} cannot be had from the Hub: it has no {name.as_posix()}.')
+        raise RuntimeInputError(f'{source} cannot be fetched from the Hub: it has no {name.as_posix()}.')
     return file
 
 
@@ -1331,7 +1368,7 @@ def _download(repo: str, revision: Optional[str], patterns: List[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as e:  # of the client, of HTTP, of the disk
-        raise RuntimeInputError(f'{repo} cannot be had from the Hub: {_tell(e)}') from e
+        raise RuntimeInputError(f'{repo} cannot be fetched from the Hub: {_tell(e)}') from e
 
 
 # Command line
@@ -1373,7 +1410,7 @@ def add_run(commands: Any) -> None:
             'of a folder or repository, the engine built for this GPU and TensorRT; engines are code, so only of a '
             'publisher you trust'))
     command.add_argument('--revision', help='branch, tag or commit of a Hub repository')
-    command.add_argument('--rebuild', action='store_true', help='build an engine of another GPU or version again')
+    command.add_argument('--rebuild', action='store_true', help='rebuild an engine of another GPU or version')
     command.set_defaults(run=run)
 
 
@@ -1417,6 +1454,8 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
     progress = sys.stderr.isatty() and not out.isatty()
     for done, (path, prediction) in enumerate(runner.stream(paths, args.batch_size, skip), 1):
         result: Dict[str, Any] = dict(image=str(path), top=prediction.top(args.top))
+        if args.json and prediction.patch_probabilities is not None:  # the template each region matches best
+            result['regions'] = prediction.patch_probabilities.argmax(axis=0).tolist()
         if args.explain:
             result['picture'] = str(_write_picture(prediction, path, args.explain))
         if args.json:

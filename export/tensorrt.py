@@ -1,7 +1,7 @@
 """TensorRT engines from ONNX files: one path for TensorRT 10, 11 and TensorRT-RTX.
 
 The precision is the graph's own (strong typing). An engine is the plan as TensorRT writes it, with no byte before it;
-what it expects and tells apart lies beside it as FILE.json: the metadata of the ONNX file (export/metadata.py), and
+what it needs, and how to use it, lies beside it as FILE.json: the metadata of the ONNX file (export/metadata.py), and
 
 engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
 engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null for all that TensorRT-RTX knows.
@@ -180,8 +180,8 @@ def check_size(size: Sequence[int], input_size: Sequence[int]) -> None:
     """
     if not size[0] <= min(input_size[1:]) <= max(input_size[1:]) <= size[-1]:
         raise ProfileError(
-            f'Images are made {input_size[1]}×{input_size[2]} for this network, which --size {size[0]} ... {size[-1]} '
-            f'leaves out; let the range include it.')
+            f'This network takes images of {input_size[1]}×{input_size[2]}, which --size {size[0]} ... {size[-1]} '
+            f'leaves out; make the range include it.')
 
 
 def check_before_export(path: Path, options: EngineOptions, layers: Optional[Path] = None) -> Any:
@@ -259,7 +259,7 @@ def read_onnx(path: Path, last_opset: int) -> Tuple[bytes, Dict[str, Any]]:
         proto = onnx.load_from_string(model)
         onnx.checker.check_model(proto)
     except DecodeError as e:
-        raise InputError(f'{path} is cut short or no ONNX file; export it again.') from e
+        raise InputError(f'{path} is cut short or not an ONNX file; export it again.') from e
     except onnx.checker.ValidationError as e:
         if 'No Op registered' not in str(e) and 'No opset import' not in str(e):  # those TensorRT's parser tells apart
             reason = str(e).strip().splitlines()[0]
@@ -294,7 +294,7 @@ def _check_backend(trt: Any, gpu: Optional[Dict[str, Any]], options: EngineOptio
             f'{gpu["compute_capability"]}; use --backend tensorrt.')
     if options.version_compatible or options.hardware_compatibility != 'none':
         raise InputError(
-            'TensorRT-RTX engines run on all GPUs it supports and on their own version alone; leave out '
+            'TensorRT-RTX engines run on all GPUs it supports but only in the version that built them; leave out '
             '--version-compatible and --hardware-compatibility.')
 
 
@@ -389,7 +389,7 @@ def profile_shapes(tensor: Any, options: EngineOptions) -> List[List[Tuple[int, 
     profiles = []
     for batch in options.batches:
         if shape[0] != -1 and batch != (shape[0],) * 3:
-            raise ProfileError(f'The file takes batches of {shape[0]} alone; use --batch {shape[0]}.')
+            raise ProfileError(f'The file takes only batches of {shape[0]}; use --batch {shape[0]}.')
         profiles.append([
             tuple(
                 n if axis == 0 else options.size[i] if options.size and axis in spatial else shape[axis]

@@ -153,7 +153,7 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     backend, filename = BACKENDS[path.suffix]
     engine = metadata.get('engine')
     if engine and options.kind == 'cpu':
-        raise InputError(f'{path} is an engine, which runs on GPUs alone; give the ONNX file for the CPU.')
+        raise InputError(f'{path} is an engine, which runs only on GPUs; give the ONNX file for the CPU.')
     max_batch, preferred, profiles = options.max_batch, '', ''
     if engine:
         smallest, best, largest = zip(*([shape[0] for shape in profile] for profile in engine['profiles']))
@@ -174,7 +174,7 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif isinstance(metadata['input']['shape'][0], int):
-        raise InputError(f'{path} takes one batch size alone; export it with a dynamic batch.')
+        raise InputError(f'{path} takes only one batch size; export it with a dynamic batch.')
     threads = 1 if options.threads is None else options.threads
     if min(max_batch, options.instances, threads) < 1 or options.max_delay < 0:
         raise InputError('--max-batch, --instances and --threads must be at least 1, and --max-delay at least 0.')

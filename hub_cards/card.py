@@ -174,6 +174,7 @@ def render_plain(
         told=told[0] if told else None,
         engines=engines,
         has_bf16='bf16' in exports,
+        has_int8='int8' in exports,
         has_patches=len(first['outputs']) > 1,
         matches_classes=first.get('template_names') == first['class_names'],
     )
@@ -379,6 +380,7 @@ def render(
         has_patches=has_patches,
         concat=has_patches and model.tm.shortcut is None,
         has_bf16='bf16' in sidecars,
+        has_int8='int8' in sidecars,
         for_tensorrt=FILES['fp16' if 'fp16' in sidecars else 'fp32'],
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',
         stride=patches['stride'] if patches else 0,

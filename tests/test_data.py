@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -368,7 +369,7 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
 @pytest.mark.parametrize('name, split, kwargs, message', [
     ('hfds/does/not-exist', 'train', {}, 'Cannot open'),
     ('torch/nothing', 'train', dict(root='.'), 'Cannot open'),
-    ('torch/cifar10', 'train', {}, 'torchvision reads torch/cifar10 from a folder; name it with --data-dir'),
+    ('torch/cifar10', 'train', {}, 'torchvision reads torch/cifar10 from a folder; name that folder with --data-dir'),
     ('missing_folder', 'train', {}, 'Cannot open .* there is no such folder; sets of the Hub are named hfds/USER/NAME'),
     ('sample', 'holdout', {}, 'holdout'),
     ('sample', 'test', dict(root='elsewhere'), '--dataset names a folder of images, not --data-dir'),
@@ -592,6 +593,11 @@ def test_image_without_a_label_is_named(folder, monkeypatch):
 def test_parts_that_share_images_are_known(a, b, shared):
     a, b = (open_dataset('sample', split) for split in (a, b))
     assert share_images(a, b) is share_images(b, a) is shared
+
+
+def test_parts_of_torchvision_share_no_images():
+    train, test = (SimpleNamespace(root='r', train=train) for train in (True, False))
+    assert share_images(train, train) and not share_images(train, test)
 
 
 def test_labels_without_names_are_refused():

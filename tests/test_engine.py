@@ -1,4 +1,4 @@
-"""What a launcher and the settings of Accelerate do to a run, and what of them cannot be had."""
+"""What a launcher and the settings of Accelerate do to a run, and what of them cannot be fetched."""
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('flags, message', [
     (['--mixed-precision', 'bf16'], 'use --mixed-precision no'), (['--opt', 'muon'], 'muon needs the shapes'),
-    (['--clip-grad', '1', '--clip-mode', 'agc'], 'clips by the norm alone'),
+    (['--clip-grad', '1', '--clip-mode', 'agc'], 'clips only by the norm'),
 ])
 def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
     config = dict(gradient_clipping='auto')
@@ -39,7 +39,7 @@ def test_deepspeed_does_as_the_flags_say_or_says_that_it_cannot(flags, message):
     _configure_deepspeed(config, parse_args(['--mixed-precision', 'no', '--clip-grad', '3']))
     assert config['gradient_clipping'] == 3
     for key, flag in (('gradient_accumulation_steps', '--grad-accum-steps 4'), ('gradient_clipping', '--clip-grad 4')):
-        with pytest.raises(InputError, match=f'has {key} 4, which the flags of the run set; use {flag}'):
+        with pytest.raises(InputError, match=f'has {key} 4, but the flags of the run set it; use {flag}'):
             _configure_deepspeed({key: 4}, parse_args(['--mixed-precision', 'no']))
     with pytest.raises(InputError, match='use --zero_stage 2'):
         _configure_deepspeed(dict(zero_optimization=dict(stage=3)), parse_args(['--mixed-precision', 'no']))
@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
-    with pytest.raises(InputError, match='8 processes were launched on a machine with 4 GPUs; launch as many'):
+    with pytest.raises(InputError, match='8 processes were launched on a machine with 4 GPUs; launch one per GPU'):
         create_accelerator(parse_args([*TINY, '--device', 'cuda']))
 
 

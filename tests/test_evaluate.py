@@ -102,6 +102,7 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
     written = json.loads((tmp_path / 'out.json').read_text())
     assert {k: written[k] for k in result if k != 'versions'} == {k: v for k, v in result.items() if k != 'versions'}
     assert np.trace(written['confusion']) / 37 * 100 == pytest.approx(result['top1'])
+    assert np.sum(written['confusion'], axis=1).tolist() == np.bincount(dataset.targets, minlength=10).tolist()
     hits = (logits.argmax(1) == dataset.targets).numpy()
     assert written['right'] == np.packbits(hits).tobytes().hex()
     labels = b''.join(struct.pack('<q', label) for label in dataset.targets.tolist())
@@ -161,6 +162,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
     save_weights(tmp_path / 'w.safetensors', baseline.state_dict(), dict(model='rn26', num_classes=10))
     result = main([str(tmp_path / 'w.safetensors'), *FLAGS, '--precision', 'bfloat16'])
     assert 'patch_accuracy' not in result and result['precision'] == 'bfloat16'
+    assert main([str(tmp_path / 'w.safetensors'), *FLAGS])['loss'] != result['loss']
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -192,9 +194,12 @@ def test_rows_of_the_picture_are_shares_of_a_class(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr('train.evaluate.save_figure', lambda figure, path: drawn.append(figure))
     confusion = [[3, 1], [0, 2]]
-    draw(dict(model='x', top1=0., ece=0., images=6, class_names=['a', 'b'], confusion=confusion),
+    result = dict(model='x', dataset='y', split='z', top1=0., ece=0., images=6)
+    draw(dict(result, class_names=['a', 'b'], confusion=confusion),
          measure_reliability(np.eye(2), np.arange(2)), tmp_path / 'x.png')
     np.testing.assert_allclose(drawn[0].axes[0].images[0].get_array(), [[0.75, 0.25], [0, 1]])
+    written = {text.get_position(): text.get_text() for text in drawn[0].axes[0].texts}  # by (x, y)
+    assert written == {(0, 0): '3', (1, 0): '1', (1, 1): '2'}
 
 
 @pytest.mark.parametrize('change, message', [

@@ -176,6 +176,7 @@ def test_legend_names_the_classes_there_are_most_frequent_first(monkeypatch):
         written.append((xy, text)), draw(self, xy, text, *args, **kwargs))[1])
     size = 200
     picture = np.asarray(make_explanation(p).picture('bee', size=size))
+    assert 'Match with "bee"' in [text for _, text in written]
     legend = [(xy, text) for xy, text in written if re.fullmatch(r'\w+ \d+ %', text)]
     assert [text for _, text in legend] == [f'{NAMES[2]} 94 %', f'{NAMES[1]} 6 %']
     for (x, y), index in zip((xy for xy, _ in legend), (2, 1)):

@@ -256,7 +256,7 @@ def test_layer_decay_scales_the_block_between_stages_3_and_4():
     order = ['conv1.weight', 'layer1.blocks.0.conv1.weight', 'layer3.blocks.1.conv1.weight', 'tm.match.weight',
              'layer4.blocks.0.conv1.weight', 'fc.weight']
     scales = [scale[n] for n in order]
-    assert scales == sorted(set(scales))
+    assert scales == sorted(set(scales)) and scale['norm.weight'] == scale['layer4.blocks.1.conv1.weight']
 
 
 def test_reset_classifier_keeps_templates():
@@ -464,6 +464,8 @@ def test_new_templates_are_initialized_as_the_first_ones():
     for model in (timm.create_model('rn26_tm', num_classes=200), timm.create_model('rn26_tm')):
         model.reset_templates(200)
         assert model.tm.value.weight.std().item() == pytest.approx((2 / model.tm.value.out_channels) ** 0.5, rel=0.05)
+        assert model.tm.match.weight.abs().max() <= model.tm.dim ** -0.5  # PyTorch's own
+    assert timm.create_model('rn26_tm').tm.match.weight.abs().max() <= model.tm.dim ** -0.5
 
 
 def test_modules_have_names_of_their_own_in_timms_registry():

@@ -123,6 +123,8 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     trainer = create_trainer(tmp_path, '-c', str(recipe), '--lr-base', '0.256', '--lr-base-size', '12')
     assert trainer.lr == pytest.approx(0.256)
     assert trainer.args.lr is None and trainer.args.lr_base == 0.256  # what another number of GPUs scales anew
+    flags = ['--opt', 'sgd', '--lr-base', '0.1', '--lr-base-size', '12', '--grad-accum-steps', '3']
+    assert create_trainer(tmp_path, *flags).peak_lr == pytest.approx(0.3)  # an update has 36 images
     trainer = create_trainer(tmp_path, '--lr', '0.3', '--warmup-epochs', '1')
     assert trainer.peak_lr == 0.3 > trainer.lr  # which warms up
 
@@ -379,14 +381,17 @@ def test_weights_that_say_nothing_of_themselves_are_tuned_to_other_classes(tmp_p
 
 def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
     theirs = [
-        '--model-kwargs', 'patch_size=1', '--img-size', '24', '--mean', '0.2', '0.3', '0.4', '--crop-pct', '0.9']
+        '--model-kwargs', 'patch_size=1', '--img-size', '24', '--mean', '0.2', '0.3', '0.4', '--crop-pct', '0.9',
+        '--std', '0.3', '0.2', '0.1', '--interpolation', 'nearest', '--crop-mode', 'squash']
     result = main([*TINY, '--output', str(tmp_path), '--model', 'rn20_tm', *theirs])
     best = str(tmp_path / 'run' / 'best.safetensors')
     flags = [*TINY, '--output', str(tmp_path / 'new'), '--model', 'rn20_tm', '--initial-checkpoint', best]
     measured = main([*flags, '--eval-only'])
     assert measured['validation']['loss'] == pytest.approx(result['best']['loss'], rel=1e-6)
     trainer = create_trainer(tmp_path / 'new', *flags)
-    assert trainer.data_config.input_size == (3, 24, 24) and trainer.data_config.mean == (0.2, 0.3, 0.4)
+    config = trainer.data_config
+    assert config.input_size == (3, 24, 24) and config.mean == (0.2, 0.3, 0.4) and config.std == (0.3, 0.2, 0.1)
+    assert (config.interpolation, config.crop_mode) == ('nearest', 'squash')
     trainer = create_trainer(tmp_path / 'new', *flags, '--model-kwargs', 'img_size=96')
     assert trainer.data_config.input_size == (3, 96, 96)
     others = ['--mean', '0.5', '0.5', '0.5', '--img-size', '64']
@@ -696,7 +701,7 @@ def test_undescribed_weights_of_a_shallower_network_are_refused(tmp_path):
 
 
 def test_pretrained_weights_out_of_reach_are_one_sentence(tmp_path):
-    with pytest.raises(InputError, match='The pretrained weights of resnet10t cannot be had .* leave out --pretrained'):
+    with pytest.raises(InputError, match='The pretrained weights of resnet10t cannot be fetched .* leave out --pretrained'):
         create_trainer(tmp_path, '--model', 'resnet10t', '--pretrained')
 
 
@@ -714,7 +719,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--kd-model-name', 'no_such'], 'no_such is not a model with pretrained weights'),
     (['--kd-model-name', 'wrn16'], 'wrn16 is not a model with pretrained weights'),
     (['--kd-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
-    (['--kd-checkpoint', 'a.safetensors', 'b.safetensors', '--kd-model-name', 'rn26'], '2 weights .* have 1 models'),
+    (['--kd-checkpoint', 'a.safetensors', 'b.safetensors', '--kd-model-name', 'rn26'], 'names 2 files and --kd-model-name 1 models'),
     (['--initial-checkpoint', 'missing.safetensors'], 'no checkpoint missing.safetensors'),
     (['--report-to', 'nothing'], "no tracker 'nothing'; --report-to takes"),
     (['--grad-accum-steps', '4'], 'fewer batches than --grad-accum-steps'),
@@ -745,13 +750,13 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--val-split', '', '--val-fraction', '0.1'], '--val-split says which images validate; leave out --val-fraction'),
     (['--sched', 'step', '--epochs', '90', '--warmup-epochs', '5', '--warmup-prefix'],
      'first fall after 95 epochs, and the run has 95'),
-    (['--train-crop-mode', 'rkrr'], '--train-crop-mode is of images that are randomly resized'),
-    (['--train-interpolation', 'random'], '--train-interpolation is of images that are randomly resized'),
+    (['--train-crop-mode', 'rkrr'], '--train-crop-mode only applies to images that are randomly resized'),
+    (['--train-interpolation', 'random'], '--train-interpolation only applies to images that are randomly resized'),
     (['--sched', 'rsqrt'], "'rsqrt' takes its timescale from the warmup; set --warmup-epochs"),
     (['--lr-noise-pct', '0'], 'must be above 0'),
     (['--mixup', '0.2', '--batch-size', '1'], 'in pairs; use an even --batch-size'),
     (['--cutmix', '0.2', '--batch-size', '3'], 'in pairs; use an even --batch-size'),
-    (['--sched', 'none'], 'a rate that stays the same is --sched constant'),
+    (['--sched', 'none'], 'for a rate that stays the same use --sched constant'),
     (['--padding', '-1'], 'must be at least 0, not -1'),
     (['--mixup', '0.2', '--cutmix-minmax', '0.1', '0.5'], '--cutmix-minmax only applies with --cutmix'),
     (['--seed', '-1'], 'must be from 0 to'),
@@ -765,8 +770,8 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--scale', '0', '1'], 'must be above 0 and at most 1, not 0'),
     (['--scale', '0.5', '1.5'], 'must be above 0 and at most 1, not 1.5'),
     (['--ratio', '2', '0.5'], '--ratio takes the smallest value and the largest, not 2 0.5'),
-    (['--scale', '0.5', '1'], '--scale is of images that are randomly resized .* or set --memory-limit 0'),
-    (['--ratio', '0.5', '1'], '--ratio is of images that are randomly resized'),
+    (['--scale', '0.5', '1'], '--scale only applies to images that are randomly resized .* or set --memory-limit 0'),
+    (['--ratio', '0.5', '1'], '--ratio only applies to images that are randomly resized'),
     (['--mixup', '-1'], 'must be at least 0, not -1'),
     (['--model', 'rn26.foo'], "rn26 has no tag 'foo'; it has cifar10, cifar100, mini_imagenet"),
     (['--model-kwargs', 'foo'], 'must be KEY=VALUE, not foo'),
@@ -779,7 +784,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--dataset', 'TFDS/somewhere'], 'is a stream'),
     (['--opt-args', 'lr=5'], 'has flags of its own, --lr and --lr-base'),
     (['--model-kwargs', 'in_chans=4'], 'in_chans=4 cannot be used; images are decoded to 1 channel or 3'),
-    (['--model-kwargs', 'num_templates=7'], 'leaves no template for each of the 10 classes'),
+    (['--model-kwargs', 'num_templates=7'], 'is not one template for each of the 10 classes'),
 ])
 def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr('train.engine.get_available_trackers', list)  # as where none is installed
@@ -854,6 +859,7 @@ def test_settings_of_the_network_and_the_optimizer_reach_them(tmp_path):
 def test_ema_is_the_mean_its_decay_says(tmp_path):
     trainer = create_trainer(
         tmp_path, '--model-ema', '--model-ema-decay', '0.7', '--no-model-ema-warmup', '--lr', '0.1', '--opt', 'sgd')
+    assert create_trainer(tmp_path, '--model-ema').ema.use_warmup and not trainer.ema.use_warmup
     trainer.model.train()
     for images, targets in trainer.train_loader.epoch(0):
         before = {k: v.clone() for k, v in trainer.ema.module.named_parameters()}
@@ -863,8 +869,16 @@ def test_ema_is_the_mean_its_decay_says(tmp_path):
         torch.testing.assert_close(v, 0.7 * before[k] + 0.3 * after[k])
 
 
+def test_seed_decides_weights_and_order(tmp_path):
+    trainers = [create_trainer(tmp_path, '--seed', seed) for seed in ('0', '1', '0')]
+    first, second, again = ([
+        next(trainer.train_loader.epoch(0))[0], trainer.plain_model.conv1.weight.detach()] for trainer in trainers)
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, second))
+
+
 def test_mixing_ends_with_the_epoch_one_names(tmp_path):
     trainer = create_trainer(tmp_path, '--mixup', '1', '--mixup-off-epoch', '2')
+    assert create_trainer(tmp_path, '--mixup', '1', '--smoothing', '0.4').mixup.label_smoothing == 0.4
     seen = []
     trainer.task.register_forward_pre_hook(lambda task, args: seen.append(args))
     images, targets = next(trainer.train_loader.epoch(0))

@@ -239,6 +239,8 @@ def test_int8_is_judged_by_images_not_by_noise():
 
     assert run_check(run, 'int8')[1] is None
     assert run_check(run, 'fp16')[1] is not None
+    failure = str(run_check(lambda x: [scores_of(x)[0], -scores_of(x)[1]], 'int8')[1])  # other regions alone
+    assert failure.startswith('patch_logits') and 'regions' in failure
 
 
 def test_sizes_of_a_file_that_takes_few_are_used():

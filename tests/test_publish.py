@@ -229,13 +229,13 @@ def test_training_publishes_with_images_of_its_own_set(monkeypatch, capsys, tmp_
     monkeypatch.setattr('huggingface_hub.utils._auth._get_token_from_file', lambda: None)
     args = parse_args([
         '--dataset', 'torch/cifar10', '--data-dir', str(tmp_path), '--dataset-download', '--test-split', 'validation',
-        '--push-to-hub', 'me/net', '--hub-private'])
+        '--input-key', 'img', '--target-key', 'fine_label', '--push-to-hub', 'me/net', '--hub-private'])
     assert publish(tmp_path / 'best.safetensors', args) is None
     message = capsys.readouterr().err
     command = shlex.split(message.split('Push it with: ')[1])
     assert command[:4] == ['python', '-m', 'export', 'push'] and '--dataset-download' in command
     for flag, value in (
             ('--dataset', 'torch/cifar10'), ('--data-dir', str(tmp_path)), ('--check-split', 'validation'),
-            ('--repo', 'me/net')):
+            ('--repo', 'me/net'), ('--input-key', 'img'), ('--target-key', 'fine_label')):
         assert command[command.index(flag) + 1] == value
     assert '--private' in command

@@ -209,18 +209,24 @@ def test_measures_are_of_classes_and_of_superclasses():
     targets = np.repeat(np.arange(10), 3)
     sample = Sample(np.zeros((30, 32, 32, 3), np.uint8), targets, names, (8, 8), np.zeros((30, 2), int))
     x = rng.normal(size=(60, 4))
-    values = geometry.measure_geometry(x, sample, k=3)
+    points = geometry.measure_points(x, sample, k=3)
+    values = geometry.summarize(points, sample)
     vehicles = np.isin(sample.region_targets, [names.index(n) for n in ('airplane', 'automobile', 'ship', 'truck')])
     assert values['superclass_silhouette'] == pytest.approx(silhouette_score(x, vehicles))
     assert values['class_silhouette'] == pytest.approx(silhouette_score(x, sample.region_targets))
     by_image = silhouette_samples(x, vehicles).reshape(30, 2).mean(1)
     assert values['superclass_silhouette_error'] == pytest.approx(by_image.std(ddof=1) / 30 ** 0.5)
+    others = geometry.measure_points(rng.normal(size=(60, 2)), sample, k=3)
+    lead = geometry.compare(dict(ours=points, other=others), sample)['other']['ours']
+    by_image = (others['class_neighbour_rate'] - points['class_neighbour_rate']).reshape(30, 2).mean(1)
+    assert lead['class_neighbour_rate'] == pytest.approx(by_image.mean())
+    assert lead['class_neighbour_rate_error'] == pytest.approx(by_image.std(ddof=1) / 30 ** 0.5)
     chance = geometry.find_chance(sample)
     assert chance['class'] == pytest.approx(2 / 29)  # of the other images of 30, those of the same class
     assert chance['superclass'] == pytest.approx(0.4 * 11 / 29 + 0.6 * 17 / 29)
     sample.class_names = [f'c{k}' for k in range(10)]
     assert geometry.find_chance(sample)['superclass'] is None
-    assert geometry.measure_geometry(x, sample)['superclass_silhouette'] is None
+    assert geometry.summarize(geometry.measure_points(x, sample), sample)['superclass_silhouette'] is None
 
 
 def test_superclasses_of_cifar100_are_twenty_of_five():

@@ -250,8 +250,18 @@ def test_networks_of_one_recipe_are_compared():
     assert compare() == (UNTESTED, EXCEPTION)
 
 
-def space(value, *keys):
-    return {name: number for key in keys for name, number in ((key, value), (f'{key}_error', 0.01))}
+def space(value, *keys, error=0.01):
+    return {name: number for key in keys for name, number in ((key, value), (f'{key}_error', error))}
+
+
+def compare_all(spaces):
+    """Leads with an error that two spaces of images of their own would have."""
+    keys = [key for key in next(iter(spaces.values())) if not key.endswith('_error')]
+    names = list(spaces)
+    return {
+        ours: {other: {k: v for key in keys for k, v in space(
+            spaces[ours][key] - spaces[other][key], key, error=0.014).items()} for other in names[:i]}
+        for i, ours in enumerate(names)}
 
 
 CLUSTERED = ("Features are clustered by meaning at the block's output, not before it nor in the baseline (here: "
@@ -262,9 +272,10 @@ def make_geometry(output, shortcut=0.2, model='rn26_tm', mean=0.3):
     keys = [f'{label}_{measure}' for label in ('class', 'superclass') for measure in ('neighbour_rate', 'silhouette')]
     layers = {'stage 3': 0.2, 'patch mean': mean, 'shortcut': shortcut, 'values': 0.9, 'block output': output}
     spaces = {f'{model}: {layer}': space(value, *keys) for layer, value in layers.items()}
+    spaces = {'rn26: stage 3': space(0.15, *keys), 'rn26: patch mean': space(0.25, *keys), **spaces}
     return dict(
-        settings=dict(model=model, baseline='rn26'), chance={'class': 0.1, 'superclass': 0.5},
-        spaces={'rn26: stage 3': space(0.15, *keys), 'rn26: patch mean': space(0.25, *keys), **spaces})
+        settings=dict(model=model, baseline='rn26'), chance={'class': 0.1, 'superclass': 0.5}, spaces=spaces,
+        leads=compare_all(spaces))
 
 
 @pytest.mark.parametrize('output, verdict', [(0.6, HOLDS), (0.3, HOLDS), (0.22, UNDECIDED), (0.1, FAILS)])
@@ -288,11 +299,13 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
         rates = together[1].partition('; silhouettes')[0].replace('rn26_tm.b', f'{why}: rn26_tm.b')
         assert (alone, beside) == (verdict + scope, f'{rates}; silhouettes{found[1].partition("; silhouettes")[2]}')
     uncertain = make_geometry(output)
-    uncertain['spaces']['rn26: stage 3']['class_neighbour_rate_error'] = 0.5  # of the baseline alone
+    lead = uncertain['leads']['rn26_tm: block output']['rn26: stage 3']
+    lead['class_neighbour_rate_error'] = 0.5  # of the baseline alone
     assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (FAILS if verdict == FAILS else UNDECIDED)
     of_files = make_geometry(output, model='a.best')  # spaces have the names of runs
     of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/last.safetensors')
     of_files['spaces'] = {name.replace('rn26:', 'b.last:'): x for name, x in of_files['spaces'].items()}
+    of_files['leads'] = compare_all(of_files['spaces'])
     assert verdicts(geometry={'rn26_tm.a': of_files})[CLUSTERED] == found
     animals = verdicts(geometry={'rn26_tm.a': make_geometry(output)})[
         "Animals lie apart from vehicles at the block's output (here: more than single positions at its input and in "
@@ -309,7 +322,8 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
     def judge_beside(scores):
         spaces = {name: space(value, 'class_neighbour_rate', 'superclass_silhouette') for name, value in (
             ('value embeddings', 0.8), ('class scores', scores))}
-        return verdicts(geometry={'rn26_tm.a': geometry}, mosaic={'rn26_tm.a': dict(settings={}, spaces=spaces)})[claim]
+        mosaic = dict(settings={}, spaces=spaces, leads=compare_all(spaces))
+        return verdicts(geometry={'rn26_tm.a': geometry}, mosaic={'rn26_tm.a': mosaic})[claim]
 
     geometry = make_geometry(0.6, shortcut, mean=mean)
     found = judge_beside(0.7)
@@ -327,7 +341,8 @@ def test_value_embeddings_against_class_scores(values, verdict):
         ('value embeddings', values), ('class scores', 0.1))}
     claim = 'Value embeddings bring patches of like meaning together that class scores keep apart'
     verdict += ' for one network' if verdict == HOLDS else ''
-    assert verdicts(mosaic={'rn26_tm.a': dict(settings={}, spaces=spaces)})[claim] == (
+    mosaic = dict(settings={}, spaces=spaces, leads=compare_all(spaces))
+    assert verdicts(mosaic={'rn26_tm.a': mosaic})[claim] == (
         verdict, f'silhouette of the superclasses by values: rn26_tm.a: {values:.3f} ± 0.010, 0.100 ± 0.010 by scores')
 
 

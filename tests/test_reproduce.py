@@ -283,16 +283,16 @@ def test_table_holds_all_seeds_of_a_cell(tmp_path):
     (['table1', '--data', 'cifar10'], '--data takes'), (['table1', '--rows', 'rn50'], 'invalid choice'),
     (['depth', '--rows', 'wrn16_tm'], 'depth has no row wrn16_tm; --rows takes rn26, rn26_tm, rn38'),
     (['lambda', '--rows', 'rn26'], 'lambda has no row rn26; leave out --rows'),
-    (['depth', '--lambdas', '0.5'], '--lambdas is of lambda; leave it out of depth'),
-    (['table1', '--perturbed-32'], '--perturbed-32 is of maximizers; leave it out of table1'),
-    (['lambda', '--num-samples', '3'], '--num-samples is of maximizers; leave it out of lambda'),
+    (['depth', '--lambdas', '0.5'], '--lambdas only applies to lambda; leave it out of depth'),
+    (['table1', '--perturbed-32'], '--perturbed-32 only applies to maximizers; leave it out of table1'),
+    (['lambda', '--num-samples', '3'], '--num-samples only applies to maximizers; leave it out of lambda'),
     (['lambda', '--', '--patch-loss-weight=0.5'], '--patch-loss-weight is set by the experiment'),
     (['maximizers', '--', '--batch-size', '128'], '--batch-size is set by the experiment'),
     (['maximizers', '--', '-b', '128'], '-b is set by the experiment'),
     (['maximizers', '--', '-b128'], '-b128 is set by the experiment'),
     (['table1', '--', '--seed', '3'], '--seed is set by the experiment'),
-    (['table1', '--', '--pool', '80', '20', '0'], 'of the test part, which --pool leaves empty'),
-    (['table1', '--', '--pool', '80', '20', '0.0'], 'of the test part, which --pool leaves empty'),
+    (['table1', '--', '--pool', '80', '20', '0'], 'needs a test part, which --pool leaves empty'),
+    (['table1', '--', '--pool', '80', '20', '0.0'], 'needs a test part, which --pool leaves empty'),
 ])
 def test_bad_input_is_one_sentence(flags, message):
     with pytest.raises(InputError, match=message) as error:

@@ -114,13 +114,13 @@ def test_what_goes_on_by_itself_is_the_run_of_the_experiment(tmp_path):
     flags = [*FLAGS[:-2], '-c', str(tmp_path / 'recipe.yaml'), '--batch-size', '12', '--output', str(tmp_path)]
     with pytest.raises(InputError, match='run has nothing to measure yet'):
         parse_args([*flags, '--eval-only'])
-    with pytest.raises(InputError, match='goes on with the run of --experiment .*; name one'):
+    with pytest.raises(InputError, match='resumes the run of --experiment .*; add --experiment'):
         parse_args(['--resume', 'auto'])
     assert main([*flags, '--max-steps', '1', '--model-kwargs', 'patch_size=2'])['updates'] == 1
     args = parse_args([*flags, '--max-steps', '2'])
     assert args.resume == str(tmp_path / 'run') and args.model_kwargs == {'patch_size': 2}
     assert main([*flags, '--max-steps', '2'])['updates'] == 2
-    with pytest.raises(InputError, match='--model-kwargs patch_size cannot change in a run that goes on'):
+    with pytest.raises(InputError, match='--model-kwargs patch_size cannot change in a run that is resumed'):
         parse_args([*flags, '--model-kwargs', 'patch_size=4'])
 
 
@@ -212,7 +212,7 @@ def test_epochs_are_of_the_images_there_are(tmp_path):
     main([*flags, '--batch-size', '6', '--output', str(tmp_path), '--val-fraction', '0.5'])  # 2 epochs of 3 updates
     result = main(['--resume', str(tmp_path / 'run'), '--val-fraction', '0', '--epochs', '3'])  # then one of 6
     assert [row['epoch'] for row in result['history']] == [0, 1, 2] and result['updates'] == 18
-    with pytest.raises(InputError, match='--val-fraction cannot change in a run that goes on: the images would be'):
+    with pytest.raises(InputError, match='--val-fraction cannot change in a run that is resumed: the images would be'):
         main(['--resume', str(tmp_path / 'run'), '--val-fraction', '0.2', '--epochs', '4'])
 
 
@@ -323,7 +323,7 @@ def test_splits_that_are_pooled_cannot_change_where_they_are_measured_alone(tmp_
     begun = ['--output', str(tmp_path), '--val-split', 'test[36:48]', '--test-split', 'test[48:60]']
     path.write_text(dump_args(parse_args([*begun, '--pool', '65', '15', '20'])))
     asked = ['--resume', str(tmp_path), '--eval-only', *flags]
-    with pytest.raises(InputError, match=f'^{flags[0]} cannot change in a run that goes on: the images would be div'):
+    with pytest.raises(InputError, match=f'^{flags[0]} cannot change in a run that is resumed: the images would be div'):
         check_resumed(parse_args(asked), path)
     path.write_text(dump_args(parse_args(begun)))
     check_resumed(parse_args(asked), path)
@@ -366,12 +366,13 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize('flags', [
     ['--opt', 'momentum'], ['--opt-args', 'amsgrad=True'], ['--opt-betas', '0.5', '0.6'], ['--weight-decay', '0.5'],
+    ['--momentum', '0.5'], ['--opt-eps', '1e-5'], ['--eval-metric', 'loss'],
     ['--seed', '7'], ['--experiment', 'other'], ['--output', 'elsewhere'], ['--pretrained'],
     ['--initial-checkpoint', 'x.safetensors'], ['--val-split', 'test[24:30]'], ['--train-split', 'train[36:72]'],
     ['--split-seed', '1'], ['--pool', '65', '15', '20']])
 def test_what_a_checkpoint_settles_cannot_change(finished, flags):
     before = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
-    message = f'^{flags[0]} cannot change in a run that goes on'
+    message = f'^{flags[0]} cannot change in a run that is resumed'
     for eval_only in ([], ['--eval-only']):
         if not eval_only or flags[0] in ('--train-split', '--split-seed', '--pool'):
             with pytest.raises(InputError, match=message):

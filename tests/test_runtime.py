@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from timm.data import create_transform
 
 import export.runtime as runtime
@@ -185,6 +185,7 @@ def test_sidecar_of_another_file_is_told(folder, tmp_path):
 
 def test_threads_may_share_a_runner(folder):
     runner = runtime.load(folder / 'patches.onnx', 'cpu', threads=1)
+    assert runner.session.session.get_session_options().intra_op_num_threads == 1
     paths = sorted(IMAGES.iterdir())
     expected = [p.probabilities for p in runner(paths)]
     results = {}
@@ -222,6 +223,8 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
     assert run.returncode == 2
     results = [json.loads(line) for line in run.stdout.splitlines()]
     assert [(Path(r['image']).name, r['top'][0][0]) for r in results] == [('ship.png', 'ship'), ('frog.png', 'frog')]
+    regions = runtime.load(folder / 'patches.onnx', 'cpu')(IMAGES / 'ship.png').patch_probabilities.argmax(0)
+    assert results[0]['regions'] == regions.tolist()
     errors = run.stderr.splitlines()
     assert len(errors) == 2 and 'broken.png' in errors[0] and errors[1] == 'error: 1 of 3 images could not be read.'
     for result in results:
@@ -259,12 +262,17 @@ def test_module_of_the_checkout_runs_without_pytorch_too(folder):
     assert ' onnxruntime.capi\n' in run.stderr and ' torch\n' not in run.stderr
 
 
-def test_picture_shows_what_each_region_matched():
+def test_picture_shows_what_each_region_matched(monkeypatch):
     patches = np.zeros((3, 2, 2), dtype=np.float32)
     patches[[0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 0, 1]] = 1
     prediction = runtime.Prediction(
         Image.new('RGB', (32, 32), 'white'), np.array([0.1, 0.2, 0.7]), patches, ['a', 'b', 'c'], ['a', 'b', 'c'])
+    written = []
+    write = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, xy, text, *args, **kwargs: (
+        written.append(text), write(self, xy, text, *args, **kwargs))[1])
     picture = np.asarray(prediction.picture(size=100)).astype(int)
+    assert written[0].startswith('c 70 %') and written[2:] == ['where it is c', 'c', 'b', 'a']
     regions = picture[30:130, 120:220]
     corners = [tuple(regions[y, x]) for y, x in ((20, 20), (20, 80), (80, 20), (80, 80))]
     assert corners[2] == corners[3] and len(set(corners)) == 3
@@ -402,7 +410,7 @@ def test_gpu_that_does_not_start_is_told_and_prints_nothing_into_the_results(fol
     with pytest.raises(runtime.RuntimeInputError, match='driver version is insufficient; look at the driver, CUDA'):
         runtime.load(folder / 'plain.onnx', 'cuda')
     flags = ['--device', 'cuda', '--allow-fallback', '--json']
-    with pytest.warns(match='ONNX Runtime goes on with the CPU: CUDA failure 35'):
+    with pytest.warns(match='ONNX Runtime continues on the CPU: CUDA failure 35'):
         runtime.main(['run', str(folder / 'plain.onnx'), str(IMAGES / 'ship.png'), *flags])
     printed = capsys.readouterr()
     assert json.loads(printed.out)['top'][0][0] == 'ship' and 'EP Error' not in printed.err
@@ -430,6 +438,7 @@ def test_int8_for_cpus_runs_on_one_unless_the_gpu_is_asked_for(folder, tmp_path,
     class OnGpu:
         def __init__(self, content, options, providers, **kwargs):
             self.providers = [p if isinstance(p, str) else p[0] for p in providers]
+            assert self.providers[0] == 'CPUExecutionProvider' or providers[0][1]['use_tf32'] == '0'
             started.append(self.providers[0])
             self.real = real(content, options, providers=['CPUExecutionProvider'], **kwargs)
 
@@ -528,7 +537,7 @@ def test_both_packages_of_onnxruntime_are_refused(folder, monkeypatch):
 
 
 def test_hub_repository_that_cannot_be_had_is_one_sentence(monkeypatch):
-    with pytest.raises(runtime.RuntimeInputError, match='nobody/nothing cannot be had from the Hub') as error:
+    with pytest.raises(runtime.RuntimeInputError, match='nobody/nothing cannot be fetched from the Hub') as error:
         runtime.load('nobody/nothing')
     assert '\n' not in str(error.value)
 

@@ -196,6 +196,15 @@ class TestInBrowser:
         page.keyboard.press('ArrowUp')  # without a mouse
         wait_for_map(page, f'Where {names[names.index("truck") - 1]} was matched')
 
+    def test_next_image_shows_the_map_of_its_own_class(self, open_page):
+        page = open_page()
+        upload(page, SHIP)
+        page.locator('.tm-row', has_text='truck').first.click()
+        page.mouse.move(0, 0)
+        wait_for_map(page, 'Where truck was matched')
+        page.set_input_files('input[type=file]', SHIP.with_name('frog.png'))
+        wait_for_map(page, 'Where frog was matched')
+
     def test_networks_are_compared(self, open_page, folder):
         page = open_page()
         assert page.get_by_label('Model', exact=True).input_value() == 'rn26_tm'
@@ -203,8 +212,8 @@ class TestInBrowser:
         choose(page, 'Compare with', 'nothing')
         upload(page, SHIP)
         choose(page, 'Compare with', 'rn26')
-        page.wait_for_selector('.tm-result h3:text-is("rn26")')
-        assert page.locator('.tm-result h3').all_inner_texts() == ['rn26_tm', 'rn26']
+        page.wait_for_selector('.tm-result h2:text-is("rn26")')
+        assert page.locator('.tm-result h2').all_inner_texts() == ['rn26_tm', 'rn26']
         baseline = page.locator('.tm-result').nth(1)
         assert 'Class activation map, no template matching' in baseline.inner_text()
         prediction = load(folder / 'models' / 'rn26.onnx', 'cpu')(SHIP)
@@ -213,13 +222,13 @@ class TestInBrowser:
             heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(',')[1]))))
             np.testing.assert_allclose(heat[..., 3] / 255, prediction.evidence(i), atol=0.5 / 255 + 1e-6)
         choose(page, 'Compare with', 'rn26.max')  # which has no class activation maps either
-        page.wait_for_selector('.tm-result h3:text-is("rn26.max")')
+        page.wait_for_selector('.tm-result h2:text-is("rn26.max")')
         assert 'This file has no patch scores' in baseline.inner_text()
         assert baseline.locator('.tm-heat').count() == 0 and baseline.locator('.tm-row').count() == 11
         choose(page, 'Compare with', 'nothing')
         page.wait_for_function("document.querySelectorAll('.tm-result').length == 1")
         choose(page, 'Model', 'rn26_tm.few')  # templates that are no classes
-        page.wait_for_selector('.tm-result h3:text-is("rn26_tm.few")')
+        page.wait_for_selector('.tm-result h2:text-is("rn26_tm.few")')
         assert page.locator('.tm-rows').count() == 2 and page.locator('.tm-heat').count() == 7
         assert len(shown_maps(page)) == 1
 

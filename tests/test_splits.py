@@ -131,7 +131,7 @@ def test_divisions_that_cannot_be_are_refused(flags, message):
 
 @pytest.mark.parametrize('splits, flags, message', [
     (dict(train=['ant', 'bee'], val=['ant', 'cow']), ['--val-split', 'val'], "splits 'train' and 'val' differ"),
-    (dict(train=['ant']), [], "has one class alone, 'ant'; put the images of each class into a folder"),
+    (dict(train=['ant']), [], "has only one class, 'ant'; put the images of each class into a folder"),
 ])
 def test_sets_whose_classes_teach_nothing_are_refused(tmp_path, splits, flags, message):
     for split, names in splits.items():

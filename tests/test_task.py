@@ -148,5 +148,5 @@ def test_weights_out_of_range_are_refused(weight):
 def test_loss_of_a_model_in_evaluation_mode_is_one_sentence():
     task = TemplateMatchingTask(timm.create_model('rn20_tm'))
     task.eval()
-    with pytest.raises(RuntimeError, match='needs patch logits, which the model gives in training alone'):
+    with pytest.raises(RuntimeError, match='needs patch logits, which the model returns only in training'):
         task(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))

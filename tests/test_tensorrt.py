@@ -210,12 +210,12 @@ def test_int8_for_a_cpu_is_refused_before_and_by_the_parser(files, tmp_path):
     ('patches', dict(size=(32, 32, 32)), 'Height and width of the file are fixed; leave out --size'),
     ('dynamic', {}, 'name their range with --size MIN OPT MAX'),
     ('dynamic', dict(size=(64, 32, 96)), '--size 64 32 96 must rise'),
-    ('dynamic', dict(size=(48, 64, 96)), 'Images are made 32×32 for this network, which --size 48 ... 96 leaves out'),
+    ('dynamic', dict(size=(48, 64, 96)), 'This network takes images of 32×32, which --size 48 ... 96 leaves out'),
     ('patches', dict(version_compatible=True), 'leave out --version-compatible'),
     ('patches', dict(workspace=-1), '--workspace must be at least 1 MB'),
     ('patches', dict(hardware_compatibility='ampere+'), 'leave out .*--hardware-compatibility'),
     ('missing', {}, 'There is no file .*missing.onnx'),
-    ('truncated', {}, 'is cut short or no ONNX file'),
+    ('truncated', {}, 'is cut short or not an ONNX file'),
     ('future', {}, 'has opset 99, this TensorRT reads 9 to 24'),
     ('foreign', {}, 'does not say its classes and preprocessing'),
 ])
@@ -248,7 +248,7 @@ def test_profile_that_a_fixed_batch_does_not_have(files, tmp_path):
         value.type.tensor_type.shape.dim[0].dim_value = 4
     del proto.graph.value_info[:]
     onnx.save(proto, tmp_path / 'x.onnx')
-    with pytest.raises(ProfileError, match='takes batches of 4 alone; use --batch 4'):
+    with pytest.raises(ProfileError, match='takes only batches of 4; use --batch 4'):
         build_real(tmp_path / 'x.onnx', tmp_path / 'x.engine')
     assert build_real(tmp_path / 'x.onnx', tmp_path / 'x.engine', batches=((4, 4, 4),))['engine']['profiles'] == [
         [[4, 3, 32, 32]] * 3]
@@ -265,7 +265,7 @@ def test_unwritable_or_missing_place_is_one_sentence(files, tmp_path):
         main(['tensorrt', 'rn26_tm', '--output', str(tmp_path / 'x.engine'), '--batch', '4', '2', '8'])
     for flags, message in (
             (['--dynamic-size'], 'needs a range of sizes: --size MIN OPT MAX'),
-            (['--size', '32', '32', '64'], '--size is of dynamic height and width; add --dynamic-size'),
+            (['--size', '32', '32', '64'], '--size is for dynamic height and width; add --dynamic-size'),
             ([] if runtime.query_gpu() else ['--layers', 'x.json'], 'describes layers on a GPU')):
         if flags:
             with pytest.raises(InputError, match=message):

@@ -116,7 +116,7 @@ def test_simulated_engine_is_timed(simulated, files, tmp_path):
     assert re.fullmatch(r'tensorrt(_rtx)? [\d.]+, x.engine', contestant.name)
     assert [y.shape for y in contestant.call(contestant.make_input(2))] == [(2, 10), (2, 10, 8, 8)]
     for kwargs, message in ((dict(threads=2), 'leave it out for an engine'), (
-            dict(allow_fallback=True), 'Engines run on NVIDIA GPUs alone')):
+            dict(allow_fallback=True), 'Engines run only on NVIDIA GPUs')):
         with pytest.raises(runtime.RuntimeInputError, match=message):
             runtime.load(tmp_path / 'x.engine', **kwargs)
 
@@ -488,7 +488,7 @@ def test_simulated_folder_gives_the_best_engine_for_the_machine(simulated, engin
     assert runtime.load(tmp_path, 'cpu').session.provider == 'CPUExecutionProvider'  # unless asked, an ONNX file
     with pytest.raises(runtime.RuntimeInputError, match='is not an engine; name one'):
         runtime.load(tmp_path / 'onnx' / 'patches.onnx', engine=True)
-    with pytest.raises(runtime.RuntimeInputError, match='patches.onnx is not an engine, and engines alone are built'):
+    with pytest.raises(runtime.RuntimeInputError, match='patches.onnx is not an engine, and only engines are built'):
         runtime.load(tmp_path, 'cpu', rebuild=True)
     (path.parent / 'x.engine').unlink()  # its sidecar alone is no engine
     assert runtime._find(tmp_path, 'auto', None, engine=True).parent.name == 'y6'
@@ -599,7 +599,7 @@ def test_simulated_repository_gives_one_file_of_one_commit(simulated, engines, t
     assert list_fetched() == ['onnx/patches.onnx']
     shutil.rmtree(tmp_path / 'snapshots')
     own.unlink()
-    with pytest.raises(runtime.RuntimeInputError, match='cannot be had from the Hub: it has no engines/b/x.engine'):
+    with pytest.raises(runtime.RuntimeInputError, match='cannot be fetched from the Hub: it has no engines/b/x.engine'):
         runtime.load('me/net', engine=True)
     shutil.rmtree(own.parent)
     shutil.rmtree(tmp_path / 'snapshots')
@@ -640,7 +640,7 @@ def test_simulated_file_that_is_not_the_one_built_never_reaches_tensorrt(simulat
     path = tmp_path / 'x.engine'
     build_engine(files / 'patches.onnx', path, EngineOptions())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(runtime.RuntimeInputError, match='not the engine its sidecar is of, or is cut short; .*build'):
+    with pytest.raises(runtime.RuntimeInputError, match='does not match its sidecar: another file, or cut short; .*build'):
         runtime.load(path)
     (tmp_path / 'x.engine.json').write_text((files / 'patches.onnx.json').read_text())
     with pytest.raises(runtime.RuntimeInputError, match='is not of an engine'):

@@ -35,7 +35,7 @@ def timm_source():
                    '--dest', str(CACHE), f'timm=={timm.__version__}']
         download = subprocess.run(command, capture_output=True, text=True)
         if download.returncode and not os.environ.get('CI'):
-            pytest.skip(f'the source distribution of timm cannot be had: {download.stderr.strip()[-200:]}')
+            pytest.skip(f'the source distribution of timm cannot be fetched: {download.stderr.strip()[-200:]}')
         assert download.returncode == 0, download.stderr
         # and not timm/, which would be imported in place of what is installed
         subprocess.run(['tar', 'xzf', f'{folder}.tar.gz', '-C', str(CACHE), f'{folder.name}/tests'], check=True)

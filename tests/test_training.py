@@ -63,6 +63,9 @@ def test_last_line_is_the_result_as_json(finished):
     assert result['best']['top1'] == max(max(row['eval_top1'], row['eval_ema_top1']) for row in result['history'])
     for row in result['history']:
         assert row['train_loss'] == pytest.approx((row['train_class_loss'] + row['train_patch_loss']) / 2)
+        right = row['train_top1'] * 36 / 100  # of 36 images
+        assert right == pytest.approx(round(right), abs=1e-3)
+    assert any(row['train_top1'] >= 100 / 36 for row in result['history'])
 
 
 def test_progress_and_tensorboard_are_written(finished):
@@ -137,12 +140,13 @@ def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):
     assert result['last']['lr'] == pytest.approx(0.05)
 
 
-def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize('clipping', [[], ['--clip-grad', '0.01']])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, clipping):
     flags = ['--opt', 'momentum', '--lr', '0.1', '--momentum', '0', '--weight-decay', '0', '--padding', '0',
              '--hflip', '0']
     gradients = []
     for extra in (['--batch-size', '12'], ['--batch-size', '4', '--grad-accum-steps', '3']):
-        trainer = Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags, *extra]))
+        trainer = Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags, *extra, *clipping]))
         for m in trainer.model.modules():
             if isinstance(m, torch.nn.BatchNorm2d):
                 m.momentum = 0.  # statistics of a smaller batch differ, so use the running ones

@@ -378,10 +378,10 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
     (lambda f, t: f / 'scores.onnx', ['--max-batch', str(2 ** 31)], 'more than the server can count'),
     (lambda f, t: f / 'scores.onnx', ['--threads', '0', '--kind', 'cpu'], 'must be at least 1'),
     (lambda f, t: f / 'scores.onnx', ['--threads', '2'], '--threads is for instances on a CPU, .* add --kind cpu'),
-    (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or no ONNX file'),
+    (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or not an ONNX file'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
     (lambda f, t: cut(write_engine(f, 'cut', [(1, 2, 3)])), [], 'does not match its sidecar: another file'),
-    (lambda f, t: write_engine(f, 'cpu', [(1, 2, 3)]), ['--kind', 'cpu'], 'is an engine, which runs on GPUs alone'),
+    (lambda f, t: write_engine(f, 'cpu', [(1, 2, 3)]), ['--kind', 'cpu'], 'is an engine, which runs only on GPUs'),
 ])
 def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, message):
     (tmp_path / 'made').mkdir()

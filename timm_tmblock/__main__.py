@@ -28,7 +28,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', metavar='FILE', help='weights of the model, in place of its own')
     command.add_argument('--method', choices=METHODS, help=(
         "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package; if "
-        "not given, what a file was exported with, and of a model 'match'"))
+        "not given, the one a file was exported with, 'match' for a model"))
     command.add_argument('--class-name', help='class of the heat map, the predicted one if not given')
     command.add_argument('--output', type=Path, help='folder for a picture of each image')
     command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
@@ -43,7 +43,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> Optional[Callable[[], Any]]:
-    """Run a command, of which a script is left to be called.
+    """Run a command; `run` returns its script as a function that the caller has to call.
 
     Raises:
         InputError: If an image could not be explained, or a model or script cannot be read.

@@ -12,7 +12,6 @@ from timm.utils import unwrap_model
 
 from .layers.fuse import BATCH_NORMS
 from .mode import evaluating
-from .models._base import TemplateMatchingNet
 from .models.tm_resnet import PreActBasic, PreActBottleneck
 
 
@@ -65,7 +64,7 @@ class MaximizerConstants:
     layer_eta: Dict[str, float]
 
 
-def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor]) -> MaximizerConstants:
+def measure_maximizer(model: nn.Module, batches: Iterable[torch.Tensor]) -> MaximizerConstants:
     """Measure mu and eta of the BN-ReLU layers that follow 3x3 convolutions in a trained network (section 4.1).
 
     Args:
@@ -75,7 +74,7 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
     Raises:
         ValueError: If there are no images, or the model has no such layers or is not trained.
     """
-    model = unwrap_model(model)  # a graph that was compiled before knows no hooks
+    model = unwrap_model(model)  # a graph compiled earlier would not call the hooks
     norms = dict(_norms_after_3x3(model))
     if not norms:
         raise ValueError(
@@ -84,7 +83,7 @@ def measure_maximizer(model: TemplateMatchingNet, batches: Iterable[torch.Tensor
 
     def count(name: str):
         def hook(module: nn.Module, args: Tuple[torch.Tensor], output: torch.Tensor) -> None:
-            wide = torch.float32 if output.device.type == 'mps' else torch.float64  # which Apple's GPUs have not
+            wide = torch.float32 if output.device.type == 'mps' else torch.float64  # Apple's GPUs have no float64
             sums[name][0] += output.sum(dtype=wide).item()
             sums[name][1] += output.numel() // output.shape[1]
         return hook

@@ -30,7 +30,7 @@ class PatchSupervised(nn.Module):
         ```
     """
 
-    def __init__(self, model: TemplateMatchingNet) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """
         Args:
             model: Network of this package without template matching.
@@ -40,15 +40,15 @@ class PatchSupervised(nn.Module):
         """
         super().__init__()
         if not isinstance(model, TemplateMatchingNet) and isinstance(unwrap_model(model), TemplateMatchingNet):
-            raise ValueError('This model is compiled or distributed; wrap it in PatchSupervised before.')
+            raise ValueError('This model is compiled or distributed; wrap it in PatchSupervised before that.')
         if not isinstance(model, TemplateMatchingNet):
             raise ValueError(
-                f'{type(model).__name__} has no stage that is known to come last; use rn26 or its like, or give the '
+                f'{type(model).__name__} is not of this package, so its last stage is unknown; use rn26, or give the '
                 f'network a timm_tmblock.layers.PatchClassifier.')
         if model.has_template_matching:
             raise ValueError('This model has patch logits of its own; train it as it is.')
         if model.num_classes < 1:
-            raise ValueError('This model has no classes for the patches to be of; create it with num_classes.')
+            raise ValueError('This model has no classes to tell patches apart by; create it with num_classes.')
         parameter = next(model.parameters())
         self.aux = PatchClassifier(
             model.patch_channels, model.num_classes, model.patch_size, device=parameter.device, dtype=parameter.dtype)

@@ -30,8 +30,8 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
 
     Args:
         path: File or folder to write.
-        unique: Take a name of this writer alone, as another may write `path` at the same time. Otherwise all processes
-            of a run have the same, and what a killed one left is overwritten by the next.
+        unique: Take a name that no other writer has, as another may write `path` meanwhile. Otherwise all processes
+            of a run use the same name, so what a killed run left is overwritten by the next.
 
     Yields:
         The temporary name. Renaming it to `path` is the caller's last step; whatever is left of it is removed.
@@ -134,7 +134,7 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
         with suppress(OSError), open(path, 'rb') as f:
             if f.read(23) == b'version https://git-lfs':
                 raise InputError(
-                    f'{path} is not the file but a pointer of Git LFS to it; install git-lfs and run git lfs '
+                    f'{path} is a pointer of Git LFS, not the file itself; install git-lfs and run git lfs '
                     f'pull.') from e
         raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
 
@@ -144,7 +144,7 @@ def _is_of_torch(path: Union[str, Path]) -> bool:
 
 
 def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torch.nn.Module:
-    """Create the model that a weight file is of, in evaluation mode, with its classes and preprocessing.
+    """Create the model whose weights a file holds, in evaluation mode, with its classes and preprocessing.
 
     Args:
         path: File written by `save_weights`, or weights of `model_name` from elsewhere, of torch.save too.
@@ -156,7 +156,7 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
     description = read_description(path)
     name = model_name or description.get('model')
     if name is None:
-        raise InputError(f'{path} does not say which model it is of; name the model.')
+        raise InputError(f'{path} does not say which model it is of; name that too (MODEL --checkpoint FILE).')
     check_model(path, description, name)
     if not timm.is_model(name):
         raise InputError(f'timm has no model {name!r}; timm.list_models("*_tm*") lists those with template matching.')
@@ -202,7 +202,7 @@ def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) 
     except Exception as e:  # the network, the Hub, safetensors and timm have errors of their own
         raise InputError(
             f'{source} is not a model with pretrained weights ({say_why_not_loaded(e)}); name one of '
-            f'timm.list_pretrained(), or give a weight file of training (*.safetensors) in its place.') from e
+            f'timm.list_pretrained(), or a weight file that training wrote (*.safetensors).') from e
 
 
 def check_tag(name: str) -> None:

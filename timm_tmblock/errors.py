@@ -16,7 +16,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 class InputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, and what to do.
 
-    The command lines print it alone and exit with code 2.
+    The command lines print it without a traceback and exit with code 2.
     """
 
 

@@ -85,7 +85,7 @@ class Explanation:
             names = ', '.join(self.template_names)
             if name in self.class_names:
                 raise InputError(
-                    f'{name!r} has no template of its own; use method="cam" (--method cam) or a template of {names}.')
+                    f'{name!r} has no template of its own; use method="cam" (--method cam) or one of: {names}.')
             kind = 'classes' if list(self.template_names) == list(self.class_names) else 'templates'
             raise InputError(f'There is no class {name!r}; the {kind} are {names}.')
         return list(self.template_names).index(name)
@@ -140,7 +140,7 @@ class Explainer:
                 name of a pretrained model, or a network of your own with `num_classes`, `pretrained_cfg`,
                 `get_patch_classifier` and `forward_patch_logits`, which returns logits and patch logits.
             method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
-                what a file was exported with, and of a model 'match'.
+                the one a file was exported with, or 'match' for a model.
 
         Raises:
             InputError: If the source cannot be read, or has no map of this kind.
@@ -200,7 +200,7 @@ class Explainer:
         try:
             import onnxruntime
         except ImportError as e:
-            raise InputError('ONNX files need ONNX Runtime; pip install "timm-tmblock[ort]".') from e
+            raise InputError('ONNX files need ONNX Runtime; pip install onnxruntime.') from e
         if not path.is_file():
             raise InputError(f'There is no file {path}.')
         try:
@@ -221,7 +221,7 @@ class Explainer:
             raise InputError(f'{path} lacks the metadata that python -m export onnx writes ({e}).') from e
         if method not in (None, self.method):
             raise InputError(
-                f'{path} was exported with the map of the method {self.method!r}; export it again with --method '
+                f'{path} was exported with --method {self.method}; export it again with --method '
                 f'{method}.')
         self._set_names(class_names, outputs['logits'].shape[1], outputs['patch_logits'].shape[1])
         input_name = session.get_inputs()[0].name
@@ -273,7 +273,7 @@ def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: Opt
             of a pretrained model.
         image: File or its bytes, PIL image or uint8 array, of any size.
         method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
-            what a file was exported with, and of a model 'match'.
+            the one a file was exported with, or 'match' for a model.
 
     Raises:
         InputError: If either cannot be used.
@@ -377,10 +377,10 @@ def _draw(explanation: Explanation, class_name: Optional[str], size: int) -> Ima
     below = gap + line + height + gap // 2
     lefts = [gap + i * (size + gap) for i in range(3)]
     for left, panel, title in zip(lefts, panels, titles):
-        draw.text((left, gap // 2), title, fill='black', font=font)
+        draw.text((left, gap // 2), _shorten(title, font, size), fill='black', font=font)
         canvas.paste(panel, (left, gap + line))
     for row, text in enumerate(top3):
-        draw.text((lefts[0], below + row * line), text, fill='black', font=font)
+        draw.text((lefts[0], below + row * line), _shorten(text, font, size), fill='black', font=font)
     for entry, i in enumerate(order):  # legend, two columns, most frequent class first
         x = lefts[1] + entry % 2 * size // 2
         y = below + entry // 2 * line

@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.ti
 
 
 def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
-    """Files as they are, and the images in folders and in the folders in those, sorted, but no explanations.
+    """Files as named, and images in folders and their subfolders, sorted, without our own *.explained.png.
 
     Raises:
         InputError: If there are none.

@@ -44,7 +44,7 @@ class TemplateMatchingTask(ClassificationTask):
     ) -> None:
         """
         Args:
-            model: Model of this package, whose patch supervision is switched on, a baseline as
+            model: Model of this package, whose patch supervision this switches on; a baseline wrapped as
                 `PatchSupervised(model)`; or another one with `num_classes`, `set_patch_supervision` and
                 `get_patch_classifier`, which returns a module with `num_templates`, as `PatchClassifier`.
             criterion: Loss function that averages over samples. Created from criterion_kwargs when None.
@@ -91,7 +91,7 @@ class TemplateMatchingTask(ClassificationTask):
         return found if isinstance(found, PatchSupervised) else None
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
-        """Compile the model before DDP wrapping; returns what is evaluated, of `PatchSupervised(model)` the model."""
+        """Compile the model before DDP wrapping; returns the model to evaluate, in `PatchSupervised` the inner one."""
         supervised = self._find_auxiliary()
         compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
         if supervised is None:
@@ -101,7 +101,7 @@ class TemplateMatchingTask(ClassificationTask):
         return eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """Return the model for validation and checkpoints: of `PatchSupervised(model)`, the model."""
+        """Return the model for validation and checkpoints: in `PatchSupervised(model)`, the inner one."""
         if module is None and hasattr(self, 'eval_model_ema' if ema else 'eval_model'):  # set when it was compiled
             return super().get_eval_model(ema=ema)
         supervised = self._find_auxiliary(module, ema)
@@ -139,11 +139,11 @@ class TemplateMatchingTask(ClassificationTask):
                 - 'patch_loss': Term of the patch logits
 
         Raises:
-            RuntimeError: If the model is in evaluation mode, where it gives logits alone.
+            RuntimeError: If the model is in evaluation mode, where it returns only logits.
         """
         output = self.trainable_module(input)
         if isinstance(output, torch.Tensor):
-            raise RuntimeError('The loss needs patch logits, which the model gives in training alone; call train().')
+            raise RuntimeError('The loss needs patch logits, which the model returns only in training; call train().')
         logits, patch_logits = output
         regions = patch_logits.shape[-2] * patch_logits.shape[-1]
         patch_logits = patch_logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, K)

@@ -164,15 +164,15 @@ def load_checkpoint(
         state = TrainState(**content)
         if state.sharding != name_sharding(accelerator):
             raise InputError(
-                f'Checkpoint {path} is of a run with {state.sharding or "whole weights"}, not with '
-                f'{name_sharding(accelerator) or "whole weights"}; launch it as it was.')
+                f'Checkpoint {path} was written with {state.sharding or "whole weights"}, and this run has '
+                f'{name_sharding(accelerator) or "whole weights"}; launch as before.')
         if state.sharding == 'DEEPSPEED' and state.layout['processes'] != layout['processes']:
             raise InputError(
-                f'Checkpoint {path} is of {state.layout["processes"]} processes, which DeepSpeed cannot change; launch '
-                f'as many.')
+                f'Checkpoint {path} is of {state.layout["processes"]} processes, and DeepSpeed needs the same number; '
+                f'launch as many.')
         if state.layout != layout and state.batch:
             changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
-            raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the same.')
+            raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the earlier values.')
         accelerator.load_state(str(path))
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))

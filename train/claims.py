@@ -1,5 +1,4 @@
 """What the paper claims, and what the committed results say of it."""
-import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Callable, Dict, List, Sequence, Tuple
@@ -219,20 +218,22 @@ def say_of(verdict: str, networks: int) -> str:
     return f'{verdict} for {"one network" if networks == 1 else f"{networks} networks"}'
 
 
-def compare_spaces(ours: Dict[str, Any], other: Dict[str, Any], key: str) -> Difference:
-    """With errors as if the regions of each were of images of its own."""
-    return Difference(ours[key] - other[key], math.hypot(ours[f'{key}_error'], other[f'{key}_error']))
-
-
-def find_layers(analysis: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """The measures of each embedding by its name without the network's; those of a baseline as 'baseline NAME'."""
+def name_layers(analysis: Dict[str, Any]) -> Dict[str, str]:
+    """The name of each embedding by that without the network's; of a baseline 'baseline NAME'."""
     found = {}
     baseline = str(analysis['settings'].get('baseline'))
-    names = (baseline, name_network(baseline))
-    for name, space in analysis['spaces'].items():
+    networks = (baseline, name_network(baseline))
+    for name in analysis['spaces']:
         network, _, layer = name.rpartition(': ')
-        found[f'baseline {layer}' if network and network in names else layer] = space
+        found[f'baseline {layer}' if network and network in networks else layer] = name
     return found
+
+
+def compare_spaces(analysis: Dict[str, Any], ours: str, other: str, key: str) -> Difference:
+    """Of a measure of two embeddings, paired by image."""
+    leads = analysis['leads']
+    sign, lead = (1, leads[ours][other]) if other in leads.get(ours, {}) else (-1, leads[other][ours])
+    return Difference(sign * lead[key], lead[f'{key}_error'])
 
 
 def judge_spaces(
@@ -257,9 +258,10 @@ def judge_spaces(
     verdicts: List[str] = []
     lines: Dict[str, List[str]] = {'': [], ELSEWHERE: [], TAUGHT: []}
     for tag, analysis in analyses.items():
-        found = find_layers(analysis)
-        if not set(told) <= set(found):
+        names = name_layers(analysis)
+        if not set(told) <= set(names):
             continue
+        found = {layer: analysis['spaces'][name] for layer, name in names.items()}
         factor, digits, unit = (100, 1, ' %') if key.endswith('rate') else (1, 3, '')
         shares = [
             f'{factor * found[layer][key]:.{digits}f} ± {factor * found[layer][f"{key}_error"]:.{digits}f}{unit}{what}'
@@ -269,7 +271,7 @@ def judge_spaces(
         why = TAUGHT if tag in evidence.taught else ELSEWHERE if tag in evidence.elsewhere else ''
         lines[why].append(f'{tag}: {", ".join(shares)}')
         if not why:
-            verdicts += [compare_spaces(found[better], found[worse], key).verdict for better, worse in pairs]
+            verdicts += [compare_spaces(analysis, names[a], names[b], key).verdict for a, b in pairs]
     judged = lines.pop('')
     return say_of(combine_all(verdicts), len(judged)), [
         *judged, *(line for why, others in lines.items() for line in introduce(why, others))]
@@ -304,7 +306,7 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
 def judge_value_vectors(evidence: Evidence) -> Judgement:
     """By what the output has without them, and what they have beside the patch mean and beside class scores."""
     analyses = {
-        tag: dict(found, spaces={**found['spaces'], **evidence.mosaic[tag]['spaces']})
+        tag: dict(found, **{key: {**found[key], **evidence.mosaic[tag][key]} for key in ('spaces', 'leads')})
         for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
     pairs = [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')]
     verdict, lines = judge_spaces(

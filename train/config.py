@@ -150,7 +150,7 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
     group.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
-        'Python modules to import before, of models or devices that are not timm\'s'))
+        'Python modules to import first, with models or devices that are not timm\'s'))
     group.add_argument('--pretrained', action=boolean, default=False, help="start from the model's pretrained weights")
     group.add_argument('--initial-checkpoint', metavar='FILE', help='weights to start from, timm\'s checkpoints too')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
@@ -198,7 +198,7 @@ def create_parser() -> Parser:
     group.add_argument('--layer-decay-no-opt-scale', type=from_zero, help='factor below which layers are not trained')
     group.add_argument('--clip-grad', type=from_zero, help='bound of the gradients, 0 for none')
     group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad bounds')
-    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches of each process an update')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches per update, of each process')
 
     group = parser.add_argument_group('schedule, by timm, stepped each update')
     group.add_argument('--epochs', type=positive, default=30, help='length of the schedule')
@@ -251,19 +251,19 @@ def create_parser() -> Parser:
     group.add_argument('--color-jitter', type=from_zero, nargs='+', metavar='FACTOR', help=(
         'largest change of brightness, contrast and saturation: one for all, three, or four with the hue; after a '
         "policy too, with which timm's script leaves it out"))
-    group.add_argument('--color-jitter-prob', type=fraction, help='of an image to be jittered, all if not given')
+    group.add_argument('--color-jitter-prob', type=fraction, help='share of images that are jittered, all if not given')
     group.add_argument('--grayscale-prob', type=fraction, default=0., help='probability of an image without colour')
     group.add_argument('--gaussian-blur-prob', type=fraction, default=0., help='probability of a blurred image')
     group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')
     group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const', help=(
-        'what erases: the mean colour, a random one, or noise'))
+        'what fills erased parts: the mean colour, a random one, or noise'))
     group.add_argument('--recount', type=positive, default=1, help='largest number of rectangles erased')
     group.add_argument('--mixup', type=from_zero, default=0., help='alpha of mixup, 0 for none')
     group.add_argument('--cutmix', type=from_zero, default=0., help='alpha of cutmix, 0 for none')
     group.add_argument('--cutmix-minmax', type=fraction, nargs=2, help='range of the side of the part that is cut')
     group.add_argument('--mixup-prob', type=fraction, default=1., help='probability of a batch to be mixed at all')
     group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='share of cutmix where both are on')
-    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help='what has one mixture')
+    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help='what shares one ratio')
     group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help='first epoch without mixing; 0: none')
     group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
 
@@ -294,7 +294,7 @@ def create_parser() -> Parser:
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
         'keep the weights of this many best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
-    group.add_argument('--eval-metric', choices=METRICS, default='top1', help='by which validation chooses weights')
+    group.add_argument('--eval-metric', choices=METRICS, default='top1', help='what the best weights are chosen by')
     group.add_argument('--log-interval', type=not_negative, default=50, help=(
         'updates between values sent to trackers; 0: none'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
@@ -326,7 +326,7 @@ def refusing(settings: str) -> Iterator[None]:
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    """Read flags, below them the recipe they name, and below it the settings of the run they resume.
+    """Read flags, which override the recipe they name, which overrides the settings of the run they resume.
 
     Raises:
         InputError: For an unknown flag, an unknown key of the recipe, or a value of the wrong kind.
@@ -354,7 +354,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         for key, value in yaml.safe_load(yaml.safe_dump(args.model_kwargs)).items():
             if added.get(key) != value:
                 raise InputError(
-                    f'--model-kwargs {key} cannot change in a run that goes on; begin another --experiment.')
+                    f'--model-kwargs {key} cannot change in a run that is resumed; begin another --experiment.')
         args.model_kwargs = added
     _check_given(given, args)
     return args
@@ -368,7 +368,7 @@ def _find_begun(named: Dict[str, Any], output: str) -> str:
     """
     from train.checkpoint import find_checkpoints
     if not named.get('experiment'):
-        raise InputError('--resume auto goes on with the run of --experiment where it has begun; name one.')
+        raise InputError('--resume auto resumes the run of --experiment or begins it; add --experiment NAME.')
     folder = Path(named.get('output') or output) / named['experiment']
     if find_checkpoints(folder):
         return str(folder)
@@ -460,11 +460,11 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
     if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('val_fraction')
     if changes:
-        reason = 'its checkpoint settles that'
+        reason = 'its checkpoint fixes that'
         if changes[0] in division:
             reason = 'the images would be divided anew, and it would be measured on some it was trained on'
         raise InputError(
-            f'{to_flag(changes[0])} cannot change in a run that goes on: {reason}; leave it out, or begin another run '
+            f'{to_flag(changes[0])} cannot change in a run that is resumed: {reason}; leave it out, or begin a new run '
             f'with --initial-checkpoint.')
 
 

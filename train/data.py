@@ -121,7 +121,7 @@ def open_dataset(
         elif rest.lower() in HALVED and split not in SPLIT_NAMES:
             raise InputError(f'Dataset {name!r} has the splits train and test, not {split!r}.')
         elif not root:
-            raise InputError(f'torchvision reads {name} from a folder; name it with --data-dir.')
+            raise InputError(f'torchvision reads {name} from a folder; name that folder with --data-dir.')
     try:
         dataset = create_dataset(name, **kwargs)
         size = len(dataset)
@@ -134,7 +134,7 @@ def open_dataset(
                 f'it has several configurations, of which timm opens none ({shorten(str(e), 200)}); download the files '
                 f'of one into a FOLDER and name hfds/FOLDER')
         elif isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES):
-            reason += '; sets of the Hub and the sample are cached in HF_HOME, so let that be a folder you can write in'
+            reason += '; sets of the Hub and the sample are cached in HF_HOME, so set that to a folder you can write to'
         raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
     if kind != 'hfds':
         _check_folder(dataset, name, split, Path(root or name))
@@ -272,8 +272,8 @@ def get_class_names(dataset: Any) -> List[str]:
     class_to_idx = getattr(reader, 'class_to_idx', None)
     if not class_to_idx:
         raise InputError(
-            'The dataset does not say its classes; of an hfds/ set make the label column integers or a '
-            'datasets.ClassLabel, of another kind, as a .tar file, put the images into a folder for each class.')
+            'The dataset does not say its classes; in an hfds/ set make the label column integers or a '
+            'datasets.ClassLabel; from any other source, such as a .tar file, put the images into a folder per class.')
     names: Dict[int, str] = {}
     for name, index in class_to_idx.items():
         names.setdefault(index, str(name))  # of ImageNet's several the first
@@ -308,7 +308,7 @@ def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence
         if ours != theirs and (ours in found or theirs in known):
             raise InputError(
                 f'{name} and {dataset} have classes in another order (class {i} is {ours!r} in the one and {theirs!r} '
-                f'in the other); order the labels of the set as the network has them.')
+                f'in the other); renumber the labels of the set in the order of the network.')
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:

@@ -35,8 +35,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if device.type == 'cuda' and here > max(1, torch.cuda.device_count()):  # NCCL refuses two on one
         raise InputError(
-            f'{here} processes were launched on a machine with {torch.cuda.device_count()} GPUs; launch as many, with '
-            f'--num_processes of accelerate launch.')
+            f'{here} processes were launched on a machine with {torch.cuda.device_count()} GPUs; launch one per GPU '
+            f'(--num_processes of accelerate launch).')
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
     compiler = _create_compiler(args)
@@ -87,7 +87,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         plugin = getattr(accelerator.state, 'fsdp_plugin', None)
         if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
             raise InputError(
-                'FSDP is to be of version 2 and without fsdp_cpu_ram_efficient_loading; launch with --config_file '
+                'FSDP must be version 2, without fsdp_cpu_ram_efficient_loading; launch with --config_file '
                 'train/accelerate/fsdp.yaml.')
         if args.mixed_precision != 'no':
             raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
@@ -99,7 +99,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
                 'make; use --torchcompile no.')
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
-        raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; use one of the two.')
+        raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; leave out --model-ema.')
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
     if accelerator.distributed_type == DistributedType.FSDP or accelerator.device.type == 'mps':
@@ -136,11 +136,11 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
         InputError: For what DeepSpeed does otherwise than the flags say.
     """
     if args.mixed_precision != 'no':
-        raise InputError('DeepSpeed casts whole networks, batch norms too, and no images; use --mixed-precision no.')
+        raise InputError('DeepSpeed casts the whole network, batch norms too, but no images; use --mixed-precision no.')
     if 'muon' in args.opt:
         raise InputError(f'{args.opt} needs the shapes of the weights, which DeepSpeed flattens; choose another --opt.')
     if args.clip_grad and args.clip_mode != 'norm':
-        raise InputError(f'DeepSpeed clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
+        raise InputError(f'DeepSpeed clips only by the norm, not by {args.clip_mode}; use --clip-mode norm.')
     if config.get('zero_optimization', {}).get('stage') == 3:
         raise InputError('ZeRO stage 3 divides the weights, which are then not validated; use --zero_stage 2.')
     for key, flag, default, value in (
@@ -149,8 +149,8 @@ def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
         configured = config.get(key, 'auto')
         if configured not in ('auto', default, value):
             raise InputError(
-                f'The configuration of DeepSpeed has {key} {configured}, which the flags of the run set; use --{flag} '
-                f'{configured}, or leave it out there.')
+                f'The configuration of DeepSpeed has {key} {configured}, but the flags of the run set it; use --{flag} '
+                f'{configured}, or take {key} out of the configuration.')
     config['gradient_accumulation_steps'] = args.grad_accum_steps
     config['gradient_clipping'] = args.clip_grad or 0.  # it clips by itself, 'auto' by 1
     config['train_micro_batch_size_per_gpu'] = args.batch_size  # which it would take from a DataLoader

@@ -106,8 +106,8 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
         targets.append(labels.cpu().numpy())
     scores, classes = np.concatenate(logits), np.concatenate(targets)
     if classes.max() >= scores.shape[1]:
-        raise InputError(f'The model has {scores.shape[1]} outputs and the set has a label {classes.max()}; name its '
-                         f'own set with --dataset.')
+        raise InputError(f'The model has {scores.shape[1]} outputs and the set has a label {classes.max()}; name the '
+                         f'set it was trained for with --dataset.')
     if not np.isfinite(scores).all():
         raise InputError('The model gives logits that are not finite; are these its weights? Try --precision '
                          'float32.')
@@ -124,7 +124,7 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
         values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]),
         answers=dict(  # two evaluations are compared by these, image by image
             right=np.packbits(scores.argmax(1) == classes).tobytes().hex(),
-            targets_sha256=hashlib.sha256(classes.astype('<i8').tobytes()).hexdigest()))  # by which orders are told
+            targets_sha256=hashlib.sha256(classes.astype('<i8').tobytes()).hexdigest()))  # tells their orders apart
 
 
 def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
@@ -137,7 +137,9 @@ def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     shown = left.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     figure.colorbar(shown, ax=left, label='share of the class', shrink=0.8)
-    left.set(xlabel='taken for', ylabel='class', title=f'{Path(result["model"]).name}: top-1 {result["top1"]:.2f} %')
+    title = (f'{Path(result["model"]).name} on {Path(result["dataset"]).name} {result["split"]}: '
+             f'top-1 {result["top1"]:.2f} %')
+    left.set(xlabel='taken for', ylabel='class', title=title)
     if len(names) <= 20:
         left.set_xticks(range(len(names)), names, rotation=60, ha='right')
         left.set_yticks(range(len(names)), names)
@@ -146,9 +148,14 @@ def draw(result: Dict[str, Any], reliability: Reliability, path: Path) -> None:
             left.text(j, i, f'{confusion[i, j]}', ha='center', va='center', fontsize=7, color=color)
     edges = np.linspace(0, 1, len(reliability.counts) + 1)
     full = reliability.counts > 0
-    right.bar(edges[:-1][full], reliability.accuracy[full], np.diff(edges)[full], align='edge', edgecolor='white')
-    right.plot([0, 1], [0, 1], 'k--', linewidth=1)
-    right.plot(reliability.confidence[full], reliability.accuracy[full], 'o', color='tab:orange', markersize=4)
+    right.bar(
+        edges[:-1][full], reliability.accuracy[full], np.diff(edges)[full], align='edge', edgecolor='white',
+        label='accuracy of the bin')
+    right.plot([0, 1], [0, 1], 'k--', linewidth=1, label='calibrated')
+    right.plot(
+        reliability.confidence[full], reliability.accuracy[full], 'o', color='tab:orange', markersize=4,
+        label='at its mean confidence')
+    right.legend(loc='upper left')
     right.set(
         xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy',
         title=f'calibration error {100 * result["ece"]:.2f} % ({len(edges) - 1} bins, {result["images"]} images)')

@@ -29,7 +29,7 @@ def advise_on_memory(args: Namespace) -> str:
         return f'{fails}, for updates of half as many images, or {other}'
     return (
         f'{fails} --grad-accum-steps {2 * args.grad_accum_steps}{" --no-cuda-graph" if args.cuda_graph else ""}, '
-        f'which makes updates of as many images (batch norm sees fewer at a time), or {other}')
+        f'which keeps the images of an update (batch norm sees fewer at a time), or {other}')
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def create_data_config(args: Namespace) -> DataConfig:
     if config.input_size[0] not in (1, 3):
         raise InputError(f'in_chans={config.input_size[0]} cannot be used; images are decoded to 1 channel or 3.')
     if not len(config.mean) == len(config.std) == config.input_size[0]:
-        raise InputError(f'--mean and --std need {config.input_size[0]} values each, one a channel of the input.')
+        raise InputError(f'--mean and --std need {config.input_size[0]} values each, one per input channel.')
     if config.color_jitter and len(config.color_jitter) not in (3, 4):
         raise InputError(f'--color-jitter takes one factor, three or four, not {len(config.color_jitter)}.')
     for name, span in (('--scale', config.scale), ('--ratio', config.ratio)):

@@ -110,8 +110,8 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
     templates = args.model_kwargs.get('num_templates', len(class_names))
     if templates != len(class_names):
         raise InputError(
-            f'num_templates={templates} leaves no template for each of the {len(class_names)} classes, which the patch '
-            f'loss compares; leave it out.')
+            f'num_templates={templates} is not one template for each of the {len(class_names)} classes, as the patch '
+            f'loss needs; leave it out.')
     pretrained = args.pretrained and not args.resume and overlay is None
     with refusing(f'These settings of {args.model}'), (
             _refusing_weights_out_of_reach(args.model) if pretrained else nullcontext()):
@@ -146,8 +146,8 @@ def _refusing_weights_out_of_reach(name: str) -> Iterator[None]:
         if e.errno in FULL_DISK:
             raise
         raise InputError(
-            f'The pretrained weights of {name} cannot be had ({say_why_not_loaded(e)}); download them where there is a '
-            f'network, or leave out --pretrained.') from e
+            f'The pretrained weights of {name} cannot be fetched ({say_why_not_loaded(e)}); connect to the internet, '
+            f'download them beforehand, or leave out --pretrained.') from e
 
 
 def network(model: torch.nn.Module) -> torch.nn.Module:

@@ -54,7 +54,7 @@ def create_schedule(
         kwargs[key] *= updates_per_epoch
     kwargs['decay_milestones'] = [epoch * updates_per_epoch for epoch in args.decay_milestones or MILESTONES]
     if args.sched == 'none':  # by which timm sets no rate at all, neither a new one in a run that goes on
-        raise InputError("There is no schedule 'none'; a rate that stays the same is --sched constant.")
+        raise InputError("There is no schedule 'none'; for a rate that stays the same use --sched constant.")
     if args.cooldown_epochs and args.sched in ('step', 'multistep', 'constant'):
         raise InputError(f'The schedule {args.sched!r} has no lowest rate to stay at; leave out --cooldown-epochs.')
     if args.sched == 'rsqrt' and not args.warmup_epochs:

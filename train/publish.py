@@ -14,7 +14,7 @@ from train.augment import DataConfig
 from train.files import hash_file
 
 PRECISIONS = ('fp32', 'fp16')
-INSTALL = 'pip install "timm-tmblock[export,hub]" and onnxruntime, or onnxruntime-gpu'
+INSTALL = 'pip install -e ".[export,hub,ort]" in the checkout'
 
 
 def check_push(name: str, private: bool = False) -> None:

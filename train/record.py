@@ -30,7 +30,7 @@ def create_folder_name(args: Namespace) -> Path:
         InputError: If there is no run to resume, or there is one that was not to be resumed.
     """
     if len(set(gather_object([bool(args.resume)]))) > 1:  # of --resume auto
-        raise InputError('Some machines have a run to go on with, others none; name an --output that they share.')
+        raise InputError('Some machines have a run to resume and others none; name an --output that they share.')
     if args.resume:
         if not Path(args.resume).is_dir():
             raise InputError(f'There is no experiment folder {args.resume} to resume.')
@@ -38,7 +38,7 @@ def create_folder_name(args: Namespace) -> Path:
         if begun and not args.eval_only and not any((Path(args.resume) / 'checkpoints').glob('*')):
             raise InputError(
                 f'{args.resume} holds no checkpoint to resume from: that run ended before its first; begin it again '
-                f'with the same command, and with --checkpoint-interval, where an epoch is too long to lose.')
+                f'with the same command, adding --checkpoint-interval if an epoch is too long to lose.')
         return Path(args.resume)
     # several runs may begin in one second
     names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{uuid.uuid4().hex[:4]}']
@@ -54,7 +54,7 @@ _held: List[int] = []
 
 
 def _let_go() -> None:
-    """In a forked process that loads data, which would hold the folder for a moment after the run was killed."""
+    """Let go in a forked data-loading process, which would hold the folder for a moment after a killed run."""
     for handle in _held:
         os.close(handle)
     _held.clear()

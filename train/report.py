@@ -134,8 +134,8 @@ def say_claims(evidence: Evidence) -> List[str]:
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. Those "
             'about Figure 5 are judged by the ten nearest neighbours, among regions of other images, of 8 regions of '
             'each of 80 images a class, that about Figure 6 by silhouettes of 2 regions of each; the other measure may '
-            'differ, and is in the evidence. A difference of two standard errors over images decides, treating the '
-            'measures as independent. How much another run would differ is unknown, so these verdicts are about these '
+            'differ, and is in the evidence. A difference of two standard errors over images, paired by image, '
+            'decides. How much another run would differ is unknown, so these verdicts are about these '
             'networks only. Reported but not judged: `rn26_tm` for CIFAR-100, whose baseline had fewer epochs, and '
             'networks with a teacher, which the paper does not use; these differ much, and their baseline had no '
             'teacher and fewer epochs.'), '',

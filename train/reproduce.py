@@ -123,8 +123,8 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
         if cell.get('data') == dataset and _find_protocol(cell['flags'], dataset) != _find_protocol(
                 shlex.join(flags), dataset):
             raise InputError(
-                f'{path} was begun with the flags "{cell["flags"]}", not "{shlex.join(flags)}", which all runs of a '
-                f'set share to be compared; choose another --output.')
+                f'{path} was begun with the flags "{cell["flags"]}", not "{shlex.join(flags)}"; all runs of a set '
+                f'need the same flags to be compared, so choose another --output.')
 
 
 def check_test_part(flags: List[str]) -> None:
@@ -134,7 +134,7 @@ def check_test_part(flags: List[str]) -> None:
     """
     third = flags[flags.index('--pool') + 3:][:1] if '--pool' in flags else []
     if third and not third[0].strip('0.'):  # 0, 0.0, ...
-        raise InputError('The table is of the test part, which --pool leaves empty; give it a third size above 0.')
+        raise InputError('The table needs a test part, which --pool leaves empty; give it a third size above 0.')
 
 
 def check_settings(cells: List[Cell], flags: List[str]) -> None:
@@ -286,7 +286,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
             ('--lambdas', args.lambdas is not None, 'lambda'), ('--perturbed-32', args.perturbed_32, 'maximizers'),
             ('--num-samples', args.num_samples is not None, 'maximizers')):
         if given and args.experiment != experiment:
-            raise InputError(f'{flag} is of {experiment}; leave it out of {args.experiment}.')
+            raise InputError(f'{flag} only applies to {experiment}; leave it out of {args.experiment}.')
     known = dict(table1=TABLE_1, depth=DEPTH).get(args.experiment, ())
     if unknown := [row for row in args.rows or () if row not in known]:
         advice = f'--rows takes {", ".join(known)}' if known else 'leave out --rows'

@@ -1,4 +1,4 @@
-"""One face for what can classify a batch: a PyTorch network, an ONNX file, a TensorRT engine."""
+"""One interface to what can classify a batch: a PyTorch network, an ONNX file, a TensorRT engine."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Tuple
 

@@ -109,7 +109,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     if arguments:
         raise InputError(
             f'{args.run} trained {model} with {", ".join(arguments)} of its own; the tag would be another network, as '
-            f'timm creates it without.')
+            f'timm creates it without; ship a run without them.')
     target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
     start, before = settings.get('initial_checkpoint'), results / SETTINGS
     recorded = yaml.safe_load(before.read_text(encoding='utf-8')) if before.is_file() else settings

@@ -13,7 +13,7 @@ def stopping_at_signals() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM, which schedulers send, stop what runs as Ctrl-C does.
 
     Yields:
-        Whether it came, which may lead to other errors too: a process that loads data may have had it as well.
+        Function that tells whether it came. It may cause other errors too, as data-loading processes may get it.
     """
     asked = False
 

@@ -75,7 +75,7 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
     """Open the splits the settings name, as 'train', 'validation' and 'test'; their classes agree.
 
     Raises:
-        InputError: If a split is missing, serves two ends, or differs from the others in its classes.
+        InputError: If a split is missing, serves two purposes, or differs from the others in its classes.
     """
     if args.pool and args.pool[0] == 0:
         raise InputError('The first size of --pool, the training part, is 0; give it one above 0, as in 65 15 20.')
@@ -125,12 +125,12 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
     for part in classes:
         if classes[part] != classes['train']:
             one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
-            which = ' in their order' if one is None else f' ({one!r} is in one of them alone)'
+            which = ' in their order' if one is None else f' ({one!r} is in only one of them)'
             raise InputError(
                 f'The classes of splits {names["train"]!r} and {names[part]!r} differ{which}; they must be the same.')
     if len(classes['train']) < 2:
         raise InputError(
-            f'Dataset {args.dataset!r} has one class alone, {classes["train"][0]!r}; put the images of each class into '
+            f'Dataset {args.dataset!r} has only one class, {classes["train"][0]!r}; put the images of each class into '
             f'a folder of its name.')
     if accelerator.num_processes > 1:
         found = gather_object([(classes['train'], {part: len(split) for part, split in splits.items()})])
@@ -164,7 +164,7 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
     for name in ('scale', 'ratio', 'train_crop_mode', 'train_interpolation'):
         if fits['train'] and getattr(config, name):
             raise InputError(
-                f'{to_flag(name)} is of images that are randomly resized and cropped, as those of sets above '
+                f'{to_flag(name)} only applies to images that are randomly resized and cropped, as those of sets above '
                 f'--memory-limit are; leave it out, or set --memory-limit 0 with a --val-split or --val-fraction 0.')
     for part, split in splits.items():
         if not fits[part]:

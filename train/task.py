@@ -103,8 +103,8 @@ def create_teachers(
             f'too.')
     if names and files and len(names) != len(files):
         raise InputError(
-            f'{len(files)} weights of --kd-checkpoint have {len(names)} models of --kd-model-name; name one for each, '
-            f'or none where the weights tell theirs.')
+            f'--kd-checkpoint names {len(files)} files and --kd-model-name {len(names)} models; name one model each, '
+            f'or none if the files say theirs.')
     if files:
         models = [load_model(file, name) for file, name in zip(files, names or [None] * len(files))]
     else:

@@ -21,31 +21,42 @@ NOTHING = 'nothing'
 GOLD = (255, 200, 0)
 CSS = """
 .tm-result { position: relative; margin-bottom: 1.5rem; }
-.tm-result h3 { margin: 0 0 .5rem; font-size: 1.1rem; }
-.tm-view { position: relative; display: flex; flex-wrap: wrap; gap: 1rem; --side: min(18rem, 100%); }
-.tm-seen { flex: 0 0 var(--side); width: var(--side); aspect-ratio: 1; }
+.tm-result h2 { margin: 0 0 .5rem; font-size: 1.1rem; }
+.tm-view { position: relative; display: flex; flex-wrap: wrap; gap: 1rem; --side: min(18rem, 100%); --ratio: 1; }
+.tm-seen { flex: 0 0 var(--side); width: var(--side); aspect-ratio: var(--ratio); }
 .tm-seen > img { width: 100%; height: 100%; image-rendering: pixelated; }
 .tm-result.tm-mapped .tm-seen > img { filter: grayscale(1) brightness(.75); }
-.tm-grid { position: absolute; top: 0; left: 0; z-index: 2; width: var(--side); aspect-ratio: 1; display: grid; }
-.tm-grid i:hover { outline: 2px solid white; }
+.tm-grid { position: absolute; top: 0; left: 0; z-index: 2; width: var(--side); aspect-ratio: var(--ratio);
+    display: grid; }
+.tm-grid i:is(:hover, :focus) { outline: 2px solid white; box-shadow: inset 0 0 0 1px black; }
+.tm-grid i:is(:hover, :focus)::after { content: attr(title); position: absolute; left: 0; bottom: 0; max-width: 100%;
+    padding: .1rem .4rem; background: black; color: white; font-style: normal; pointer-events: none; }
 .tm-rows { flex: 1 1 14rem; min-width: 0; max-height: 24rem; overflow-y: auto; border: 0; padding: 0; margin: 0; }
-.tm-row { display: grid; grid-template-columns: 1.1rem minmax(4rem, 6rem) minmax(2rem, 1fr) 4rem 3.6rem; gap: .4rem;
+.tm-row { display: grid; grid-template-columns: 1.1rem minmax(4rem, 2fr) minmax(2rem, 1fr) 4rem 3.6rem; gap: .4rem;
     align-items: center; padding: .2rem .3rem; font-variant-numeric: tabular-nums; border-radius: .3rem; }
 .tm-head { opacity: .7; font-size: .85rem; }
 .tm-row input { appearance: auto; width: 1rem; height: 1rem; margin: 0; accent-color: rgb(190, 140, 0); }
+.tm-row input:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 .tm-row:has(input) { cursor: pointer; }
 .tm-row:has(input):hover, .tm-row:has(:checked) { background: rgba(255, 200, 0, .25); }
 .tm-row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
-.tm-row > span.tm-name { text-align: left; }
+.tm-row > span.tm-name { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .tm-bar { height: .7rem; border-radius: .35rem; background: rgba(128, 128, 128, .25); overflow: hidden; }
 .tm-bar b { display: block; height: 100%; background: rgb(255, 200, 0); }
-.tm-heat { position: absolute; top: 0; left: 0; z-index: 1; width: var(--side); aspect-ratio: 1; opacity: 0;
+.tm-heat { position: absolute; top: 0; left: 0; z-index: 1; width: var(--side); aspect-ratio: var(--ratio); opacity: 0;
     pointer-events: none; }
 .tm-row:has(:checked) .tm-heat { opacity: .7; }
 .tm-rows:has(.tm-row:hover .tm-heat) .tm-row:not(:hover) .tm-heat { opacity: 0; }
 .tm-rows .tm-row:hover .tm-heat { opacity: .7; }
 .tm-note { margin: .5rem 0 0; opacity: .8; }
 .tm-problem { padding: 1rem; border: 1px solid #c00; border-radius: .5rem; }
+"""
+ON_LOAD = """
+element.setAttribute('aria-live', 'polite');
+watch('value', () => {  // gradio patches the elements of the result before, which keep what was chosen
+    element.querySelectorAll('input[checked]').forEach(input => { input.checked = true; });
+    element.querySelectorAll('.tm-rows').forEach(rows => { rows.scrollTop = 0; });
+});
 """
 
 
@@ -122,40 +133,49 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
     """The image as the network saw it, its classes, and for each a map of the regions, by what `find_method` says."""
     patches = prediction.patch_probabilities  # (templates, H, W) or None
     group = uuid4().hex
+    width, height = prediction.image.size
     classes, templates = list(prediction.class_names), list(prediction.template_names)
     seen = f'<img alt="The image as the network saw it" src="{_to_url(prediction.image)}">'
     if patches is None:
-        rows = _rows(group, classes, prediction.probabilities)
+        rows = _rows(group, title, classes, prediction.probabilities)
         note = 'This file has no patch scores: it cannot say which region matched what.'
-        return _SECTION.format(kind='', title=escape(title), seen=seen, grid='', rows=rows, note=note)
+        return _SECTION.format(
+            kind='', title=escape(title), ratio=f'{width} / {height}', seen=seen, grid='', rows=rows, note=note)
     best = patches.argmax(axis=0)
-    count = f'{best.size} regions of {prediction.image.width // best.shape[1]} pixels a side'
+    count = f'{best.size} regions of {round(width / best.shape[1])} pixels a side'
     if templates == classes:
-        rows = _rows(group, classes, prediction.probabilities, prediction, told=_TOLD[method or 'match'])
+        rows = _rows(group, title, classes, prediction.probabilities, prediction, told=_TOLD[method or 'match'])
     else:  # templates of their own, which have no class probability
-        rows = _rows(group, classes, prediction.probabilities)
-        rows += _rows(group, templates, patches.mean(axis=(1, 2)), prediction, heads=('template', 'match'))
+        rows = _rows(group, title, classes, prediction.probabilities)
+        rows += _rows(group, title, templates, patches.mean(axis=(1, 2)), prediction, heads=('template', 'match'))
     cells = ''.join(
-        f'<i title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>' for (y, x), k in np.ndenumerate(best))
-    grid = f'<div class="tm-grid" style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>'
+        f'<i tabindex="-1" title="{escape(templates[k])} {100 * patches[k, y, x]:.0f} %"></i>'  # a tap focuses it
+        for (y, x), k in np.ndenumerate(best))
+    matched = '; '.join(', '.join(templates[k] for k in row) for row in best)
+    grid = (
+        f'<div class="tm-grid" role="img" aria-label="Best match of each region, row by row: {escape(matched)}" '
+        f'style="grid-template-columns: repeat({best.shape[1]}, 1fr)">{cells}</div>')
     if method == 'cam':
-        value = 'probability' if prediction.activations is None else 'score, as a part of the highest of any class,'
+        value = 'probability' if prediction.activations is None else 'score, as a share of the highest of any class,'
         note = (f'Class activation map, no template matching. Gold: the {value} that the classifier gives each '
-                f'position of the last feature map, {count}. Point at the image for the class of each region.')
+                f'position of the last feature map, {count}. Point at or tap the image for the class of each region.')
     else:
-        note = f'Gold: where the class was matched, of {count}. Point at the image for what each region matched best.'
-    return _SECTION.format(kind=' tm-mapped', title=escape(title), seen=seen, grid=grid, rows=rows, note=note)
+        note = (f'Gold: where the class was matched, of {count}. Point at or tap the image for what each region '
+                f'matched best.')
+    return _SECTION.format(
+        kind=' tm-mapped', title=escape(title), ratio=f'{width} / {height}', seen=seen, grid=grid, rows=rows, note=note)
 
 
 _TOLD = {'match': 'Where {} was matched', 'cam': 'Class activation of {}'}
 _SECTION = (
-    '<section class="tm-result{kind}"><h3>{title}</h3>'
-    '<div class="tm-view"><div class="tm-seen">{seen}</div>{grid}{rows}</div>'
+    '<section class="tm-result{kind}"><h2>{title}</h2>'
+    '<div class="tm-view" style="--ratio: {ratio}"><div class="tm-seen">{seen}</div>{grid}{rows}</div>'
     '<p class="tm-note">{note}</p></section>')
 
 
 def _rows(
         group: str,
+        title: str,
         names: List[str],
         values: np.ndarray,
         shown: Optional[runtime.Prediction] = None,
@@ -164,21 +184,24 @@ def _rows(
 ) -> str:
     """Names with their values, the largest first, and what shows where each was matched."""
     patches = None if shown is None else shown.patch_probabilities
+    counts = None if patches is None else np.bincount(patches.argmax(axis=0).ravel(), minlength=len(names))
     rows = [
         f'<div class="tm-row tm-head"><span></span><span class="tm-name">{heads[0]}</span><span></span>'
         f'<span>{heads[1]}</span><span>{"" if patches is None else "regions"}</span></div>']
     for place, i in enumerate(np.argsort(-values)):
-        switch, regions, heat = '<span></span>', '', ''
-        if shown is not None and patches is not None:
+        tag, switch, regions, heat = 'div', '<span></span>', '', ''
+        if shown is not None and counts is not None:
+            tag = 'label'
             switch = f'<input type="radio" name="{group}" value="{escape(names[i])}"{" checked" if not place else ""}>'
-            regions = str(int((patches.argmax(axis=0) == i).sum()))
+            regions = str(counts[i])
             alt = told.format(escape(names[i]))
             heat = f'<img class="tm-heat" alt="{alt}" src="{_heat(shown.evidence(i))}">'
         rows.append(
-            f'<label class="tm-row">{switch}<span class="tm-name">{escape(names[i])}</span>'
+            f'<{tag} class="tm-row">{switch}<span class="tm-name">{escape(names[i])}</span>'
             f'<div class="tm-bar"><b style="width: {100 * values[i]:.1f}%"></b></div>'
-            f'<span>{100 * values[i]:.1f} %</span><span>{regions}</span>{heat}</label>')
-    return f'<fieldset class="tm-rows">{"".join(rows)}</fieldset>'
+            f'<span>{100 * values[i]:.1f} %</span><span>{regions}</span>{heat}</{tag}>')
+    label = f'{escape(title)}: {heads[0]}'
+    return f'<fieldset class="tm-rows" aria-live="off" aria-label="{label}">{"".join(rows)}</fieldset>'
 
 
 def _heat(scores: np.ndarray) -> str:
@@ -211,14 +234,15 @@ def build() -> gr.Blocks:
         gr.Markdown(
             '# Which class did each region match?\n'
             'ResNets and DenseNets with a [template matching block](https://arxiv.org/abs/2210.00992) say it in one '
-            'forward pass. Drop an image, then point at a class or choose it.')
+            'forward pass. Drop an image, then point at a class or choose it. Images are deleted within two hours.')
         with gr.Row():
             with gr.Column(min_width=280):
                 image = ImageFile(type='filepath', label='Image', height=280, sources=['upload', 'clipboard', 'webcam'])
                 model = gr.Dropdown(names, value=names[0], label='Model')
                 baseline = gr.Dropdown([NOTHING, *names], value=baselines[0], label='Compare with')
             with gr.Column(min_width=280, scale=2):
-                result = gr.HTML(show(None, names[0], NOTHING), css_template=CSS, apply_default_css=False)
+                result = gr.HTML(
+                    show(None, names[0], NOTHING), css_template=CSS, apply_default_css=False, js_on_load=ON_LOAD)
         gr.Examples(list_examples(), image, label='Examples')
         changes = [image.change, model.change, baseline.change]
         gr.on(changes, show, [image, model, baseline], result, api_visibility='private')

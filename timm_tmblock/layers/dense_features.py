@@ -2,7 +2,7 @@
 
 In a plain DenseNet each layer concatenates all features before it, normalises the copy and keeps both for the backward:
 memory and traffic grow with the square of the depth. Here the features of a stage lie in one buffer, channels first,
-so that those before a layer are a slice of it; a layer keeps its normalised slice alone; and the batch statistics of a
+so that those before a layer are a slice of it; a layer keeps only its normalised slice; and the batch statistics of a
 channel are taken once. Results are those of the plain layers up to rounding. A GPU normalises channels-first features
 slower than channels_last ones, so the plain layers are the faster ones there.
 """
@@ -31,7 +31,7 @@ def can_share_features(layers: Any, x: torch.Tensor, layer_type: Type[nn.Module]
 
 
 def _is_plain_call(x: torch.Tensor) -> bool:
-    """Whether autograd alone follows the call, in one precision."""
+    """Whether nothing but autograd traces the call, and in one precision."""
     if not all(hasattr(module, name) for module, name in _PRIVATE):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() \

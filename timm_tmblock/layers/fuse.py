@@ -14,7 +14,7 @@ def fuse_conv_norm(conv: nn.Conv2d, norm: nn.Module) -> Tuple[nn.Conv2d, nn.Modu
     """Fold a norm + activation layer into the convolution before it.
 
     Returns:
-        A convolution with bias and the activation that follows it; what was given, if the norm is not a batch norm with
+        A convolution with bias and the activation that follows it; both arguments if the norm is not a batch norm with
         running statistics, or the weight is computed from others, as where it is pruned or parametrized.
     """
     if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None:

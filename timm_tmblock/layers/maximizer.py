@@ -20,7 +20,7 @@ CHUNK = 2 ** 22  # noise values drawn at a time, 16 MB in float32; one sample of
 class HardMaximizer(nn.Module):
     """Arg-max, (P1): eta for the kernel of the largest activation if that is above mu, 0 for all others.
 
-    Nothing flows back through it; it is what the other two approach as epsilon grows.
+    No gradient flows back through it; the other two approach it as epsilon grows.
     """
 
     def __init__(self, mu: float = 2.5, eta: float = 17.) -> None:
@@ -52,12 +52,12 @@ class SoftMaximizer(nn.Module):
             epsilon: Inverse temperature; the larger, the closer to arg-max.
         """
         super().__init__()
-        self.mu, self.eta, self.epsilon = float(mu), float(eta), float(epsilon)  # F.pad is scripted for floats alone
+        self.mu, self.eta, self.epsilon = float(mu), float(eta), float(epsilon)  # TorchScript's F.pad takes only floats
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=self.mu)  # (B, K + 1, H, W)
         # the backward of softmax is Proposition 3.2 applied to a vector
-        x = self.epsilon * (x - x.amax(dim=1, keepdim=True))  # fp16 overflows to minus infinity alone
+        x = self.epsilon * (x - x.amax(dim=1, keepdim=True))  # fp16 can overflow only to minus infinity
         return self.eta * torch.softmax(x, dim=1)[:, :-1]
 
     @torch.jit.ignore

@@ -149,7 +149,7 @@ class TemplateMatching(PatchClassifier):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The block for inference, with `forward` and `patch_logits` alone; timm's `reparameterize_model` calls it.
+        """The block for inference, with only `forward` and `patch_logits`; timm's `reparameterize_model` calls it.
 
         The block itself if its norm is not a batch norm with running statistics, or the weight of a convolution is
         computed (pruned, parametrized, that of an adapter).

@@ -179,7 +179,7 @@ class TemplateMatchingNet(nn.Module):
     def _check_template_matching(self) -> None:
         if not self.has_template_matching:
             raise ValueError(
-                'This model has no template matching block, so it has no patch logits; to train with them all the same '
+                'This model has no template matching block, so it has no patch logits; to train with them anyway, '
                 'wrap it in PatchSupervised.')
 
     @torch.jit.ignore
@@ -238,7 +238,7 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> 'TemplateMatchingNet':
-        """Fold batch norms into the convolutions before them, in place, where nothing else needs what is between.
+        """Fold batch norms into the convolutions before them, in place, where nothing else reads the convolution.
 
         Template matching becomes one convolution of its input. For inference: it changes the keys of the state dict, so
         save the weights first.

@@ -242,7 +242,7 @@ class PreActResNet(TemplateMatchingNet):
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
-            drop_path_rate: Stochastic depth rate of the last residual block, from 0 at the first rising linearly.
+            drop_path_rate: Stochastic depth rate of the last residual block, rising linearly from 0 at the first.
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be determined;

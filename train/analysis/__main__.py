@@ -175,9 +175,10 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     spaces = {
         f'{name}: {layer}': x for name, network in networks.items()
         for layer, x in embed_regions(network, sample, layers, model.patch_size).items()}
-    measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
+    points = {name: geometry.measure_points(x, sample) for name, x in spaces.items()}
+    measures = {name: geometry.summarize(measured, sample) for name, measured in points.items()}
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
-    values = dict(spaces=measures, chance=geometry.find_chance(sample))
+    values = dict(spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample))
     if args.baseline:
         values['baseline_sha256'] = hash_file(baseline.pretrained_cfg.get('file'))
     return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
@@ -190,7 +191,8 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
     sample = sample_regions(args, model)
     spaces = embed_regions(model, sample, ('scores', 'values'))
     spaces = {'class scores': spaces['scores'], 'value embeddings': spaces['values']}
-    measures = {name: geometry.measure_geometry(x, sample) for name, x in spaces.items()}
+    points = {name: geometry.measure_points(x, sample) for name, x in spaces.items()}
+    measures = {name: geometry.summarize(measured, sample) for name, measured in points.items()}
     patches = crop_patches(sample, model.patch_size, model.patch_reduction)
     _, names, color_of = geometry.choose_colors(sample)
     colors = colors_of(len(names))
@@ -200,7 +202,8 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
     figure = mosaic.draw_mosaics(
         mosaics, [f'{name_network(args.model)}: patches by their {name}' for name in spaces],
         [f'{geometry.describe(measures[name])}' for name in spaces], names, colors)
-    return dict(spaces=measures, chance=geometry.find_chance(sample)), figure
+    return dict(
+        spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample)), figure
 
 
 def run_words(args: argparse.Namespace, model: Any) -> Outcome:

@@ -7,6 +7,7 @@ from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
 
 from timm_tmblock.errors import InputError
+from timm_tmblock.explanation import class_color
 from train.analysis.regions import Sample
 from train.analysis.superclasses import find_superclasses
 
@@ -49,27 +50,51 @@ def label_regions(sample: Sample) -> Dict[str, Optional[np.ndarray]]:
     return {'class': sample.region_targets, 'superclass': None if groups is None else groups[sample.region_targets]}
 
 
-def measure_geometry(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, Optional[float]]:
-    """How well the regions of a class lie together: silhouette in [-1, 1] and neighbour rate in [0, 1].
+MEASURES = tuple(f'{label}_{key}' for label in ('class', 'superclass') for key in ('silhouette', 'neighbour_rate'))
+Means = Dict[str, Optional[float]]
 
-    Each with its standard error over images. For the superclasses too, None where the set has none.
+
+def measure_points(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, np.ndarray]:
+    """How well each region lies with those of its class: silhouette in [-1, 1] and neighbour rate in [0, 1].
+
+    Returns:
+        (N,) by measure, those of the superclasses only where the set has some.
 
     Raises:
         InputError: If there is one region of each class, with no other to be near to.
     """
     if len(x) <= len(sample.class_names):
         raise InputError('There is one region of each class, too few to measure how they lie; take more.')
-    values: Dict[str, Optional[float]] = {}
-    for name, y in label_regions(sample).items():
-        for key in ('silhouette', 'neighbour_rate'):
-            values[f'{name}_{key}'] = values[f'{name}_{key}_error'] = None
+    found: Dict[str, np.ndarray] = {}
+    for label, y in label_regions(sample).items():
         if y is not None:
-            images = sample.image_index
-            for key, points in (
-                    ('silhouette', silhouette_samples(x, y)),
-                    ('neighbour_rate', find_neighbour_shares(x, y, images, k))):
-                values[f'{name}_{key}'], values[f'{name}_{key}_error'] = average(points, images)
+            found[f'{label}_silhouette'] = silhouette_samples(x, y)
+            found[f'{label}_neighbour_rate'] = find_neighbour_shares(x, y, sample.image_index, k)
+    return found
+
+
+def summarize(points: Dict[str, np.ndarray], sample: Sample) -> Means:
+    """Each measure with its standard error over images, None for those there are not."""
+    values: Means = {}
+    for key in MEASURES:
+        values[key], values[f'{key}_error'] = (
+            average(points[key], sample.image_index) if key in points else (None, None))
     return values
+
+
+def compare(points: Dict[str, Dict[str, np.ndarray]], sample: Sample) -> Dict[str, Dict[str, Means]]:
+    """By how much each space has more of each measure than those before it, paired by image.
+
+    Args:
+        points: What `measure_points` gives, by space.
+        sample: The regions.
+    """
+    names = list(points)
+    return {
+        ours: {
+            other: summarize({key: points[ours][key] - points[other][key] for key in points[ours]}, sample)
+            for other in names[:i]}
+        for i, ours in enumerate(names) if i}
 
 
 def find_chance(sample: Sample) -> Dict[str, Optional[float]]:
@@ -106,14 +131,13 @@ def draw_geometry(
         title: str,
 ) -> Any:
     """Projections (N, 2) side by side, each with its measures beneath, as a Matplotlib figure."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(maps), 5.4), layout='constrained')
     panels: List[Any] = list(figure.subplots(1, len(maps), squeeze=False)[0])
     by, names, color_of = choose_colors(sample)
     labels = color_of[sample.region_targets]
-    colors = colormaps['tab10' if len(names) <= 10 else 'tab20'](np.arange(len(names)) % 20)
+    colors = np.array([class_color(k) for k in range(len(names))]) / 255
     for axes, (name, points) in zip(panels, maps.items()):
         for k in range(len(names)):
             part = points[labels == k]

@@ -82,7 +82,7 @@ def log_odds(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 
 
 def rank_cells(evidence: torch.Tensor) -> torch.Tensor:
-    """Rank of each cell, 0 for the most evident: (B, h, w) -> (B, h, w) int64."""
+    """Rank of each cell, 0 for the highest: (B, h, w) -> (B, h, w) int64."""
     order = evidence.flatten(1).argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1).view_as(evidence)
 
@@ -208,9 +208,9 @@ def draw_trust(
             axes.plot(
                 np.linspace(0, 100, len(curve)), curve, label=f'{name}: area {summary[name][key]:.3f}',
                 linestyle='--' if name in ('random', "another image's class map") else '-')
-        axes.set(title=key, xlabel=f'share of the image {what}, the most evident first (%)', ylim=(0, 1))
+        axes.set(title=key, xlabel=f'share of the image {what}, the highest-ranked first (%)', ylim=(0, 1))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
     panels[0].set_ylabel('probability of the predicted class')
     figure.suptitle(title, fontsize=11)
     return figure
