@@ -226,7 +226,7 @@ def test_tasks_of_srun_train_together(tmp_path, launch):
 def test_tasks_that_cannot_meet_are_refused(monkeypatch):
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
     monkeypatch.delenv('MASTER_ADDR', raising=False)
-    with pytest.raises(InputError, match='^4 tasks were started, of which each would train alone; export MASTER_ADDR'):
+    with pytest.raises(InputError, match='^4 tasks were started, and each would train by itself; export MASTER_ADDR'):
         join_tasks()
 
 

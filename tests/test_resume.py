@@ -323,7 +323,7 @@ def test_splits_that_are_pooled_cannot_change_where_they_are_measured_alone(tmp_
     begun = ['--output', str(tmp_path), '--val-split', 'test[36:48]', '--test-split', 'test[48:60]']
     path.write_text(dump_args(parse_args([*begun, '--pool', '65', '15', '20'])))
     asked = ['--resume', str(tmp_path), '--eval-only', *flags]
-    with pytest.raises(InputError, match=f'^{flags[0]} cannot change in a run that is resumed: the images would be div'):
+    with pytest.raises(InputError, match=f'^{flags[0]} cannot change in a run that is resumed: the images would'):
         check_resumed(parse_args(asked), path)
     path.write_text(dump_args(parse_args(begun)))
     check_resumed(parse_args(asked), path)

@@ -28,9 +28,9 @@ def join_tasks() -> None:
         return
     if 'MASTER_ADDR' not in os.environ:
         raise InputError(
-            f'{tasks} tasks were started, of which each would train alone; export MASTER_ADDR, the machine of the '
-            f'first, for them to meet, or start one a machine, with torchrun or accelerate launch in it; for runs of '
-            f'their own unset SLURM_STEP_NUM_TASKS.')
+            f'{tasks} tasks were started, and each would train by itself; export MASTER_ADDR, the host of the first, '
+            f'to train together, or start one task per machine that runs torchrun or accelerate launch; for separate '
+            f'runs unset SLURM_STEP_NUM_TASKS.')
     local_rank, rank, world_size = world_info_from_env()
     if torch.cuda.device_count() == 1:  # each task sees its own alone
         local_rank = 0
