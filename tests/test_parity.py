@@ -155,8 +155,6 @@ def test_ties_count_only_where_the_format_can_tell():
         result = compare_output(swapped, scores, scores, LIMITS[precision].resolution)
         assert result.same == 0 and result.decided == 1
     assert compare_output(swapped, scores, scores, LIMITS['fp32'].resolution).decided == 0
-    # they cannot all be ties, though: such a network fails by the share of all images
-    assert LIMITS['bf16'].same == LIMITS['fp16'].same == 0.99 and LIMITS['int8'].same == 0.95
 
 
 def test_int8_may_turn_ties_of_one_image_in_twenty():
@@ -241,15 +239,6 @@ def test_int8_is_judged_by_images_not_by_noise():
     assert run_check(run, 'fp16')[1] is not None
     failure = str(run_check(lambda x: [scores_of(x)[0], -scores_of(x)[1]], 'int8')[1])  # other regions alone
     assert failure.startswith('patch_logits') and 'regions' in failure
-
-
-def test_sizes_of_a_file_that_takes_few_are_used():
-    sizes = []
-    report, failure = check(
-        lambda x: sizes.append(len(x)) or scores_of(x), scores_of, ('logits', 'patch_logits'), 'fp32', make_images(150),
-        lambda p: (p / 255 - 0.5).astype(np.float32),
-        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32), batch_sizes=[8])
-    assert failure is None and sizes == [8] * 18 + [8] and report['images'] == 144
 
 
 def test_probabilities_are_compared_after_a_softmax():

@@ -630,19 +630,13 @@ def test_killed_push_leaves_the_repository_as_it_was_and_the_next_one_finishes(h
     assert run(hub, folder)[0] == '' and count(hub) == 1 and is_complete(hub, folder)
 
 
-def test_arrived_content_is_verified(hub, folder):
+@pytest.mark.parametrize('path, options', [
+    ('/tree/', {}), ('/tree/refs%2Fpr%2F1', dict(token=GUEST, create_pr=True))])
+def test_arrived_content_is_verified(hub, folder, path, options):
     hub.create('me/net')
     tree = [{'type': 'file', 'path': 'README.md', 'oid': '0' * 40, 'size': 3}]
-    hub.faults.append(Fault('GET', '/tree/', status=200, body=json.dumps(tree).encode(), times=9))
-    kind, text = run(hub, folder)
-    assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
-
-
-def test_content_of_a_pull_request_is_verified(hub, folder):
-    hub.create('me/net')
-    tree = [{'type': 'file', 'path': 'README.md', 'oid': '0' * 40, 'size': 3}]
-    hub.faults.append(Fault('GET', '/tree/refs%2Fpr%2F1', status=200, body=json.dumps(tree).encode(), times=9))
-    kind, text = run(hub, folder, token=GUEST, create_pr=True)
+    hub.faults.append(Fault('GET', path, status=200, body=json.dumps(tree).encode(), times=9))
+    kind, text = run(hub, folder, **options)
     assert kind == 'PushError' and 'on the Hub is not what was pushed; run the same command again' in text
 
 

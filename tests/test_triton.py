@@ -239,28 +239,34 @@ def test_server_tells_cuda_what_the_runtime_tells_it(served):
     assert warmups == [(1, [3, 32, 32]), (config['max_batch_size'], [3, 32, 32])]
 
 
-def test_versions_and_settings(files, tmp_path, capsys):
+def test_files_of_one_name_are_versions_of_one_model_with_the_same_settings(files, tmp_path, capsys):
     flags = ['--output', str(tmp_path), '--name', 'net']
     main(['triton', str(files / 'scores.onnx'), str(files / 'scores.onnx'), *flags])
     assert sorted(p.name for p in (tmp_path / 'net').iterdir()) == ['1', '2', 'config.pbtxt', 'labels.txt']
     assert (tmp_path / 'net' / 'labels.txt').read_text().splitlines()[8] == 'ship'
     assert json.loads((tmp_path / 'net' / '2' / 'model.onnx.json').read_text())['model'] == 'rn26_tm'
     assert 'wrote' in capsys.readouterr().out
-    main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path), '--kind', 'cpu'])
-    assert 'cuda' not in (tmp_path / 'scores' / 'config.pbtxt').read_text()
-    main(['triton', str(files / 'pixels.onnx'), '--output', str(tmp_path), '--kind', 'cpu', '--threads', '3'])
-    assert 'key: "intra_op_thread_count" value: { string_value: "3" }' in (
-        tmp_path / 'pixels' / 'config.pbtxt').read_text()
-    for stem in ('model', 'model_fp16', 'model_int8_tensorrt', 'model_of_mine'):  # files of the Hub, and another
-        shutil.copy(files / 'scores.onnx', tmp_path / f'{stem}.onnx')
-        main(['triton', str(tmp_path / f'{stem}.onnx'), '--output', str(tmp_path)])
-        name = stem if stem == 'model_of_mine' else stem.replace('model', 'rn26_tm')
-        assert f'name: "{name}"' in (tmp_path / name / 'config.pbtxt').read_text()
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):
             main(['triton', *arguments, *flags])
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_settings_of_models_on_cpus(files, tmp_path):
+    main(['triton', str(files / 'scores.onnx'), '--output', str(tmp_path), '--kind', 'cpu'])
+    assert 'cuda' not in (tmp_path / 'scores' / 'config.pbtxt').read_text()
+    main(['triton', str(files / 'pixels.onnx'), '--output', str(tmp_path), '--kind', 'cpu', '--threads', '3'])
+    assert 'key: "intra_op_thread_count" value: { string_value: "3" }' in (
+        tmp_path / 'pixels' / 'config.pbtxt').read_text()
+
+
+def test_files_of_the_hub_are_named_by_their_network(files, tmp_path):
+    for stem in ('model', 'model_fp16', 'model_int8_tensorrt', 'model_of_mine'):  # the last is none of these
+        shutil.copy(files / 'scores.onnx', tmp_path / f'{stem}.onnx')
+        main(['triton', str(tmp_path / f'{stem}.onnx'), '--output', str(tmp_path)])
+        name = stem if stem == 'model_of_mine' else stem.replace('model', 'rn26_tm')
+        assert f'name: "{name}"' in (tmp_path / name / 'config.pbtxt').read_text()
 
 
 def test_server_that_starts_meanwhile_finds_whole_models_alone(files, tmp_path, monkeypatch):
