@@ -1,6 +1,6 @@
 """What a file says of itself, so that somebody who has nothing else classifies correctly.
 
-The metadata are one JSON object. An ONNX file holds it in its properties, a string for each key below (structured
+The metadata are one JSON object. An ONNX file holds it in its properties, a string for each key (structured
 values as JSON), and a sidecar FILE.json holds it as it is. An engine has the sidecar alone.
 
 The keys are described in runtime.py, which lies beside published files.

@@ -98,7 +98,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         images: Images for calibration and check.
 
     Returns:
-        The metadata, see export/metadata.py, with the parity report.
+        The metadata, see export/runtime.py, with the parity report.
 
     Raises:
         InputError: If the options do not fit the network, torch.onnx lacks the opset, or the file cannot be written.

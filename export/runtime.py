@@ -291,10 +291,11 @@ class Prediction:
         where = 'where it is' if self.activations is None else 'class activation of'
         titles = (best, 'class of each region', f'{where} {templates[shown]}')
 
-        def write(place: Tuple[int, int], text: str, width: int) -> None:
-            while draw.textlength(text, font_size=13) > width:
+        def write(place: Tuple[int, int], text: str, width: int, after: str = '') -> None:
+            text = ' '.join(text.split())
+            while text != '...' and draw.textlength(text + after, font_size=13) > width:
                 text = text.removesuffix('...')[:-1] + '...'
-            draw.text(place, text, fill='black', font_size=13)
+            draw.text(place, text + after, fill='black', font_size=13)
 
         for i, (panel, title) in enumerate(zip((base, Image.blend(grey, regions, 0.5), gold), titles)):
             canvas.paste(panel, (10 + i * (size + 10), 30))
@@ -303,7 +304,7 @@ class Prediction:
             x, y = 20 + size + (i % 2) * size // 2, height + 36 + (i // 2) * 16
             others = ', others' if i == 3 and len(present) > 4 else ''
             draw.rectangle((x, y, x + 10, y + 10), fill=_color(int(k)))
-            write((x + 15, y - 3), templates[k] + others, size // 2 - 18)
+            write((x + 15, y - 3), templates[k], size // 2 - 18, others)
         return canvas
 
 
@@ -1454,8 +1455,9 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
     progress = sys.stderr.isatty() and not out.isatty()
     for done, (path, prediction) in enumerate(runner.stream(paths, args.batch_size, skip), 1):
         result: Dict[str, Any] = dict(image=str(path), top=prediction.top(args.top))
-        if args.json and prediction.patch_probabilities is not None:  # the template each region matches best
-            result['regions'] = prediction.patch_probabilities.argmax(axis=0).tolist()
+        if args.json and prediction.patch_probabilities is not None:
+            result['regions'] = [
+                [prediction.template_names[k] for k in row] for row in prediction.patch_probabilities.argmax(axis=0)]
         if args.explain:
             result['picture'] = str(_write_picture(prediction, path, args.explain))
         if args.json:

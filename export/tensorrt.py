@@ -1,7 +1,7 @@
 """TensorRT engines from ONNX files: one path for TensorRT 10, 11 and TensorRT-RTX.
 
 The precision is the graph's own (strong typing). An engine is the plan as TensorRT writes it, with no byte before it;
-what it needs, and how to use it, lies beside it as FILE.json: the metadata of the ONNX file (export/metadata.py), and
+what it needs, and how to use it, lies beside it as FILE.json: the metadata of the ONNX file (export/runtime.py), and
 
 engine.backend, engine.version: 'tensorrt' or 'tensorrt_rtx' and its version.
 engine.gpu: name, compute_capability and cuda_driver of the GPU it was built for, null for all that TensorRT-RTX knows.

@@ -56,7 +56,11 @@ def load_data(name: str) -> Dict[str, Any]:
     missing = [field for field in REQUIRED if field not in data]
     if missing:
         raise InputError(f'{path.name} lacks {", ".join(missing)}.')
+    if unknown := set(data) - {*REQUIRED, 'pictures'}:
+        raise InputError(f'{path.name} has {", ".join(sorted(unknown))}, which its name says; leave it out.')
     model, _, tag = name.partition('.')
+    if tag.removeprefix('dist_') not in DATASETS:
+        raise InputError(f'{path.name} is of no dataset in DATASETS of {Path(__file__).name}; add it there.')
     results = f'train/results/{name}'
     pictures = dict(evaluation=f'{results}/evaluation.png')
     if '_tm' in model:
@@ -142,7 +146,7 @@ def render_plain(
             dataset_name=run['dataset'], dataset_split=run['split'], metric_type='accuracy',
             metric_name='Top-1 accuracy', metric_value=round(run['top1'], 2))])
     told = re.search(r'^Top-1 [\d.]+ %.*?(?=\n\n)', before, re.DOTALL | re.MULTILINE) if before and not run else None
-    theirs = read_front_matter(before or '')
+    theirs = read_front_matter(before) if before else ModelCardData()
     if told:  # what this wrote where the run was
         measured = {key: theirs.get(key) for key in ('datasets', 'metrics', 'model_name', 'eval_results')}
     base = (model.pretrained_cfg.get('hf_hub_id') or '').partition('@')[0]  # where the weights are from

@@ -315,6 +315,12 @@ def test_missing_and_broken_numbers_are_refused(copied):
     (root / 'hub_cards' / 'models' / f'{FULL}.yaml').write_text('notes: none\n')
     with pytest.raises(InputError, match='lacks description, recipe, precisions'):
         cards.render(FULL)
+    path = root / 'hub_cards' / 'models' / 'rn26_tm.mnist.yaml'
+    for more, message in (('', 'is of no dataset in DATASETS'), ('tag: x', 'yaml has tag, which its')):
+        path.write_text(f'description: a\nrecipe: b\nprecisions: []\nnotes: c\n{more}\n')
+        with pytest.raises(InputError, match=message):
+            cards.load_data('rn26_tm.mnist')
+    path.unlink()
     with pytest.raises(InputError, match="There is no card of 'nothing'"):
         cards.render('nothing')
 

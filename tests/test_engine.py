@@ -1,4 +1,4 @@
-"""What a launcher and the settings of Accelerate do to a run, and what of them cannot be fetched."""
+"""What a launcher and the settings of Accelerate do to a run, and what of them cannot be had."""
 import json
 from contextlib import nullcontext
 from pathlib import Path

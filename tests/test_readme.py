@@ -2,7 +2,9 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -13,6 +15,7 @@ import timm_tmblock  # noqa: F401  registers the models
 import timm_tmblock.__main__ as cli
 import train.analysis.__main__ as analysis
 from export.parity import LIMITS
+from timm_tmblock.errors import InputError
 from train import evaluate, reproduce, ship, train
 from train.comparison import HOLDS, UNDECIDED, Difference, compare_others
 from train.config import parse_args
@@ -84,9 +87,10 @@ def test_code_of_the_readme_runs_and_gives_what_its_comments_say(tmp_path, monke
     assert birds.pretrained_cfg['label_names'] == ['crow', 'owl', 'swan', 'tern', 'wren']
 
 
-def test_network_of_ones_own_trains_with_the_block():
+def test_network_of_ones_own_trains_with_the_block(monkeypatch):
     code = re.search(r'```python\n(import timm, timm_tmblock\nfrom torch import nn\n.*?)```', TRAIN, re.DOTALL)[1]
-    scope = {}
+    scope = {'__name__': 'net_of_ones_own'}
+    monkeypatch.setitem(sys.modules, scope['__name__'], ModuleType(scope['__name__']))
     exec(code, scope)
     task = scope['task'].train()
     network = task.get_trainable_module()
@@ -104,17 +108,20 @@ def test_network_of_ones_own_trains_with_the_block():
 
 def test_network_of_ones_own_trains_with_the_script(tmp_path, monkeypatch, fresh_accelerate):
     code = re.search(r'```python\n(import timm, timm_tmblock\nfrom torch import nn\n.*?)\ntask = ', TRAIN, re.DOTALL)[1]
-    (tmp_path / 'nets_of_ones_own.py').write_text(
-        f'{code}\n@timm.models.register_model\ndef net_of_ones_own(pretrained=False, num_classes=10, **kwargs):\n'
-        '    return Net(num_classes)\n')
+    (tmp_path / 'nets_of_ones_own.py').write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    flags = ['--device-modules', 'nets_of_ones_own', '--device', 'cpu']
     result = train.main([
-        '--device-modules', 'nets_of_ones_own', '--model', 'net_of_ones_own', '--img-size', '32', '--train-split',
-        'train[:20]', '--val-split', 'test[:10]', '--epochs', '1', '--batch-size', '10', '--output', str(tmp_path),
-        '--experiment', 'run', '--device', 'cpu', '--report-to', 'none'])
+        *flags, '--model', 'my_net', '--img-size', '32', '--train-split', 'train[:20]', '--val-split', 'test[:10]',
+        '--epochs', '1', '--batch-size', '10', '--output', str(tmp_path), '--experiment', 'run', '--report-to', 'none'])
     assert 'train_patch_loss' in result['last'] and result['test'] is None
-    found = evaluate.main([str(tmp_path / 'run' / 'last.safetensors'), '--split', 'test[:10]', '--device', 'cpu'])
-    assert 0 <= found['patch_accuracy'] <= 100 and found['images'] == 10
+    path = tmp_path / 'run' / 'best.safetensors'
+    found = evaluate.main([str(path), '--split', 'test[:10]', *flags])
+    assert found['loss'] == pytest.approx(result['best']['loss'], rel=1e-4) and 0 <= found['patch_accuracy'] <= 100
+    network = sys.modules['nets_of_ones_own'].Net(10)
+    monkeypatch.setattr('timm.models.build_model_with_cfg', lambda *args, **kwargs: network)
+    with pytest.raises(InputError, match='Net was created without the weights of .*best.safetensors; let its function'):
+        timm_tmblock.load_model(path)
 
 
 def test_pixels_a_region_depends_on():

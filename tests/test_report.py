@@ -320,7 +320,8 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
     claim, = (text for text in verdicts() if text.startswith('The value vectors cluster them'))
 
     def judge_beside(scores):
-        spaces = {name: space(value, 'class_neighbour_rate', 'superclass_silhouette') for name, value in (
+        keys = [f'{label}_{key}' for label in ('class', 'superclass') for key in ('neighbour_rate', 'silhouette')]
+        spaces = {name: space(value, *keys) for name, value in (
             ('value embeddings', 0.8), ('class scores', scores))}
         mosaic = dict(settings={}, spaces=spaces, leads=compare_all(spaces))
         return verdicts(geometry={'rn26_tm.a': geometry}, mosaic={'rn26_tm.a': mosaic})[claim]
@@ -337,13 +338,15 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
 
 @pytest.mark.parametrize('values, verdict', [(0.3, HOLDS), (0.11, UNDECIDED), (0.01, FAILS)])
 def test_value_embeddings_against_class_scores(values, verdict):
-    spaces = {name: space(value, 'superclass_silhouette') for name, value in (
+    spaces = {name: space(value, 'superclass_silhouette', 'superclass_neighbour_rate') for name, value in (
         ('value embeddings', values), ('class scores', 0.1))}
     claim = 'Value embeddings bring patches of like meaning together that class scores keep apart'
     verdict += ' for one network' if verdict == HOLDS else ''
     mosaic = dict(settings={}, spaces=spaces, leads=compare_all(spaces))
     assert verdicts(mosaic={'rn26_tm.a': mosaic})[claim] == (
-        verdict, f'silhouette of the superclasses by values: rn26_tm.a: {values:.3f} ± 0.010, 0.100 ± 0.010 by scores')
+        verdict, f'silhouette of the superclasses by values: rn26_tm.a: {values:.3f} ± 0.010, 0.100 ± 0.010 by '
+        f'scores; nearest neighbours of the superclass by values: rn26_tm.a: {100 * values:.1f} ± 1.0 %, 10.0 ± 1.0 % '
+        f'by scores')
 
 
 @pytest.mark.parametrize('shares, verdict', [

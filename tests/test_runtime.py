@@ -223,7 +223,8 @@ def test_command_reads_folders_and_goes_on_past_a_broken_image(folder, tmp_path)
     results = [json.loads(line) for line in run.stdout.splitlines()]
     assert [(Path(r['image']).name, r['top'][0][0]) for r in results] == [('ship.png', 'ship'), ('frog.png', 'frog')]
     regions = runtime.load(folder / 'patches.onnx', 'cpu')(IMAGES / 'ship.png').patch_probabilities.argmax(0)
-    assert results[0]['regions'] == regions.tolist()
+    names = runtime.load(folder / 'patches.onnx', 'cpu').metadata['template_names']
+    assert results[0]['regions'] == [[names[k] for k in row] for row in regions]
     errors = run.stderr.splitlines()
     assert len(errors) == 2 and 'broken.png' in errors[0] and errors[1] == 'error: 1 of 3 images could not be read.'
     for result in results:
@@ -272,6 +273,9 @@ def test_picture_shows_what_each_region_matched(monkeypatch):
         written.append(text), write(self, xy, text, *args, **kwargs))[1])
     picture = np.asarray(prediction.picture(size=100)).astype(int)
     assert written[0].startswith('c 70 %') and written[2:] == ['where it is c', 'c', 'b', 'a']
+    long = runtime.Prediction(
+        prediction.image, prediction.probabilities, patches, ['a' * 90, 'b\n', 'c'], ['a' * 90, 'b\n', 'c'])
+    assert long.picture(size=100).size == (picture.shape[1], picture.shape[0]) and long.picture(size=20).width == 100
     regions = picture[30:130, 120:220]
     corners = [tuple(regions[y, x]) for y, x in ((20, 20), (20, 80), (80, 20), (80, 80))]
     assert corners[2] == corners[3] and len(set(corners)) == 3

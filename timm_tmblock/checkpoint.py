@@ -175,7 +175,19 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
         )
     except (RuntimeError, ValueError, TypeError, KeyError) as e:
         raise InputError(f'{path} does not hold weights of {name}: {say_why_not_loaded(e)}') from e
+    check_file_is_loaded(model, path)
     return model.eval()
+
+
+def check_file_is_loaded(model: torch.nn.Module, path: Union[str, Path]) -> None:
+    """
+    Raises:
+        InputError: If the function that creates the model takes no weights, as one's own may.
+    """
+    if (getattr(model, 'pretrained_cfg', None) or {}).get('file') != str(path):
+        raise InputError(
+            f'{type(model).__name__} was created without the weights of {path}; let its function return '
+            f'timm.models.build_model_with_cfg(...).')
 
 
 def load_pretrained(source: str, checkpoint: Optional[Union[str, Path]] = None) -> torch.nn.Module:

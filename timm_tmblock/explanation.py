@@ -164,10 +164,11 @@ class Explainer:
         if isinstance(model, PatchSupervised):
             model = model.model
         if self.method == 'match' and not getattr(
-                model, 'has_template_matching', hasattr(model, 'forward_patch_logits')):
+                model, 'has_template_matching',
+                hasattr(model, 'forward_patch_logits') and hasattr(model, 'get_patch_classifier')):
             raise InputError(
-                f"{type(model).__name__} has no patch logits (forward_patch_logits); use a *_tm model, or the method "
-                f"'cam'.")
+                f'{type(model).__name__} has no patch logits (forward_patch_logits, get_patch_classifier); use a *_tm '
+                f"model, or the method 'cam'.")
         if self.method == 'cam' and not has_class_activation(model):
             raise InputError(
                 f"The method 'cam' needs a network of this package that ends in average pooling and a linear "

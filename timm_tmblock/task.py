@@ -63,8 +63,10 @@ class TemplateMatchingTask(ClassificationTask):
             raise ValueError(f'patch_loss_weight must be in [0, 1], got {patch_loss_weight}.')
         unwrapped = unwrap_model(model)
         needed = 'num_classes', 'set_patch_supervision', 'get_patch_classifier'
-        if not all(hasattr(unwrapped, name) for name in needed):
-            raise ValueError(f'{type(unwrapped).__name__} has no patch logits; train it with ClassificationTask.')
+        if missing := [name for name in needed if not hasattr(unwrapped, name)]:
+            raise ValueError(
+                f'{type(unwrapped).__name__} has no patch logits ({", ".join(missing)}); train it with '
+                f'ClassificationTask.')
         if any(type(m) is nn.SyncBatchNorm and hasattr(m, 'act') for m in unwrapped.modules()):
             raise ValueError(
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm has left out the activations of timm's norms; use "

@@ -283,6 +283,11 @@ BEFORE = {
     'patch mean': ' at its input averaged over patches', 'baseline patch mean': ' in the baseline so averaged'}
 
 
+def select_judged(evidence: Evidence, analyses: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Of networks without a teacher, on the set of the paper's figures."""
+    return {tag: found for tag, found in analyses.items() if tag not in evidence.taught | evidence.elsewhere}
+
+
 def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     """By the neighbours of regions that have their class, at the output, its input and in the baseline."""
     def judge_against(*others: str) -> Judgement:
@@ -296,8 +301,7 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
     beside_averages = judge_against('patch mean')[0]
     if verdict.startswith(HOLDS) and not beside_averages.startswith(HOLDS):
         verdict += f', but averaging over patches alone does {"more" if beside_averages == FAILS else "as much"}'
-    judged = {tag: found for tag, found in analyses.items() if tag not in evidence.taught | evidence.elsewhere}
-    silhouettes = judge_spaces(evidence, judged, f'{label}_silhouette', [], BEFORE)[1]
+    silhouettes = judge_spaces(evidence, select_judged(evidence, analyses), f'{label}_silhouette', [], BEFORE)[1]
     return verdict, [
         *introduce(f'nearest neighbours of the {label}, at the output', lines),
         *introduce(f'silhouettes of the {label}es, at the output', silhouettes)]
@@ -320,14 +324,24 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
     each = [
         judge_spaces(evidence, analyses, 'class_neighbour_rate', [pair], dict.fromkeys(pair, ''))[0] for pair in pairs]
     comparisons = [f'the three comparisons by themselves: {"; ".join(each)}'] if lines else []
-    return verdict, [*introduce('nearest neighbours of the class, at the output', lines), *comparisons]
+    silhouettes = judge_spaces(
+        evidence, select_judged(evidence, analyses), 'class_silhouette', [],
+         {'value embeddings': ' in the mixture', 'class scores': ' in the class scores'})[1]
+    return verdict, [
+        *introduce('nearest neighbours of the class, at the output', lines), *comparisons,
+        *introduce('silhouettes of the classes, over these fewer regions', silhouettes if lines else [])]
 
 
 def judge_values(evidence: Evidence) -> Judgement:
     verdict, lines = judge_spaces(
         evidence, evidence.mosaic, 'superclass_silhouette', [('value embeddings', 'class scores')],
         {'value embeddings': '', 'class scores': ' by scores'})
-    return verdict, introduce('silhouette of the superclasses by values', lines)
+    neighbours = judge_spaces(
+        evidence, select_judged(evidence, evidence.mosaic), 'superclass_neighbour_rate', [],
+        {'value embeddings': '', 'class scores': ' by scores'})[1]
+    return verdict, [
+        *introduce('silhouette of the superclasses by values', lines),
+        *introduce('nearest neighbours of the superclass by values', neighbours)]
 
 
 def adds_values(model: str) -> bool:

@@ -94,7 +94,7 @@ class Comparison:
     baseline: str  # tag
     epochs: int
     difference: Difference
-    pair: Tuple[str, str, str]  # network, dataset and seed; several of one pair are stages of their training
+    pair: Tuple[str, str, str]  # network, dataset and seed; several of one pair are phases of their training
     by_image: bool  # whether the error is of what they answer for the same images
     taught: bool  # whether both had a teacher
 

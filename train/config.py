@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
@@ -413,6 +414,16 @@ def _check_given(given: Dict[str, Any], args: argparse.Namespace) -> None:
                 raise InputError(f'{to_flag(flag)} only applies with {needed}; {add}.')
     if 'push_to_hub' in given and args.eval_only:
         raise InputError('--eval-only trains nothing to publish; leave out --push-to-hub.')
+
+
+def import_modules(names: Optional[Sequence[str]]) -> None:
+    """
+    Raises:
+        InputError: If there is no such module, or it fails.
+    """
+    with refusing('--device-modules'):
+        for name in names or ():
+            import_module(name)
 
 
 def find_changes(args: argparse.Namespace, path: Path, keys: Optional[Sequence[str]] = None) -> List[str]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
-from train.config import Parser, gigabytes, not_negative, positive
+from train.config import Parser, gigabytes, import_modules, not_negative, positive
 from train.data import (
     add_data_options,
     adopt_classes,
@@ -52,6 +52,8 @@ def create_parser() -> Parser:
     parser = Parser(prog='evaluate.py', description='Measure a classifier on a labelled set.')
     parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
+    parser.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
+        "Python modules to import first, with models or devices that are not timm's"))
     add_data_options(parser)
     parser.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
     parser.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
@@ -169,6 +171,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         InputError: For a model, a set or a device that cannot be used.
     """
     args = create_parser().parse_args(argv)
+    import_modules(args.device_modules)
     runner = create_runner(args.model, args.checkpoint, args.device, PRECISIONS[args.precision])
     if args.precision != 'float32' and runner.kind != 'PyTorch':
         raise InputError(f'{args.model} has the precision it was exported with; leave out --precision.')

@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
-from timm_tmblock.checkpoint import check_model, check_tag, count_classes, read_description
+from timm_tmblock.checkpoint import check_file_is_loaded, check_model, check_tag, count_classes, read_description
 from timm_tmblock.errors import FULL_DISK, InputError, say_why_not_loaded
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
@@ -130,6 +130,8 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
             drop_path_rate=args.drop_path,  # left out where it is None, for networks without
             **args.model_kwargs,
         )
+        if overlay:
+            check_file_is_loaded(model, args.initial_checkpoint)
         if getattr(model, 'has_template_matching', False) and 'num_templates' not in args.model_kwargs:
             if model.get_patch_classifier().num_templates != len(class_names):  # those of the classes before
                 model.reset_templates(len(class_names))

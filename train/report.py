@@ -127,18 +127,18 @@ def say_claims(evidence: Evidence) -> List[str]:
             f'error), of which there must be {RUNS} or more, as was planned; fewer decide nothing. All are tested on '
             f'the same images, so a verdict is about these. A difference of half a point, as many of the paper\'s are, '
             f'takes more than three runs to see, if runs spread as ours do. There is no correction for '
-            f'multiple comparisons, so one of many may be confirmed or refuted by chance. Verdicts after fewer epochs '
-            f'than the protocol\'s say so; the epochs of all runs are below Table 1.'), '',
+            f'multiple comparisons, so one of many may be confirmed or refuted by chance. Claims that hold or do '
+            f'not hold after fewer epochs than the protocol\'s say so; the epochs of all runs are below Table 1.'), '',
         *wrap(
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. Those "
             'about Figure 5 are judged by the ten nearest neighbours, among regions of other images, of 8 regions of '
-            'each of 80 images a class, that about Figure 6 by silhouettes of 2 regions of each; the other measure may '
-            'differ, and is in the evidence. A difference of two standard errors over images, paired by image, '
-            'decides. How much another run would differ is unknown, so these verdicts are about these '
-            'networks only. Reported but not judged: `rn26_tm` for CIFAR-100, whose baseline had fewer epochs, and '
-            'networks with a teacher, which the paper does not use; these differ much, and their baseline had no '
-            'teacher and fewer epochs.'), '',
+            'each of 80 images a class (2 where class scores are compared), that about Figure 6 by silhouettes of 2 '
+            'regions of each; the other measure may differ, and is in the evidence. A difference of two standard '
+            'errors over images, paired by image, decides. How much another run would differ is unknown, so these '
+            'verdicts are about these networks only. Reported but not judged: `rn26_tm` for CIFAR-100, whose '
+            'baseline had fewer epochs, and networks with a teacher, which the paper does not use; these differ '
+            'much, and their baseline had no teacher and fewer epochs.'), '',
         *wrap(
             '-Ours: with the block (`*_tm`); -Ours-C: its values concatenated (`dn100_tm_cat`); -aux: without it, '
             'patches supervised alone; λ: weight of the patch loss; μ, η: margin and scale of a maximizer.'), '',

@@ -157,20 +157,34 @@ def check_settings(cells: List[Cell], flags: List[str]) -> None:
                 f'{" and name the set with --data" if flag.startswith("--dataset") else ""}.')
 
 
+def tell_cell(cell: Cell, flags: List[str]) -> str:
+    """The command of a cell, as it is written down."""
+    return shlex.join([
+        'train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', '--seed', str(cell.seed), *cell.flags, *flags])
+
+
+def check_row(cell: Cell, folder: Path, flags: List[str]) -> None:
+    """
+    Raises:
+        InputError: If a run of the same row, of this seed or another, was begun with other settings.
+    """
+    wanted = tell_cell(cell, flags)
+    for path in filter(is_begun, sorted(folder.glob(f'{cell.setting}.{cell.dataset}.seed*'))):
+        begun = json.loads((path / 'cell.json').read_text(encoding='utf-8'))['command']
+        if _find_protocol(begun, cell.dataset) != _find_protocol(wanted, cell.dataset):
+            raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
+
+
 def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], running: 'Processes') -> None:
     """Run a cell to its end, from where it stands.
 
     Raises:
-        InputError: If the run fails, or one of its row was begun with other settings.
+        InputError: If the run fails.
     """
     path = folder / cell.name
     command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
                *flags]
-    wanted = shlex.join(['train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', *command[2:]])
-    for other in filter(is_begun, sorted(folder.glob(f'{cell.setting}.{cell.dataset}.seed*'))):  # one row of the table
-        begun = json.loads((other / 'cell.json').read_text(encoding='utf-8'))['command']
-        if _find_protocol(begun, cell.dataset) != _find_protocol(wanted, cell.dataset):
-            raise InputError(f'{other} was begun as "{begun}", not as "{wanted}"; choose another --output.')
+    wanted = tell_cell(cell, flags)
     if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text(encoding='utf-8')):
         return  # not one that train.py wrote and nobody has labelled yet
     try:
@@ -302,6 +316,8 @@ def main(argv: Optional[List[str]] = None) -> Path:
         for dataset in dict.fromkeys(args.datasets)}
     for dataset, its_flags in flags_of.items():
         check_flags(folder, dataset, its_flags)
+    for cell in cells:
+        check_row(cell, folder, flags_of[cell.dataset])
     for dataset, its_flags in flags_of.items():
         failures += run_cells([c for c in cells if c.dataset == dataset], folder, its_flags, args.jobs)
     path = render(args.experiment, folder)

@@ -152,7 +152,7 @@ def create_task(
     device = accelerator.device
     with refusing('These settings of the loss'):
         plain = unwrap_model(model)
-        if getattr(plain, 'has_template_matching', hasattr(plain, 'get_patch_classifier')):
+        if getattr(plain, 'has_template_matching', hasattr(plain, 'set_patch_supervision')):
             task: TrainingTask = TemplateMatchingTask(
                 model, criterion_kwargs=criterion_kwargs, patch_loss_weight=args.patch_loss_weight, device=device)
         else:

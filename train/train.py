@@ -31,7 +31,6 @@ import time
 import uuid
 from argparse import Namespace
 from contextlib import ExitStack, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -57,6 +56,7 @@ from train.config import (
     dump_args,
     find_changes,
     find_changes_of_finished,
+    import_modules,
     parse_args,
     refusing,
     to_flag,
@@ -92,9 +92,7 @@ class Trainer:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        with refusing('--device-modules'):
-            for name in args.device_modules or ():
-                import_module(name)
+        import_modules(args.device_modules)
         check_model_name(args.model)
         self.accelerator = accelerator = create_accelerator(args)
         take_up_checkpoint(args)
