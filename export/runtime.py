@@ -287,7 +287,7 @@ class Prediction:
         legend = [present[i] for i in counts.argsort()[::-1][:4]]
         canvas = Image.new('RGB', (3 * size + 40, height + 70), 'white')
         draw = ImageDraw.Draw(canvas)
-        best = '   '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
+        best = ', '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
         where = 'where it is' if self.activations is None else 'class activation of'
         titles = (best, 'class of each region', f'{where} {templates[shown]}')
 

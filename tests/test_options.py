@@ -474,7 +474,7 @@ def test_modules_are_imported_before_the_model_is_looked_up(tmp_path, monkeypatc
     (tmp_path / 'my_networks.py').write_text(
         'import timm\nfrom timm.models import register_model\n@register_model\n'
         'def my_network(pretrained=False, **kwargs):\n'
-        '    return timm.create_model("test_resnet", num_classes=kwargs["num_classes"])\n')
+        '    return timm.create_model("test_resnet", pretrained=pretrained, **kwargs)\n')
     monkeypatch.syspath_prepend(tmp_path)
     trainer = create_trainer(
         tmp_path, '--device-modules', 'my_networks', '--model', 'my_network', '--img-size', '32')

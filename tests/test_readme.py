@@ -15,6 +15,7 @@ import timm_tmblock  # noqa: F401  registers the models
 import timm_tmblock.__main__ as cli
 import train.analysis.__main__ as analysis
 from export.parity import LIMITS
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
 from train import evaluate, reproduce, ship, train
 from train.comparison import HOLDS, UNDECIDED, Difference, compare_others
@@ -118,10 +119,31 @@ def test_network_of_ones_own_trains_with_the_script(tmp_path, monkeypatch, fresh
     path = tmp_path / 'run' / 'best.safetensors'
     found = evaluate.main([str(path), '--split', 'test[:10]', *flags])
     assert found['loss'] == pytest.approx(result['best']['loss'], rel=1e-4) and 0 <= found['patch_accuracy'] <= 100
+    with pytest.raises(InputError, match='--device-modules cannot be used: No module named'):
+        evaluate.main([str(path), '--device-modules', 'not_a_module'])
     network = sys.modules['nets_of_ones_own'].Net(10)
     monkeypatch.setattr('timm.models.build_model_with_cfg', lambda *args, **kwargs: network)
-    with pytest.raises(InputError, match='Net was created without the weights of .*best.safetensors; let its function'):
+    message = 'Net was created without the weights of .*weights.safetensors; let its function'
+    with pytest.raises(InputError, match=message.replace('weights.s', 'best.s')):
         timm_tmblock.load_model(path)
+    for more, said in (([], message), (['--initial-checkpoint', str(path)], message.replace('weights.s', 'best.s')),
+                       (['--grad-checkpointing'], 'my_net has no method set_grad_checkpointing')):
+        with pytest.raises(InputError, match=said):
+            train.main([*flags, '--model', 'my_net', '--img-size', '32', '--output', str(tmp_path / 'new'), *more])
+
+
+def test_layers_that_a_function_replaces_have_the_weights_of_the_file(tmp_path):
+    @timm.models.register_model
+    def resnet10t_with_a_head(pretrained=False, num_classes=10, **kwargs):
+        model = timm.create_model('test_resnet', pretrained=pretrained, **kwargs)
+        model.fc = torch.nn.Linear(model.num_features, num_classes)
+        return model
+
+    model = timm.create_model('resnet10t_with_a_head')
+    path = tmp_path / 'w.safetensors'
+    save_weights(path, model.state_dict(), dict(model='resnet10t_with_a_head', num_classes=10))
+    loaded = timm_tmblock.load_model(path)
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
 def test_pixels_a_region_depends_on():

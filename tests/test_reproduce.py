@@ -17,7 +17,7 @@ from train import reproduce
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
 from train.paper import DATASETS, TABLE_1
-from train.reproduce import check_flags, check_row, create_cells, create_parser, main
+from train.reproduce import check_flags, create_cells, create_parser, main
 from train.tables import format_scores, render, tabulate
 
 ROOT = Path(__file__).parent.parent
@@ -222,9 +222,8 @@ def test_runs_of_one_row_have_one_number_of_samples(tmp_path):
         'train.py -c train/recipes/paper/rn26.cifar10.yaml --seed 0 --model rn20 --batch-size 8 --model-kwargs '
         f'maximizer=perturbed {kwargs} --max-steps 1'))))
     (folder / 'result.json').write_text('{}')
-    cell, = (cell for cell in cells('maximizers', '--seeds', '1') if cell.setting == 'perturbed.batch8')
     with pytest.raises(InputError, match='seed0 was begun as .*num_samples.*, not as .* --seed 1 .*choose another'):
-        check_row(cell, tmp_path / 'maximizers', ['--max-steps', '1'])
+        main(['maximizers', '--seeds', '1', '--output', str(tmp_path), '--', '--max-steps', '1'])
 
 
 def test_runs_from_the_hub_are_set_beside_those_of_a_copy():

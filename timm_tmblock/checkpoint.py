@@ -173,6 +173,9 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
             pretrained_cfg_overlay=dict(overlay, file=str(path)),
             **description.get('model_args', {}),
         )
+        weights = load_state_dict(str(path)) if description else {}
+        if weights.keys() == model.state_dict().keys():  # some functions replace layers after timm has loaded them
+            model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError, KeyError) as e:
         raise InputError(f'{path} does not hold weights of {name}: {say_why_not_loaded(e)}') from e
     check_file_is_loaded(model, path)
@@ -252,7 +255,12 @@ def count_classes(path: Union[str, Path], name: str, default: Optional[int] = No
     Raises:
         InputError: If it cannot be read, or has no classifier and there is no default.
     """
-    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.classifier:
+        raise InputError(
+            f'{path} does not say its classes, and the pretrained configuration of {name} names no classifier; add '
+            f'one, or give a file that training wrote.')
+    classifier = cfg.classifier
     if isinstance(classifier, (tuple, list)):  # of a network with several
         classifier = classifier[0]
     key = f'{classifier}.weight'

@@ -313,23 +313,21 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
         tag: dict(found, **{key: {**found[key], **evidence.mosaic[tag][key]} for key in ('spaces', 'leads')})
         for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
     pairs = [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')]
-    verdict, lines = judge_spaces(
-        evidence, analyses, 'class_neighbour_rate', pairs,
-        {OUTPUT: '',
-         'shortcut': ' without them, in the projected input',
-         'values': ' in the mixture of value vectors alone',
-         'patch mean': ' in the mean of the input over patches, with no template',
-         'value embeddings': ' in the mixture over fewer regions, 2 of an image as in our Figure 6',
-         'class scores': ' in the class scores there'})
+    told = {
+        OUTPUT: '',
+        'shortcut': ' without them, in the projected input',
+        'values': ' in the mixture of value vectors alone',
+        'patch mean': ' in the mean of the input over patches, with no template',
+        'value embeddings': ' in the mixture over fewer regions, 2 of an image as in our Figure 6',
+        'class scores': ' in the class scores there'}
+    verdict, lines = judge_spaces(evidence, analyses, 'class_neighbour_rate', pairs, told)
     each = [
         judge_spaces(evidence, analyses, 'class_neighbour_rate', [pair], dict.fromkeys(pair, ''))[0] for pair in pairs]
     comparisons = [f'the three comparisons by themselves: {"; ".join(each)}'] if lines else []
-    silhouettes = judge_spaces(
-        evidence, select_judged(evidence, analyses), 'class_silhouette', [],
-         {'value embeddings': ' in the mixture', 'class scores': ' in the class scores'})[1]
+    silhouettes = judge_spaces(evidence, select_judged(evidence, analyses), 'class_silhouette', [], told)[1]
     return verdict, [
         *introduce('nearest neighbours of the class, at the output', lines), *comparisons,
-        *introduce('silhouettes of the classes, over these fewer regions', silhouettes if lines else [])]
+        *introduce('silhouettes of the classes, at the output', silhouettes)]
 
 
 def judge_values(evidence: Evidence) -> Judgement:

@@ -2,6 +2,7 @@
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import timm
@@ -12,7 +13,15 @@ from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
-from timm_tmblock.checkpoint import check_file_is_loaded, check_model, check_tag, count_classes, read_description
+from timm_tmblock.checkpoint import (
+    check_file_is_loaded,
+    check_model,
+    check_tag,
+    count_classes,
+    load_model,
+    read_description,
+    save_weights,
+)
 from timm_tmblock.errors import FULL_DISK, InputError, say_why_not_loaded
 from timm_tmblock.models._labels import list_class_names
 from train.config import refusing
@@ -135,9 +144,29 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         if getattr(model, 'has_template_matching', False) and 'num_templates' not in args.model_kwargs:
             if model.get_patch_classifier().num_templates != len(class_names):  # those of the classes before
                 model.reset_templates(len(class_names))
+        for asked, method in (
+                (args.grad_checkpointing, 'set_grad_checkpointing'), (args.clip_mode == 'agc', 'get_classifier')):
+            if asked and not hasattr(model, method):
+                raise InputError(f'{args.model} has no method {method}, which these flags need; add it.')
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
         return PatchSupervised(model) if args.aux_head else model
+
+
+def check_loads_back(model: torch.nn.Module, description: Dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: If the function of a network of one's own does not load the weights that a run would write.
+    """
+    weights = {k: v.cpu().contiguous() for k, v in network(model).state_dict().items()}
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        path = Path(folder) / 'weights.safetensors'
+        save_weights(path, weights, description)
+        loaded = load_model(path).state_dict()
+    if not all(torch.equal(v, loaded[k]) for k, v in weights.items()):
+        raise InputError(
+            f'{description["model"]} does not load its own weights; let its function return '
+            f'timm.models.build_model_with_cfg(...).')
 
 
 @contextmanager

@@ -71,6 +71,7 @@ from train.inputs import create_data_config, create_loader, create_mixup
 from train.loader import Loader
 from train.meter import Meter
 from train.model import (
+    check_loads_back,
     check_model_name,
     check_weights,
     create_model,
@@ -110,6 +111,8 @@ class Trainer:
         set_seed(args.seed)  # the same initial weights on every process
         self.memory_format = torch.channels_last if args.channels_last else torch.preserve_format
         model = create_model(args, self.class_names).to(accelerator.device).to(memory_format=self.memory_format)
+        if args.device_modules and not args.eval_only:
+            check_loads_back(model, self.describe())
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
