@@ -83,7 +83,7 @@ def test_models_it_does_not_fit_are_refused(name, message):
 
 
 def test_model_without_classes_is_refused():
-    with pytest.raises(ValueError, match='has no classes for the patches'):
+    with pytest.raises(ValueError, match='has no classes to tell patches apart by'):
         PatchSupervised(timm.create_model('rn26', num_classes=0))
 
 

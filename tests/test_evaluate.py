@@ -167,7 +167,7 @@ def test_baseline_has_no_patch_accuracy(tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['rn27_tm'], "rn27_tm is not a model with pretrained weights"),
-    (['wrn16'], 'or give a weight file of training'),
+    (['wrn16'], 'or a weight file that training wrote'),
     (['ONNX', '--checkpoint', 'x.safetensors'], 'logits.onnx has weights of its own; leave out --checkpoint'),
     (['ONNX', '--precision', 'bfloat16'], 'precision it was exported with'),
     (['missing.onnx'], 'no file missing.onnx'),

@@ -556,7 +556,7 @@ def test_folder_loads_and_weights_that_are_missing_or_damaged_are_one_sentence(p
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
     (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),
     (['rn26_tm', '--output', '/proc/none/x.onnx', '--checkpoint', 'WEIGHTS'], 'Cannot write'),
-    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test[:9]'], 'in common; a check'),
+    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test[:9]'], 'in common; name two splits'),
     (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'no'], "split 'no'"),
     (['rn26_tm', '--output', 'x.onnx', '--check-images', '0'], 'must be at least 1'),
     (['rn26_tm', '--output', 'x.onnx', '--dataset', 'FOLDER'], 'has 2 classes and the network 10'),
@@ -651,7 +651,7 @@ def test_class_activation_maps_take_the_place_of_patch_logits(
             name = by_file.class_names[3]
             np.testing.assert_allclose(by_file.heat_map(name), by_network.heat_map(name), atol=2 * tolerance)
             np.testing.assert_allclose(by_file.patch_probabilities, by_network.patch_probabilities, atol=2 * tolerance)
-        with pytest.raises(InputError, match="with the map of the method 'cam'; export it again with --method match"):
+        with pytest.raises(InputError, match="with --method cam; export it again with --method match"):
             explain(path, image, 'match')
 
 

@@ -580,7 +580,7 @@ def test_sidecar_that_may_not_be_read_is_an_error(lfs, folder):
     assert run(hub, folder)[0] == ''
     hub.faults.append(Fault('HEAD', '/resolve/.*json', status=404, headers={'X-Error-Code': 'RepoNotFound'}))
     kind, text = run(hub, folder, do='read')
-    assert kind == '_Missing' and text.endswith('is not there, or the token may not see it.')
+    assert kind == '_Missing' and text.endswith('is not there, or the token may not see it; check both.')
     hub.faults.clear()
     assert run(hub, folder, do='read') == ('', '{"engines/a/x.engine": {}}')
 

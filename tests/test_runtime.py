@@ -356,7 +356,7 @@ def with_preprocessing(source, target, **changes):
     (lambda f, t: f / 'brain.onnx', 'no kernels for this precision here .*export it in fp32 or fp16'),
     (lambda f, t: (t / 'x.onnx').write_bytes((f / 'plain.onnx').read_bytes()[:9000]) and t / 'x.onnx', 'cannot load'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', metadata_version='3'), 'metadata of version 3'),
-    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes and gives scores'),
+    (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='["a"]'), '1 classes but gives scores'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', outputs='[]'), 'lacks a part of its metadata'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', preprocessing='{}'), 'lacks a part of its metadata'),
     (lambda f, t: with_properties(f / 'plain.onnx', t / 'x.onnx', class_names='null'), 'lacks a part of its metadata'),
