@@ -556,7 +556,7 @@ def test_folder_loads_and_weights_that_are_missing_or_damaged_are_one_sentence(p
     (['rn26_tm', '--output', '.', '--checkpoint', 'WEIGHTS'], 'is a folder'),
     (['rn26_tm', '--output', 'x.pb', '--checkpoint', 'WEIGHTS'], 'must end in .onnx'),
     (['rn26_tm', '--output', '/proc/none/x.onnx', '--checkpoint', 'WEIGHTS'], 'Cannot write'),
-    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test[:9]'], 'in common; name two splits'),
+    (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'test[:9]'], 'in common; name'),
     (['rn26_tm', '--output', 'x.onnx', '--precision', 'int8', '--calibration-split', 'no'], "split 'no'"),
     (['rn26_tm', '--output', 'x.onnx', '--check-images', '0'], 'must be at least 1'),
     (['rn26_tm', '--output', 'x.onnx', '--dataset', 'FOLDER'], 'has 2 classes and the network 10'),
