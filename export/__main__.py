@@ -177,15 +177,20 @@ def run_tensorrt(args: argparse.Namespace) -> None:
 
 def add_triton(commands: argparse._SubParsersAction) -> None:
     from export.triton import KINDS
+    from train.config import number
+    count = number(int, 1, 2 ** 31 - 1)  # what the server can count to
     command = commands.add_parser('triton', help='write a model repository for the Triton Inference Server')
     command.add_argument('files', type=Path, nargs='+', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--output', type=Path, required=True, metavar='REPOSITORY')
-    command.add_argument('--name', help='name of the model; several files are versions of it then')
-    command.add_argument('--max-batch', type=int, default=64, help='for ONNX files; engines have their own')
-    command.add_argument('--instances', type=int, default=1, help='on each device')
+    command.add_argument('--name', help=(
+        'name of the model; several files are versions of it then, of which the server loads the last'))
+    command.add_argument('--max-batch', type=count, default=64, help='for ONNX files; engines have their own')
+    command.add_argument('--instances', type=count, default=1, help='on each device')
     command.add_argument('--kind', choices=KINDS, default='auto', help='where ONNX files run')
-    command.add_argument('--threads', type=int, help='threads of each instance on a CPU; all cores if not given')
-    command.add_argument('--max-delay', type=int, default=500, help='microseconds a request waits for others to join')
+    command.add_argument('--threads', type=count, help='threads of each instance on a CPU; all cores if not given')
+    command.add_argument(
+        '--max-delay', type=number(int, 0, 2 ** 63 - 1), default=500,
+        help='microseconds a request waits for others to join')
     command.set_defaults(run=run_triton)
 
 
@@ -199,6 +204,7 @@ def run_triton(args: argparse.Namespace) -> None:
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
+    from train.config import above_zero, positive
     command = commands.add_parser('bench', help='time exported files and PyTorch side by side')
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
@@ -208,9 +214,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         '--device', choices=('cpu', 'cuda'), default='cpu',
         help='where networks and ONNX files run; engines are on the GPU')
-    command.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16, 64])
-    command.add_argument('--threads', type=int, help="on a CPU; PyTorch's choice, for all, if not given")
-    command.add_argument('--seconds', type=float, default=20., help='for each batch size')
+    command.add_argument('--batch-sizes', type=positive, nargs='+', default=[1, 16, 64])
+    command.add_argument('--threads', type=positive, help="on a CPU; PyTorch's choice, for all, if not given")
+    command.add_argument('--seconds', type=above_zero, default=20., help='for each batch size')
     command.add_argument('--output', metavar='NAME', help='write NAME.json, NAME.md and NAME.png')
     command.set_defaults(run=run_bench)
 
@@ -224,7 +230,6 @@ def run_bench(args: argparse.Namespace) -> None:
         name_apart,
         open_file,
         open_torch,
-        set_threads,
         to_markdown,
     )
     from export.runtime import ENGINE_SUFFIXES
@@ -236,9 +241,9 @@ def run_bench(args: argparse.Namespace) -> None:
         raise InputError(
             f'{"--compile" if args.compile else "--precision"} only applies to PyTorch networks; '
             f'name some with --torch.')
-    if min(args.batch_sizes) < 1 or args.seconds <= 0:
-        raise InputError('--batch-sizes and --seconds must be positive.')
-    set_threads(args.threads)
+    if args.threads:
+        import torch
+        torch.set_num_threads(args.threads)
     contestants: List[Contestant] = []
     for name in args.torch:
         for compiled in (False, True)[:1 + args.compile]:
@@ -259,12 +264,13 @@ def run_bench(args: argparse.Namespace) -> None:
 def add_selftest(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     from export.tensorrt import BACKENDS
+    from train.config import above_zero
     command = commands.add_parser(
         'selftest', help='export, build, compare and time everything on this machine, and report')
     command.add_argument('model', nargs='?', default='rn26_tm', help='what the onnx command takes')
     command.add_argument('--checkpoint', type=Path)
     command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
-    command.add_argument('--seconds', type=float, default=4., help='for timing each file')
+    command.add_argument('--seconds', type=above_zero, default=4., help='for timing each file')
     command.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
     add_image_options(command)
     command.set_defaults(run=run_selftest)

@@ -8,7 +8,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -58,20 +58,6 @@ def open_file(path: Path, device: str, name: str = '') -> Contestant:
         return runner.to_input(pixels)
 
     return Contestant(f'{kind}, {name or path.name}', runner.session.run, make_input)
-
-
-def set_threads(threads: Optional[int]) -> None:
-    """Threads of what is timed on a CPU, PyTorch's own choice if None.
-
-    Raises:
-        InputError: For none.
-    """
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f'--threads must be at least 1, not {threads}.')
-        torch.set_num_threads(threads)
 
 
 def open_torch(name: str, compiled: bool, device: str, precision: str, prepared: bool = True) -> Contestant:
@@ -202,10 +188,10 @@ def to_markdown(rows: Sequence[Dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[Dict[str, Any]], path: Path) -> None:
     """Throughput over batch size, and latency over batch size with the range from p10 to p90."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
+    left, right = figure.subplots(1, 2)
     for name in dict.fromkeys(row['name'] for row in rows):
         own = [row for row in rows if row['name'] == name]
         sizes = [row['batch_size'] for row in own]
@@ -219,4 +205,3 @@ def draw(rows: Sequence[Dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     save_figure(figure, path)
-    plt.close(figure)

@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm.data.model_config import resolve_input_data_config
 
+from export.emulation import TYPES
 from export.images import Images
 from export.metadata import describe_model, find_difference, load_metadata
 from export.onnx import OnnxOptions, create_inputs, create_larger_input, create_reference, create_run
@@ -55,7 +56,7 @@ def check_file(
         dynamic_size=isinstance(height, str),
     )
     engine = metadata.get('engine')
-    not_for_cpus = options.precision == 'bf16' or options.target == 'tensorrt'
+    not_for_cpus = options.precision in TYPES or options.target == 'tensorrt'
     if not engine and device == 'cpu' and not_for_cpus:
         import onnx
         run = create_run(onnx.load(path), options)

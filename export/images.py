@@ -13,6 +13,7 @@ from export.metadata import check_preprocessing
 from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.augment import DataConfig
+from train.config import positive
 from train.data import add_set_options, adopt_classes, check_classes, decode, open_named, share_images
 
 
@@ -36,8 +37,8 @@ def add_image_options(parser: ArgumentParser) -> None:
     add_set_options(group)
     group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
     group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
-    group.add_argument('--calibration-images', type=int, default=512, help='calibrate on at most this many images')
-    group.add_argument('--check-images', type=int, default=512, help='compare on at most this many images')
+    group.add_argument('--calibration-images', type=positive, default=512, help='calibrate on at most this many images')
+    group.add_argument('--check-images', type=positive, default=512, help='compare on at most this many images')
 
 
 def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
@@ -51,8 +52,6 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
     Raises:
         InputError: If they cannot be read, the parts share images, or their classes cannot be the network's.
     """
-    if min(args.calibration_images, args.check_images) < 1:
-        raise InputError('--calibration-images and --check-images must be at least 1.')
     resolved = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
     check_preprocessing(resolved)
     config = DataConfig.of(resolved)

@@ -166,6 +166,16 @@ def read_metadata(path: Path, properties: Dict[str, str]) -> Dict[str, Any]:
     return metadata
 
 
+def refuse_failed(metadata: Dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        InputError: If the file was kept although it does not give what PyTorch gives.
+    """
+    failed = (metadata.get('parity') or {}).get('failed')
+    if failed:
+        raise InputError(f'{path} failed its comparison with PyTorch ({failed.rstrip(".")}); export it otherwise.')
+
+
 def load_metadata(path: Path) -> Dict[str, Any]:
     """The metadata of an ONNX file or an engine.
 

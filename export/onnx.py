@@ -28,6 +28,7 @@ except ImportError as e:
 except RuntimeInputError as e:
     raise InputError(str(e)) from e
 
+from export.emulation import TYPES, emulate
 from export.parity import check, check_batch
 from export.quantize import METHOD, quantize
 
@@ -118,6 +119,8 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     metadata['parity'], failure = check(run, reference, names, precision, images, prepare, random_input)
     if options.dynamic_size and failure is None:
         failure = check_batch(run, reference, names, precision, create_larger_input(config, options))
+    if failure is not None:
+        metadata['parity']['failed'] = str(failure)
     with writing(path, unique=True) as tmp:
         tmp.write_bytes(serialize(proto, metadata))
         if failure is not None:
@@ -223,7 +226,7 @@ def create_reference(
 
 
 def create_run(proto: 'onnx.ModelProto', options: OnnxOptions) -> Callable[[np.ndarray], List[np.ndarray]]:
-    """ONNX Runtime on the CPU; for bf16, which its CPU kernels lack, with each result rounded in turn.
+    """ONNX Runtime on the CPU, for fp16 and bf16 with each result rounded in turn, as a GPU would.
 
     int8 for TensorRT is computed with the quantized values in float32, whose sums are exact as TensorRT's are: the int8
     kernels of a CPU without VNNI saturate at 16 bits.
@@ -232,9 +235,8 @@ def create_run(proto: 'onnx.ModelProto', options: OnnxOptions) -> Callable[[np.n
     settings.log_severity_level = 3
     if options.precision == 'int8' and options.target == 'tensorrt':
         settings.add_session_config_entry('session.disable_quant_qdq', '1')
-    if options.precision == 'bf16':
-        from export.bfloat16 import emulate
-        proto = emulate(proto)
+    if options.precision in TYPES:
+        proto = emulate(proto, options.precision)
         # casts there and back would be taken for nothing
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(

@@ -7,6 +7,7 @@ outputs: for each its largest difference from PyTorch relative to PyTorch's larg
     input; the share of images (of regions, for patch scores) with the same best class; and the same share of those that
     PyTorch decides by more than the format can resolve.
 top1: accuracy in percent of PyTorch and of the file, where the labels are known.
+failed: what a file that is kept all the same fails in, else absent.
 """
 import math
 from dataclasses import dataclass, replace

@@ -87,7 +87,7 @@ class PushOptions:
             raise InputError(f'{self.repo!r} is not a repository name: {str(e).splitlines()[0]}') from e
         if '/' not in self.repo:
             raise InputError(f'{self.repo!r} is not a repository name: its owner comes first, USER/{self.repo}.')
-        if not self.deadline > 0:
+        if not 0 < self.deadline <= threading.TIMEOUT_MAX:
             raise InputError(f'--deadline must be above 0 seconds, not {self.deadline:g}.')
         if not self.message.strip():
             raise InputError('--message is empty, and each commit of the Hub has one; say what is pushed.')

@@ -58,6 +58,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import threading
 import warnings
@@ -329,16 +330,17 @@ class OnnxSession:
     ) -> None:
         if threads is not None and threads < 1:
             raise RuntimeInputError(f'The threads of ONNX Runtime must be at least 1, not {threads}.')
+        self.path = path
         ort = import_onnxruntime()
         content = read_file(path)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads or _count_allowed_cores()
         # onnxruntime's own fallback prints into what --json prints, and takes the session from threads that run it
         start = functools.partial(ort.InferenceSession, content, options, enable_fallback=0)
         start_on_cpu = functools.partial(start, providers=['CPUExecutionProvider'])
         if device == 'auto':
-            device = _pick_device(device)
+            device = _pick_device(device, allow_fallback)
             if device == 'cuda' and _is_for_cpu(path, start_on_cpu):
                 device = 'cpu'
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
@@ -348,7 +350,8 @@ class OnnxSession:
                 f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or, with run, --allow-fallback.')
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
-            providers.insert(0, (wanted, CUDA_OPTIONS))
+            # the default times every algorithm of every convolution, for each batch size anew
+            providers.insert(0, (wanted, dict(CUDA_OPTIONS, cudnn_conv_algo_search='HEURISTIC')))
             _preload(ort)
         self.start_on_cpu = start_on_cpu if allow_fallback else None
         self.lock = threading.Lock()
@@ -391,6 +394,8 @@ class OnnxSession:
         names = [output['name'] for output in self.metadata['outputs']]
         inputs = {self.metadata['input']['name']: batch}
         session = self.session
+        if session is None:
+            raise RuntimeInputError(f'{self.path} was closed; load it again.')
         try:
             try:
                 return session.run(names, inputs)
@@ -405,10 +410,22 @@ class OnnxSession:
         except Exception as e:
             raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
 
+    def close(self) -> None:
+        """Free everything, once the batches that run are through."""
+        self.session = None
+
     def _fall_back(self, error: Exception) -> Any:
         warnings.warn(f'ONNX Runtime continues on the CPU: {_tell(error)}.', stacklevel=3)
         assert self.start_on_cpu is not None
         return self.start_on_cpu()
+
+
+def _count_allowed_cores() -> int:
+    """Threads for a process that may not use all cores, as in many containers, where ONNX Runtime would start one for
+    each; else 0, which leaves the number to it.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 0
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def _is_for_cpu(path: Path, start_on_cpu: Callable[[], Any]) -> bool:
@@ -667,6 +684,9 @@ def query_gpu() -> Optional[Dict[str, Any]]:
     """Name, compute capability and driver of the first GPU, from the driver alone; None if there is none.
 
     Asked before TensorRT is touched: without a GPU some of its versions end the process.
+
+    Raises:
+        RuntimeInputError: If the driver does not start.
     """
     try:
         cuda = ctypes.CDLL('nvcuda.dll' if sys.platform == 'win32' else 'libcuda.so.1')
@@ -674,7 +694,14 @@ def query_gpu() -> Optional[Dict[str, Any]]:
         return None
     count, version, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     major, minor = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+    code = cuda.cuInit(0)
+    if code == 3:  # CUDA_ERROR_NOT_INITIALIZED
+        raise RuntimeInputError(
+            'CUDA was started before this process was forked, so the GPU cannot be used here; load nothing before the '
+            'fork, or start workers with spawn.')
+    if code not in (0, 34, 100):  # CUDA_ERROR_STUB_LIBRARY, CUDA_ERROR_NO_DEVICE
+        raise RuntimeInputError(f'The NVIDIA driver does not start (CUDA error {code}); see what nvidia-smi says.')
+    if code or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
         return None
     name = ctypes.create_string_buffer(256)
     cuda.cuDeviceGet(ctypes.byref(device), 0)
@@ -687,12 +714,18 @@ def query_gpu() -> Optional[Dict[str, Any]]:
         cuda_driver=f'{version.value // 1000}.{version.value % 1000 // 10}')
 
 
-def _pick_device(device: str) -> str:
+def _pick_device(device: str, allow_fallback: bool = False) -> str:
     """What 'auto' means for ONNX Runtime: the GPU, where there is one and the package installed can use it."""
     if device != 'auto':
         return device
     has_provider = 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
-    return 'cuda' if has_provider and query_gpu() else 'cpu'
+    try:
+        return 'cuda' if has_provider and query_gpu() else 'cpu'
+    except RuntimeInputError as e:
+        if not allow_fallback:
+            raise RuntimeInputError(f'{str(e).rstrip(".")}, or use the CPU with --device cpu.') from e
+        warnings.warn(f'ONNX Runtime runs on the CPU: {e}', stacklevel=4)
+        return 'cpu'
 
 
 def import_tensorrt(backend: str = 'auto') -> Any:
@@ -791,10 +824,10 @@ def import_library(name: str) -> Any:
     """The module, None if it is not installed; installed but broken is something else."""
     try:
         return importlib.import_module(name)
-    except ImportError as e:
+    except (ImportError, OSError) as e:  # the latter of a DLL that TensorRT does not find
         if isinstance(e, ModuleNotFoundError) and e.name and name.startswith(e.name):
             return None
-        raise RuntimeInputError(f'{name} is installed but cannot be imported ({e}); install it again.') from e
+        raise RuntimeInputError(f'{name} is installed but cannot be imported ({_tell(e)}); install it again.') from e
 
 
 def read_file(path: Path) -> bytes:
@@ -895,7 +928,8 @@ def _rebuild(metadata: Dict[str, Any], path: Path) -> str:
     if command[:4] != ['python', '-m', 'export', 'tensorrt']:  # not advice of ours
         return 'build it again with python -m export tensorrt'
     fetch = '' if Path(command[4]).is_file() else f'put {Path(command[4]).name} back (of the Hub: by hf download), and '
-    return f'{fetch}in a checkout of timm-tmblock build it again with "{shlex.join(command)}"'
+    line = subprocess.list2cmdline(command) if os.name == 'nt' else shlex.join(command)
+    return f'{fetch}in a checkout of timm-tmblock build it again with "{line}"'
 
 
 # Metadata
@@ -996,7 +1030,7 @@ def check_built(metadata: Dict[str, Any], path: Path) -> None:
 # Runner: images in, predictions out
 
 class Runner:
-    """Classifies images by one file. Threads may share it."""
+    """Classifies images by one file, until it is closed. Threads may share it."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -1014,6 +1048,16 @@ class Runner:
     @property
     def class_names(self) -> List[str]:
         return self.metadata['class_names']
+
+    def close(self) -> None:
+        """Free everything, once the batch that runs is through."""
+        self.session.close()
+
+    def __enter__(self) -> 'Runner':
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.close()
 
     def __call__(self, images: Union[ImageSource, Sequence[ImageSource]], batch_size: int = 64) -> Any:
         """Classify images.
@@ -1086,7 +1130,8 @@ class Runner:
     def run(self, batch: np.ndarray) -> List[np.ndarray]:
         """Input of the file to its outputs, in their order in the metadata, for any number of images.
 
-        To a file that takes some batch sizes alone they go in several batches, the last filled up with its last image.
+        To a file that takes some batch sizes alone they go in several batches, the last filled up with its last image;
+        to an engine in powers of two, as it has buffers and a CUDA graph for each size.
 
         Raises:
             RuntimeInputError: In a process that was forked after the file was loaded, where neither the threads of ONNX
@@ -1104,7 +1149,8 @@ class Runner:
         parts = []
         for start in range(0, len(batch), largest):
             part = batch[start:start + largest]
-            size = min(max(low, len(part)) for low, high in self._batches if high >= len(part))
+            rounded = 1 << (len(part) - 1).bit_length()
+            size = min(min(max(low, rounded), high) for low, high in self._batches if high >= len(part))
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             parts.append([y[:len(part)] for y in self.session.run(filled)])
         return [np.concatenate(ys) for ys in zip(*parts)]
@@ -1140,9 +1186,12 @@ class Runner:
                     raise picture
                 on_error(image, picture)
                 continue
-            probabilities, *patches = next(results)
+            # copies, as views would keep the whole batch for as long as one prediction is kept
+            probabilities, *patches = (array.copy() for array in next(results))
+            activation = next(activations)
             yield image, Prediction(
-                picture, probabilities, patches[0] if patches else None, *names, next(activations))
+                picture, probabilities, patches[0] if patches else None, *names,
+                None if activation is None else activation.copy())
 
 
 def _is_single(images: Any) -> bool:

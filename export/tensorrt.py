@@ -26,7 +26,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
-from export.metadata import read_metadata, replace_with_sidecar
+from export.metadata import read_metadata, refuse_failed, replace_with_sidecar
 from export.runtime import (
     ENGINE_SUFFIXES,
     RuntimeInputError,
@@ -270,6 +270,7 @@ def read_onnx(path: Path, last_opset: int) -> Tuple[bytes, Dict[str, Any]]:
             f'{path} has opset {opset}, this TensorRT reads {FIRST_OPSET} to {last_opset}; export it with --opset 18, '
             f'or install a later version (bf16 needs opset 22).')
     metadata = read_metadata(path, {p.key: p.value for p in proto.metadata_props})
+    refuse_failed(metadata, path)
     if (metadata.get('quantization') or {}).get('target') == 'cpu':
         raise InputError(
             f'{path} is int8 for a CPU, with uint8 activations that TensorRT does not take; export it with --precision '
@@ -345,12 +346,10 @@ def _build(
             raise ProfileError(f'{trt.__name__} does not take inputs of {low} to {high}; {logger.last}.')
 
     cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
-    if cache_path:
-        cache = config.create_timing_cache(_read_timing_cache(cache_path))
-        if cache is None:  # damaged
-            cache = config.create_timing_cache(b'')
-        if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another driver, say
-            config.set_timing_cache(config.create_timing_cache(b''), ignore_mismatch=False)
+    for content in (_read_timing_cache(cache_path), b'') if cache_path else ():
+        cache = config.create_timing_cache(content)  # None where it is damaged
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):  # False of another driver's
+            break
     monitor = _create_monitor(trt)
     config.progress_monitor = monitor
     with _noting_interrupts(monitor):
@@ -417,9 +416,7 @@ def _read_timing_cache(path: Path) -> bytes:
 
 
 def _write_timing_cache(path: Path, data: bytes) -> None:
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+    with contextlib.suppress(OSError, InputError), writing(path, unique=True) as tmp:
         tmp.write_bytes(data)
         os.replace(tmp, path)
 

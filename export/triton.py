@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from export.metadata import load_metadata, sidecar
+from export.metadata import load_metadata, refuse_failed, sidecar
 from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
@@ -82,6 +82,7 @@ class _Model:
         if path.suffix not in BACKENDS:
             raise InputError(f'{path} is neither an .onnx file nor an .engine or .plan.')
         metadata = load_metadata(path)
+        refuse_failed(metadata, path)
         if metadata['precision'] == 'bf16' and path.suffix == '.onnx':
             raise InputError(f'{path} is bf16, which ONNX Runtime cannot run; serve an engine built from it, or fp16.')
         if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
@@ -170,16 +171,12 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
             reach = max(reach, high)
         max_batch = reach
         # a preferred batch of one would be sent off at once, and requests would never wait for others
-        preferred = ', '.join(map(str, sorted(size for size in set(best) if size > 1)))
+        # the largest is one, or requests that wait for it would be sent off as several of the others
+        preferred = ', '.join(map(str, sorted(size for size in {*best, reach} if size > 1)))
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif isinstance(metadata['input']['shape'][0], int):
         raise InputError(f'{path} takes only one batch size; export it with a dynamic batch.')
-    threads = 1 if options.threads is None else options.threads
-    if min(max_batch, options.instances, threads) < 1 or options.max_delay < 0:
-        raise InputError('--max-batch, --instances and --threads must be at least 1, and --max-delay at least 0.')
-    if max(max_batch, options.instances, threads) >= 2 ** 31 or options.max_delay >= 2 ** 63:
-        raise InputError('--max-batch, --instances, --threads or --max-delay is more than the server can count.')
     kind = 'gpu' if engine else options.kind
     if kind == 'auto' and (metadata['quantization'] or {}).get('target') == 'cpu':
         kind = 'cpu'

@@ -7,9 +7,9 @@
 
 The folder has all that the app needs: ONNX files, the runtime, example images. Nothing in it needs PyTorch.
 """
-import argparse
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -17,6 +17,7 @@ from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import METHODS, has_class_activation
 from timm_tmblock.image import IMAGE_SUFFIXES, list_images
+from train.config import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
@@ -27,7 +28,7 @@ MODELS = ('rn26_tm', 'rn26_tm.cifar100', 'rn26')
 def build(
         output: Path,
         models: Sequence[Tuple[str, Any]],
-        args: argparse.Namespace,
+        args: Namespace,
         method: str = 'match',
         examples: Sequence[Path] = (EXAMPLES,),
 ) -> List[Path]:
@@ -68,12 +69,8 @@ def build(
             shutil.copyfile(path, tmp / 'examples' / path.name)
         (tmp / 'models').mkdir()
         for name, model in models:
-            if getattr(model, 'has_template_matching', False):
-                options = OnnxOptions(patch_logits=True, method=method)
-            elif has_class_activation(model):
-                options = OnnxOptions(patch_logits=True, method='cam')
-            else:
-                options = OnnxOptions()
+            shown = method if model.has_template_matching else 'cam' if has_class_activation(model) else None
+            options = OnnxOptions(patch_logits=True, method=shown) if shown else OnnxOptions()
             export_onnx(model, tmp / 'models' / f'{name}.onnx', options, load_images(args, model, calibrate=False))
         if output.exists():
             output.rmdir()  # it is empty, and Windows replaces no folder
@@ -101,7 +98,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """
     from export.images import add_image_options
     from export.load import load
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='python -m hub_cards.build_space', description='Put together the folder of a Space that shows models.')
     parser.add_argument(
         'models', nargs='*', metavar='MODEL', default=MODELS,

@@ -113,7 +113,7 @@ def test_compiler_that_is_missing_is_one_sentence(monkeypatch):
     (['missing.onnx'], 'There is no file or folder missing.onnx'),
     (['--torch', 'rn26', '--device', 'cuda'], 'finds no GPU'),
     (['--torch', 'rn27'], "no model 'rn27'"),
-    (['--torch', 'rn26', '--batch-sizes', '0'], 'must be positive'),
+    (['--torch', 'rn26', '--batch-sizes', '0'], 'must be at least 1'),
 ])
 def test_what_cannot_be_timed_is_one_sentence(flags, message):
     if 'cuda' in flags and torch.cuda.is_available():

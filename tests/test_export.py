@@ -514,7 +514,13 @@ def test_file_that_fails_is_kept_under_another_name(exported, tmp_path, monkeypa
         main(['onnx', str(weights), '--output', str(tmp_path / 'x.onnx'), *FEW])
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.failed.onnx', 'x.failed.onnx.json', 'x.onnx']
     assert (tmp_path / 'x.onnx').read_bytes() == b'of before'
-    assert json.loads((tmp_path / 'x.failed.onnx.json').read_text())['parity']['outputs']['logits']
+    parity = json.loads((tmp_path / 'x.failed.onnx.json').read_text())['parity']
+    assert parity['outputs']['logits'] and 'at most' in parity['failed']
+    (tmp_path / 'x.failed.onnx').rename(tmp_path / 'renamed.onnx')
+    for command in ('triton', 'tensorrt'):
+        if command == 'triton' or runtime.import_library('tensorrt_rtx'):
+            with pytest.raises(InputError, match=r'renamed.onnx failed its comparison with PyTorch \('):
+                main([command, str(tmp_path / 'renamed.onnx'), '--output', str(tmp_path / 'y.engine')])
 
 
 def test_model_is_left_as_it_was(pretrained, images):

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from onnx import TensorProto, helper
 
-from export.bfloat16 import emulate
+from export.emulation import TYPES, emulate
 from export.images import Images
 from export.parity import BATCH_SIZES, LIMITS, check, check_batch, compare_output, softmax
 
@@ -249,12 +249,13 @@ def test_probabilities_are_compared_after_a_softmax():
     assert 'probabilities differs' in str(failure)
 
 
-def test_bfloat16_is_emulated_as_pytorch_rounds_it():
+@pytest.mark.parametrize('precision, dtype', [('bf16', torch.bfloat16), ('fp16', torch.float16)])
+def test_16_bits_are_emulated_as_pytorch_rounds_them(precision, dtype):
     """A convolution, addition and ReLU, with every result rounded."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(5, 6, 3, padding=1).bfloat16()
+    conv = nn.Conv2d(5, 6, 3, padding=1).to(dtype)
     weight, bias = conv.weight.detach().float().numpy(), conv.bias.detach().float().numpy()
-    b16 = TensorProto.BFLOAT16
+    b16 = TYPES[precision]
     graph = helper.make_graph(
         [
             helper.make_node('Cast', ['x'], ['h'], to=b16),
@@ -273,14 +274,16 @@ def test_bfloat16_is_emulated_as_pytorch_rounds_it():
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
-        emulate(proto).SerializeToString(), settings, providers=['CPUExecutionProvider'])
+        emulate(proto, precision).SerializeToString(), settings, providers=['CPUExecutionProvider'])
     for n in (1, 2, 7):
         x = torch.randn(n, 5, 9, 9)
         with torch.no_grad():
-            wide = conv.double()(x.bfloat16().double())
-            expected = (2 * wide.bfloat16()).relu().float().numpy()
-            conv.bfloat16()
+            wide = conv.double()(x.to(dtype).double())
+            expected = (2 * wide.to(dtype)).relu().float().numpy()
+            conv.to(dtype)
         got = session.run(None, {'x': x.numpy()})[0]
         # sums within half a rounding error of a tie may go either way
         assert (got == expected).mean() > 0.995
-        np.testing.assert_allclose(got, expected, rtol=2 ** -7)
+        np.testing.assert_allclose(got, expected, rtol=2 * torch.finfo(dtype).eps)
+    overflowing = session.run(None, {'x': np.full((1, 5, 9, 9), 60000., np.float32)})[0]
+    assert np.isfinite(overflowing).all() == (precision == 'bf16')

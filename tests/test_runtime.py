@@ -583,13 +583,66 @@ def test_output_that_nobody_reads_is_no_error(folder, more, code, said):
 
 def test_file_loaded_before_a_fork_is_refused_after_it(folder, monkeypatch):
     runner = runtime.load(folder / 'plain.onnx', 'cpu')
-    monkeypatch.setattr(os, 'getpid', lambda: 1)  # a worker of a server
+    worker = os.getpid() + 1
+    monkeypatch.setattr(os, 'getpid', lambda: worker)
     with pytest.raises(runtime.RuntimeInputError, match='load it in each worker'):
         runner(IMAGES / 'ship.png')
 
 
-def test_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
-    (tmp_path / 'tensorrt.py').write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
+def test_file_that_was_closed_is_refused(folder):
+    with runtime.load(folder / 'plain.onnx', 'cpu') as runner:
+        assert runner(IMAGES / 'ship.png').label == 'ship'
+    with pytest.raises(runtime.RuntimeInputError, match='plain.onnx was closed; load it again'):
+        runner(IMAGES / 'ship.png')
+
+
+def test_prediction_that_is_kept_keeps_no_others(folder):
+    predictions = runtime.load(folder / 'patches.onnx', 'cpu')([IMAGES / 'ship.png', IMAGES / 'bird.png'])
+    for array in (predictions[0].probabilities, predictions[0].patch_probabilities):
+        assert array.base is None or array.base.nbytes == array.nbytes
+
+
+@pytest.mark.parametrize('code, message', [
+    (0, None), (100, None), (34, None), (3, 'started before this process was forked'),
+    (804, r'driver does not start \(CUDA error 804\); see what nvidia-smi says, or use the CPU with --device cpu')])
+def test_driver_that_does_not_start_is_not_taken_for_no_gpu(folder, monkeypatch, code, message):
+    class Driver:
+        def __getattr__(self, name):
+            return lambda *args: code if name == 'cuInit' else 0
+
+    monkeypatch.setattr(runtime.ctypes, 'CDLL', lambda name: Driver())
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: [
+        'CUDAExecutionProvider', 'CPUExecutionProvider'])
+    if message is None:
+        assert runtime.query_gpu() is None
+        return
+    with pytest.raises(runtime.RuntimeInputError, match=message):
+        runtime.load(folder / 'plain.onnx')
+    with pytest.warns(UserWarning, match='ONNX Runtime runs on the CPU: '):
+        assert runtime.load(folder / 'plain.onnx', allow_fallback=True)(IMAGES / 'ship.png').label == 'ship'
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='no affinity here')
+def test_threads_are_no_more_than_the_cores_that_are_allowed(folder, monkeypatch):
+    found = []
+    real = onnxruntime.InferenceSession
+
+    def start(content, options, **kwargs):
+        found.append(options.intra_op_num_threads)
+        return real(content, options, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', start)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    for allowed in ({0, 1}, set(range(64))):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: allowed)
+        runtime.load(folder / 'plain.onnx', 'cpu')
+    runtime.load(folder / 'plain.onnx', 'cpu', threads=3)
+    assert found == [2, 0, 3]
+
+
+@pytest.mark.parametrize('error', ['ImportError', 'FileNotFoundError'])  # the latter on Windows
+def test_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch, error):
+    (tmp_path / 'tensorrt.py').write_text(f"raise {error}('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'tensorrt', raising=False)
     with pytest.raises(runtime.RuntimeInputError, match='tensorrt is installed but cannot be imported .libnvinfer'):

@@ -132,7 +132,8 @@ def test_simulated_engine_predicts_as_the_onnx_file(simulated, files, tmp_path, 
             np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-6)
             if name == 'patches':
                 np.testing.assert_allclose(a.patch_probabilities, b.patch_probabilities, atol=1e-6)
-    shapes = {1, 3, 7, 10}  # and batches of 1 and 3 that are left over
+    shapes = {1, 3, 8, 16}  # powers of two where the profile has them
+    assert {shape[0] for shape in runner.session.bindings} == shapes
     assert simulated['log']['contexts'] == len(shapes)
     if simulated['backend'] == 'tensorrt':
         assert simulated_tensorrt.Cuda.launches > 10  # a graph for each shape, from its second batch on
