@@ -136,6 +136,21 @@ def test_less_than_two_thirds_is_kept_for_the_backward():
     assert kept[0] < 2 / 3 * kept[1]
 
 
+def test_checkpointed_stage_keeps_only_what_each_layer_adds():
+    def find_storages():
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    stage = make_stages(torch.float32, depth=16)[0].train()
+    stage.grad_checkpointing = True
+    x = torch.randn(4, 10, 8, 8, requires_grad=True)
+    before = find_storages()
+    out = stage(x)
+    kept = sum(size for place, size in find_storages().items() if place not in before)
+    assert out.nbytes <= kept < 3 * out.nbytes  # all concatenations would be eight times as much
+
+
 @pytest.mark.parametrize('backward', [True, False])
 def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     """It goes with the backward although the loss stays, or with the output, and not when garbage is collected."""

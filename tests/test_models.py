@@ -430,7 +430,7 @@ def test_weights_of_the_package_do_not_stand_in_for_others(source, monkeypatch):
 @pytest.mark.parametrize('num_classes', [10, 5])
 def test_classifier_of_as_many_classes_warns_of_the_templates_before(num_classes, caplog):
     timm.create_model('rn26_tm', pretrained=True).reset_classifier(num_classes)
-    assert ('The model keeps its 10 templates of the previous classes' in caplog.text) == (num_classes == 10)
+    assert ('The classifier is new, the 10 templates are not' in caplog.text) == (num_classes == 10)
 
 
 def test_weights_of_other_templates_are_refused_with_the_remedy(tmp_path):

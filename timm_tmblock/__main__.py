@@ -23,7 +23,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     command = commands.add_parser('explain', help='classify images and show which class each region matched')
-    command.add_argument('model', help='pretrained model, or .onnx or .safetensors file')
+    command.add_argument('model', help=(
+        "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or an .onnx or .safetensors file"))
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
     command.add_argument('--checkpoint', metavar='FILE', help='weights of the model, in place of its own')
     command.add_argument('--method', choices=METHODS, help=(

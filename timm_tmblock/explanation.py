@@ -270,8 +270,8 @@ def explain(source: Union[nn.Module, str, Path], image: ImageSource, method: Opt
     """Classify an image and tell which class each of its regions matched.
 
     Args:
-        source: A model of this package, an ONNX file exported with patch logits, a weight file of training, or the name
-            of a pretrained model.
+        source: What `Explainer` takes: a model of this package or your own, an ONNX file exported with patch logits, a
+            weight file of training, or the name of a pretrained model.
         image: File or its bytes, PIL image or uint8 array, of any size.
         method: 'match' for the patch logits of a template matching block, 'cam' for class activation maps. If None,
             the one a file was exported with, or 'match' for a model.

@@ -57,7 +57,7 @@ class SoftMaximizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=self.mu)  # (B, K + 1, H, W)
         # the backward of softmax is Proposition 3.2 applied to a vector
-        x = self.epsilon * (x - x.amax(dim=1, keepdim=True))  # fp16 can overflow only to minus infinity
+        x = self.epsilon * (x - x.detach().amax(dim=1, keepdim=True))  # fp16 can overflow only to minus infinity
         return self.eta * torch.softmax(x, dim=1)[:, :-1]
 
     @torch.jit.ignore

@@ -204,8 +204,8 @@ class TemplateMatchingNet(nn.Module):
         self.fc.train(self.training)
         if self.has_template_matching and num_classes == self.tm.num_templates:
             _logger.warning(
-                'The model keeps its %d templates of the previous classes; retrain them with TemplateMatchingTask, or '
-                'call reset_templates(%d).', num_classes, num_classes)
+                'The classifier is new, the %d templates are not; unless they were made for these classes, call '
+                'reset_templates(%d) and train with TemplateMatchingTask.', num_classes, num_classes)
         cfg: Optional[Dict[str, Any]] = getattr(self, 'pretrained_cfg', None)
         if cfg and num_classes:  # as many classes as before, perhaps, but not the same ones
             self.pretrained_cfg = self.default_cfg = dict(cfg, label_names=None, label_descriptions=None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, get_norm_act_layer
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 
 from ..layers import fuse_conv_norm
 from ..layers.dense_features import can_share_features, forward_shared
@@ -64,6 +64,20 @@ class DenseLayer(nn.Module):
         self.conv1, self.norm2 = fuse_conv_norm(self.conv1, self.norm2)
 
 
+def checkpoint_layers(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """The layers' result, of which only what each adds is kept: (B, C, H, W) -> (B, C + depth * growth_rate, H, W).
+
+    Concatenations are made again in the backward, as in timm's DenseNet; checkpoint_seq would keep all of them.
+    """
+    features = [x]
+    for layer in layers:
+        def add(*before: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+            y = torch.cat(before, dim=1)
+            return layer(y)[:, y.shape[1]:].clone()  # a view would keep the whole
+        features.append(checkpoint(add, *features))
+    return torch.cat(features, dim=1)
+
+
 class DenseStage(nn.Module):
     """Dense layers of one resolution: (B, C, H, W) -> (B, C + depth * growth_rate, H, W)."""
 
@@ -108,7 +122,7 @@ class DenseStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
-                return checkpoint_seq(self.blocks, x)
+                return checkpoint_layers(self.blocks, x)
             # under torch.fx `x` is a Proxy without a device; the last check is the long one
             if type(x) is torch.Tensor and (
                     x.device.type == 'cpu' if self.memory_efficient is None else self.memory_efficient

@@ -25,7 +25,7 @@ from ._base import (
     create_network,
 )
 
-__all__ = ['PreActResNet']  # model_registry will add each entrypoint fn to this
+__all__ = ['PreActResNet', 'PreActBasic', 'PreActBottleneck']  # model_registry will add each entrypoint fn to this
 
 
 class PreActBottleneck(nn.Module):
