@@ -65,6 +65,7 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
             color='L' if config['input_size'][0] == 1 else 'RGB',
             interpolation=config['interpolation'],
             crop_pct=config['crop_pct'],
+            **({'crop_mode': 'squash'} if config.get('crop_mode') == 'squash' else {}),
             mean=list(config['mean']),
             std=list(config['std']),
         ),
@@ -74,14 +75,14 @@ def describe_model(model: Any, config: Dict[str, Any]) -> Dict[str, Any]:
 def check_preprocessing(config: Dict[str, Any]) -> None:
     """
     Raises:
-        InputError: For images that are neither grey nor in colour, or not to be cropped in the centre.
+        InputError: For images that are neither grey nor in colour, or are to have borders.
     """
     if config['input_size'][0] not in (1, 3):
         raise InputError(f'The network takes {config["input_size"][0]} channels; images have 1 or 3.')
-    if config.get('crop_mode', 'center') != 'center':
+    if config.get('crop_mode', 'center') not in ('center', 'squash'):
         raise InputError(
-            f"The network takes images by crop_mode {config['crop_mode']!r}, and an exported file crops the centre; "
-            f"set pretrained_cfg['crop_mode'] to 'center' if that will do.")
+            f"The network takes images by crop_mode {config['crop_mode']!r}, and an exported file adds no borders; set "
+            f"pretrained_cfg['crop_mode'] to 'center' or 'squash' if that will do.")
 
 
 def find_difference(described: Dict[str, Any], other: Dict[str, Any]) -> Optional[str]:

@@ -23,11 +23,12 @@ class_names: in the order of the class scores.
 template_names: in the order of the patch scores; only with patch scores.
 input: name, dtype, layout ('NCHW' or 'NHWC'), shape (axes that may vary by name) and range of values:
     'normalized' floats, (pixel / 255 - mean) / std by channel; or 'pixels', uint8 from 0 to 255, normalised inside.
-preprocessing: how pixels are made of an image that is upright, and on white where it is transparent: input_size
-    (C, H, W), color ('RGB' or 'L'), interpolation and crop_pct: resize until it covers floor(size / crop_pct), keeping
-    its proportions, and crop the centre. By Pillow's resize, which antialiases; OpenCV's interpolations (other than
-    INTER_AREA) and a browser's canvas do not, so larger images come out different. For the rounding see
-    resize_and_crop in runtime.py. mean and std are of pixels in [0, 1], for 'normalized' inputs.
+preprocessing: how pixels are made of an image that is upright, and on white where it is transparent: input_size (C, H,
+    W), color ('RGB' or 'L'), interpolation and crop_pct: resize until it covers floor(size / crop_pct), keeping its
+    proportions, and crop the centre; with crop_mode 'squash' resize to floor(size / crop_pct) and crop. By Pillow's
+    resize, which antialiases; OpenCV's interpolations (other than INTER_AREA) and a browser's canvas do not, so larger
+    images come out different. For the rounding see resize_and_crop in runtime.py. mean and std are of pixels in [0, 1],
+    for 'normalized' inputs.
 outputs: for each its name, dtype, shape (an axis that varies with the input by name or formula) and meaning ('class
     scores', 'class probabilities', 'patch scores', 'patch probabilities'); of patches also stride, in pixels of the
     input between neighbouring regions, and method 'cam' where they are class activation maps, and not of template
@@ -74,7 +75,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
 METADATA_VERSION = 2  # of what is described above
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 ENGINE_SUFFIXES = ('.engine', '.plan')
 MAX_PIXELS = 1 << 26  # of an image that is resized before it is cropped
 DEVICES = ('auto', 'cpu', 'cuda')
@@ -199,7 +200,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.Image:
-    """Resize the shorter side and crop the centre, pixel for pixel as timm's evaluation transform does.
+    """Resize, the shorter side or both, and crop the centre, pixel for pixel as timm's evaluation transform does.
 
     Raises:
         RuntimeInputError: For an image so long that resizing it would fill the memory.
@@ -207,7 +208,9 @@ def resize_and_crop(image: Image.Image, preprocessing: Dict[str, Any]) -> Image.
     _, height, width = preprocessing['input_size']
     scaled = [math.floor(size / preprocessing['crop_pct']) for size in (height, width)]
     w, h = image.size
-    if scaled[0] == scaled[1]:  # torchvision's Resize cuts off, timm's ResizeKeepRatio rounds
+    if preprocessing.get('crop_mode') == 'squash':
+        size = scaled[1], scaled[0]
+    elif scaled[0] == scaled[1]:  # torchvision's Resize cuts off, timm's ResizeKeepRatio rounds
         size = (scaled[0], int(scaled[0] * h / w)) if w <= h else (int(scaled[0] * w / h), scaled[0])
     else:
         ratio = min(h / scaled[0], w / scaled[1])
@@ -1008,7 +1011,7 @@ def _is_whole(metadata: Dict[str, Any]) -> bool:
         and all(isinstance(v, (int, float)) and math.isfinite(v) for v in preprocessing['mean'])
         and all(0 < v < math.inf for v in preprocessing['std'])
         and 0 < preprocessing['crop_pct'] <= min(size[1:])  # what is larger leaves no pixel of an image
-        and preprocessing['color'] in ('RGB', 'L')
+        and preprocessing['color'] in ('RGB', 'L') and preprocessing.get('crop_mode', 'squash') == 'squash'
         and preprocessing['interpolation'].upper() in Image.Resampling.__members__
         and all(isinstance(kinds, list) and all(isinstance(name, str) for name in kinds) for kinds in names)
         and all(isinstance(one['shape'], list) and {'name', 'dtype'} <= one.keys() for one in tensors)

@@ -137,7 +137,7 @@ def test_channels_last_batches():
 
 
 def test_set_smaller_than_a_batch_is_refused():
-    with pytest.raises(InputError, match='smaller --batch-size'):
+    with pytest.raises(InputError, match='use a --batch-size of at most 22'):
         make_loader(batch_size=23)
 
 
@@ -366,6 +366,42 @@ def test_damaged_image_of_a_streamed_set_is_named_not_replaced(folder, num_worke
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_all_damaged_images_are_named_at_once(folder, monkeypatch, num_workers):
+    monkeypatch.setattr(data, 'WORTH_A_PROCESS', 1.)
+    for name in ('ant/2.png', 'bee/1.png'):
+        (folder / 'train' / name).write_bytes(b'')
+    with pytest.raises(InputError, match=r'ant/2.png.* \(so are 1 others: .*bee/1\.png') as error, naming_failures(''):
+        decode(open_dataset(str(folder), 'train'), CONFIG, progress=False, num_workers=num_workers)
+    assert '\n' not in str(error.value)
+
+
+def test_few_large_images_are_shared_by_all_processes():
+    source = range(400)
+    for size, workers, expected in ((32, 1, 50), (224, 1, 27), (224, 8, 6), (8, 0, 50)):
+        assert data._Chunks(source, replace(CONFIG, input_size=(3, size, size)), None, workers).size == expected
+
+
+def test_images_beside_class_folders_are_no_class(folder):
+    Image.new('RGB', (8, 8)).save(folder / 'train' / 'overview.png')
+    with pytest.raises(InputError, match='train/overview.png lies in no class folder; move it into one'):
+        open_dataset(str(folder), 'train')
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path):
+    for part in ('train', 'test'):
+        (tmp_path / part).mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path / part / 'cat.0.png')
+    with pytest.raises(InputError, match='has images in test and train without class folders; .* such as test/CLASS'):
+        open_dataset(str(tmp_path), 'train')
+
+
+def test_hidden_files_are_no_images(folder):
+    expected = len(open_dataset(str(folder), 'train'))
+    (folder / 'train' / 'ant' / '._0.png').write_bytes(b'of macOS')
+    assert len(open_dataset(str(folder), 'train')) == expected
+
+
 @pytest.mark.parametrize('name, split, kwargs, message', [
     ('hfds/does/not-exist', 'train', {}, 'Cannot open'),
     ('torch/nothing', 'train', dict(root='.'), 'Cannot open'),
@@ -529,8 +565,11 @@ def test_folder_may_be_called_as_a_kind_of_set(tmp_path, monkeypatch, name):
     assert len(open_dataset(name, 'train')) == 2
 
 
-def test_classes_of_one_name_have_one_number():
+def test_classes_of_one_name_have_one_number(capsys):
+    check_classes('net', ['airplane', 'bird', 'car'], 'set', ['airplane', 'bird', 'car'])
+    assert capsys.readouterr().err == ''
     check_classes('net', ['airplane', 'bird', 'car'], 'set', ['plane', 'bird', 'auto'])
+    assert "class 0 is 'airplane' in the one and 'plane' in the other); they are compared" in capsys.readouterr().err
     for other in (['airplane', 'car', 'bird'], ['bird', 'airplane', 'monkey'], ['x', 'y', 'bird']):
         with pytest.raises(InputError, match='net and set have classes in another order'):
             check_classes('net', ['airplane', 'bird', 'car'], 'set', other)

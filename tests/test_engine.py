@@ -112,12 +112,13 @@ def test_fsdp_compiles_nothing(monkeypatch):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--torchcompile', 'aot_eager']))
 
 
-def test_fsdp_does_not_clip_by_value(monkeypatch):
+@pytest.mark.parametrize('mode', ['value', 'agc'])
+def test_fsdp_clips_by_the_norm_alone(monkeypatch, mode):
     monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
     flags = ['--device', 'cpu', '--report-to', 'none', '--clip-grad', '1', '--clip-mode']
     create_accelerator(parse_args([*flags, 'norm']))
-    with pytest.raises(InputError, match='does not clip by value under FSDP; use --clip-mode norm'):
-        create_accelerator(parse_args([*flags, 'value']))
+    with pytest.raises(InputError, match=f'clips by the norm alone, not by {mode}; use --clip-mode norm'):
+        create_accelerator(parse_args([*flags, mode]))
 
 
 def test_compiler_of_the_launcher_is_a_setting_of_the_run(tmp_path, monkeypatch):

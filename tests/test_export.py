@@ -469,10 +469,18 @@ def test_perturbed_maximizers_do_not_export_and_say_why(trained_like, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('mode', ['squash', 'border'])
-def test_network_that_is_not_to_crop_the_centre_is_refused(images, tmp_path, mode):
-    model = timm.create_model('rn20', pretrained_cfg_overlay=dict(crop_mode=mode)).eval()
-    with pytest.raises(InputError, match=f"takes images by crop_mode '{mode}', and an exported file crops the centre"):
+def test_network_that_squashes_images_is_exported_so(images, tmp_path):
+    model = timm.create_model('rn20_tm', pretrained_cfg_overlay=dict(crop_mode='squash')).eval()
+    export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(patch_logits=True), images(model))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
+    got, expected = runtime.load(tmp_path / 'x.onnx', 'cpu')(picture), explain(model, picture)
+    np.testing.assert_allclose(got.probabilities, expected.probabilities, atol=1e-5)
+    np.testing.assert_allclose(explain(tmp_path / 'x.onnx', picture).probabilities, expected.probabilities, atol=1e-5)
+
+
+def test_network_whose_images_have_borders_is_refused(images, tmp_path):
+    model = timm.create_model('rn20', pretrained_cfg_overlay=dict(crop_mode='border')).eval()
+    with pytest.raises(InputError, match="takes images by crop_mode 'border', and an exported file adds no borders"):
         export_onnx(model, tmp_path / 'x.onnx', OnnxOptions(), images(model))
     assert list(tmp_path.iterdir()) == []
 

@@ -21,7 +21,7 @@ import train.loader
 from timm_tmblock.errors import InputError
 from train.checkpoint import find_checkpoints
 from train.config import parse_args
-from train.failure import advise_on_memory, estimate_disk_space
+from train.failure import advise_on_memory, estimate_disk_space, naming_failures
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +163,12 @@ def test_worker_that_had_sigterm_too_is_no_failure(tmp_path, monkeypatch):
     fail_at(monkeypatch, 3, terminate)
     with pytest.raises(InputError, match='^Interrupted in epoch 1 at update 2; .*continue with --resume'):
         main([*TINY, '--output', str(tmp_path)])
+
+
+def test_worker_without_shared_memory_is_told_apart():
+    text = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
+    with pytest.raises(InputError, match='too little shared memory; raise it'), naming_failures(''):
+        raise RuntimeError(text)
 
 
 def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():

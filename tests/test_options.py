@@ -737,7 +737,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--hub-private'], '--hub-private only applies with --push-to-hub; add it'),
     (['--distill-loss-weight', '1'], '--distill-loss-weight only applies with a teacher, --kd-model-name or --kd'),
     (['--aa', 'zzz'], 'augmentation of single images cannot be used: .*zzz'),
-    (['--reprob', '0.5', '--train-split', 'train[:5]'], 'smaller --batch-size'),
+    (['--reprob', '0.5', '--train-split', 'train[:5]'], 'use a --batch-size of at most'),
     (['--cutmix', '1', '--cutmix-minmax', '0.5', '0.1', '--max-steps', '1'], 'two rising fractions'),
     (['--img-size', '30', '--model', 'resnet18', '--aux-head'], 'cannot be used'),
     (['--sched', 'wsd', '--decay-epochs', '50'], 'schedule requires'),

@@ -147,7 +147,7 @@ def test_what_lies_on_the_hub_and_is_no_sidecar_of_an_engine_is_passed_over(foun
     assert not _is_engine_of(dict(weights_sha256=64 * '0'), found)
 
 
-def test_repository_is_looked_at_before_the_training():
+def test_name_of_the_repository_is_checked_before_the_training():
     with pytest.raises(InputError, match="'run' is not a repository name: its owner comes first, USER/run"):
         train.main(['--push-to-hub', 'run'])
 

@@ -239,7 +239,7 @@ def test_runs_from_the_hub_are_set_beside_those_of_a_copy():
 
 @pytest.mark.usefixtures('forked_runs')
 @pytest.mark.parametrize('flags, message', [
-    (['--batch-size', '500'], '.*smaller --batch-size'),
+    (['--batch-size', '500'], '.*use a --batch-size of at most'),
     (['--lr', '1e20', '--max-steps', '3'], 'The loss or a weight was not finite')])
 def test_run_that_fails_is_named(tmp_path, flags, message):
     with pytest.raises(InputError, match=rf'rn26.cifar10.seed0 failed, see .*log.txt: error: {message}'):

@@ -79,9 +79,12 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize('size, crop_pct, interpolation', [
     ((32, 32), 1.0, 'bicubic'), ((32, 32), 0.875, 'bilinear'), ((84, 84), 0.9, 'lanczos'), ((32, 48), 0.95, 'bicubic'),
     ((48, 32), 1.0, 'bilinear'), ((32, 32), 1.1, 'bicubic'), ((33, 32), 1.1, 'bicubic'), ((48, 31), 1.2, 'lanczos')])
-def test_images_are_read_and_cropped_as_by_timm(pictures, size, crop_pct, interpolation):
-    transform = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+@pytest.mark.parametrize('crop_mode', ['center', 'squash'])
+def test_images_are_read_and_cropped_as_by_timm(pictures, size, crop_pct, interpolation, crop_mode):
+    transform = create_transform(
+        (3, *size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, normalize=False)
     preprocessing = dict(input_size=(3, *size), crop_pct=crop_pct, interpolation=interpolation)
+    preprocessing.update(dict(crop_mode=crop_mode) if crop_mode == 'squash' else {})
     for path in sorted(pictures.iterdir()):
         expected = transform(read_image(path)).numpy().transpose(1, 2, 0)
         got = np.asarray(runtime.resize_and_crop(runtime.read_image(path), preprocessing))
@@ -634,7 +637,7 @@ def test_threads_are_no_more_than_the_cores_that_are_allowed(folder, monkeypatch
     monkeypatch.setattr(onnxruntime, 'InferenceSession', start)
     monkeypatch.setattr(os, 'cpu_count', lambda: 64)
     for allowed in ({0, 1}, set(range(64))):
-        monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: allowed)
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda pid, allowed=allowed: allowed)
         runtime.load(folder / 'plain.onnx', 'cpu')
     runtime.load(folder / 'plain.onnx', 'cpu', threads=3)
     assert found == [2, 0, 3]

@@ -130,7 +130,8 @@ def test_divisions_that_cannot_be_are_refused(flags, message):
 
 
 @pytest.mark.parametrize('splits, flags, message', [
-    (dict(train=['ant', 'bee'], val=['ant', 'cow']), ['--val-split', 'val'], "splits 'train' and 'val' differ"),
+    (dict(train=['ant', 'bee'], val=['bee', 'cow']), ['--val-split', 'val'],
+     "Split 'val' has a class 'cow' that 'train' lacks; add images of it there, or remove those"),
     (dict(train=['ant']), [], "has only one class, 'ant'; put the images of each class into a folder"),
 ])
 def test_sets_whose_classes_teach_nothing_are_refused(tmp_path, splits, flags, message):

@@ -284,7 +284,7 @@ def test_every_setting_has_a_help_text_that_renders():
     (['--mixed-precision', 'fp16'], 'GPU'),
     (['--opt', 'gradient_descent'], 'gradient_descent'),
     (['--sched', 'zigzag'], 'zigzag'),
-    (['--batch-size', '50'], 'smaller --batch-size'),
+    (['--batch-size', '50'], 'use a --batch-size of at most'),
     (['--batch-size', '0'], 'batch-size'),
     (['--mean', '0.5'], '3 values'),
     (['--pretrained', '--model', 'rn20'], 'No pretrained weights'),

@@ -87,6 +87,11 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def copy_tensors(state_dict: Dict[str, torch.Tensor], device: Optional[str] = None) -> Dict[str, torch.Tensor]:
+    """Contiguous copies: safetensors refuses tensors that share memory, as those of tied weights do."""
+    return {k: v.detach().to(device).clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
+
+
 def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], description: Dict[str, Any]) -> None:
     """Write weights and what they are.
 
@@ -100,7 +105,7 @@ def save_weights(path: Union[str, Path], state_dict: Dict[str, torch.Tensor], de
         InputError: If the file cannot be written.
     """
     path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
+    tensors = copy_tensors(state_dict, 'cpu')
     with writing(path) as tmp:
         # not save_file, whose files only their owner may read
         tmp.write_bytes(_sort_metadata(save(tensors, {'format': 'pt', 'timm_tmblock': json.dumps(description)})))

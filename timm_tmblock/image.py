@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 
 
 def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:

@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch.distributed import DistError
 
-from timm_tmblock.checkpoint import remove, writing
+from timm_tmblock.checkpoint import copy_tensors, remove, writing
 from timm_tmblock.errors import InputError
 from train.processes import agreeing
 
@@ -61,7 +62,7 @@ def store_plain_names(accelerator: Accelerator) -> None:
     def on_save(models: List[torch.nn.Module], weights: List[Dict[str, torch.Tensor]], folder: str) -> None:
         if weights:
             plain = (accelerator.unwrap_model(model, keep_torch_compile=False) for model in models)
-            weights[:] = [{k: v.contiguous() for k, v in model.state_dict().items()} for model in plain]
+            weights[:] = [copy_tensors(model.state_dict()) for model in plain]
 
     def on_load(models: List[torch.nn.Module], folder: str) -> None:
         if models:
@@ -82,7 +83,7 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
     with writing(path) as tmp:
         accelerator.save_state(str(tmp))
         if accelerator.is_main_process and ema is not None:
-            save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, tmp / 'ema.safetensors')
+            save_file(copy_tensors(ema.state_dict()), tmp / 'ema.safetensors')
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))
@@ -152,9 +153,10 @@ def load_checkpoint(
         InputError: If there is none, it is of another model, or lies within an epoch divided otherwise.
     """
     checkpoints = find_checkpoints(folder)
-    if not checkpoints:
+    newest = broadcast_object_list([checkpoints[-1].name if checkpoints else ''])[0]  # the first process's
+    if not newest:
         raise InputError(f'{folder} holds no checkpoint to resume from; give the folder of an earlier run.')
-    path = folder / 'checkpoints' / broadcast_object_list([checkpoints[-1].name])[0]  # the first process's
+    path = folder / 'checkpoints' / newest
     with agreeing(accelerator):
         if path not in checkpoints:
             raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
@@ -177,7 +179,7 @@ def load_checkpoint(
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))
         return state
-    except InputError:
+    except (InputError, torch.OutOfMemoryError, DistError):  # the latter two are no fault of the checkpoint
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as e:
         lines = str(e).strip().split('\n')

@@ -146,7 +146,8 @@ def create_parser() -> Parser:
         "share of a resized image that is kept, in training too unless randomly resized crops are; the model's if not "
         'given'))
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
-        "how images of another shape are fitted to the input; the model's if not given"))
+        "how images of another shape are fitted to the input, the model's if not given; with 'border' a network cannot "
+        'be exported'))
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
@@ -173,7 +174,7 @@ def create_parser() -> Parser:
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
     group.add_argument('--cuda-graph', action=boolean, default=False, help=(
-        'capture whole training steps, the optimizer among them, as a CUDA graph: gains most where kernels are small'))
+        'capture whole training steps, the optimizer among them, as a CUDA graph that launches all kernels at once'))
     group.add_argument('--mean', type=finite, nargs='+', help=(
         "mean pixel of the set by channel, in [0, 1]; the model's if not given"))
     group.add_argument('--std', type=above_zero, nargs='+', help='standard deviation of its pixels, likewise')

@@ -2,6 +2,7 @@
 import errno
 import math
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from train.signals import init_worker
 HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
-CHUNK = 256  # images that a process decodes at a time
+CHUNK = 256  # images that a process decodes at a time, at most
+CHUNK_BYTES = 2 ** 22  # of these; processes hand them on in shared memory, of which a container has 64 MB
 WORTH_A_PROCESS = 5e6  # pixels of images; fewer are decoded before another process has begun
 MOST_CLASSES = 100_000  # a column of larger integers is none of labels
 INTEGERS = tuple(f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64))
@@ -49,6 +51,10 @@ class InMemorySet:
 
     def subset(self, index: torch.Tensor) -> 'InMemorySet':
         return InMemorySet(self.images[index], self.targets[index], self.class_names)
+
+
+class UnreadableError(InputError):
+    """An image of a set cannot be read."""
 
 
 class ImageSet(Dataset):
@@ -75,7 +81,7 @@ class ImageSet(Dataset):
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError, TypeError, AssertionError) as e:  # the last two of empty cells
             reason = str(e) or 'it is empty'
-            raise InputError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
+            raise UnreadableError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
         target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {row} of the dataset has no label ({target}); name a split that has.')
@@ -129,6 +135,8 @@ def open_dataset(
         reason = first_line(e)
         if reason == 'AssertionError':  # what timm says of it
             reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
+        elif reason.startswith('Found 0 images in subfolders of'):  # it names fewer kinds than were looked for
+            reason = f'there are no images in it ({", ".join(IMAGE_SUFFIXES)})'
         elif reason == 'Config name is missing.':
             reason = (
                 f'it has several configurations, of which timm opens none ({shorten(str(e), 200)}); download the files '
@@ -170,19 +178,26 @@ def _is_class(folder: Path) -> bool:
 def _number_classes(source: Any, names: Optional[Sequence[str]] = None) -> None:
     """Number the classes of a folder: in the order of their names, or that of others which include them.
 
-    timm takes hidden folders for classes too, and leaves the order of 'a' and 'A', or '1' and '01', to chance.
+    timm takes hidden folders for classes too, and macOS's hidden files for images, and leaves the order of 'a' and 'A',
+    or '1' and '01', to chance.
+
+    Raises:
+        InputError: If an image lies beside the class folders.
 
     Args:
         source: timm's reader of a folder, or torchvision's ImageFolder.
         names: Of another split.
     """
     def is_hidden(path: str) -> bool:
-        return any(part.startswith('.') for part in Path(os.path.relpath(path, source.root)).parts[:-1])
+        return any(part.startswith('.') for part in Path(os.path.relpath(path, source.root)).parts)
 
     old = {index: name for name, index in source.class_to_idx.items()}
     samples = sorted(
         ((path, old[index]) for path, index in source.samples if not is_hidden(path)),
         key=lambda sample: (natural_key(sample[0]), sample[0]))
+    loose = next((path for path, name in samples if not name), None)
+    if loose is not None:
+        raise InputError(f'{loose} lies in no class folder; move it into one, or elsewhere.')
     if names is None:
         names = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
     source.class_to_idx = {name: index for index, name in enumerate(names)}
@@ -199,7 +214,11 @@ def is_whole_folder(dataset: Any, root: Path) -> bool:
 def _check_folder(dataset: Any, name: str, split: str, root: Path) -> None:
     source = getattr(dataset, 'reader', dataset)
     if is_whole_folder(dataset, root):
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != '.')
+        if len(folders) > 1 and all(path.name.lower() in SPLIT_NAMES and _is_class(path) for path in folders):
+            raise InputError(
+                f'{root} has images in {" and ".join(path.name for path in folders)} without class folders; put those '
+                f'of each class into a folder of its name, such as {folders[0].name}/CLASS.')
         classes = Counter(
             path.name for folder in folders for path in folder.iterdir() if path.is_dir() and path.name[0] != '.')
         # parts with the same classes, whatever they are called; torchvision takes the outer folders for classes
@@ -297,7 +316,8 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
 
 
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
-    """
+    """Whether classes are the same; told where names differ, as of two languages or two sets.
+
     Raises:
         InputError: If the numbers of classes differ, or a class name they share has a different index in each.
     """
@@ -309,6 +329,12 @@ def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence
             raise InputError(
                 f'{name} and {dataset} have classes in another order (class {i} is {ours!r} in the one and {theirs!r} '
                 f'in the other); renumber the labels of the set in the order of the network.')
+    different = next(((i, *pair) for i, pair in enumerate(zip(known, found)) if pair[0] != pair[1]), None)
+    if different:
+        i, ours, theirs = different
+        print(
+            f'{name} and {dataset} have other names for their classes (class {i} is {ours!r} in the one and {theirs!r} '
+            f'in the other); they are compared by number.', file=sys.stderr)
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:
@@ -317,15 +343,19 @@ def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:
 
 
 class _Chunks(Dataset):
-    """Images as they are kept, CHUNK at a time: pixels (N, C, H, W) uint8, targets (N,) and digests."""
+    """Images as they are kept, `size` at a time: pixels (N, C, H, W) uint8, targets (N,), digests, and errors."""
 
     def __init__(
             self,
             source: ImageSet,
             config: DataConfig,
             digest: Optional[Callable[[np.ndarray], bytes]],
+            workers: int,
     ) -> None:
         self.source = source
+        # of few large images, each process is to have some
+        self.size = max(1, min(
+            CHUNK, CHUNK_BYTES // math.prod(config.input_size), len(source) // (8 * max(workers, 1))))
         self.config = config
         self.digest = digest
         self.resize = create_transform(
@@ -333,23 +363,27 @@ class _Chunks(Dataset):
             crop_mode=config.crop_mode, mean=config.mean, std=config.std, normalize=False)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.source) / CHUNK)
+        return math.ceil(len(self.source) / self.size)
 
-    def __getitem__(self, number: int) -> Tuple[torch.Tensor, torch.Tensor, List[bytes]]:
-        rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.source)))
+    def __getitem__(self, number: int) -> Tuple[torch.Tensor, torch.Tensor, List[bytes], List[str]]:
+        rows = range(number * self.size, min((number + 1) * self.size, len(self.source)))
         images = torch.empty(len(rows), *self.config.input_size, dtype=torch.uint8)
         targets = torch.empty(len(rows), dtype=torch.int64)
-        digests = []
+        digests, failures = [], []
         _, height, width = self.config.input_size
         for i, row in enumerate(rows):
-            image, targets[i] = self.source[row]
+            try:
+                image, targets[i] = self.source[row]
+            except UnreadableError as e:
+                failures.append(str(e))
+                continue
             if self.digest is not None:
                 digests.append(self.digest(_to_pixels(image)))
             if self.config.input_size[0] == 1:
                 image = image.convert('L')
             fits = image.size == (width, height) and self.config.crop_pct == 1.
             images[i] = torch.from_numpy(_to_pixels(image)) if fits else self.resize(image)
-        return images, targets, digests
+        return images, targets, digests, failures
 
 
 def decode(
@@ -374,7 +408,8 @@ def decode(
         rows: Images to decode, all if None.
 
     Raises:
-        InputError: If an image cannot be read; if a process read it, the sentence is the last line.
+        InputError: If images cannot be read, once all have been tried, or have no label; if a process read it, the
+            sentence is the last line.
     """
     class_names = get_class_names(dataset)
     source = ImageSet(dataset, 3, labelled, rows)
@@ -385,15 +420,21 @@ def decode(
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
     digests: List[bytes] = []
-    chunks = DataLoader(
-        _Chunks(source, config, digest), batch_size=None, num_workers=workers,
-        worker_init_fn=init_worker, generator=torch.Generator())  # of its own, or the global one would advance
+    failures: List[str] = []
+    chunks = _Chunks(source, config, digest, workers)
+    loader = DataLoader(
+        chunks, batch_size=None, num_workers=workers, worker_init_fn=init_worker,
+        generator=torch.Generator())  # of its own, or the global one would advance
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
-        for number, (pixels, labels, names) in enumerate(read_batches(chunks)):
-            part = slice(number * CHUNK, (number + 1) * CHUNK)
+        for number, (pixels, labels, names, failed) in enumerate(read_batches(loader)):
+            part = slice(number * chunks.size, (number + 1) * chunks.size)
             images[part], targets[part] = pixels, labels
             digests += names
+            failures += failed
             bar.update(len(labels))
+    if failures:
+        others = f' (so are {len(failures) - 1} others: {"; ".join(failures[1:10])})' if len(failures) > 1 else ''
+        raise InputError(failures[0] + others)
     return InMemorySet(images, targets, class_names, digests)
 
 

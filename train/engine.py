@@ -18,7 +18,7 @@ from accelerate.utils import (
     is_torch_xla_available,
 )
 
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 from train.config import refusing
 from train.hardware import resolve_device
 from train.memory import keep_freed_memory
@@ -91,8 +91,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
                 'train/accelerate/fsdp.yaml.')
         if args.mixed_precision != 'no':
             raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
-        if args.clip_grad and args.clip_mode == 'value':
-            raise InputError('Accelerate does not clip by value under FSDP; use --clip-mode norm.')
+        if args.clip_grad and args.clip_mode != 'norm':  # of which PyTorch's shards allow nothing else
+            raise InputError(f'FSDP clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
         if args.torchcompile:
             raise InputError(
                 'FSDP gathers the weights of a compiled model in its compiled call alone, which validation does not '
@@ -168,7 +168,7 @@ def _resolve_trackers(names: List[str]) -> List[str]:
     # Accelerate leaves out what is not installed without a word
     if 'none' in names:
         return []
-    available = [str(t.value if hasattr(t, 'value') else t) for t in get_available_trackers()]
+    available = list(map(str, get_available_trackers()))
     if 'all' in names:
         return available
     for name in names:
@@ -189,8 +189,12 @@ def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_
         'mlflow': {'run_name': folder.name},
         'trackio': {'name': folder.name, 'resume': 'allow'},
     }
-    with refusing(f'The tracker ({" ".join(args.report_to)})'):
+    try:
         accelerator.init_trackers(args.project, config=config, init_kwargs=settings)
+    except Exception as e:  # each has errors of its own
+        raise InputError(
+            f'The tracker ({" ".join(args.report_to)}) cannot be used: {first_line(e)}; set it up, or use --report-to '
+            f'none.') from e
 
 
 def fail_trackers(accelerator: Accelerator) -> None:

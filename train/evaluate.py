@@ -50,7 +50,9 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': t
 
 def create_parser() -> Parser:
     parser = Parser(prog='evaluate.py', description='Measure a classifier on a labelled set.')
-    parser.add_argument('model', help='name registered with timm, or a .safetensors, .onnx, .engine or .plan file')
+    parser.add_argument('model', help=(
+        "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or a .safetensors, .onnx, .engine or .plan "
+        'file'))
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
     parser.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
         "Python modules to import first, with models or devices that are not timm's"))
@@ -114,7 +116,12 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
         raise InputError('The model gives logits that are not finite; are these its weights? Try --precision '
                          'float32.')
     reliability = measure_reliability(softmax(scores), classes, bins)
-    values: Dict[str, Any] = dict(images=len(classes), **measure_accuracy(scores, classes), ece=reliability.ece)
+    confusion = count_confusions(scores.argmax(1), classes, scores.shape[1])
+    present = confusion.sum(axis=1) > 0
+    recall = confusion.diagonal()[present] / confusion[present].sum(axis=1)
+    values: Dict[str, Any] = dict(
+        images=len(classes), **measure_accuracy(scores, classes), balanced_accuracy=100 * float(recall.mean()),
+        ece=reliability.ece)
     if flip:
         both = (scores + np.concatenate(mirrored)) / 2
         values.update({f'flip_{k}': v for k, v in measure_accuracy(both, classes).items()})
@@ -123,7 +130,7 @@ def measure(runner: Runner, loader: Loader, flip: bool, bins: int) -> Dict[str, 
     if timed:
         values['images_per_second'] = round(timed / seconds, 1)
     return dict(
-        values, reliability=reliability, confusion=count_confusions(scores.argmax(1), classes, scores.shape[1]),
+        values, reliability=reliability, confusion=confusion,
         answers=dict(  # two evaluations are compared by these, image by image
             right=np.packbits(scores.argmax(1) == classes).tobytes().hex(),
             targets_sha256=hashlib.sha256(classes.astype('<i8').tobytes()).hexdigest()))  # tells their orders apart

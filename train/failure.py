@@ -47,13 +47,17 @@ def naming_failures(memory_advice: str) -> Iterator[None]:
     except InputError as e:
         # a worker's error arrives with its traceback; the last line is the error itself
         lines = str(e).strip().split('\n')
-        raise e if len(lines) == 1 else InputError(re.sub(r'^[\w.]*InputError: ', '', lines[-1])) from e
+        raise e if len(lines) == 1 else InputError(re.sub(r'^[\w.]*Error: ', '', lines[-1])) from e
     except MemoryError as e:  # of NumPy
         raise InputError(f'There is too little memory: {memory_advice}.') from e
     except (RuntimeError, OSError) as e:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or should_reduce_batch_size(e):
             raise InputError(f'The device has too little memory: {memory_advice}.') from e
+        if 'DataLoader worker' in text and 'Bus error' in text:
+            raise InputError(
+                'A process that loads data died of too little shared memory; raise it (docker run --shm-size 2g), or '
+                'use fewer --workers or a smaller --batch-size.') from e
         if 'DataLoader worker' in text:
             died = re.search(r'DataLoader worker \(pid[^)]*\)[^.]*', text)
             raise InputError(

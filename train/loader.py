@@ -23,7 +23,11 @@ from train.signals import init_worker
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
 UNCHANGED = 'no augmentation'
-TOO_FEW = '{} training images do not fill one batch of {} on {} processes; use a smaller --batch-size.'
+
+
+def say_too_few(images: int, batch_size: int, processes: int) -> str:
+    advice = f'a --batch-size of at most {images // processes}' if images >= processes else 'fewer processes'
+    return f'{images} training images do not fill one batch of {batch_size} on {processes} processes; use {advice}.'
 
 
 class Loader(Protocol):
@@ -128,7 +132,7 @@ class InMemoryLoader:
         if training:
             self.batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
             if len(self.batches) == 0:
-                raise InputError(TOO_FEW.format(len(dataset), batch_size, world_size))
+                raise InputError(say_too_few(len(dataset), batch_size, world_size))
             if self.batches.policy is not None and num_workers > 0:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
@@ -241,7 +245,7 @@ class StreamingLoader:
                 crop_pct=config.crop_pct, crop_mode=config.crop_mode)
         if training:
             if len(self.loader) == 0:
-                raise InputError(TOO_FEW.format(len(dataset), batch_size, world_size))
+                raise InputError(say_too_few(len(dataset), batch_size, world_size))
             with refusing('This augmentation of single images'):
                 policy = create_policy(config)
             if policy is not None:  # after crop and flip, as in timm

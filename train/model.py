@@ -17,6 +17,7 @@ from timm_tmblock.checkpoint import (
     check_file_is_loaded,
     check_model,
     check_tag,
+    copy_tensors,
     count_classes,
     load_model,
     read_description,
@@ -158,7 +159,7 @@ def check_loads_back(model: torch.nn.Module, description: Dict[str, Any]) -> Non
     Raises:
         InputError: If the function of a network of one's own does not load the weights that a run would write.
     """
-    weights = {k: v.cpu().contiguous() for k, v in network(model).state_dict().items()}
+    weights = copy_tensors(network(model).state_dict(), 'cpu')
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         path = Path(folder) / 'weights.safetensors'
         save_weights(path, weights, description)

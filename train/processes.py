@@ -23,19 +23,24 @@ def join_tasks() -> None:
     Raises:
         InputError: If nobody said where they meet.
     """
-    tasks = max(int(os.environ.get(name) or 1) for name in TASKS)
+    said = {name: int(os.environ.get(name) or 1) for name in TASKS}
+    tasks = max(said.values())
     if 'LOCAL_RANK' in os.environ or tasks == 1:  # torchrun and accelerate launch set it
         return
     if 'MASTER_ADDR' not in os.environ:
         raise InputError(
             f'{tasks} tasks were started, and each would train by itself; export MASTER_ADDR, the host of the first, '
             f'to train together, or start one task per machine that runs torchrun or accelerate launch; for separate '
-            f'runs unset SLURM_STEP_NUM_TASKS.')
+            f'runs unset {" and ".join(name for name in TASKS if said[name] > 1)}.')
     local_rank, rank, world_size = world_info_from_env()
     if torch.cuda.device_count() == 1:  # each task sees its own alone
         local_rank = 0
     os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.setdefault('MASTER_PORT', '29500')
+    job, step = (int(os.environ.get(name) or 0) for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+    os.environ.setdefault('MASTER_PORT', str(15000 + (7 * job + step) % 15000))  # jobs may share a machine
+    # Accelerate would give each task all cores of the machine
+    cores = os.environ.get('SLURM_CPUS_PER_TASK') or str(torch.get_num_threads())
+    torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', cores)))
 
 
 @contextmanager

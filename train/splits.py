@@ -123,6 +123,11 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
     classes = {'train': get_class_names(splits['train'])}
     classes.update({part: adopt_classes(split, classes['train']) for part, split in splits.items() if part != 'train'})
     for part in classes:
+        unknown = sorted(set(classes[part]) - set(classes['train']))
+        if unknown:
+            raise InputError(
+                f'Split {names[part]!r} has a class {unknown[0]!r} that {names["train"]!r} lacks; add images of it '
+                f'there, or remove those.')
         if classes[part] != classes['train']:
             one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
             which = ' in their order' if one is None else f' ({one!r} is in only one of them)'

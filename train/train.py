@@ -23,7 +23,8 @@ Continue a run that was stopped, or measure what it has:
     python train/train.py --resume output/EXPERIMENT
     python train/train.py --resume output/EXPERIMENT --eval-only --test-split test
 
-Models with patch logits (`rn26_tm`, ...) are trained with equation 3.1 of the paper, the others with cross-entropy.
+Models with patch logits (`rn26_tm`, ..., and others with --aux-head) are trained with equation 3.1 of the paper, the
+rest with cross-entropy; a teacher adds a loss of its own.
 The last line of output is the result as JSON.
 """
 import sys
@@ -32,7 +33,7 @@ import uuid
 from argparse import Namespace
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -96,7 +97,10 @@ class Trainer:
         import_modules(args.device_modules)
         check_model_name(args.model)
         self.accelerator = accelerator = create_accelerator(args)
-        take_up_checkpoint(args)
+        with agreeing(accelerator):
+            if args.push_to_hub and not args.eval_only:
+                check_push(args.push_to_hub, args.hub_private)
+            take_up_checkpoint(args)
         self.main_process = accelerator.is_main_process
         with agreeing(accelerator):
             self.folder = record.create_folder_name(args)
@@ -104,22 +108,23 @@ class Trainer:
         self.data_config = config = create_data_config(args)
         splits = open_splits(args, accelerator)
         self.class_names = get_class_names(splits['train'])
-        check_weights(args, self.folder, self.class_names)
-        if args.resume:
-            check_resumed(args, self.folder / SETTINGS)
-
-        set_seed(args.seed)  # the same initial weights on every process
         self.memory_format = torch.channels_last if args.channels_last else torch.preserve_format
-        model = create_model(args, self.class_names).to(accelerator.device).to(memory_format=self.memory_format)
-        if args.device_modules and not args.eval_only:
-            check_loads_back(model, self.describe())
+        memory_advice = advise_on_memory(args)
+        with agreeing(accelerator), naming_failures(memory_advice):
+            check_weights(args, self.folder, self.class_names)
+            if args.resume:
+                check_resumed(args, self.folder / SETTINGS)
+            set_seed(args.seed)  # the same initial weights on every process
+            model = create_model(args, self.class_names).to(accelerator.device).to(memory_format=self.memory_format)
+            if args.device_modules and not args.eval_only:
+                check_loads_back(model, self.describe())
+            teachers = [] if args.eval_only else create_teachers(
+                args, self.class_names, config.input_size[0], accelerator.device)
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        teachers = [] if args.eval_only else create_teachers(
-            args, self.class_names, config.input_size[0], accelerator.device)
 
-        with agreeing(accelerator):
+        with agreeing(accelerator), naming_failures(memory_advice):
             parts = load_parts(splits, args, config, progress=self.main_process)
         self.train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
         self.val_loader, self.test_loader = (
@@ -152,11 +157,12 @@ class Trainer:
             layout=self.layout, run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
+            settings = self.folder / SETTINGS  # read before the first process may write it anew
+            recounted = settings.is_file() and bool(find_changes(args, settings, ('max_steps',)))
             self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
             if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
                 before = self.state.layout['updates_per_epoch']
-                if args.max_steps and before != updates_per_epoch and not find_changes(
-                        args, self.folder / SETTINGS, ('max_steps',)):
+                if args.max_steps and before != updates_per_epoch and not recounted:
                     raise InputError(
                         f'--max-steps {args.max_steps} was counted in epochs of {before} updates, and an epoch has '
                         f'{updates_per_epoch} now; give another, or resume with the processes and batch size it had.')
@@ -205,18 +211,24 @@ class Trainer:
             if self.main_process:
                 check_disk_space(self.folder, network(self.model), args)
                 stack.enter_context(record.holding(self.folder))
-                if self.state.update < self.updates:
-                    remove(self.folder / 'result.json')  # of a run that was shorter
-                elif changes := find_changes_of_finished(args, self.folder / SETTINGS):
+                finished = self.state.update >= self.updates
+                if finished and (changes := find_changes_of_finished(args, self.folder / SETTINGS)):
                     raise InputError(
                         f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
                         f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
+            start_trackers(accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
+            if self.main_process:
+                if not finished:
+                    remove(self.folder / 'result.json')  # of a run that was shorter
                 write_text(self.folder / SETTINGS, dump_args(args))
                 processes = accelerator.num_processes
                 print(
                     f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
                     f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
-                    f'{args.dataset}: {self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
+                    f'{args.dataset}: {self.train_loader.num_images} images to train on'
+                    f'{f", {self.num_held_out} to choose the weights by" if self.num_held_out else ""}; classes '
+                    f'{", ".join(self.class_names[:5])}{", ..." if len(self.class_names) > 5 else ""}\n'
+                    f'{self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
                     f'{processes} processes, {self.updates} updates of '
                     f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
                     f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} '
@@ -224,7 +236,6 @@ class Trainer:
                     f'{accelerator.mixed_precision}\n'
                     f'writing to {self.folder}' +
                     (f', then pushing to {args.push_to_hub} on the Hub' if args.push_to_hub else ''), flush=True)
-            start_trackers(accelerator, args, self.folder, self.state.run_id, self.state.tracker_step)
         with agreeing(accelerator):
             record.check_shared(self.folder / SETTINGS)
 
@@ -387,9 +398,12 @@ class Trainer:
         final = 'ema_' if self.ema is not None else ''
         metric = self.args.eval_metric
         sign = -1 if metric == 'loss' else 1
-        prefix = max(candidates, key=lambda p: sign * evaluation[p + metric]) if evaluation else final
-        improved = bool(evaluation) and (
-            state.best is None or sign * evaluation[prefix + metric] > sign * state.best[metric])
+
+        def rank(values: Dict[str, float], prefix: str = '') -> Tuple[float, float]:
+            return sign * values[prefix + metric], -values[f'{prefix}loss']  # few images are often a tie
+
+        prefix = max(candidates, key=lambda p: rank(evaluation, p)) if evaluation else final
+        improved = bool(evaluation) and (state.best is None or rank(evaluation, prefix) > rank(state.best))
         if improved:
             state.best = {
                 'epoch': state.epoch, 'weights': 'ema' if prefix else 'model', 'images': self.num_held_out,
@@ -505,8 +519,6 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     args = parse_args(argv)
     join_tasks()
-    if args.push_to_hub and not args.eval_only:
-        check_push(args.push_to_hub, args.hub_private)
     with naming_failures(advise_on_memory(args)):
         trainer = Trainer(args)
     if args.eval_only:
