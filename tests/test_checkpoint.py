@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_tmblock.checkpoint import load_model, read_description, save_weights, writing
+from timm_tmblock.checkpoint import copy_tensors, load_model, read_description, save_weights, writing
 from timm_tmblock.errors import InputError
 
 
@@ -31,6 +31,16 @@ def test_file_gives_back_what_was_saved(weights, tmp_path, description):
     assert read_description(path) == description
     with safe_open(path, framework='pt') as f:
         assert f.metadata() == {'format': 'pt', 'timm_tmblock': json.dumps(description)}
+
+
+def test_tied_weights_are_saved_under_each_of_their_names(tmp_path):
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    state = torch.nn.Sequential(first, second).state_dict()
+    save_weights(tmp_path / 'w.safetensors', state, {})
+    loaded = load_file(tmp_path / 'w.safetensors')
+    assert loaded.keys() == state.keys() and torch.equal(loaded['0.weight'], loaded['1.weight'])
+    assert len({t.data_ptr() for t in copy_tensors(state).values()}) == 4
 
 
 def test_same_weights_are_the_same_file(weights, tmp_path):

@@ -51,6 +51,8 @@ from train.processes import leaving_it_to_the_first
 from timm_tmblock.errors import exiting_on_input_error
 if os.environ['RANK'] == '1' and sys.argv[1] == 'dataset':
     sys.argv[sys.argv.index('train[:24]')] = 'train[:30]'
+if os.environ['RANK'] == '1' and sys.argv[1] == 'teacher':
+    sys.argv += ['--kd-checkpoint', 'missing.safetensors']
 if os.environ['RANK'] == '1' and sys.argv[1] == 'output':
     check = train.record.check_shared
     train.record.check_shared = lambda settings: check(settings.with_name('none') / settings.name, seconds=1)
@@ -204,10 +206,11 @@ def test_launcher_tells_that_it_was_the_input(tmp_path):
     assert 'exitcode  : 2' in launcher
 
 
-def test_machines_with_other_datasets_or_folders_are_refused(tmp_path, launch):
+def test_machines_with_other_datasets_teachers_or_folders_are_refused(tmp_path, launch):
     (tmp_path / 'apart.py').write_text(APART.format(root=str(ROOT)))
-    for what, message in (('dataset', 'has other images or classes on some machines'), (
-            'output', 'is not the same folder on all machines; name an --output that they share')):
+    for what, message in (
+            ('dataset', 'has other images or classes on some machines'), ('teacher', 'missing.safetensors'),
+            ('output', 'is not the same folder on all machines; name an --output that they share')):
         flags = [*FLAGS, '--batch-size', '6', '--output', str(tmp_path / what)]
         run = launch(2, tmp_path / 'apart.py', what, *flags, code=2)
         assert run.stderr.count('error: ') == 1 and message in run.stderr, run.stderr
@@ -226,8 +229,28 @@ def test_tasks_of_srun_train_together(tmp_path, launch):
 def test_tasks_that_cannot_meet_are_refused(monkeypatch):
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
     monkeypatch.delenv('MASTER_ADDR', raising=False)
-    with pytest.raises(InputError, match='^4 tasks were started, and each would train by itself; export MASTER_ADDR'):
+    message = '^4 tasks were started, and each would train by itself; export MASTER_ADDR.*for separate runs unset '
+    with pytest.raises(InputError, match=f'{message}SLURM_STEP_NUM_TASKS.$'):
         join_tasks()
+    monkeypatch.setenv('PMI_SIZE', '4')
+    with pytest.raises(InputError, match=f'{message}SLURM_STEP_NUM_TASKS and PMI_SIZE.$'):
+        join_tasks()
+
+
+def test_tasks_of_two_jobs_on_one_machine_meet_at_two_ports_and_keep_to_their_cores(monkeypatch):
+    ports, threads = [], torch.get_num_threads()
+    own = dict(
+        MASTER_ADDR='localhost', SLURM_STEP_NUM_TASKS='2', SLURM_NTASKS='2', SLURM_PROCID='1', SLURM_LOCALID='1',
+        SLURM_CPUS_PER_TASK='3')
+    try:
+        for job in ('8123456', '8123457'):
+            monkeypatch.setattr(os, 'environ', dict(own, SLURM_JOB_ID=job))
+            join_tasks()
+            ports.append(int(os.environ['MASTER_PORT']))
+            assert os.environ['OMP_NUM_THREADS'] == '3' and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(ports)) == 2 and all(15000 <= port < 30000 for port in ports)
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, launch):

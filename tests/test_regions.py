@@ -223,7 +223,9 @@ def test_measures_are_of_classes_and_of_superclasses():
     assert lead['class_neighbour_rate_error'] == pytest.approx(by_image.std(ddof=1) / 30 ** 0.5)
     chance = geometry.find_chance(sample)
     assert chance['class'] == pytest.approx(2 / 29)  # of the other images of 30, those of the same class
-    assert chance['superclass'] == pytest.approx(0.4 * 11 / 29 + 0.6 * 17 / 29)
+    assert chance['superclass'] == pytest.approx(0.4 * 9 / 27 + 0.6 * 15 / 27)  # of those of other classes
+    expected = geometry.find_neighbour_shares(x, vehicles, sample.region_targets, 3)
+    assert (points['superclass_neighbour_rate'] == expected).all()
     sample.class_names = [f'c{k}' for k in range(10)]
     assert geometry.find_chance(sample)['superclass'] is None
     assert geometry.summarize(geometry.measure_points(x, sample), sample)['superclass_silhouette'] is None
