@@ -10,6 +10,9 @@ if of_user := [name for name in os.environ if name.startswith(('HF_', 'HUGGINGFA
         del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE='1', HF_HOME=tempfile.mkdtemp(prefix='hf_home_'))
 os.environ['XDG_CACHE_HOME'] = os.path.join(os.environ['HF_HOME'], 'cache')  # of what times engines
+# servers of the tests are here, whatever proxy the network has
+os.environ.update(dict.fromkeys(('no_proxy', 'NO_PROXY'), ','.join(filter(None, [
+    os.environ.get('no_proxy') or os.environ.get('NO_PROXY'), '127.0.0.1', 'localhost']))))
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of two workers would wait for each other
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Hub:
         self.endpoint, self.storage = (f'http://127.0.0.1:{s.server_address[1]}' for s in self.servers)
 
     def _start(self, handler: Any) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (handler,), dict(hub=self)))
+        server = _Server(('127.0.0.1', 0), type('Handler', (handler,), dict(hub=self)))
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server
@@ -97,6 +98,12 @@ class Hub:
             if own:
                 self.blobs[oid] = self.xet.read(own, size)
         return oid in self.blobs
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # of a client that was killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

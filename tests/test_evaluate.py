@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models import save_for_hf
 
 from export.__main__ import main as export
 from export.onnx import OnnxOptions, export_onnx
@@ -80,6 +81,13 @@ def test_perfect_confidence_is_perfectly_calibrated():
     assert measure_reliability(p, np.array([1, 2, 0, 1])).ece == 1
 
 
+def test_folder_of_a_saved_model_is_measured_and_told_by_its_weights(model, tmp_path):
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    named, saved = main(['rn26_tm', *FLAGS]), main([f'local-dir:{tmp_path}', *FLAGS])
+    assert saved['top1'] == named['top1']
+    assert saved['weights_sha256'] == hashlib.sha256((tmp_path / 'model.safetensors').read_bytes()).hexdigest()
+
+
 def test_evaluation_equals_a_plain_loop(model, tmp_path):
     result = main(['rn26_tm', *FLAGS, '--tta', 'flip', '--output', str(tmp_path / 'out')])
     cfg = model.pretrained_cfg
@@ -100,10 +108,12 @@ def test_evaluation_equals_a_plain_loop(model, tmp_path):
     assert result['weights_sha256'] == hashlib.sha256(shipped).hexdigest()
 
     written = json.loads((tmp_path / 'out.json').read_text())
+    hits = (logits.argmax(1) == dataset.targets).numpy()
     assert {k: written[k] for k in result if k != 'versions'} == {k: v for k, v in result.items() if k != 'versions'}
+    recalls = [hits[dataset.targets == k].mean() for k in dataset.targets.unique()]
+    assert result['balanced_accuracy'] == pytest.approx(100 * np.mean(recalls))
     assert np.trace(written['confusion']) / 37 * 100 == pytest.approx(result['top1'])
     assert np.sum(written['confusion'], axis=1).tolist() == np.bincount(dataset.targets, minlength=10).tolist()
-    hits = (logits.argmax(1) == dataset.targets).numpy()
     assert written['right'] == np.packbits(hits).tobytes().hex()
     labels = b''.join(struct.pack('<q', label) for label in dataset.targets.tolist())
     assert written['targets_sha256'] == hashlib.sha256(labels).hexdigest()

@@ -303,6 +303,7 @@ def test_precisions_keep_their_limits_and_size(
         assert made['patch_logits'] in ('AveragePool', 'Slice')  # not of 8 bits, of which two regions may have the same
         if target == 'tensorrt':  # which takes neither another zero point nor a bias in int32
             assert kinds == {'int8'} and not any(z.any() for z in zero_points)
+            assert len(metadata['quantization']['float_nodes']) == 3  # the first convolution, and two that read it
             rounded = [made.get(n.input[0]) for n in proto.graph.node if n.op_type == 'QuantizeLinear']
             assert 'Conv' not in rounded and rounded.count('Relu') >= 20  # fused with its convolution
         else:

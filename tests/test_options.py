@@ -485,7 +485,8 @@ def test_no_bound_of_gradients_takes_back_that_of_a_recipe(tmp_path):
     (tmp_path / 'r.yaml').write_text('clip_grad: 0.001')
     args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--clip-grad', '0'])
     assert args.clip_grad == 0
-    free, _ = gradients_after_clipping(tmp_path, pytest.MonkeyPatch(), '--clip-grad', '0')
+    recipe = ['-c', str(tmp_path / 'r.yaml')]
+    free, _ = gradients_after_clipping(tmp_path, pytest.MonkeyPatch(), *recipe, '--clip-grad', '0')
     assert torch.cat([g.flatten() for g in free.values()]).norm() > 1e-3
 
 
@@ -503,6 +504,15 @@ def test_images_that_are_not_augmented_are_those_of_the_set(tmp_path):
     far = torch.cdist(images, expected, compute_mode='donot_use_mm_for_euclid_dist').min(1).values
     assert far.max() < 1e-3 and len(far) == len(expected) == 36
     assert trainer.train_loader.augmentation == 'no augmentation'
+    assert create_trainer(tmp_path, '--no-aug', '--mixup', '1').mixup is not None
+
+
+def test_teacher_of_other_weights_sees_images_as_the_network_it_is_named_by(tmp_path):
+    weights = save_foreign(tmp_path / 't.safetensors', timm.create_model('rn26_tm', pretrained=True))
+    flags = ['--model', 'rn20', '--mean', '0.1', '0.2', '0.3', '--kd-model-name', 'rn26_tm']
+    both, named = (create_trainer(tmp_path, *flags, *more) for more in (['--kd-checkpoint', weights], []))
+    x, _ = next(named.train_loader.epoch(0))
+    torch.testing.assert_close(both.task.teach(x), named.task.teach(x))
 
 
 def test_measuring_needs_no_teacher(tmp_path):

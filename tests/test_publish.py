@@ -15,6 +15,7 @@ from export import parity
 from export.load import load
 from export.onnx import OnnxOptions, export_onnx
 from export.publish import _is_engine_of, add_engine, create_files
+from export.runtime import query_gpu
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
@@ -22,7 +23,9 @@ from train import train
 from train.config import parse_args
 from train.publish import publish
 
-real = pytest.mark.skipif(not importlib.util.find_spec('tensorrt_rtx'), reason='pip install tensorrt-rtx')
+real = pytest.mark.skipif(
+    not importlib.util.find_spec('tensorrt_rtx') or float((query_gpu() or {}).get('compute_capability', 8)) < 8,
+    reason='pip install tensorrt-rtx, which takes no GPU before Ampere')
 
 
 @pytest.fixture(scope='module')

@@ -243,6 +243,16 @@ def test_what_the_block_mixes():
         'in {} to {} %.').format(*ours, min(others), max(others)) in PLAIN
 
 
+def test_parameters_of_each_network():
+    cell = r'`(\w+)`(?: \(no weights\))? \| ([\d,]+) \|'
+    rows = re.findall(rf'^\| {cell} {cell}', TEXT, re.M)
+    assert len(rows) == 6
+    for ours, own, baseline, theirs in rows:
+        for name, told in ((ours, own), (baseline, theirs)):
+            model = timm.create_model(name, device='meta')
+            assert f'{sum(p.numel() for p in model.parameters()):,}' == told
+
+
 def test_cost_of_the_block():
     found = read('benchmarks', 'results', 'cpu.json')['ratios']
 

@@ -75,7 +75,7 @@ def test_even_patch_reaches_right_and_down():
 
 
 @pytest.mark.parametrize('size', MAPS)
-@pytest.mark.parametrize('patch_size', range(1, 9))
+@pytest.mark.parametrize('patch_size', [1, 4, 5])
 @pytest.mark.parametrize('concat, num_templates', [(False, 3), (True, 3), (False, 9)], ids=['add', 'concat', 'K>D'])
 def test_block_equals_loop(concat, num_templates, patch_size, size):
     torch.manual_seed(patch_size)

@@ -27,7 +27,9 @@ from export.tensorrt import EngineOptions, ParseError, ProfileError, build_engin
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-real = pytest.mark.skipif(not importlib.util.find_spec('tensorrt_rtx'), reason='pip install tensorrt-rtx')
+real = pytest.mark.skipif(
+    not importlib.util.find_spec('tensorrt_rtx') or float((runtime.query_gpu() or {}).get('compute_capability', 8)) < 8,
+    reason='pip install tensorrt-rtx, which takes no GPU before Ampere')
 
 
 @pytest.fixture(scope='module')

@@ -32,7 +32,7 @@ def timm_source():
     if not (folder / 'tests' / 'test_models.py').is_file():
         CACHE.mkdir(exist_ok=True)
         command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
-                   '--dest', str(CACHE), f'timm=={timm.__version__}']
+                   '--retries', '0', '--timeout', '10', '--dest', str(CACHE), f'timm=={timm.__version__}']
         download = subprocess.run(command, capture_output=True, text=True)
         if download.returncode and not os.environ.get('CI'):
             pytest.skip(f'the source distribution of timm cannot be fetched: {download.stderr.strip()[-200:]}')

@@ -62,6 +62,8 @@ class TorchRunner:
         self.dtype = dtype
         torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
         self.weights = self.model.pretrained_cfg.get('file')
+        if self.weights and Path(self.weights).is_dir():  # of local-dir:
+            self.weights = str(Path(self.weights) / 'model.safetensors')
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list_class_names(self.model.pretrained_cfg)
         self.has_patches = getattr(self.model, 'has_template_matching', hasattr(self.model, 'forward_patch_logits'))
