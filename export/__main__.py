@@ -49,15 +49,7 @@ def add_onnx(commands: argparse._SubParsersAction) -> None:
     add_content_options(command)
     command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
     add_image_options(command)
-    command.set_defaults(run=run_onnx_command)
-
-
-def run_onnx_command(args: argparse.Namespace) -> None:
-    from timm_tmblock.errors import InputError
-    if args.target != 'cpu' and args.precision != 'int8':
-        raise InputError(
-            '--target applies to int8 files only; add --precision int8, or leave it out.')
-    run_onnx(args)
+    command.set_defaults(run=run_onnx)
 
 
 def run_onnx(args: argparse.Namespace) -> None:
@@ -65,6 +57,9 @@ def run_onnx(args: argparse.Namespace) -> None:
     from export.load import load
     from export.onnx import OnnxOptions, export_onnx, name_failed
     from export.parity import ParityError
+    from timm_tmblock.errors import InputError
+    if args.target != 'cpu' and args.precision != 'int8':
+        raise InputError('--target applies to int8 files only; add --precision int8, or leave it out.')
     model = load(args.model, args.checkpoint)
     options = OnnxOptions(
         args.precision, args.target, args.patch_logits, args.method, args.softmax, args.preprocessing,
@@ -167,7 +162,8 @@ def run_tensorrt(args: argparse.Namespace) -> None:
         check_before_export(args.output, options, args.layers)
         args.precision = args.precision or 'fp16'
         source = args.output.with_name(f'{args.output.name}.onnx')
-        run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': 'tensorrt', 'opset': None}))
+        target = 'tensorrt' if args.precision == 'int8' else 'cpu'
+        run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': target, 'opset': None}))
     engine = build_engine(source, args.output, options, args.layers)['engine']
     place = f'on {engine["gpu"]["name"]}' if engine['gpu'] else 'for all GPUs it supports'
     print(

@@ -17,6 +17,7 @@ import numpy as np
 
 from export.images import Images
 from timm_tmblock.errors import InputError
+from train.metrics import softmax
 
 BATCH_SIZES = (1, 2, 7, 64)
 BLOCK = 32  # images that are compared at a time
@@ -218,12 +219,6 @@ def _judge(name: str, c: _Comparison, limits: Limits, call: Callable[[int], str]
             f'{"regions" if regions else "inputs"}, and at least {100 * limit:.4g} % are required; '
             f'{call(c.flipped)} changes its class, {call(c.worst)} differs most.')
     return None
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Soft-max over axis 1, in float64."""
-    e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
 
 
 def _round(x: float) -> float:

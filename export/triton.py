@@ -10,7 +10,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from export.metadata import load_metadata, refuse_failed, sidecar
 from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES
@@ -157,22 +157,10 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
         raise InputError(f'{path} is an engine, which runs only on GPUs; give the ONNX file for the CPU.')
     max_batch, preferred, profiles = options.max_batch, '', ''
     if engine:
-        smallest, best, largest = zip(*([shape[0] for shape in profile] for profile in engine['profiles']))
-        if min(smallest) > 1:
-            raise InputError(
-                f'{path} takes no batch below {min(smallest)}, but requests come one by one; build it with --batch 1 '
-                f'{best[0]} {largest[0]}.')
-        reach = 0
-        for low, high in sorted(zip(smallest, largest)):
-            if low > reach + 1:
-                raise InputError(
-                    f'{path} takes no batch between {reach} and {low}, but requests are batched as they come; build it '
-                    f'with profiles that meet.')
-            reach = max(reach, high)
-        max_batch = reach
+        max_batch, best = _find_batches(path, engine)
         # a preferred batch of one would be sent off at once, and requests would never wait for others
         # the largest is one, or requests that wait for it would be sent off as several of the others
-        preferred = ', '.join(map(str, sorted(size for size in {*best, reach} if size > 1)))
+        preferred = ', '.join(map(str, sorted(size for size in {*best, max_batch} if size > 1)))
         if len(best) > 1:
             profiles = ' profile: [ ' + ', '.join(f'"{i}"' for i in range(len(best))) + ' ]'
     elif isinstance(metadata['input']['shape'][0], int):
@@ -212,6 +200,27 @@ def create_config(name: str, path: Path, metadata: Dict[str, Any], options: Serv
     warmups = [_warmup(size, metadata, engine) for size in sorted({1, max_batch})]
     lines += ['model_warmup [', ',\n'.join(warmups), ']']
     return '\n'.join(lines) + '\n'
+
+
+def _find_batches(path: Path, engine: Dict[str, Any]) -> Tuple[int, List[int]]:
+    """The largest batch of an engine, and the preferred one of each profile.
+
+    Raises:
+        InputError: If it does not take every number of images up to the largest.
+    """
+    smallest, best, largest = zip(*([shape[0] for shape in profile] for profile in engine['profiles']))
+    if min(smallest) > 1:
+        raise InputError(
+            f'{path} takes no batch below {min(smallest)}, but requests come one by one; build it with --batch 1 '
+            f'{best[0]} {largest[0]}.')
+    reach = 0
+    for low, high in sorted(zip(smallest, largest)):
+        if low > reach + 1:
+            raise InputError(
+                f'{path} takes no batch between {reach} and {low}, but requests are batched as they come; build it '
+                f'with profiles that meet.')
+        reach = max(reach, high)
+    return reach, [*best]
 
 
 def _dims(shape: List[Any]) -> str:

@@ -321,24 +321,18 @@ def render(
     for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
         if evaluation.get(field) is None:
             raise InputError(f'{data["evaluation"]} has no {field}; run train/evaluate.py --tta flip again.')
-    trust = _load_json(f'{data["analysis"]}/trust.json') if data.get('analysis') else None
-    blurred_path = f'{data.get("analysis")}/trust_blur.json'
-    blurred = _load_json(blurred_path) if (ROOT / blurred_path).is_file() else None
-    mixing_path = f'{Path(data["evaluation"]).parent}/analysis/mixing.json'
-    mixing = _load_json(mixing_path) if has_patches and (ROOT / mixing_path).is_file() else None
-    sidecars = exports
-    if sidecars is None:
-        sidecars = {
-            key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
+    trust, blurred, mixing = (
+        _load_json(f'{data["analysis"]}/{part}.json') if has_patches else None
+        for part in ('trust', 'trust_blur', 'mixing'))
+    sidecars = exports or {
+        key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
     _check_numbers(exports, 'sidecars')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
-    with_patches = ', patch logits' if has_patches else ''
-    of_torch = {f'{data["model"]} {key}': said for key, said in PYTORCH.items()}
-    rate_of = {key: rates.get(f'{data["model"]} {key}{with_patches}') for key in sidecars}
     files = []
     for key, sidecar in sidecars.items():
         parity = sidecar['parity']
         output = parity['outputs']['logits']
+        rate = rates.get(f'{data["model"]} {key}{", patch logits" if has_patches else ""}')
         files.append(dict(
             path=FILES[key],
             precision=key.replace('-', ' for ') if '-' in key else key,
@@ -347,12 +341,11 @@ def render(
             parity=parity,
             difference=output['max_relative_difference'],
             same_class=output['same_class'],
-            rate='' if rate_of[key] is None else f'{rate_of[key]:.0f}',
+            rate='' if rate is None else f'{rate:.0f}',
         ))
     first = sidecars['fp32']
     patches = first['outputs'][1] if has_patches else None
     dataset = data['dataset']
-    metrics = dict(accuracy=('Top-1 accuracy', evaluation['top1']), top5=('Top-5 accuracy', evaluation['top5']))
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
@@ -364,9 +357,10 @@ def render(
         eval_results=[
             EvalResult(
                 task_type='image-classification', dataset_type=dataset['id'], dataset_name=dataset['name'],
-                dataset_split=dataset['split'], metric_type='accuracy' if key == 'accuracy' else 'top-5-accuracy',
-                metric_name=label, metric_value=round(float(value), 2), verified=None)
-            for key, (label, value) in metrics.items()],
+                dataset_split=dataset['split'], metric_type=kind, metric_name=label,
+                metric_value=round(float(evaluation[key]), 2))
+            for kind, label, key in (
+                ('accuracy', 'Top-1 accuracy', 'top1'), ('top-5-accuracy', 'Top-5 accuracy', 'top5'))],
     )
     return ModelCard.from_template(
         card_data,
@@ -410,6 +404,7 @@ def render(
         files=files,
         engines=engines,
         rates=dict(torch=', '.join(
-            f'{rates[name]:.0f} ({said})' for name, said in of_torch.items() if name in rates)),
+            f'{rates[name]:.0f} ({said})' for key, said in PYTORCH.items()
+            if (name := f'{data["model"]} {key}') in rates)),
         latency=latency,
     )

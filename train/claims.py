@@ -13,6 +13,9 @@ TABLE = '#with-and-without-template-matching'  # of RESULTS.md, where train/repo
 TAUGHT = 'with a teacher, so not judged'
 ELSEWHERE = 'on another set than the figure, so not judged'
 UNTESTED = 'not tested'
+NEAREST = {
+    'class': 'nearest neighbours of the class',
+    'superclass': 'nearest neighbours of other classes that are of the superclass'}
 
 
 @dataclass
@@ -75,14 +78,14 @@ def say_p(difference: Difference) -> str:
     return '' if difference.p is None else f', p = {difference.p:.2g}'
 
 
-def find_exceptions(pairs: List[Tuple[str, str]]) -> List[str]:
-    """Where the paper's own table has the second row of a pair above the first."""
+def find_exceptions(pairs: List[Tuple[str, str]], margin: float = 0.) -> List[str]:
+    """Where the paper's own table has the second row of a pair above the first, by more than a margin."""
     found = []
     for better, worse in pairs:
         (_, *a), (_, *b) = TABLE_1[better], TABLE_1[worse]
         found += [
             f'{label(better)} against {label(worse)}, {DATASET_NAMES[dataset]} ({x - y:+.2f})'
-            for dataset, x, y in zip(DATASETS, a, b) if x < y]
+            for dataset, x, y in zip(DATASETS, a, b) if x < y - margin]
     return tell_exceptions(found)
 
 
@@ -123,25 +126,37 @@ def say_epochs(verdict: str, evidence: Evidence, experiment: str, datasets: Sequ
     return f'{verdict} after {min(epochs)} epochs' if epochs and verdict in (HOLDS, FAILS) else verdict
 
 
+def judge_rows(
+        evidence: Evidence,
+        experiment: str,
+        pairs: List[Tuple[str, str]],
+        combined: Callable[[List[str]], str] = combine_all,
+        within_margin: bool = False,
+) -> Judgement:
+    """What `compare_rows` finds, with the epochs it was found after."""
+    verdict, lines, sets = compare_rows(evidence, experiment, pairs, combined, within_margin)
+    return say_epochs(verdict, evidence, experiment, sets), lines
+
+
 def judge_baselines(evidence: Evidence) -> Judgement:
     models = ('rn26', 'rn38', 'wrn16', 'dn100')
     pairs = [*((f'{m}_tm', m) for m in models), ('dn100_tm_cat', 'dn100')]
-    verdict, lines, sets = compare_rows(evidence, 'table1', pairs)
+    verdict, lines = judge_rows(evidence, 'table1', pairs)
     others, exceptions = compare_others(evidence), find_exceptions(pairs)
     if not lines and not others:
         return UNTESTED, exceptions
     if not lines:
         return UNDECIDED, ["not run with the paper's protocol", *summarize(others), *exceptions]
-    return say_epochs(verdict, evidence, 'table1', sets), [*lines, *summarize(others), *exceptions]
+    return verdict, [*lines, *summarize(others), *exceptions]
 
 
 def judge_supervision(evidence: Evidence) -> Judgement:
     """Beside it, what the supervision alone does for the baseline."""
-    verdict, lines, sets = compare_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
-    alone, more, on = compare_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
+    verdict, lines = judge_rows(evidence, 'table1', [('rn26_tm', 'rn26_aux')])
+    alone, more = judge_rows(evidence, 'table1', [('rn26_aux', 'rn26')])
     if len(more) == 1:  # of several each has its own
-        more = [f'{more[0]}, by itself: {say_epochs(alone, evidence, "table1", on)}']
-    return say_epochs(verdict, evidence, 'table1', sets), [*lines, *more]
+        more = [f'{more[0]}, by itself: {alone}']
+    return verdict, [*lines, *more]
 
 
 def judge_shallow(evidence: Evidence) -> Judgement:
@@ -165,15 +180,14 @@ def judge_shallow(evidence: Evidence) -> Judgement:
 
 def judge_depth(evidence: Evidence, better: str, worse: str, within_margin: bool = False) -> Judgement:
     for experiment in ('depth', 'table1'):
-        verdict, lines, sets = compare_rows(evidence, experiment, [(better, worse)], within_margin=within_margin)
+        verdict, lines = judge_rows(evidence, experiment, [(better, worse)], within_margin=within_margin)
         if lines:
             break
-    return say_epochs(verdict, evidence, experiment, sets), lines
+    return verdict, [*lines, *find_exceptions([(better, worse)], MARGIN if within_margin else 0.)]
 
 
 def judge_weight(evidence: Evidence, others: Sequence[str]) -> Judgement:
-    verdict, lines, sets = compare_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
-    return say_epochs(verdict, evidence, 'lambda', sets), lines
+    return judge_rows(evidence, 'lambda', [('lambda0.5', other) for other in others])
 
 
 def judge_soft_maximizers(evidence: Evidence) -> Judgement:
@@ -190,7 +204,7 @@ def judge_soft_maximizers(evidence: Evidence) -> Judgement:
 
 
 def judge_constants(evidence: Evidence) -> Judgement:
-    """Neither a network of another recipe nor one run by the protocol can refute what the paper's network had."""
+    """Of one network, which must be trained by the protocol: another recipe gives others."""
     measured = evidence.maximizer
     if measured is None:
         return UNTESTED, []
@@ -202,20 +216,21 @@ def judge_constants(evidence: Evidence) -> Judgement:
         return UNTESTED, [
             f"these are numbers of one network, and none was trained by the paper's recipe; one after "
             f'{measured["epochs"]} epochs of {measured["opt"].capitalize()} has {words}']
-    verdict = HOLDS if all(near.values()) else UNDECIDED
-    if verdict == HOLDS and measured['epochs'] < measured['planned']:
-        verdict = f'{verdict} after {measured["epochs"]} epochs'
+    verdict = f'{HOLDS if all(near.values()) else FAILS} for one network'
+    if measured['epochs'] < measured['planned']:
+        verdict += f' after {measured["epochs"]} epochs'
+    layers = sorted(measured['layer_mu'].values())
     return verdict, [
         f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
-        f'{measured["images"]:,} images, some of which it was trained on, has {words}; '
-        f'that cannot refute what another network had']
+        f'{measured["images"]:,} images, some of which it was trained on, has {words}; μ is {layers[0]:.2f} to '
+        f'{layers[-1]:.2f} in its layers']
 
 
 def say_of(verdict: str, networks: int) -> str:
     """A verdict with the number of networks it rests on, each trained once."""
-    if verdict != HOLDS:
-        return verdict
-    return f'{verdict} for {"one network" if networks == 1 else f"{networks} networks"}'
+    if networks == 1 and verdict in (HOLDS, FAILS):
+        return f'{verdict} for one network'
+    return f'{verdict} for {networks} networks' if verdict == HOLDS else verdict
 
 
 def name_layers(analysis: Dict[str, Any]) -> Dict[str, str]:
@@ -277,6 +292,13 @@ def judge_spaces(
         *judged, *(line for why, others in lines.items() for line in introduce(why, others))]
 
 
+def qualify(verdict: str, beside: str, control: str) -> str:
+    """A verdict, and whether a control does as well: `beside` says whether it does less."""
+    if not verdict.startswith(HOLDS) or beside.startswith(HOLDS):
+        return verdict
+    return f'{verdict}, but {control} {"does more" if beside.startswith(FAILS) else "may do as much"}'
+
+
 OUTPUT = 'block output'
 BEFORE = {
     OUTPUT: '', 'stage 3': ' at its input', 'baseline stage 3': ' in the baseline',
@@ -298,21 +320,18 @@ def judge_block_output(evidence: Evidence, label: str = 'class') -> Judgement:
         tag: found for tag, found in evidence.geometry.items() if label == 'class' or tag not in evidence.elsewhere}
 
     verdict, lines = judge_against('stage 3', 'baseline stage 3')
-    beside_averages = judge_against('patch mean')[0]
-    if verdict.startswith(HOLDS) and not beside_averages.startswith(HOLDS):
-        verdict += f', but averaging over patches alone does {"more" if beside_averages == FAILS else "as much"}'
+    verdict = qualify(verdict, judge_against('patch mean')[0], 'averaging over patches alone')
     silhouettes = judge_spaces(evidence, select_judged(evidence, analyses), f'{label}_silhouette', [], BEFORE)[1]
     return verdict, [
-        *introduce(f'nearest neighbours of the {label}, at the output', lines),
+        *introduce(f'{NEAREST[label]}, at the output', lines),
         *introduce(f'silhouettes of the {label}es, at the output', silhouettes)]
 
 
 def judge_value_vectors(evidence: Evidence) -> Judgement:
-    """By what the output has without them, and what they have beside the patch mean and beside class scores."""
+    """By what the output has without them, and what they have beside the patch mean; class scores are a control."""
     analyses = {
         tag: dict(found, **{key: {**found[key], **evidence.mosaic[tag][key]} for key in ('spaces', 'leads')})
         for tag, found in evidence.geometry.items() if tag in evidence.mosaic}
-    pairs = [(OUTPUT, 'shortcut'), ('values', 'patch mean'), ('value embeddings', 'class scores')]
     told = {
         OUTPUT: '',
         'shortcut': ' without them, in the projected input',
@@ -320,26 +339,29 @@ def judge_value_vectors(evidence: Evidence) -> Judgement:
         'patch mean': ' in the mean of the input over patches, with no template',
         'value embeddings': ' in the mixture over fewer regions, 2 of an image as in our Figure 6',
         'class scores': ' in the class scores there'}
-    verdict, lines = judge_spaces(evidence, analyses, 'class_neighbour_rate', pairs, told)
-    each = [
-        judge_spaces(evidence, analyses, 'class_neighbour_rate', [pair], dict.fromkeys(pair, ''))[0] for pair in pairs]
-    comparisons = [f'the three comparisons by themselves: {"; ".join(each)}'] if lines else []
+
+    def judge_pairs(*pairs: Tuple[str, str]) -> Judgement:
+        return judge_spaces(evidence, analyses, 'class_neighbour_rate', [*pairs], told)
+
+    verdict, lines = judge_pairs((OUTPUT, 'shortcut'), ('values', 'patch mean'))
+    verdict = qualify(verdict, judge_pairs(('value embeddings', 'class scores'))[0], 'the score of each class alone')
     silhouettes = judge_spaces(evidence, select_judged(evidence, analyses), 'class_silhouette', [], told)[1]
     return verdict, [
-        *introduce('nearest neighbours of the class, at the output', lines), *comparisons,
+        *introduce(f'{NEAREST["class"]}, at the output', lines),
         *introduce('silhouettes of the classes, at the output', silhouettes)]
 
 
 def judge_values(evidence: Evidence) -> Judgement:
+    """By the neighbours of other classes; the silhouette of superclasses grows with the separation of classes too."""
+    told = {'value embeddings': '', 'class scores': ' by scores'}
     verdict, lines = judge_spaces(
-        evidence, evidence.mosaic, 'superclass_silhouette', [('value embeddings', 'class scores')],
-        {'value embeddings': '', 'class scores': ' by scores'})
-    neighbours = judge_spaces(
-        evidence, select_judged(evidence, evidence.mosaic), 'superclass_neighbour_rate', [],
-        {'value embeddings': '', 'class scores': ' by scores'})[1]
+        evidence, evidence.mosaic, 'superclass_neighbour_rate', [('value embeddings', 'class scores')], told,
+        'superclass')
+    silhouettes = judge_spaces(
+        evidence, select_judged(evidence, evidence.mosaic), 'superclass_silhouette', [], told)[1]
     return verdict, [
-        *introduce('silhouette of the superclasses by values', lines),
-        *introduce('nearest neighbours of the superclass by values', neighbours)]
+        *introduce(f'{NEAREST["superclass"]}, by values', lines),
+        *introduce('silhouettes of the superclasses, by values', silhouettes)]
 
 
 def adds_values(model: str) -> bool:
@@ -361,7 +383,7 @@ def judge_mixing(evidence: Evidence) -> Judgement:
     if judged > 2:
         lines = [f'{lines[0]} to {lines[-1]}, in {judged} networks']
     for key, factor, digits, unit, what in (
-            ('matched_off', 100, 1, ' %', 'regions where that weight is 0'),
+            ('matched_off', 100, 1, ' %', 'regions where the weight of the best match is 0'),
             ('matched_share', 100, 0, ' %', 'its share of the sum of the weights'),
             ('value_spread', 1, 2, '',
              'standard deviation of the mixture over regions, relative to that of what it is added to')):
@@ -370,6 +392,8 @@ def judge_mixing(evidence: Evidence) -> Judgement:
             if tag not in evidence.taught and (key != 'value_spread' or adds_values(evidence.runs[tag]['model'])))
         ends = [f'{value:.{digits}f}{unit} ({tag})' for value, tag in (ordered[0], ordered[-1])] if ordered else []
         lines += introduce(what, [' to '.join(dict.fromkeys(ends))] if ends else [])
+    if judged:
+        lines.append("partly built in: where the scale of a class's norm is positive, its weight rises with its score")
     return say_of(combine_all(verdicts), judged), introduce(
         'regions whose best match has the largest weight in the mixture', [*lines, *introduce(TAUGHT, taught)])
 
@@ -385,9 +409,9 @@ def judge_words(evidence: Evidence) -> Judgement:
 
 def judge(evidence: Evidence) -> List[Claim]:
     """Every claim of the paper with its verdict."""
-    def rows(better: str, worse: str, combined: Callable[[List[str]], str] = combine_all) -> Judgement:
-        verdict, lines, sets = compare_rows(evidence, 'table1', [(better, worse)], combined)
-        return say_epochs(verdict, evidence, 'table1', sets), [*lines, *find_exceptions([(better, worse)])]
+    def judge_most(better: str, worse: str) -> Judgement:
+        verdict, lines = judge_rows(evidence, 'table1', [(better, worse)], combine_most)
+        return verdict, [*lines, *find_exceptions([(better, worse)])]
 
     weights = sorted({setting for setting, _ in evidence.scores.get('lambda', {})} - {'lambda0.5'})
     found = [
@@ -397,9 +421,9 @@ def judge(evidence: Evidence) -> List[Claim]:
          judge_shallow(evidence)),
         ('It does more than auxiliary supervision alone', '4.2, Table 1', judge_supervision(evidence)),
         ('Two blocks a stage with it mostly beat three without', '4.2, Table 1',
-         rows('rn26_tm', 'rn38', combine_most)),
+         judge_most('rn26_tm', 'rn38')),
         ('In DenseNet, concatenation is marginally above addition (here: mostly)', '4.2, Table 1',
-         rows('dn100_tm_cat', 'dn100_tm', combine_most)),
+         judge_most('dn100_tm_cat', 'dn100_tm')),
         ('Template matching gains from depth', '4.1', judge_depth(evidence, 'rn38_tm', 'rn26_tm')),
         ('With less depth it is on par with the deeper baseline (here: RN26-Ours no more than '
          f'{MARGIN:g} point below RN38)', '4.1', judge_depth(evidence, 'rn26_tm', 'rn38', within_margin=True)),
@@ -416,7 +440,7 @@ def judge(evidence: Evidence) -> List[Claim]:
          'the baseline)', '4.3, Figure 5',
          judge_block_output(evidence, 'superclass')),
         ('The value vectors cluster them (here: the output is more clustered than without them, and they alone more '
-         'than the patch mean and than the class scores)',
+         'than the patch mean)',
          '4.3, Figure 5', judge_value_vectors(evidence)),
         ('Value embeddings bring patches of like meaning together that class scores keep apart',
          '4.3, Figure 6', judge_values(evidence)),

@@ -84,19 +84,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = getattr(accelerator.state, 'fsdp_plugin', None)
-        if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
-            raise InputError(
-                'FSDP must be version 2, without fsdp_cpu_ram_efficient_loading; launch with --config_file '
-                'train/accelerate/fsdp.yaml.')
-        if args.mixed_precision != 'no':
-            raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
-        if args.clip_grad and args.clip_mode != 'norm':  # of which PyTorch's shards allow nothing else
-            raise InputError(f'FSDP clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
-        if args.torchcompile:
-            raise InputError(
-                'FSDP gathers the weights of a compiled model in its compiled call alone, which validation does not '
-                'make; use --torchcompile no.')
+        _check_fsdp(accelerator, args)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; leave out --model-ema.')
@@ -128,6 +116,26 @@ def _has_collectives() -> bool:
     # and is left to --device mps
     device = torch.accelerator.current_accelerator(check_available=True)
     return device is not None and device.type != 'mps' or is_torch_xla_available()
+
+
+def _check_fsdp(accelerator: Accelerator, args: Namespace) -> None:
+    """
+    Raises:
+        InputError: For settings that FSDP cannot train with.
+    """
+    plugin = getattr(accelerator.state, 'fsdp_plugin', None)
+    if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
+        raise InputError(
+            'FSDP must be version 2, without fsdp_cpu_ram_efficient_loading; launch with --config_file '
+            'train/accelerate/fsdp.yaml.')
+    if args.mixed_precision != 'no':
+        raise InputError('FSDP casts batch norms but not their running statistics; use --mixed-precision no.')
+    if args.clip_grad and args.clip_mode != 'norm':  # of which PyTorch's shards allow nothing else
+        raise InputError(f'FSDP clips by the norm alone, not by {args.clip_mode}; use --clip-mode norm.')
+    if args.torchcompile:
+        raise InputError(
+            'FSDP gathers the weights of a compiled model in its compiled call alone, which validation does not '
+            'make; use --torchcompile no.')
 
 
 def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:

@@ -19,9 +19,9 @@ class Reliability:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities in float64, over the last axis."""
-    e = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    """Probabilities in float64 of logits (N, K, ...), over axis 1."""
+    e = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
 
 
 def measure_reliability(probabilities: np.ndarray, targets: np.ndarray, bins: int = 15) -> Reliability:

@@ -71,11 +71,11 @@ def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[I
     return [dataset.subset(torch.tensor(part, dtype=torch.int64)) for part in parts]
 
 
-def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
-    """Open the splits the settings name, as 'train', 'validation' and 'test'; their classes agree.
+def _name_splits(args: Namespace) -> Dict[str, str]:
+    """The names of the splits for 'train', 'validation' and 'test', of those the settings ask for.
 
     Raises:
-        InputError: If a split is missing, serves two purposes, or differs from the others in its classes.
+        InputError: If there is none to train on, one serves two purposes, or the settings contradict each other.
     """
     if args.pool and args.pool[0] == 0:
         raise InputError('The first size of --pool, the training part, is 0; give it one above 0, as in 65 15 20.')
@@ -98,6 +98,16 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
     if none or args.val_fraction is not None and (args.val_split or args.pool):
         raise InputError(
             f'{"--pool" if args.pool else "--val-split"} says which images validate; leave out --val-fraction.')
+    return names
+
+
+def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
+    """Open the splits the settings name, as 'train', 'validation' and 'test'; their classes agree.
+
+    Raises:
+        InputError: If a split is missing, serves two purposes, or differs from the others in its classes.
+    """
+    names = _name_splits(args)
     splits = {}
     for part, name in names.items():
         failure = None

@@ -134,8 +134,12 @@ def _say_of_sets(title: str, results: List[Dict[str, Any]], say: Callable[[List[
 
 
 def _say_shares(results: List[Dict[str, Any]]) -> str:
-    shares = [r['last']['train_top1'] for r in results]
-    return f'{min(shares):.1f} to {max(shares):.1f} %'
+    shares: Dict[str, List[float]] = defaultdict(list)
+    for r in results:
+        shares[r['setting']].append(r['last']['train_top1'])
+    return ', '.join(
+        f'{label(setting)} {" to ".join(dict.fromkeys(f"{end(shares[setting]):.1f}" for end in (min, max)))} %'
+        for setting in _order(list(shares)))
 
 
 def _say(value: Any) -> str:

@@ -157,33 +157,42 @@ class Trainer:
             layout=self.layout, run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
         self.meter = Meter(accelerator.device)
         if args.resume and not args.eval_only:
-            settings = self.folder / SETTINGS  # read before the first process may write it anew
-            recounted = settings.is_file() and bool(find_changes(args, settings, ('max_steps',)))
-            self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
-            if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
-                before = self.state.layout['updates_per_epoch']
-                if args.max_steps and before != updates_per_epoch and not recounted:
-                    raise InputError(
-                        f'--max-steps {args.max_steps} was counted in epochs of {before} updates, and an epoch has '
-                        f'{updates_per_epoch} now; give another, or resume with the processes and batch size it had.')
-                if self.main_process:
-                    self.tell_change(self.state.layout)
-                done = self.state.update / self.state.layout['updates_per_epoch']
-                self.state.rescale(round(done * updates_per_epoch), self.layout)
-                accelerator.step = 0
-            if self.state.update > self.updates:
-                raise InputError(
-                    f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
-                    f'settings; use more --epochs.')
-            self.meter.load_state_dict(self.state.running, accelerator.process_index)
-            best = self.state.best
-            if best is not None and best['images'] != self.num_held_out:
-                self.state.best, self.state.kept = None, []  # other images chose them
+            self.take_up()
         set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
         hardware = describe_hardware(accelerator.device, accelerator.num_processes)
         if hardware not in self.state.hardware:
             self.state.hardware.append(hardware)
         self.clock = time.perf_counter()
+
+    def take_up(self) -> None:
+        """Go on from the newest checkpoint.
+
+        Raises:
+            InputError: If there is none that fits these settings.
+        """
+        args, accelerator, updates_per_epoch = self.args, self.accelerator, self.layout['updates_per_epoch']
+        settings = self.folder / SETTINGS  # read before the first process may write it anew
+        recounted = settings.is_file() and bool(find_changes(args, settings, ('max_steps',)))
+        self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
+        if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
+            before = self.state.layout['updates_per_epoch']
+            if args.max_steps and before != updates_per_epoch and not recounted:
+                raise InputError(
+                    f'--max-steps {args.max_steps} was counted in epochs of {before} updates, and an epoch has '
+                    f'{updates_per_epoch} now; give another, or resume with the processes and batch size it had.')
+            if self.main_process:
+                self.tell_change(self.state.layout)
+            done = self.state.update / self.state.layout['updates_per_epoch']
+            self.state.rescale(round(done * updates_per_epoch), self.layout)
+            accelerator.step = 0
+        if self.state.update > self.updates:
+            raise InputError(
+                f'{self.folder} has {self.state.update} updates behind it, more than the {self.updates} of these '
+                f'settings; use more --epochs.')
+        self.meter.load_state_dict(self.state.running, accelerator.process_index)
+        best = self.state.best
+        if best is not None and best['images'] != self.num_held_out:
+            self.state.best, self.state.kept = None, []  # other images chose them
 
     def tell_change(self, before: Dict[str, int]) -> None:
         """Say so where updates have another number of images than in the run that goes on."""

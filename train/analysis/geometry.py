@@ -44,10 +44,15 @@ def average(values: np.ndarray, groups: np.ndarray) -> Tuple[float, float]:
     return float(means.mean()), float(means.std(ddof=1) / len(means) ** 0.5)
 
 
-def label_regions(sample: Sample) -> Dict[str, Optional[np.ndarray]]:
-    """Class and superclass of each region's image, None where the set has no superclasses."""
-    _, groups = find_superclasses(sample.class_names)
-    return {'class': sample.region_targets, 'superclass': None if groups is None else groups[sample.region_targets]}
+def label_regions(sample: Sample) -> Dict[str, Tuple[np.ndarray, np.ndarray]]:
+    """Class and, where the set has some, superclass of each region's image, with the groups whose members are no
+    neighbours: images; for superclasses classes, or regions that find their class would seem to find its superclass.
+    """
+    _, superclass_of = find_superclasses(sample.class_names)
+    labels = {'class': (sample.region_targets, sample.image_index)}
+    if superclass_of is not None:
+        labels['superclass'] = (superclass_of[sample.region_targets], sample.region_targets)
+    return labels
 
 
 MEASURES = tuple(f'{label}_{key}' for label in ('class', 'superclass') for key in ('silhouette', 'neighbour_rate'))
@@ -55,7 +60,9 @@ Means = Dict[str, Optional[float]]
 
 
 def measure_points(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, np.ndarray]:
-    """How well each region lies with those of its class: silhouette in [-1, 1] and neighbour rate in [0, 1].
+    """How well each region lies with its class and superclass: silhouette in [-1, 1] and neighbour rate in [0, 1].
+
+    Neighbours of a class are those of other images; of a superclass those of other classes.
 
     Returns:
         (N,) by measure, those of the superclasses only where the set has some.
@@ -66,10 +73,9 @@ def measure_points(x: np.ndarray, sample: Sample, k: int = 10) -> Dict[str, np.n
     if len(x) <= len(sample.class_names):
         raise InputError('There is one region of each class, too few to measure how they lie; take more.')
     found: Dict[str, np.ndarray] = {}
-    for label, y in label_regions(sample).items():
-        if y is not None:
-            found[f'{label}_silhouette'] = silhouette_samples(x, y)
-            found[f'{label}_neighbour_rate'] = find_neighbour_shares(x, y, sample.image_index, k)
+    for label, (y, groups) in label_regions(sample).items():
+        found[f'{label}_silhouette'] = silhouette_samples(x, y)
+        found[f'{label}_neighbour_rate'] = find_neighbour_shares(x, y, groups, k)
     return found
 
 
@@ -99,12 +105,10 @@ def compare(points: Dict[str, Dict[str, np.ndarray]], sample: Sample) -> Dict[st
 
 def find_chance(sample: Sample) -> Dict[str, Optional[float]]:
     """Neighbour rates of points that lie anywhere."""
-    found: Dict[str, Optional[float]] = {}
-    for name, y in label_regions(sample).items():
-        found[name] = None
-        if y is not None:
-            counts = np.bincount(y[::sample.places.shape[1]])  # images of each label
-            found[name] = float((counts * (counts - 1)).sum() / (counts.sum() * (counts.sum() - 1)))
+    found: Dict[str, Optional[float]] = {'class': None, 'superclass': None}
+    for label, (y, groups) in label_regions(sample).items():
+        own = np.bincount(groups)[groups]
+        found[label] = float(((np.bincount(y)[y] - own) / (len(y) - own)).mean())
     return found
 
 
