@@ -379,10 +379,10 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
 @pytest.mark.parametrize('make, flags, message', [
     (lambda f, t: f / 'missing.onnx', [], 'There is no file'),
     (lambda f, t: f / 'scores.onnx.json', [], 'neither an .onnx file nor an .engine'),
-    (lambda f, t: f / 'scores.onnx', ['--max-batch', '0'], 'must be at least 1'),
-    (lambda f, t: f / 'scores.onnx', ['--max-delay', '-1'], 'at least 0'),
+    (lambda f, t: f / 'scores.onnx', ['--max-batch', '0'], 'must be from 1'),
+    (lambda f, t: f / 'scores.onnx', ['--max-delay', '-1'], 'must be from 0'),
     (lambda f, t: f / 'scores.onnx', ['--max-batch', str(2 ** 31)], 'must be from 1 to 2147483647'),
-    (lambda f, t: f / 'scores.onnx', ['--threads', '0', '--kind', 'cpu'], 'must be at least 1'),
+    (lambda f, t: f / 'scores.onnx', ['--threads', '0', '--kind', 'cpu'], 'must be from 1'),
     (lambda f, t: f / 'scores.onnx', ['--threads', '2'], '--threads is for instances on a CPU, .* add --kind cpu'),
     (lambda f, t: (t / 'x.onnx').write_bytes(b'\xff' * 99) and t / 'x.onnx', [], 'is cut short or not an ONNX file'),
     (lambda f, t: (t / 'x.engine').write_bytes(b'plan') and t / 'x.engine', [], 'does not say its classes'),
