@@ -7,6 +7,7 @@ float16 in float32 and round nothing between them, so that what leaves the range
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+EXACT = ('Relu', 'Concat', 'MaxPool', 'Reshape', 'Slice', 'Squeeze', 'Transpose', 'Unsqueeze')  # of rounded numbers
 TYPES = {'fp16': TensorProto.FLOAT16, 'bf16': TensorProto.BFLOAT16}
 
 
@@ -27,7 +28,7 @@ def emulate(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
         if node.op_type == 'Cast':
             to = next(a for a in node.attribute if a.name == 'to')
             to.i = TensorProto.FLOAT if to.i == narrow else to.i
-        outputs = [name for name in node.output if name in rounded]
+        outputs = [name for name in node.output if name in rounded and node.op_type not in EXACT]
         for name in outputs:
             node.output[list(node.output).index(name)] = f'{name}/float'
         nodes.append(node)

@@ -177,7 +177,7 @@ def render_plain(
         base=base,
         told=told[0] if told else None,
         engines=engines,
-        has_bf16='bf16' in exports,
+        rounded=[key for key in ('fp16', 'bf16') if key in exports],
         has_int8='int8' in exports,
         has_patches=len(first['outputs']) > 1,
         matches_classes=first.get('template_names') == first['class_names'],
@@ -328,7 +328,7 @@ def render(
         key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
     _check_numbers(exports, 'sidecars')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
-    files = []
+    files, images = [], sidecars['fp32']['parity']['images']
     for key, sidecar in sidecars.items():
         parity = sidecar['parity']
         output = parity['outputs']['logits']
@@ -337,7 +337,8 @@ def render(
             path=FILES[key],
             precision=key.replace('-', ' for ') if '-' in key else key,
             megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
-            top1='' if 'top1' not in parity else f'{parity["top1"]["exported"]:.2f} %',
+            # of the images that the others are compared on
+            top1='' if 'top1' not in parity or parity['images'] != images else f'{parity["top1"]["exported"]:.2f} %',
             parity=parity,
             difference=output['max_relative_difference'],
             same_class=output['same_class'],
@@ -377,7 +378,7 @@ def render(
         preprocessing=first['preprocessing'],
         has_patches=has_patches,
         concat=has_patches and model.tm.shortcut is None,
-        has_bf16='bf16' in sidecars,
+        rounded=[key for key in ('fp16', 'bf16') if key in sidecars],
         has_int8='int8' in sidecars,
         for_tensorrt=FILES['fp16' if 'fp16' in sidecars else 'fp32'],
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',

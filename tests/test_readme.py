@@ -184,7 +184,7 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     for mask, counts in dict(trust=(0, 0), trust_blur=(1, 2)).items():  # and by probabilities it is the better one
         assert tuple(map(len, tell('rn26_tm.cifar100', mask, 'Grad-CAM'))) == counts
         assert tuple(map(len, tell('rn26_tm.cifar100', mask, 'CAM probabilities'))) == (3 + (mask != 'trust'), 0)
-    assert '`rn26_tm.cifar100` | the same: about as well as CAM with either mask |' in TEXT
+    assert '`rn26_tm.cifar100` | where the evidence is, about as well as CAM with either mask |' in TEXT
     assert (
         '`rn26_tm.cifar10` | [where the evidence is](#explain): as well as class activation maps (CAM) if the mean '
         'colour is the mask, less well if a blurred image is |') in TEXT
@@ -375,8 +375,8 @@ def test_differences_from_the_baselines():
     last = {re.sub(r'_(\d+px|\d+_epochs)\.', '.', row[0]): row for row in alone}  # of each pair, as rows are by epochs
     beyond = [sum(sign * float(row[4]) > 2 * float(row[5]) for row in last.values()) for sign in (1, -1)]
     assert (
-        f'of these {len(last)} after their last phase without a teacher, {beyond[0]} are more than two such errors '
-        f'above zero and {beyond[1]} more than two below it') in ' '.join(section.split())
+        f'Of the {len(last)} differences after the last phase without a teacher, {beyond[0]} are more than two such '
+        f'errors above zero and {beyond[1]} more than two below it') in ' '.join(section.split())
     ends = sorted(float(row[4]) for row in last.values())
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
     baselines = {4: 'four', 5: 'five', 6: 'six'}[len({row[2] for row in last.values()})]
@@ -416,9 +416,11 @@ def test_table_of_the_paper_redone():
         ('rn26', 'cifar10'), ('wrn16', 'cifar10'), ('rn26', 'cifar100')))
     assert (
         f'the difference on CIFAR-10 is {rn26} points (`rn26`, p = {rn26.p:.2g}) and {wrn16} (`wrn16`, p = '
-        f'{wrn16.p:.2g}; three runs each, ± one standard error), on CIFAR-100 {elsewhere} (`rn26`, two runs each; with '
-        f'the block {fitted["rn26_tm"]:.0f} % of the training images were right in the end, without it '
-        f'{fitted["rn26"]:.0f} %)') in PLAIN.replace('−', '-')
+        f'{wrn16.p:.2g}; three runs each, ± one standard error), on CIFAR-100 {elsewhere} (`rn26`, two runs each)'
+    ) in PLAIN.replace('−', '-')
+    assert (
+        f'in the last epoch {fitted["rn26_tm"]:.0f} % of its training images were right, {fitted["rn26"]:.0f} % of '
+        f'those of `rn26`') in PLAIN
     assert (rn26.verdict, wrn16.verdict) == (UNDECIDED, HOLDS)
     assert 'the lead of `wrn16_tm` is significant and that of `rn26_tm` is not' in PLAIN
     assert compare('rn26_tm', 'rn26_aux').verdict == UNDECIDED and compare('rn26_aux', 'rn26').verdict == HOLDS

@@ -51,6 +51,7 @@ def collect(root: Path) -> Evidence:
     if maximizer:
         settings = yaml.safe_load((rn20 / SETTINGS).read_text(encoding='utf-8'))
         maximizer.update(
+            train_top1=(read_json(rn20 / 'result.json') or {})['last']['train_top1'],
             epochs=settings['epochs'], planned=protocol['epochs'], opt=settings['opt'],
             by_protocol=all(settings[key] == protocol[key] for key in protocol if key not in ('epochs', 'seed')))
     paper = {name: read_results(results / 'paper' / name) for name in TITLES}
