@@ -1526,7 +1526,7 @@ def _run(args: argparse.Namespace, paths: List[Path], out: IO[str]) -> None:
 
 def _write_picture(prediction: Prediction, path: Any, target: Path) -> Path:
     if target.suffix.lower() != '.png':
-        target = target / f'{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}.explained.png'
+        target = target / f'{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}.explained.png'
     picture = prediction.picture()
     tmp = target.with_name(f'.{target.name}.tmp')
     try:

@@ -1,5 +1,6 @@
 """What ends a run early is named in one sentence, and nothing bad is written down."""
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -124,6 +125,10 @@ def test_cache_on_a_full_disk_is_not_data_that_is_gone(tmp_path, monkeypatch):
         main([*TINY, '--output', str(tmp_path), '--model', 'rn26', '--pretrained'])
 
 
+forked = pytest.mark.skipif(multiprocessing.get_start_method() != 'fork', reason='workers do not see what is replaced')
+
+
+@forked
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):
     """Killed for real, as the kernel does it when memory is short."""
     parent = os.getpid()
@@ -165,10 +170,26 @@ def test_worker_that_had_sigterm_too_is_no_failure(tmp_path, monkeypatch):
         main([*TINY, '--output', str(tmp_path)])
 
 
-def test_worker_without_shared_memory_is_told_apart():
-    text = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
-    with pytest.raises(InputError, match='too little shared memory; raise it'), naming_failures(''):
+@pytest.mark.parametrize('text', [
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out",
+    'Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared memory(shm) for'])
+def test_worker_without_shared_memory_is_told_apart(text):
+    with pytest.raises(InputError, match='There is too little shared memory'), naming_failures(''):
         raise RuntimeError(text)
+
+
+def test_error_in_a_worker_is_no_death():
+    with pytest.raises(RuntimeError, match='a transform failed'), naming_failures(''):
+        raise RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: a transform failed')
+
+
+@forked
+def test_lack_of_shared_memory_ends_a_run_that_would_wait_for_the_batch(tmp_path, monkeypatch):
+    def fail(tensor):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_7_8_9>')
+
+    monkeypatch.setattr(torch.Tensor, 'share_memory_', fail)
+    assert_stops(tmp_path, 'There is too little shared memory', '--aa', 'v0', '--workers', '1')
 
 
 def test_worker_that_is_stuck_does_not_keep_a_run_from_ending():

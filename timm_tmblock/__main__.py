@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, List, Optional, Set
 
 from .checkpoint import load_pretrained, writing
-from .errors import InputError, exiting_on_input_error, make_names_printable
+from .errors import InputError, exiting_on_input_error
 from .explanation import METHODS, Explainer
 from .image import list_images
 
@@ -62,7 +62,6 @@ def run_script(args: argparse.Namespace) -> Callable[[], Any]:
 
 
 def explain(args: argparse.Namespace) -> None:
-    make_names_printable()
     model = load_pretrained(args.model, args.checkpoint) if args.checkpoint else args.model
     explainer = Explainer(model, args.method)
     images = list_images(args.images)

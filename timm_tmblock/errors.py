@@ -45,6 +45,7 @@ def make_names_printable() -> None:
 def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
     """What each command line does with an InputError, or one of `others`, and when nobody reads on (`... | head`)."""
     kinds: Tuple[Type[Exception], ...] = (InputError, *others)
+    make_names_printable()
     try:
         yield
     except kinds as e:

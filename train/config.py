@@ -303,7 +303,8 @@ def create_parser() -> Parser:
         "'flip': report accuracy averaged with the mirrored image too"))
     group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
     group.add_argument('--seed', type=seed, default=42, help='seed of weights, order and augmentation')
-    group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help='where to train')
+    group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help=(
+        "'auto' is a GPU of NVIDIA or AMD, else the CPU; 'mps' is Apple's GPU"))
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')
     group.add_argument('--hub-private', action=boolean, default=False, help='in a private repository')

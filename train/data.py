@@ -17,7 +17,7 @@ from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.transforms_factory import create_transform
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
@@ -423,7 +423,7 @@ def decode(
     failures: List[str] = []
     chunks = _Chunks(source, config, digest, workers)
     loader = DataLoader(
-        chunks, batch_size=None, num_workers=workers, worker_init_fn=init_worker,
+        chunks, batch_size=None, num_workers=workers, collate_fn=share_batch, worker_init_fn=init_worker,
         generator=torch.Generator())  # of its own, or the global one would advance
     with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
         for number, (pixels, labels, names, failed) in enumerate(read_batches(loader)):
@@ -436,6 +436,18 @@ def decode(
         others = f' (so are {len(failures) - 1} others: {"; ".join(failures[1:10])})' if len(failures) > 1 else ''
         raise InputError(failures[0] + others)
     return InMemorySet(images, targets, class_names, digests)
+
+
+def share_batch(batch: Any) -> Any:
+    """Move the tensors of a batch into shared memory, in the process that made it, which can tell where there is none.
+
+    The queue to the trainer would do so too, in a thread that loses the batch then, and the trainer would wait for it.
+    """
+    if get_worker_info() is not None:
+        for x in batch:
+            if isinstance(x, torch.Tensor):
+                x.share_memory_()
+    return batch
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:

@@ -54,15 +54,15 @@ def naming_failures(memory_advice: str) -> Iterator[None]:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or should_reduce_batch_size(e):
             raise InputError(f'The device has too little memory: {memory_advice}.') from e
-        if 'DataLoader worker' in text and 'Bus error' in text:
+        died = re.search(r'DataLoader worker \(pid[^)]*\)[^.]*', text)
+        if 'shared memory(shm)' in text or died and 'Bus error' in text:
             raise InputError(
-                'A process that loads data died of too little shared memory; raise it (docker run --shm-size 2g), or '
-                'use fewer --workers or a smaller --batch-size.') from e
-        if 'DataLoader worker' in text:
-            died = re.search(r'DataLoader worker \(pid[^)]*\)[^.]*', text)
+                'There is too little shared memory for the processes that load data; raise it (docker run --shm-size '
+                '2g), or use fewer --workers or a smaller --batch-size.') from e
+        if died:
             raise InputError(
-                f'A process that loads data died ({died[0] if died else text.splitlines()[0]}); the machine may be '
-                f'short of memory, so try fewer --workers.') from e
+                f'A process that loads data died ({died[0]}); the machine may be short of memory, so try fewer '
+                f'--workers.') from e
         if isinstance(e, OSError) and e.filename is not None and e.errno not in FULL_DISK:
             raise InputError(f'{e.filename} can no longer be read ({e.strerror}); is the data still there?') from e
         raise
@@ -83,9 +83,9 @@ def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> N
         InputError: If the disk of the folder has too little free space.
     """
     needed = estimate_disk_space(model, args)
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
+    parent = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if parent is None:  # a drive of Windows that is not there, which is told by what is written
+        return
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(

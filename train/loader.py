@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_tmblock.errors import InputError
 from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
 from train.config import refusing
-from train.data import ImageSet, InMemorySet, read_batches
+from train.data import ImageSet, InMemorySet, read_batches, share_batch
 from train.signals import init_worker
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
@@ -137,8 +137,8 @@ class InMemoryLoader:
                 self.workers = DataLoader(
                     self.batches, batch_size=None, sampler=self.keys,
                     num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
-                    worker_init_fn=init_worker,
-                    persistent_workers=True,  # each takes a copy of the images where processes are not forked
+                    collate_fn=share_batch, worker_init_fn=init_worker,
+                    persistent_workers=True,  # each imports PyTorch anew where processes are not forked
                     generator=torch.Generator())  # of its own: the global one would advance, and again after a restart
             if config.re_prob > 0:
                 with refusing('These settings of random erasing'):

@@ -1,6 +1,7 @@
 """Publishing the weights a run chose on the Hugging Face Hub; a push that fails never loses the run."""
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -107,5 +108,6 @@ def leave_hanging() -> None:
 
 
 def _say(reason: str, flags: List[str]) -> None:
-    command = shlex.join(['python', '-m', 'export', 'push', *flags])
+    words = ['python', '-m', 'export', 'push', *flags]
+    command = subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
     print(f'The run is complete but was not pushed: {reason} Push it with: {command}', file=sys.stderr)

@@ -4,7 +4,7 @@ import os
 import time
 import uuid
 from argparse import Namespace
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -69,10 +69,10 @@ def holding(folder: Path) -> Iterator[None]:
     """Keep other runs out of an experiment folder, where the system can; a run that is killed leaves it.
 
     Raises:
-        InputError: If a run is in it.
+        InputError: If a run is in it, or nothing can be written there.
     """
-    with suppress(OSError):  # what is written next says so
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / SETTINGS, unique=True) as tmp:
+        tmp.touch()  # or a tracker would be blamed
     if fcntl is None or not folder.is_dir():
         yield
         return

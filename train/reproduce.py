@@ -199,7 +199,7 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
             [sys.executable, str(ROOT / 'train.py'), '--report-to', 'none', *command, *where], stderr=log,
             env={**os.environ, **env})
         output = process.communicate()[0]
-        errors = (path / 'log.txt').read_text(encoding='utf-8').strip().splitlines() or ['no output']
+        errors = (path / 'log.txt').read_text(encoding='utf-8', errors='replace').strip().splitlines() or ['no output']
         log.write(output)
     if process.returncode:
         raise InputError(f'{cell.name} failed, see {path}/log.txt: {errors[-1]}')
