@@ -41,6 +41,8 @@ class TrainState:
     layout: Dict[str, int] = field(default_factory=dict)  # what a batch number means
     run_id: str = ''  # the run's name among trackers
     hardware: List[str] = field(default_factory=list)  # that it was on so far, each named once
+    versions: List[Dict[str, str]] = field(default_factory=list)  # likewise
+    commits: List[str] = field(default_factory=list)  # likewise
     sharding: str = ''  # by which of FSDP and DeepSpeed a checkpoint is divided
     tracker_offset: int = 0  # of what trackers count, which take no step below an earlier one
 

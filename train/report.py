@@ -63,7 +63,8 @@ def render_results(root: Path, evidence: Evidence) -> str:
         'Written by `python train/report.py` from the files in [train/results](train/results), which record the data,',
         'hardware and versions of each number, and the settings and seed of each run (`args.yaml` or command).',
         'Commands name the datasets on the Hub; the runs read copies with the images in another order. So the commands',
-        'form other batches, and analyses of part of a dataset use other images.', '',
+        "form other batches (except for the paper's experiments, which order images by their pixels), and analyses of",
+        'part of a dataset use other images.', '',
         ' ·\n'.join(f'[{title}]({to_anchor(title)})' for title, part in zip(SECTIONS, parts) if part), '']
     for title, part in zip(SECTIONS, parts):
         lines += [f'## {title}', '', *part] if part else []
@@ -245,7 +246,7 @@ def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
     """Whether network and baseline were trained on different hardware or versions."""
     ours, theirs = ([
         ([machine.partition(',')[0] for machine in run['hardware'].split(', then ')],
-         run['versions']['torch'].partition('+')[0])
+         [version.partition('+')[0] for version in run['versions']['torch'].split(', then ')])
         for run in find_legs(tag, evidence.runs) or []] for tag in (comparison.tag, comparison.baseline))
     return ours != theirs
 

@@ -159,9 +159,12 @@ class Trainer:
         if args.resume and not args.eval_only:
             self.take_up()
         set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
-        hardware = describe_hardware(accelerator.device, accelerator.num_processes)
-        if hardware not in self.state.hardware:
-            self.state.hardware.append(hardware)
+        here: List[Tuple[List[Any], Any]] = [  # a checkout may move on while it trains
+            (self.state.hardware, describe_hardware(accelerator.device, accelerator.num_processes)),
+            (self.state.versions, describe_versions()), (self.state.commits, find_commit())]
+        for known, now in here:
+            if now and now not in known:
+                known.append(now)
         self.clock = time.perf_counter()
 
     def take_up(self) -> None:
@@ -493,8 +496,10 @@ class Trainer:
             hardware=', then '.join(self.state.hardware),
             processes=self.accelerator.num_processes,
             mixed_precision=self.accelerator.mixed_precision,
-            versions=describe_versions(),
-            commit=find_commit(),
+            versions={
+                name: ', then '.join(dict.fromkeys(v[name] for v in self.state.versions if name in v))
+                for name in self.state.versions[-1]},
+            commit=', then '.join(self.state.commits) or None,
         )
 
     def result(self, test: Optional[Dict[str, Any]]) -> Dict[str, Any]:
