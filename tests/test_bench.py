@@ -107,7 +107,7 @@ def test_compiler_that_is_missing_is_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize('flags, message', [
     ([], 'There is nothing to time'),
-    (['x.onnx', '--threads', '0'], '--threads must be at least 1'),
+    (['x.onnx', '--threads', '0'], '--threads: must be at least 1'),
     (['x.onnx', '--compile'], '--compile only applies to PyTorch networks; name some with --torch'),
     (['x.onnx', '--precision', 'fp16'], '--precision only applies to PyTorch networks; name some with --torch'),
     (['missing.onnx'], 'There is no file or folder missing.onnx'),

@@ -22,6 +22,7 @@ from export.metadata import describe_model
 from export.runtime import Prediction
 from timm_tmblock import Explainer, Explanation, InputError, PatchSupervised, explain
 from timm_tmblock.__main__ import main
+from timm_tmblock.errors import exiting_on_input_error
 from timm_tmblock.explanation import class_color, forward_class_activation
 from timm_tmblock.image import IMAGE_SUFFIXES, list_images, read_image
 from timm_tmblock.models import PreActResNet
@@ -375,8 +376,8 @@ def test_names_of_files_that_are_not_utf_8_come_out_as_they_are(tmp_path, monkey
     Image.new('RGB', (32, 32)).save(os.fsdecode(path), format='PNG')
     out = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(out, encoding='utf-8'))
-    main(['explain', 'rn26_tm', os.fsdecode(path)])
-    sys.stdout.flush()
+    with exiting_on_input_error():
+        main(['explain', 'rn26_tm', os.fsdecode(path)])
     assert out.getvalue().startswith(path + b': ')
 
 
