@@ -88,7 +88,8 @@ class PushOptions:
         if '/' not in self.repo:
             raise InputError(f'{self.repo!r} is not a repository name: its owner comes first, USER/{self.repo}.')
         if not 0 < self.deadline <= threading.TIMEOUT_MAX:
-            raise InputError(f'--deadline must be above 0 seconds, not {self.deadline:g}.')
+            raise InputError(
+                f'--deadline must be above 0 and at most {threading.TIMEOUT_MAX:g} seconds, not {self.deadline:g}.')
         if not self.message.strip():
             raise InputError('--message is empty, and each commit of the Hub has one; say what is pushed.')
         if self.tag and (self.create_pr or self.pull_request):

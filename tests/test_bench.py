@@ -133,7 +133,7 @@ def test_selftest_reports_every_precision(tmp_path, capsys, monkeypatch):
     for precision in ('fp32', 'fp16', 'int8 for cpu', 'int8 for tensorrt'):
         row = rows[precision, 'ONNX Runtime']
         assert row['result'] == 'passed' and row['images_per_second']['64'] > 1
-        assert row['same_class'] >= 0.99 or precision.startswith('int8')
+        assert row['same_class'] >= (0.93 if precision.startswith('int8') else 0.99)
     assert rows['bf16', 'ONNX Runtime']['result'] == 'compared'
     engines = {file: r for (file, step), r in rows.items() if step == 'TensorRT'}
     assert set(engines) == {'fp32', 'fp16', 'bf16', 'int8 for tensorrt'}

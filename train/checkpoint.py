@@ -64,7 +64,7 @@ def store_plain_names(accelerator: Accelerator) -> None:
     def on_save(models: List[torch.nn.Module], weights: List[Dict[str, torch.Tensor]], folder: str) -> None:
         if weights:
             plain = (accelerator.unwrap_model(model, keep_torch_compile=False) for model in models)
-            weights[:] = [copy_tensors(model.state_dict()) for model in plain]
+            weights[:] = [copy_tensors(model.state_dict(), 'cpu') for model in plain]
 
     def on_load(models: List[torch.nn.Module], folder: str) -> None:
         if models:
@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
     with writing(path) as tmp:
         accelerator.save_state(str(tmp))
         if accelerator.is_main_process and ema is not None:
-            save_file(copy_tensors(ema.state_dict()), tmp / 'ema.safetensors')
+            save_file(copy_tensors(ema.state_dict(), 'cpu'), tmp / 'ema.safetensors')
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))

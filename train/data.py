@@ -433,8 +433,8 @@ def decode(
             failures += failed
             bar.update(len(labels))
     if failures:
-        others = f' (so are {len(failures) - 1} others: {"; ".join(failures[1:10])})' if len(failures) > 1 else ''
-        raise InputError(failures[0] + others)
+        rest = len(failures) - 10
+        raise InputError('; '.join(failures[:10]) + (f'; and {rest} more' if rest > 0 else ''))
     return InMemorySet(images, targets, class_names, digests)
 
 

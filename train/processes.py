@@ -38,9 +38,9 @@ def join_tasks() -> None:
     os.environ.update(LOCAL_RANK=str(local_rank), RANK=str(rank), WORLD_SIZE=str(world_size))
     job, step = (int(os.environ.get(name) or 0) for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
     os.environ.setdefault('MASTER_PORT', str(15000 + (7 * job + step) % 15000))  # jobs may share a machine
-    # Accelerate would give each task all cores of the machine
-    cores = os.environ.get('SLURM_CPUS_PER_TASK') or str(torch.get_num_threads())
-    torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', cores)))
+    if 'SLURM_STEP_NUM_TASKS' in os.environ:  # Accelerate divides the cores among mpirun's tasks, not among srun's
+        cores = os.environ.get('SLURM_CPUS_PER_TASK') or str(torch.get_num_threads())
+        torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', cores)))
 
 
 @contextmanager
