@@ -32,6 +32,12 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
     """
     patches = getattr(model, 'has_template_matching', False)
     rows: List[Dict[str, Any]] = []
+    try:
+        gpu = query_gpu()
+    except RuntimeInputError as e:  # the driver does not start; the CPU can be reported all the same
+        gpu = None
+        rows.append(dict(file='–', step='driver', result='failed', reason=str(e)))
+    has_cuda = gpu is not None and 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
     with tempfile.TemporaryDirectory() as name:
         for precision in PRECISIONS:
             for target in ('cpu', 'tensorrt') if precision == 'int8' else ('cpu',):
@@ -39,12 +45,12 @@ def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Di
                 label = f'{precision} for {target}' if precision == 'int8' else precision
                 path = Path(name) / f'{label.replace(" ", "-")}.onnx'
                 rows.append(_test_onnx(path, label, model, options, images, seconds))
-                if path.is_file() and precision in ('fp32', 'fp16') and _has_cuda():
+                if path.is_file() and precision in ('fp32', 'fp16') and has_cuda:
                     row = dict(file=label, step='ONNX Runtime CUDA', result='passed')
                     rows.append(_compare(row, path, model, images, 'cuda', seconds))
                 if path.is_file() and not (precision, target) == ('int8', 'cpu'):
                     rows.append(_test_engine(path, label, model, images, backend, seconds))
-    return dict(gpu=query_gpu(), **describe_machine(), rows=rows)
+    return dict(gpu=gpu, **describe_machine(), rows=rows)
 
 
 def _test_onnx(
@@ -60,10 +66,6 @@ def _test_onnx(
     except (InputError, RuntimeInputError) as e:
         row.update(result='failed', reason=str(e))
     return row
-
-
-def _has_cuda() -> bool:
-    return query_gpu() is not None and 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
 
 
 def _compare(

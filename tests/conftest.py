@@ -24,12 +24,22 @@ import torch.nn as nn
 from forks import Forks
 
 import timm_tmblock  # noqa: F401  registers the models
+from export.runtime import RuntimeInputError, query_gpu
 
 # files that take longest, which two workers begin with; one test alone may be most of a file
 LONGEST = (
     'test_export', 'test_push', 'test_integrations', 'test_resume', 'test_tensorrt', 'test_distributed', 'test_space',
     'test_timm_suite', 'test_cards', 'test_training', 'test_reproduce', 'test_publish', 'test_bench',
     'test_tensorrt_simulated', 'test_options')
+
+
+def can_build_rtx():
+    """TensorRT-RTX builds without a GPU, but not beside one before Ampere, nor with a driver that does not start."""
+    try:
+        gpu = query_gpu()
+    except RuntimeInputError:
+        return False
+    return gpu is None or float(gpu['compute_capability']) >= 8
 
 
 def pytest_collection_modifyitems(items):

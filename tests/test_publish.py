@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from conftest import can_build_rtx
 
 import export.__main__ as export
 from export import parity
 from export.load import load
 from export.onnx import OnnxOptions, export_onnx
 from export.publish import _is_engine_of, add_engine, create_files
-from export.runtime import query_gpu
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
@@ -24,7 +24,7 @@ from train.config import parse_args
 from train.publish import publish
 
 real = pytest.mark.skipif(
-    not importlib.util.find_spec('tensorrt_rtx') or float((query_gpu() or {}).get('compute_capability', 8)) < 8,
+    not importlib.util.find_spec('tensorrt_rtx') or not can_build_rtx(),
     reason='pip install tensorrt-rtx, which takes no GPU before Ampere')
 
 

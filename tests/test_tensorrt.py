@@ -14,6 +14,7 @@ import onnx
 import pytest
 import simulated_tensorrt
 import timm
+from conftest import can_build_rtx
 from onnx import TensorProto, helper
 
 import export.runtime as runtime
@@ -28,7 +29,7 @@ from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 real = pytest.mark.skipif(
-    not importlib.util.find_spec('tensorrt_rtx') or float((runtime.query_gpu() or {}).get('compute_capability', 8)) < 8,
+    not importlib.util.find_spec('tensorrt_rtx') or not can_build_rtx(),
     reason='pip install tensorrt-rtx, which takes no GPU before Ampere')
 
 

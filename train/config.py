@@ -296,7 +296,8 @@ def create_parser() -> Parser:
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
         'keep the weights of this many best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
-    group.add_argument('--eval-metric', choices=METRICS, default='top1', help='what the best weights are chosen by')
+    group.add_argument('--eval-metric', choices=METRICS, default='top1', help=(
+        'what the best weights are chosen by, ties by the loss'))
     group.add_argument('--log-interval', type=not_negative, default=50, help=(
         'updates between values sent to trackers; 0: none'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(

@@ -316,8 +316,7 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
 
 
 def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
-    """Whether classes are the same; told where names differ, as of two languages or two sets.
-
+    """
     Raises:
         InputError: If the numbers of classes differ, or a class name they share has a different index in each.
     """
@@ -329,12 +328,16 @@ def check_classes(name: str, known: Sequence[str], dataset: str, found: Sequence
             raise InputError(
                 f'{name} and {dataset} have classes in another order (class {i} is {ours!r} in the one and {theirs!r} '
                 f'in the other); renumber the labels of the set in the order of the network.')
-    different = next(((i, *pair) for i, pair in enumerate(zip(known, found)) if pair[0] != pair[1]), None)
-    if different:
-        i, ours, theirs = different
-        print(
-            f'{name} and {dataset} have other names for their classes (class {i} is {ours!r} in the one and {theirs!r} '
-            f'in the other); they are compared by number.', file=sys.stderr)
+
+
+def tell_other_names(name: str, known: Sequence[str], dataset: str, found: Sequence[str]) -> None:
+    """Say so where `check_classes` lets other names pass, which may be of another language or of another set."""
+    for i, (ours, theirs) in enumerate(zip(known, found)):
+        if ours != theirs:
+            print(
+                f'{name} and {dataset} have other names for their classes (class {i} is {ours!r} in the one and '
+                f'{theirs!r} in the other); they are compared by number.', file=sys.stderr)
+            return
 
 
 def fits_in_memory(size: int, config: DataConfig, limit_gb: float) -> bool:

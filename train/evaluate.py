@@ -37,6 +37,7 @@ from train.data import (
     fits_in_memory,
     is_whole_folder,
     open_named,
+    tell_other_names,
 )
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -81,6 +82,7 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
     names = adopt_classes(dataset, runner.class_names or ())
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)
+        tell_other_names(args.model, runner.class_names, args.dataset, names)
     channels_last = runner.kind == 'PyTorch'
     if fits_in_memory(len(dataset), config, args.memory_limit):
         images = decode(dataset, config, num_workers=args.workers)

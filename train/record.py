@@ -7,7 +7,7 @@ from argparse import Namespace
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 try:
     import fcntl
@@ -117,10 +117,11 @@ def describe_resumption(folder: Path) -> str:
     return f'the last good checkpoint is {checkpoints[-1].name}, continue with --resume {folder}'
 
 
-def keep_best(folder: Path, state: TrainState, score: float, limit: int, weights: Dict[str, torch.Tensor],
+def keep_best(folder: Path, state: TrainState, rank: Tuple[float, float], limit: int, weights: Dict[str, torch.Tensor],
               description: Dict[str, Any]) -> None:
-    """Keep the weights of this epoch among those of the `limit` best, in history/."""
-    ranked = sorted([*state.kept, {'epoch': state.epoch, 'score': score}], key=lambda e: (-e['score'], e['epoch']))
+    """Keep the weights of this epoch among those of the `limit` best, in history/; a higher `rank` is better."""
+    own = {'epoch': state.epoch, 'score': rank[0], 'tie': rank[1]}
+    ranked = sorted([*state.kept, own], key=lambda e: (-e['score'], -e.get('tie', 0.), e['epoch']))
     state.kept = ranked[:limit]
     if any(entry['epoch'] == state.epoch for entry in state.kept):
         save_weights(_epoch_path(folder, state.epoch), weights, description)

@@ -430,7 +430,7 @@ class Trainer:
                 remove(self.folder / 'best.safetensors')  # of a run that went on with other images held out
             if evaluation and self.args.checkpoint_hist:
                 record.keep_best(
-                    self.folder, state, sign * evaluation[prefix + metric], self.args.checkpoint_hist, weights[prefix],
+                    self.folder, state, rank(evaluation, prefix), self.args.checkpoint_hist, weights[prefix],
                     description)
 
     def log(self, values: Dict[str, float]) -> None:
