@@ -106,6 +106,15 @@ def test_trackers_know_the_run_and_whether_it_failed():
     assert ended == [1, 'tensorboard']
 
 
+def test_tracker_that_does_not_start_is_named():
+    def fail(project, **kwargs):
+        raise ConnectionError('no route to the server\nat some line')
+
+    args = parse_args(['--report-to', 'wandb'])
+    with pytest.raises(InputError, match=r'^The tracker \(wandb\) cannot be used: no route to the server; set it up'):
+        start_trackers(SimpleNamespace(init_trackers=fail), args, Path('output/run'), 'an id', 0)
+
+
 def test_fsdp_compiles_nothing(monkeypatch):
     monkeypatch.setattr('train.engine.Accelerator.distributed_type', DistributedType.FSDP)
     with pytest.raises(InputError, match='FSDP gathers .* use --torchcompile no'):

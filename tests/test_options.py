@@ -160,15 +160,17 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
     assert len(names) == 3 and all(name.name.split('-')[2] == 'rn26_tm' for name in names)
 
 
-@pytest.mark.parametrize('metric', ['top1', 'loss'])
-def test_weights_are_chosen_by_the_metric(tmp_path, monkeypatch, metric):
-    told = iter([dict(top1=top1, top5=90., loss=loss) for top1, loss in ((50., 2.), (60., 3.), (40., 1.))])
+@pytest.mark.parametrize('metric, top1s, best_epoch, other', [
+    ('top1', (50., 60., 40.), 1, 0), ('loss', (50., 60., 40.), 2, 0), ('top1', (60., 60., 60.), 2, 0)])
+def test_weights_are_chosen_by_the_metric_and_among_ties_by_the_loss(
+        tmp_path, monkeypatch, metric, top1s, best_epoch, other):
+    told = iter([dict(top1=top1, top5=90., loss=loss) for top1, loss in zip(top1s, (2., 3., 1.))])
     monkeypatch.setattr(Trainer, 'measure', lambda *args: next(told))
     flags = ['--epochs', '3', '--max-steps', '9', '--eval-metric', metric, '--checkpoint-hist', '2']
     result = main([*TINY, '--output', str(tmp_path), *flags])
-    assert result['best']['epoch'] == (1 if metric == 'top1' else 2)
+    assert result['best']['epoch'] == best_epoch
     kept = sorted(path.stem for path in (tmp_path / 'run' / 'history').iterdir())
-    assert kept == (['epoch-0000', 'epoch-0001'] if metric == 'top1' else ['epoch-0000', 'epoch-0002'])
+    assert kept == [f'epoch-{other:04d}', f'epoch-{best_epoch:04d}']
     best = load_file(tmp_path / 'run' / 'best.safetensors')
     chosen = load_file(tmp_path / 'run' / 'history' / f'{kept[-1]}.safetensors')
     assert all(torch.equal(best[key], chosen[key]) for key in best)

@@ -7,10 +7,11 @@ An experiment folder holds, beside weights and records,
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -162,25 +163,39 @@ def load_checkpoint(
     with agreeing(accelerator):
         if path not in checkpoints:
             raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
-    try:
-        content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
-        content.pop('files')
-        state = TrainState(**content)
-        if state.sharding != name_sharding(accelerator):
-            raise InputError(
-                f'Checkpoint {path} was written with {state.sharding or "whole weights"}, and this run has '
-                f'{name_sharding(accelerator) or "whole weights"}; launch as before.')
-        if state.sharding == 'DEEPSPEED' and state.layout['processes'] != layout['processes']:
-            raise InputError(
-                f'Checkpoint {path} is of {state.layout["processes"]} processes, and DeepSpeed needs the same number; '
-                f'launch as many.')
-        if state.layout != layout and state.batch:
-            changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
-            raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the earlier values.')
+        with _naming(path):
+            state = _read_state(path, name_sharding(accelerator), layout)
+    with _naming(path):
         accelerator.load_state(str(path))
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))
-        return state
+    return state
+
+
+def _read_state(path: Path, sharding: str, layout: Dict[str, int]) -> TrainState:
+    """The state of a checkpoint, unless this run cannot go on from it."""
+    content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
+    content.pop('files')
+    state = TrainState(**content)
+    if state.sharding != sharding:
+        raise InputError(
+            f'Checkpoint {path} was written with {state.sharding or "whole weights"}, and this run has '
+            f'{sharding or "whole weights"}; launch as before.')
+    if state.sharding == 'DEEPSPEED' and state.layout['processes'] != layout['processes']:
+        raise InputError(
+            f'Checkpoint {path} is of {state.layout["processes"]} processes, and DeepSpeed needs the same number; '
+            f'launch as many.')
+    if state.layout != layout and state.batch:
+        changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
+        raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the earlier values.')
+    return state
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which checkpoint an error is."""
+    try:
+        yield
     except (InputError, torch.OutOfMemoryError, DistError):  # the latter two are no fault of the checkpoint
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as e:

@@ -51,6 +51,12 @@ def create_runner(source: str, checkpoint: Optional[str], device: str, dtype: to
     return TorchRunner(load_pretrained(source, checkpoint), resolve_device(device), dtype)
 
 
+def find_weights(model: Any) -> Optional[str]:
+    """The file that a network has its weights from, None if it is not known."""
+    path = model.pretrained_cfg.get('file')
+    return str(Path(path) / 'model.safetensors') if path and Path(path).is_dir() else path  # of local-dir:
+
+
 class TorchRunner:
     """A PyTorch network, in evaluation mode."""
     kind = 'PyTorch'
@@ -61,9 +67,7 @@ class TorchRunner:
         self.hardware = describe_hardware(device)
         self.dtype = dtype
         torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
-        self.weights = self.model.pretrained_cfg.get('file')
-        if self.weights and Path(self.weights).is_dir():  # of local-dir:
-            self.weights = str(Path(self.weights) / 'model.safetensors')
+        self.weights = find_weights(self.model)
         self.config = resolve_input_data_config(self.model, pretrained_cfg=self.model.pretrained_cfg)
         self.class_names = list_class_names(self.model.pretrained_cfg)
         self.has_patches = getattr(self.model, 'has_template_matching', hasattr(self.model, 'forward_patch_logits'))

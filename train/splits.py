@@ -119,6 +119,19 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         with agreeing(accelerator):
             if failure:
                 raise failure
+    with agreeing(accelerator):
+        _check_apart(args, names, splits)
+        classes = _check_classes(args, names, splits)
+    if accelerator.num_processes > 1:
+        found = gather_object([(classes, {part: len(split) for part, split in splits.items()})])
+        if any(other != found[0] for other in found):
+            raise InputError(
+                f'Dataset {args.dataset!r} has other images or classes on some machines; give all of them the same.')
+    return splits
+
+
+def _check_apart(args: Namespace, names: Dict[str, str], splits: Dict[str, Any]) -> None:
+    """Refuse splits that have images in common."""
     for other, part in combinations(splits, 2):
         if share_images(splits[other], splits[part]):
             folder = Path(args.data_dir or args.dataset)
@@ -130,6 +143,10 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
             raise InputError(
                 f'Splits {names[other]!r} and {names[part]!r} of dataset {args.dataset!r} have images in common; name '
                 f'others for {other} and {part}.')
+
+
+def _check_classes(args: Namespace, names: Dict[str, str], splits: Dict[str, Any]) -> List[str]:
+    """Give all splits the classes of the training split and return them, or refuse those that differ."""
     classes = {'train': get_class_names(splits['train'])}
     classes.update({part: adopt_classes(split, classes['train']) for part, split in splits.items() if part != 'train'})
     for part in classes:
@@ -147,12 +164,7 @@ def open_splits(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
         raise InputError(
             f'Dataset {args.dataset!r} has only one class, {classes["train"][0]!r}; put the images of each class into '
             f'a folder of its name.')
-    if accelerator.num_processes > 1:
-        found = gather_object([(classes['train'], {part: len(split) for part, split in splits.items()})])
-        if any(other != found[0] for other in found):
-            raise InputError(
-                f'Dataset {args.dataset!r} has other images or classes on some machines; give all of them the same.')
-    return splits
+    return classes['train']
 
 
 def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, progress: bool) -> Parts:

@@ -33,6 +33,7 @@ from train.data import InMemorySet, add_data_options, adopt_classes, check_class
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions, resolve_device
+from train.runner import find_weights
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
 several = number(int, 2)  # images, as errors are over them
@@ -180,7 +181,7 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
     values = dict(spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample))
     if args.baseline:
-        values['baseline_sha256'] = hash_file(baseline.pretrained_cfg.get('file'))
+        values['baseline_sha256'] = hash_file(find_weights(baseline))
     return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
 
 
@@ -322,7 +323,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     settings = {k: v for k, v in vars(args).items() if k not in own}
     result = dict(
         analysis=args.command, command=tell_command(argv), settings=settings,
-        weights_sha256=hash_file(model.pretrained_cfg.get('file')), **values,
+        weights_sha256=hash_file(find_weights(model)), **values,
         hardware=describe_hardware(device), versions=describe_versions())
     if figure is not None:
         for suffix in ('png', 'svg'):
