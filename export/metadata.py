@@ -20,6 +20,7 @@ from export.runtime import (
     ENGINE_SUFFIXES,
     METADATA_VERSION,
     RuntimeInputError,
+    check_built,
     check_metadata,
     is_described,
     parse_properties,
@@ -183,15 +184,17 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     Raises:
         InputError: If there is no such file, it is cut short, says nothing of itself, or is an engine that its sidecar
             is not of.
-        RuntimeInputError: If it cannot be read, or is a pointer of Git LFS.
+        RuntimeInputError: If it cannot be read, is a pointer of Git LFS, or an engine's sidecar tells of no engine.
     """
     if not path.is_file():
         raise InputError(f'There is no file {path}.')
     content = read_file(path)
     if path.suffix != '.onnx':
         metadata = read_metadata(path, {})
-        if path.suffix in ENGINE_SUFFIXES and not is_described(content, metadata):
-            raise InputError(f'{path} does not match its sidecar: another file, or cut short; build it again.')
+        if path.suffix in ENGINE_SUFFIXES:
+            check_built(metadata, path)
+            if not is_described(content, metadata):
+                raise InputError(f'{path} does not match its sidecar: another file, or cut short; build it again.')
         return metadata
     import onnx
     from google.protobuf.message import DecodeError

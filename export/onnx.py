@@ -3,7 +3,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ except RuntimeInputError as e:
     raise InputError(str(e)) from e
 
 from export.emulation import TYPES, emulate
-from export.parity import check, check_batch
+from export.parity import ANY_BATCH, ParityError, Run, check, check_batch, choose_batch_sizes
 from export.quantize import METHOD, quantize
 
 OPSETS = (18, 25)
@@ -112,13 +112,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     proto, metadata = create_onnx(model, options, images)
-    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
-    prepare, random_input = create_inputs(config, options)
-    run, reference = create_run(proto, options), create_reference(model, config, options)
-    names, precision = options.output_names, options.precision
-    metadata['parity'], failure = check(run, reference, names, precision, images, prepare, random_input)
-    if options.dynamic_size and failure is None:
-        failure = check_batch(run, reference, names, precision, create_larger_input(config, options))
+    metadata['parity'], failure = compare(create_run(proto, options), model, options, images)
     if failure is not None:
         metadata['parity']['failed'] = str(failure)
     with writing(path, unique=True) as tmp:
@@ -128,6 +122,38 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
             raise failure
         replace_with_sidecar(tmp, path, metadata)
     return metadata
+
+
+def compare(
+        run: Run,
+        model: Any,
+        options: OnnxOptions,
+        images: Images,
+        precision: Optional[str] = None,
+        ranges: Sequence[Tuple[int, int]] = ANY_BATCH,
+) -> Tuple[Dict[str, Any], Optional[ParityError]]:
+    """Compare a file with the network it was exported from, and one of dynamic size at another size too.
+
+    Args:
+        run: The file: input to outputs.
+        model: The network.
+        options: How it was exported.
+        images: Their held-out part is compared.
+        precision: Key of LIMITS; the options' if None.
+        ranges: Smallest and largest batch that the file takes.
+
+    Returns:
+        The report of `export.parity`, and what the file fails in, if it does.
+    """
+    config = resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg)
+    prepare, random_input = create_inputs(config, options)
+    reference, names = create_reference(model, config, options), options.output_names
+    precision = precision or options.precision
+    report, failure = check(run, reference, names, precision, images, prepare, random_input, ranges)
+    if options.dynamic_size and failure is None:
+        batch_size = choose_batch_sizes(ranges)[:2][-1]  # more than one, as results of one can hide a mixed-up batch
+        failure = check_batch(run, reference, names, precision, create_larger_input(config, options, batch_size))
+    return report, failure
 
 
 def name_failed(path: Path) -> Path:
@@ -200,15 +226,14 @@ def create_inputs(
     return prepare, random_input
 
 
-def create_larger_input(config: Dict[str, Any], options: OnnxOptions) -> np.ndarray:
-    """Two random inputs of another height and width, for a file that takes any."""
+def create_larger_input(config: Dict[str, Any], options: OnnxOptions, batch_size: int) -> np.ndarray:
+    """Random inputs of another height and width, for a file that takes any."""
     channels, height, width = config['input_size']
-    return create_inputs(dict(config, input_size=(channels, height + 17, width + 8)), options)[1](2)
+    return create_inputs(dict(config, input_size=(channels, height + 17, width + 8)), options)[1](batch_size)
 
 
 def create_reference(
-        model: Any, config: Dict[str, Any], options: OnnxOptions,
-) -> Callable[[np.ndarray], List[np.ndarray]]:
+        model: Any, config: Dict[str, Any], options: OnnxOptions) -> Run:
     """PyTorch in float32, on inputs of the file: class scores and, if asked for, patch scores."""
     mean, std = (torch.tensor(config[k], dtype=torch.float64).view(-1, 1, 1) for k in ('mean', 'std'))
     parameter = next(model.parameters())
@@ -225,7 +250,7 @@ def create_reference(
     return run
 
 
-def create_run(proto: 'onnx.ModelProto', options: OnnxOptions) -> Callable[[np.ndarray], List[np.ndarray]]:
+def create_run(proto: 'onnx.ModelProto', options: OnnxOptions) -> Run:
     """ONNX Runtime on the CPU, for fp16 and bf16 with each result rounded in turn, as a GPU would.
 
     int8 for TensorRT is computed with the quantized values in float32, whose sums are exact as TensorRT's are: the int8

@@ -20,6 +20,7 @@ from timm_tmblock.errors import InputError
 from train.metrics import softmax
 
 BATCH_SIZES = (1, 2, 7, 64)
+ANY_BATCH = ((1, max(BATCH_SIZES)),)  # ranges of batch sizes that a file with a dynamic one takes
 BLOCK = 32  # images that are compared at a time
 Run = Callable[[np.ndarray], List[np.ndarray]]
 
@@ -103,10 +104,9 @@ def check(
         images: Images,
         prepare: Callable[[np.ndarray], np.ndarray],
         random_input: Callable[[int], np.ndarray],
-        batch_sizes: Sequence[int] = BATCH_SIZES,
-        accepts: Callable[[int], bool] = lambda size: True,
+        ranges: Sequence[Tuple[int, int]] = ANY_BATCH,
 ) -> Tuple[Dict[str, Any], Optional[ParityError]]:
-    """Compare a file with PyTorch.
+    """Compare a file with PyTorch, at each size of `choose_batch_sizes` once, then at the largest for the other images.
 
     Args:
         run: The file: input to outputs, in the order of `names`.
@@ -116,8 +116,7 @@ def check(
         images: Their held-out part is compared.
         prepare: Makes an input of uint8 images (N, C, H, W).
         random_input: A batch of so many random inputs.
-        batch_sizes: Images at a time, rising; each is used once, then the last again and again for the other images.
-        accepts: Whether the file takes a batch of a size; the last images are left out where it does not.
+        ranges: Smallest and largest batch that the file takes; the last images are left out if they are too few for it.
 
     Returns:
         The report, and what the file fails in, if it does.
@@ -127,9 +126,10 @@ def check(
     """
     limits = LIMITS[precision]
     pixels = images.held_out
+    batch_sizes = choose_batch_sizes(ranges)
     sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
     parts = np.split(pixels, np.cumsum(sizes))
-    batches = [prepare(part) for part in parts if len(part) >= batch_sizes[0] and accepts(len(part))]
+    batches = [prepare(part) for part in parts if any(low <= len(part) <= high for low, high in ranges)]
     if not batches:
         raise InputError(
             f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images '
@@ -151,7 +151,7 @@ def check(
         failure = failure or _judge(name, r, limits, images.name)
         failure = failure or _judge(name, g, noise, 'random input {}'.format)
     report: Dict[str, Any] = dict(
-        batch_sizes=list(batch_sizes), images=compared, images_of=images.source, random_inputs=sum(batch_sizes),
+        batch_sizes=batch_sizes, images=compared, images_of=images.source, random_inputs=sum(batch_sizes),
         outputs=outputs)
     if images.targets is not None:
         targets = images.targets[:compared]
@@ -163,6 +163,13 @@ def check(
                 f'{names[0]}: top-1 accuracy on {compared} images of {images.source} is {right[1]:.2f} %, PyTorch '
                 f'has {right[0]:.2f} %; at most {lost:.4g} points may be lost.')
     return report, failure
+
+
+def choose_batch_sizes(ranges: Sequence[Tuple[int, int]]) -> List[int]:
+    """Those of BATCH_SIZES that lie in one of the ranges, or the closest that do, rising."""
+    def closest(size: int) -> int:
+        return min((min(max(size, low), high) for low, high in ranges), key=lambda n: abs(n - size))
+    return sorted(set(map(closest, BATCH_SIZES)))
 
 
 def check_batch(

@@ -3,7 +3,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import unquote
 
 import timm
@@ -107,12 +107,10 @@ def create_files(
             does not load back, or the Hub would refuse the card.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
-    if card is not None:
-        shown = _find_pictures(card, read_card(card))
+    shown = _find_pictures(card, read_card(card)) if card else []
     check_deterministic(model)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
-    for path in engines:
-        read_engine(path, described)  # before the work
+    ours = dict(add_engine(folder, path, described) for path in engines)  # which may refuse one, before the work
     save_model(model, folder)
     check_loads_back(model, folder, described['preprocessing']['input_size'])
     patches = getattr(model, 'has_template_matching', False)
@@ -128,15 +126,12 @@ def create_files(
         if precision != 'bf16':  # which ONNX Runtime has no kernels for
             _open_again(folder / FILES[key])
         exports[key] = json.loads(sidecar(folder / FILES[key]).read_text(encoding='utf-8'))
-    network = exports['fp32']
-    for path in engines:
-        add_engine(folder, path, network)
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
     if card is not None:
         shutil.copyfile(card, folder / 'README.md')
-        _add_pictures_of(card, shown, folder, find_card(network['weights_sha256']))
+        _add_pictures_of(card, shown, folder, find_card(described['weights_sha256']))
     elif not keep_card:
-        _write_card(folder, model, repo, exports, weights_file, published or Published())
+        _write_card(folder, model, repo, exports, ours, weights_file, published or Published())
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 
@@ -145,16 +140,14 @@ def _write_card(
         model: Any,
         repo: str,
         exports: Dict[str, Dict[str, Any]],
+        ours: Dict[str, Dict[str, Any]],
         weights_file: Optional[Path],
         published: Published,
 ) -> None:
-    """Render the card, of the engines in the repository and in the folder, and put its pictures beside it."""
+    """Render the card, of the engines in the repository and of ours, and put its pictures beside it."""
     name = find_card(exports['fp32']['weights_sha256'])
     there = {path: metadata for path, metadata in published.engines.items() if _is_engine_of(exports['fp32'], metadata)}
     before = published.card if published.weights == hash_file(str(folder / WEIGHTS)) else None
-    ours = {
-        path.relative_to(folder).as_posix(): load_metadata(path)
-        for path in folder.glob('engines/*/*') if path.suffix in ENGINE_SUFFIXES}
     rows = [describe_engine(path, metadata) for path, metadata in sorted({**there, **ours}.items())]
     text = str(render(name, repo, exports, rows) if name else
                render_plain(model, repo, exports, read_run(weights_file), rows, before))
@@ -215,8 +208,12 @@ def read_engine(path: Path, network: Dict[str, Any]) -> Dict[str, Any]:
     return metadata
 
 
-def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
-    """Put an engine of the network that an ONNX file's metadata describe into the folder."""
+def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> Tuple[str, Dict[str, Any]]:
+    """Put an engine of the network that other metadata describe into the folder.
+
+    Returns:
+        Its path there, and its metadata.
+    """
     metadata = read_engine(path, network)
     built: Dict[str, Any] = metadata['engine']
     gpu = 'any'
@@ -231,6 +228,7 @@ def add_engine(folder: Path, path: Path, network: Dict[str, Any]) -> None:
     built['onnx'] = _add_source(path, built, target.parent)
     built['command'] = tell_command(built['onnx'], target, read_options(built))
     write_sidecar(target, metadata)
+    return target.relative_to(folder).as_posix(), metadata
 
 
 def _is_engine_of(network: Dict[str, Any], metadata: Any) -> bool:

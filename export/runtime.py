@@ -717,7 +717,7 @@ def query_gpu() -> Optional[Dict[str, Any]]:
         cuda_driver=f'{version.value // 1000}.{version.value % 1000 // 10}')
 
 
-def _pick_device(device: str, allow_fallback: bool = False) -> str:
+def _pick_device(device: str, allow_fallback: bool = False, tell: bool = True) -> str:
     """What 'auto' means for ONNX Runtime: the GPU, where there is one and the package installed can use it."""
     if device != 'auto':
         return device
@@ -727,7 +727,8 @@ def _pick_device(device: str, allow_fallback: bool = False) -> str:
     except RuntimeInputError as e:
         if not allow_fallback:
             raise RuntimeInputError(f'{str(e).rstrip(".")}, or use the CPU with --device cpu.') from e
-        warnings.warn(f'ONNX Runtime runs on the CPU: {e}', stacklevel=4)
+        if tell:
+            warnings.warn(f'ONNX Runtime runs on the CPU: {e}', stacklevel=4)
         return 'cpu'
 
 
@@ -863,8 +864,8 @@ def check_engine(path: Path, metadata: Dict[str, Any], plan: bytes) -> None:
     mismatch = _find_mismatch(metadata)
     if mismatch:
         raise EngineMismatchError(f'{path} was built {mismatch}; {_rebuild(metadata, path)}.')
-    on, gpu = metadata['engine']['gpu'], query_gpu()
-    if on and gpu and metadata['engine']['hardware_compatibility'] == 'none' and on['name'] != gpu['name']:
+    on, gpu = metadata['engine']['gpu'], check_gpu()
+    if on and metadata['engine']['hardware_compatibility'] == 'none' and on['name'] != gpu['name']:
         warnings.warn(
             f'{path} was built on {on["name"]} and may be slow or fail on {gpu["name"]}, though both have compute '
             f'capability {gpu["compute_capability"]}; {_rebuild(metadata, path)}, or with --hardware-compatibility '
@@ -1252,7 +1253,7 @@ def load(
         raise RuntimeInputError(
             f'There is no device {device!r}; take one of {", ".join(DEVICES)}, and set CUDA_VISIBLE_DEVICES to choose '
             f'among GPUs.')
-    path = _find(source, device, revision, engine, rebuild)
+    path = _find(source, device, revision, engine, rebuild, allow_fallback)
     if path.suffix not in ENGINE_SUFFIXES:
         if rebuild:
             raise RuntimeInputError(
@@ -1303,8 +1304,10 @@ def _find(
         revision: Optional[str],
         engine: bool = False,
         rebuild: bool = False,
+        allow_fallback: bool = False,
 ) -> Path:
     path = Path(source)
+    find_onnx = functools.partial(_find_onnx, device=device, allow_fallback=allow_fallback)
     if revision and os.path.exists(path):
         raise RuntimeInputError(f'{path} is a local path, which has no revisions; leave the revision out.')
     if os.path.isfile(path):
@@ -1314,7 +1317,7 @@ def _find(
             raise RuntimeInputError(f'{path} is not an engine; name one, or a folder or repository that holds some.')
         return path
     if os.path.isdir(path):
-        return _find_engine(path, source, rebuild) if engine else _find_onnx(path, source, device)
+        return _find_engine(path, source, rebuild) if engine else find_onnx(path, source)
     is_name = re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source))
     if path.suffix in ('.onnx', *ENGINE_SUFFIXES) or not is_name:
         raise RuntimeInputError(f'There is no file or folder {source}, or none that may be read.')
@@ -1325,7 +1328,7 @@ def _find(
     # the chosen file alone, as they are large, and of the sidecars' commit, in case a newer one appears
     kinds = ENGINE_SUFFIXES if engine else ['.onnx']
     sidecars = _download(str(source), revision, [f'*{kind}.json' for kind in kinds])
-    found = _find_engine(sidecars, source, remote=True) if engine else _find_onnx(sidecars, source, device, remote=True)
+    found = _find_engine(sidecars, source, remote=True) if engine else find_onnx(sidecars, source, remote=True)
     name = found.relative_to(sidecars)
     file = _download(str(source), sidecars.name, [name.as_posix(), f'{name.as_posix()}.json']) / name
     if not file.is_file():
@@ -1333,14 +1336,21 @@ def _find(
     return file
 
 
-def _find_onnx(folder: Path, source: Union[str, Path], device: str, remote: bool = False) -> Path:
+def _find_onnx(
+        folder: Path,
+        source: Union[str, Path],
+        device: str,
+        allow_fallback: bool = False,
+        remote: bool = False,
+) -> Path:
     """The ONNX file of a folder, or of a repository's sidecars, for a device."""
     files = [f for f in _list_files(folder, ('*', 'onnx/*'), ('.onnx',), remote) if not f.name.endswith('.failed.onnx')]
     if not files:
         raise RuntimeInputError(
             f'{source} holds no ONNX file with its .json beside it; download the file and name it.' if remote else
             f'{source} holds no ONNX file.')
-    order = ['fp16', 'fp32', 'int8'] if _pick_device(device) == 'cuda' else ['fp32', 'fp16', 'int8']
+    on_gpu = _pick_device(device, allow_fallback, tell=False) == 'cuda'  # the session will tell
+    order = ['fp16', 'fp32', 'int8'] if on_gpu else ['fp32', 'fp16', 'int8']
     order += ['', 'bf16']  # it does not say; ONNX Runtime cannot run it
     said: Dict[Path, Dict[str, Any]] = {}
     for file in files:
@@ -1376,7 +1386,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
             reasons.append(str(e).rstrip('.'))
             continue
         built, said[path] = metadata['engine'], metadata
-        check_gpu()
+        gpu = check_gpu()
         try:
             mismatch = _find_mismatch(metadata)
         except RuntimeInputError as e:  # its TensorRT is not installed, broken or too old, and another may be there
@@ -1387,10 +1397,9 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
                 other = path
                 reasons.insert(0, f'{path.name} was built {mismatch}')
             continue
-        gpu, trt = query_gpu() or {}, import_tensorrt(built['backend'])
         place = (
-            bool(built['gpu']) and built['gpu']['name'] != gpu.get('name'),
-            built['version'] != trt.__version__,
+            bool(built['gpu']) and built['gpu']['name'] != gpu['name'],
+            built['version'] != import_tensorrt(built['backend']).__version__,
             order.index(metadata['precision']) if metadata.get('precision') in order else len(order))
         fitting.append((place, path))
     _refuse_several_networks(said, source)

@@ -151,7 +151,7 @@ def main() -> None:
     names = find_names()
     if args.check:
         module = importlib.import_module(args.check)
-        missing = [n for n in names if not has_name(module, n)]
+        missing = [n for n in names if n not in GUARDED and not has_name(module, n)]
         sys.exit(f'{args.check} {module.__version__} lacks {", ".join(missing)}' if missing else None)
     asked = {label: ask_bindings(package, version, names) for label, (package, version) in BINDINGS.items()}
     table = dict(versions=BINDINGS, names={n: {label: has[n] for label, has in asked.items()} for n in names})

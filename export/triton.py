@@ -42,7 +42,7 @@ def add_models(repository: Path, paths: Sequence[Path], name: Optional[str], opt
     Args:
         repository: Folder, created if need be.
         paths: .onnx files, and engines with their sidecars.
-        name: Of the model they are all versions of; each has its file's name if None.
+        name: Of the model they are all versions of; each has its file's name if there is none.
         options: How they are run.
 
     Returns:
@@ -88,7 +88,7 @@ class _Model:
         if (metadata.get('engine') or {}).get('backend') == 'tensorrt_rtx':
             raise InputError(
                 f'{path} is of TensorRT-RTX and Triton runs engines of TensorRT; build it with --backend tensorrt.')
-        if name is None:  # files of the Hub are all called so
+        if not name:  # files of the Hub are all called so
             name = re.sub(r'^model(?=(_(fp16|bf16|int8|int8_tensorrt))?$)', lambda _: metadata['model'], path.stem)
         name = re.sub(r'[^\w-]+', '_', name)
         labels = ''.join(f'{" ".join(class_name.split())}\n' for class_name in metadata['class_names'])  # one a line

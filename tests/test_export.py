@@ -267,6 +267,11 @@ def test_file_that_is_right_at_one_size_alone_is_found_by_the_check(trained_like
     write_unchecked(model, path, OnnxOptions(dynamic_size=True))
     assert check_file(path, model, images(model, 64, 9))[1] is None
     proto = onnx.load(path)
+    fixed = onnx.load(path)
+    make_dim_param_fixed(fixed.graph, 'batch', 3)
+    onnx.save(fixed, tmp_path / 'fixed.onnx')
+    report, failure = check_file(tmp_path / 'fixed.onnx', model, images(model, 64, 9))
+    assert failure is None and report['batch_sizes'] == [3]
     last = next(node for node in proto.graph.node if 'logits' in node.output)
     last.output[0] = 'right'
     make = onnx.helper.make_node

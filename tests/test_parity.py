@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from export.emulation import TYPES, emulate
 from export.images import Images
-from export.parity import BATCH_SIZES, LIMITS, check, check_batch, compare_output, softmax
+from export.parity import BATCH_SIZES, LIMITS, check, check_batch, choose_batch_sizes, compare_output, softmax
 
 
 def test_comparison_agrees_with_a_loop_in_float64():
@@ -49,12 +49,8 @@ def test_image_that_is_named_changed_its_class_where_all_changes_are_ties():
     ([(1, 1), (8, 64)], [1, 8, 64], 150 - (150 - 73) % 64 + 13), ([(1, 64)], [1, 2, 7, 64], 150),
     ([(4, 4)], [4], 148), ([(1, 4), (16, 16)], [1, 2, 4, 16], 135)])
 def test_batches_are_those_a_file_takes(ranges, sizes, compared):
-    from export.check import _batch_sizes
-    assert _batch_sizes(ranges) == sizes
+    assert choose_batch_sizes(ranges) == sizes
     seen = []
-
-    def accepts(size):
-        return any(low <= size <= high for low, high in ranges)
 
     def run(x):
         seen.append(len(x))
@@ -63,8 +59,9 @@ def test_batches_are_those_a_file_takes(ranges, sizes, compared):
     report, failure = check(
         run, scores_of, ('logits', 'patch_logits'), 'fp32', make_images(),
         lambda p: (p / 255 - 0.5).astype(np.float32),
-        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32), sizes, accepts)
-    assert failure is None and all(map(accepts, seen)) and report['images'] == compared
+        lambda n: np.random.default_rng(n).normal(size=(n, 3, 4, 4)).astype(np.float32), ranges)
+    assert failure is None and all(any(low <= size <= high for low, high in ranges) for size in seen)
+    assert report['images'] == compared
 
 
 def make_images(n=150, targets=None):
