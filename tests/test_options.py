@@ -19,8 +19,9 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import CIFAR10_LABELS
 from train.checkpoint import find_checkpoints
 from train.config import SETTINGS, dump_args, parse_args
+from train.data import decode, open_named
 from train.engine import create_accelerator
-from train.inputs import create_data_config
+from train.inputs import create_data_config, create_loader
 from train.model import network
 from train.optim import create_optimizer, create_schedule, resolve_lr
 from train.record import create_folder_name
@@ -34,6 +35,13 @@ TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size
 
 def create_trainer(tmp_path, *flags) -> Trainer:
     return Trainer(parse_args([*TINY, '--output', str(tmp_path), *flags]))
+
+
+def test_recipe_may_name_the_run_that_is_resumed(tmp_path):
+    (tmp_path / SETTINGS).write_text(dump_args(parse_args(['--lr', '0.3', '--epochs', '7', '--experiment', 'x'])))
+    (tmp_path / 'r.yaml').write_text(f'resume: {tmp_path}\nepochs: 9\n')
+    args = parse_args(['-c', str(tmp_path / 'r.yaml')])
+    assert (args.lr, args.epochs, args.experiment, args.resume) == (0.3, 9, 'x', str(tmp_path))
 
 
 @pytest.mark.parametrize('flags', [
@@ -500,9 +508,11 @@ def test_trial_of_a_schedule_of_steps_may_be_too_short_for_one(tmp_path):
 def test_images_that_are_not_augmented_are_those_of_the_set(tmp_path):
     flags = ['--aa', 'trivial', '--reprob', '1', '--color-jitter', '0.4', '--vflip', '1']
     trainer = create_trainer(tmp_path, '--no-aug', *flags)
+    args = trainer.args
+    stored = create_loader(
+        decode(open_named(args, args.train_split), trainer.data_config), trainer.data_config, args, trainer.accelerator)
     images = torch.cat([x for x, _ in trainer.train_loader.epoch(0)]).flatten(1)
-    whole = create_trainer(tmp_path, '--eval-only')
-    expected = torch.cat([x for x, _ in whole.train_loader.epoch(0)]).flatten(1)
+    expected = torch.cat([x for x, _ in stored.epoch(0)]).flatten(1)
     far = torch.cdist(images, expected, compute_mode='donot_use_mm_for_euclid_dist').min(1).values
     assert far.max() < 1e-3 and len(far) == len(expected) == 36
     assert trainer.train_loader.augmentation == 'no augmentation'

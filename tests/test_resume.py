@@ -195,7 +195,7 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
 def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_would_have(tmp_path):
     flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2']
     whole = main([*flags, '--output', str(tmp_path / 'whole')])
-    trainer = Trainer(parse_args([*flags, '--output', str(tmp_path / 'cut')]))
+    trainer = Trainer(parse_args([*flags, '--max-steps', '3', '--output', str(tmp_path / 'cut')]))
     trainer.start_record(ExitStack())
     trainer.model.train()
     for images, targets in trainer.train_loader.epoch(0):
@@ -203,7 +203,7 @@ def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_wo
         trainer.save()
         if trainer.state.update == 2:
             break  # killed, and was to have gone on
-    resumed = main(['--resume', str(tmp_path / 'cut' / 'run')])
+    resumed = main(['--resume', str(tmp_path / 'cut' / 'run'), '--max-steps', '2'])
     assert resumed['history'] == whole['history'] and resumed['test'] == whole['test']
     assert_same(tmp_path / 'whole' / 'run', tmp_path / 'cut' / 'run')
 
@@ -222,12 +222,13 @@ def test_weights_that_other_images_chose_are_the_best_no_more(tmp_path):
     folder = tmp_path / 'run'
     main([*flags, '--batch-size', '6', '--output', str(tmp_path), '--val-fraction', '0.5', '--checkpoint-hist', '1'])
     more = main(['--resume', str(folder), '--val-fraction', '0.25', '--epochs', '3'])
+    assert [path.name for path in (folder / 'history').iterdir()] == ['epoch-0002.safetensors']
     assert more['best']['epoch'] == 2 and more['best']['images'] == more['images']['validation']
     last, best = (load_file(folder / f'{name}.safetensors') for name in ('last', 'best'))
     assert all(torch.equal(last[k], best[k]) for k in last)
     result = main(['--resume', str(folder), '--val-fraction', '0', '--epochs', '4'])
     assert result['best'] is None and list(result['weights']) == ['last'] and result['test']['weights'] == 'last'
-    assert not (folder / 'best.safetensors').exists()
+    assert not (folder / 'best.safetensors').exists() and not (folder / 'history').exists()
     assert read_run(folder / 'last.safetensors')['top1'] == result['test']['top1']
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 import export.runtime as runtime
 from export.__main__ import main
 from export.onnx import OnnxOptions
+from export.runtime import RuntimeInputError
 from export.triton import _tensor
 from timm_tmblock.errors import InputError
 
@@ -51,7 +52,9 @@ def files(write_unchecked, tmp_path_factory):
     # an engine as far as the repository goes
     metadata = json.loads((folder / 'scores.onnx.json').read_text())
     shapes = [[n, 3, 32, 32] for n in (1, 16, 32)]
-    metadata['engine'] = dict(backend='tensorrt', version='11.4.0', profiles=[shapes])
+    metadata['engine'] = dict(
+        backend='tensorrt', version='11.4.0', gpu=None, platform=None, profiles=[shapes], version_compatible=False,
+        hardware_compatibility='none', onnx='scores.onnx', onnx_sha256='', options={}, command='')
     metadata['file_sha256'] = hashlib.sha256(b'plan').hexdigest()
     (folder / 'fast.engine').write_bytes(b'plan')
     (folder / 'fast.engine.json').write_text(json.dumps(metadata))
@@ -410,8 +413,10 @@ def test_names_are_those_of_the_file(files, tmp_path):
 
 
 def test_engines_of_tensorrt_rtx_and_bf16_files_are_refused(files, tmp_path):
+    engine = json.loads((files / 'fast.engine.json').read_text())['engine']
     for name, change, message in (
-            ('fast.engine', dict(engine=dict(backend='tensorrt_rtx')), 'Triton runs engines of TensorRT; build it'),
+            ('fast.engine', dict(engine=None), 'fast.engine.json is not of an engine; build it'),
+            ('fast.engine', dict(engine=dict(engine, backend='tensorrt_rtx')), 'Triton runs engines of TensorRT;'),
             ('scores.onnx', dict(precision='bf16'), 'bf16, which ONNX Runtime cannot run')):
         shutil.copy(files / name, tmp_path)
         metadata = json.loads((files / f'{name}.json').read_text())
@@ -421,5 +426,5 @@ def test_engines_of_tensorrt_rtx_and_bf16_files_are_refused(files, tmp_path):
             proto = onnx.load(tmp_path / name)
             del proto.metadata_props[:]
             onnx.save(proto, tmp_path / name)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises((InputError, RuntimeInputError), match=message):
             main(['triton', str(tmp_path / name), '--output', str(tmp_path / 'repository')])

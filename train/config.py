@@ -113,114 +113,123 @@ def create_parser() -> Parser:
     )
     boolean = argparse.BooleanOptionalAction
     parser.add_argument('-c', '--config', metavar='FILE', help=(
-        "YAML recipe; its key 'base' names another one that it changes, flags on the command line override both"))
+        "YAML recipe; its key 'base' may name another recipe to start from; command-line flags override both"))
 
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', default='sample', help=(
-        "'sample' (2,000 images of CIFAR-10 that come with the project), torch/<name>, hfds/<hub id or folder>, or a "
-        'folder with train/, of class folders, and one like it for each split that --val-split and --test-split name'))
-    group.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
-    group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the set')
-    group.add_argument('--train-split', default='train', help='images to train on')
+        "'sample' (2,000 CIFAR-10 images included in this repository), torch/<name>, hfds/<Hub id or local folder>, or "
+        'an image folder with train/, and further splits beside it, each with one subfolder per class'))
+    group.add_argument('--data-dir', help='root folder of a torch/ dataset, cache folder of an hfds/ dataset')
+    group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the dataset')
+    group.add_argument('--train-split', default='train', help='training split')
     group.add_argument('--val-split', help=(
-        "split that chooses the best weights; a part of the train split if not given, none if ''"))
+        "validation split, which selects the best weights (default: a part of the training split; '': none)"))
     group.add_argument('--val-fraction', type=finite, help=(
-        'part of the train split held out for that choice, 0.1 if not given, but none where --eval-only measures '
-        'weights that may have seen it; 0: train on all, keep the last weights'))
-    group.add_argument('--test-split', help='split on which the chosen weights are measured, once, at the end')
+        'fraction of the training split held out for validation (default: 0.1, but 0 if --eval-only evaluates weights '
+        'that may have been trained on it); 0: train on everything and keep the last weights'))
+    group.add_argument('--test-split', help='test split, evaluated once, at the end, with the selected weights')
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
-        'pool the splits that are named and divide them anew for training, validation and test; 65 15 20 in the paper'))
+        'merge the named splits and divide them again into training, validation and test; 65 15 20 in the paper'))
     group.add_argument('--split-seed', type=seed, default=0, help='seed of the division by --val-fraction and --pool')
-    group.add_argument('--input-key', default='image', help='image column of an hfds/ set')
-    group.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+    group.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
+    group.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
-        'decode splits of up to this many GB into memory, where dividing and padding them takes as much again'))
-    group.add_argument(
-        '-j', '--workers', type=not_negative, default=4, help='processes that decode images and change them one by one')
+        'load splits of up to this many GB (decoded) into memory; dividing and padding them temporarily takes as much '
+        'again'))
+    group.add_argument('-j', '--workers', type=not_negative, default=4, help=(
+        'worker processes that decode images and apply augmentation policies'))
     group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')
     group.add_argument('-vb', '--val-batch-size', '--validation-batch-size', type=positive, default=256, help=(
         'images per process and step in evaluation'))
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help=(
-        "of images that are resized; the model's if not given"))
+        "interpolation used for resizing (default: the model's)"))
     group.add_argument('--crop-pct', type=above_zero, help=(
-        "share of a resized image that is kept, in training too unless randomly resized crops are; the model's if not "
-        'given'))
+        "fraction of a resized image kept by the center crop, in training too unless random resized crops are used "
+        "(default: the model's)"))
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
-        "how images of another shape are fitted to the input, the model's if not given; with 'border' a network cannot "
-        'be exported'))
+        "how images of another aspect ratio are fitted to the input (default: the model's); models trained with "
+        "'border' cannot be exported"))
 
     group = parser.add_argument_group('model')
-    group.add_argument('--model', default='rn26_tm', help='a name registered with timm')
+    group.add_argument('--model', default='rn26_tm', help='name of a model registered with timm')
     group.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
-        'Python modules to import first, with models or devices that are not timm\'s'))
+        'Python modules to import first, for models or devices that timm does not have'))
     group.add_argument('--pretrained', action=boolean, default=False, help="start from the model's pretrained weights")
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='weights to start from, timm\'s checkpoints too')
+    group.add_argument('--initial-checkpoint', metavar='FILE', help=(
+        'weights to start from; checkpoints of timm are accepted, too'))
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
-        'arguments of timm.create_model'))
+        'arguments for timm.create_model'))
     group.add_argument('--img-size', type=positive, help=(
-        "side the images are resized to and the model is configured for; the model's if not given"))
+        "image size (height and width) to resize to and to configure the model for (default: the model's)"))
     group.add_argument('--aux-head', action=boolean, default=False, help=(
-        'supervise the patches of a baseline too, as RN26-aux; the classifier for it is left out of the weights'))
+        'supervise the patches of a baseline too (RN26-aux in the paper); the auxiliary classifier is not saved'))
     group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
-    group.add_argument('--drop-path', type=fraction, help='stochastic depth rate of the last block, of ResNets')
-    group.add_argument('--patch-loss-weight', type=fraction, default=0.5, help='lambda of equation 3.1')
-    group.add_argument('--channels-last', action=boolean, default=True, help='memory layout of images and weights')
+    group.add_argument('--drop-path', type=fraction, help='stochastic depth rate of the last block (ResNets only)')
+    group.add_argument('--patch-loss-weight', type=fraction, default=0.5, help=(
+        'weight of the patch loss, lambda in equation 3.1 of the paper'))
+    group.add_argument('--channels-last', action=boolean, default=True, help='use the channels_last memory layout')
     group.add_argument('--grad-checkpointing', action=boolean, default=False, help=(
-        'less memory for more time; batch norms count each batch twice, as PyTorch has it'))
-    group.add_argument('--sync-bn', action=boolean, default=False, help='batch statistics over all processes, on GPUs')
+        "recompute activations to save memory; running statistics of batch norms are then updated twice per batch"))
+    group.add_argument('--sync-bn', action=boolean, default=False, help=(
+        'synchronize batch norm statistics over all processes (GPUs only)'))
     group.add_argument('--dist-bn', choices=['broadcast', 'reduce'], default='broadcast', help=(
-        "running statistics that are validated and kept: the main process's, or the mean over the processes of what "
-        "the last batch made of them"))
-    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
-    group.add_argument('--torchcompile-mode', help="such as 'reduce-overhead', which captures CUDA graphs")
+        "running statistics to validate and save: those of the main process, or the mean over all processes after the "
+        "last batch"))
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help=(
+        "compile the model (backend if no name is given: 'inductor')"))
+    group.add_argument('--torchcompile-mode', help="for example 'reduce-overhead', which uses CUDA graphs")
     group.add_argument('--cuda-graph', action=boolean, default=False, help=(
-        'capture whole training steps, the optimizer among them, as a CUDA graph that launches all kernels at once'))
+        'capture whole training steps, including the optimizer, in a CUDA graph'))
     group.add_argument('--mean', type=finite, nargs='+', help=(
-        "mean pixel of the set by channel, in [0, 1]; the model's if not given"))
-    group.add_argument('--std', type=above_zero, nargs='+', help='standard deviation of its pixels, likewise')
+        "mean of the pixels per channel, in [0, 1] (default: the model's)"))
+    group.add_argument('--std', type=above_zero, nargs='+', help=(
+        "standard deviation of the pixels per channel (default: the model's)"))
 
-    group = parser.add_argument_group('optimizer, by timm')
-    group.add_argument('--opt', default='adam', help="name of one of timm's optimizers")
-    group.add_argument('--lr', type=from_zero, help='learning rate, 0.001 if neither this nor --lr-base is given')
-    group.add_argument('--lr-base', type=from_zero, help='learning rate at a global batch size of --lr-base-size')
-    group.add_argument('--lr-base-size', type=positive, default=256, help='global batch size that --lr-base is for')
+    group = parser.add_argument_group('optimizer (timm)')
+    group.add_argument('--opt', default='adam', help='name of an optimizer of timm')
+    group.add_argument('--lr', type=from_zero, help='learning rate (default: 0.001, unless --lr-base is given)')
+    group.add_argument('--lr-base', type=from_zero, help='learning rate for a global batch size of --lr-base-size')
+    group.add_argument('--lr-base-size', type=positive, default=256, help='global batch size that --lr-base refers to')
     group.add_argument('--lr-base-scale', choices=['linear', 'sqrt'], help=(
-        "how it grows with the batch size; if not given 'sqrt' for Adam and its like, else 'linear'"))
+        "how the rate scales with the batch size (default: 'sqrt' for Adam and similar optimizers, else 'linear')"))
     group.add_argument('--weight-decay', type=from_zero, default=1e-4, help='weight decay')
-    group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum of optimizers that have one')
-    group.add_argument('--opt-eps', type=from_zero, help="epsilon; the optimizer's if not given")
-    group.add_argument('--opt-betas', type=fraction, nargs='+', help="betas; the optimizer's if not given")
+    group.add_argument('--momentum', type=from_zero, default=0.9, help='momentum, for optimizers that have one')
+    group.add_argument('--opt-eps', type=from_zero, help="epsilon (default: the optimizer's)")
+    group.add_argument('--opt-betas', type=fraction, nargs='+', help="betas (default: the optimizer's)")
     group.add_argument(
         '--opt-args', '--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='other arguments of the optimizer')
-    group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help='no weight decay on 1-d parameters')
+    group.add_argument('--filter-bias-and-bn', action=boolean, default=True, help=(
+        'exclude biases and norms from weight decay'))
     group.add_argument('--layer-decay', type=above_zero, help=(
-        'factor of the learning rate from a layer to the one below'))
-    group.add_argument('--layer-decay-min-scale', type=from_zero, help='bound of that factor')
-    group.add_argument('--layer-decay-no-opt-scale', type=from_zero, help='factor below which layers are not trained')
-    group.add_argument('--clip-grad', type=from_zero, help='bound of the gradients, 0 for none')
-    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad bounds')
-    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches per update, of each process')
+        'layer-wise learning rate decay: factor from each layer to the one below'))
+    group.add_argument('--layer-decay-min-scale', type=from_zero, help='lower bound of the scale by --layer-decay')
+    group.add_argument('--layer-decay-no-opt-scale', type=from_zero, help=(
+        'layers with a scale below this are not trained'))
+    group.add_argument('--clip-grad', type=from_zero, help='clip gradients at this value (0: off)')
+    group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad limits')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches per update, in each process')
 
-    group = parser.add_argument_group('schedule, by timm, stepped each update')
+    group = parser.add_argument_group('schedule (timm), stepped after each update')
     group.add_argument('--epochs', type=positive, default=30, help='length of the schedule')
-    group.add_argument('--max-steps', type=positive, help='length of the schedule in updates, in place of --epochs')
-    group.add_argument('--sched', default='cosine', help='cosine, poly, step, multistep, tanh, wsd, rsqrt, constant')
-    group.add_argument('--warmup-epochs', type=from_zero, default=0., help='epochs of rising learning rate')
-    group.add_argument('--warmup-lr', type=from_zero, default=1e-5, help='where it rises from')
-    group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to the epochs')
-    group.add_argument('--cooldown-epochs', type=from_zero, default=0., help='epochs at the lowest rate, added')
+    group.add_argument('--max-steps', type=positive, help='length of the schedule in updates, instead of --epochs')
+    group.add_argument('--sched', default='cosine', help='cosine, poly, step, multistep, tanh, wsd, rsqrt or constant')
+    group.add_argument('--warmup-epochs', type=from_zero, default=0., help='epochs of warmup')
+    group.add_argument('--warmup-lr', type=from_zero, default=1e-5, help='learning rate at the start of the warmup')
+    group.add_argument('--warmup-prefix', action=boolean, default=False, help='add the warmup to --epochs')
+    group.add_argument('--cooldown-epochs', type=from_zero, default=0., help=(
+        'epochs at the lowest rate, in addition to --epochs'))
     group.add_argument('--min-lr', type=from_zero, default=0., help='lowest learning rate')
     group.add_argument('--decay-rate', type=from_zero, default=0.1, help=(
         "factor of 'step' and 'multistep', power of 'poly'"))
     group.add_argument('--decay-epochs', type=above_zero, help=(
-        "'step': epochs between steps (90 if not given); 'wsd', 'rsqrt': length of the final decay, below 1 as a share "
-        'of the schedule (0.2 if not given)'))
+        "'step': epochs between steps (default: 90); 'wsd', 'rsqrt': length of the final decay, a fraction of the "
+        'schedule if below 1 (default: 0.2)'))
     group.add_argument('--decay-milestones', type=not_negative, nargs='+', help=(
-        "epochs of 'multistep', 90 180 270 if not given"))
+        "'multistep': epochs of the steps (default: 90 180 270)"))
     group.add_argument('--lr-noise', type=fraction, nargs='+', help=(
-        'fractions of the schedule where noise starts, ends'))
-    group.add_argument('--lr-noise-pct', type=above_zero, default=0.67, help='largest change of the rate by the noise')
+        'fractions of the schedule at which noise starts and ends'))
+    group.add_argument('--lr-noise-pct', type=above_zero, default=0.67, help='limit of the noise, relative to the rate')
     group.add_argument('--lr-noise-std', type=from_zero, default=1., help='standard deviation of the noise')
     group.add_argument('--lr-cycle-mul', type=above_zero, default=1., help=(
         'length of each cycle relative to the previous one'))
@@ -231,87 +240,94 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('augmentation')
     group.add_argument('--aug', action=boolean, default=True, help=(
-        'augment the training images; --no-aug: no crop, flip, policy or erasing, only --mixup and '
+        'augment the training images; --no-aug turns off crops, flips, policies and erasing, but not --mixup and '
         '--cutmix'))
     group.add_argument('--padding', type=not_negative, default=4, help=(
-        'random crop after padding by this many pixels; sets above --memory-limit are randomly resized and cropped'))
+        'random crop after padding by this many pixels; datasets above --memory-limit use random resized crops '
+        'instead'))
     group.add_argument('--padding-mode', choices=['reflect', 'constant'], default='reflect', help=(
-        "what it is filled with: the image mirrored, or the mean colour"))
+        "fill the padding with the mirrored image, or with the mean color"))
     group.add_argument('--scale', type=share, nargs=2, metavar=('MIN', 'MAX'), help=(
-        "share of the area that is cropped, of sets above --memory-limit (timm's 0.08 to 1 if not given)"))
+        'area of the random resized crop, for datasets above --memory-limit (default: 0.08 to 1, as in timm)'))
     group.add_argument('--ratio', type=above_zero, nargs=2, metavar=('MIN', 'MAX'), help=(
-        "aspect ratio of that crop (timm's 3/4 to 4/3 if not given)"))
+        'aspect ratio of that crop (default: 3/4 to 4/3, as in timm)'))
     group.add_argument('--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr'], help=(
-        "crop of sets above --memory-limit: randomly resized ('rrc', if not given), or timm's resize keep ratio"))
+        "crop for datasets above --memory-limit: random resized crop ('rrc', the default), or timm's resize keep ratio "
+        "with a random or a random resized crop"))
     group.add_argument('--train-interpolation', choices=['random', *INTERPOLATIONS], help=(
-        "interpolation of that crop; --interpolation's if not given"))
+        'interpolation of that crop (default: --interpolation)'))
     group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
     group.add_argument('--vflip', type=fraction, default=0., help='probability of a vertical flip')
     group.add_argument('--aa', metavar='POLICY', help=(
-        "'trivial' (TrivialAugment Wide), or timm's 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', '3a' (with "
-        '--color-jitter 0.3), ...'))
+        "'trivial' (TrivialAugment Wide), or a policy of timm: 'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3', "
+        "'3a' (with --color-jitter 0.3), ..."))
     group.add_argument('--color-jitter', type=from_zero, nargs='+', metavar='FACTOR', help=(
-        'largest change of brightness, contrast and saturation: one for all, three, or four with the hue; after a '
-        "policy too, with which timm's script leaves it out"))
-    group.add_argument('--color-jitter-prob', type=fraction, help='share of images that are jittered, all if not given')
-    group.add_argument('--grayscale-prob', type=fraction, default=0., help='probability of an image without colour')
-    group.add_argument('--gaussian-blur-prob', type=fraction, default=0., help='probability of a blurred image')
+        'strength of the jitter of brightness, contrast and saturation: one number for all, three, or four with hue; '
+        "unlike in timm's script, it is also applied together with a policy"))
+    group.add_argument('--color-jitter-prob', type=fraction, help='probability of color jitter (default: 1)')
+    group.add_argument('--grayscale-prob', type=fraction, default=0., help='probability of conversion to grayscale')
+    group.add_argument('--gaussian-blur-prob', type=fraction, default=0., help='probability of a Gaussian blur')
     group.add_argument('--reprob', type=fraction, default=0., help='probability of random erasing')
     group.add_argument('--remode', choices=['const', 'rand', 'pixel'], default='const', help=(
-        'what fills erased parts: the mean colour, a random one, or noise'))
-    group.add_argument('--recount', type=positive, default=1, help='largest number of rectangles erased')
-    group.add_argument('--mixup', type=from_zero, default=0., help='alpha of mixup, 0 for none')
-    group.add_argument('--cutmix', type=from_zero, default=0., help='alpha of cutmix, 0 for none')
-    group.add_argument('--cutmix-minmax', type=fraction, nargs=2, help='range of the side of the part that is cut')
-    group.add_argument('--mixup-prob', type=fraction, default=1., help='probability of a batch to be mixed at all')
-    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='share of cutmix where both are on')
-    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help='what shares one ratio')
-    group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help='first epoch without mixing; 0: none')
+        'fill erased parts with the mean color, a random color, or noise'))
+    group.add_argument('--recount', type=positive, default=1, help='maximum number of erased rectangles')
+    group.add_argument('--mixup', type=from_zero, default=0., help='mixup alpha (0: off)')
+    group.add_argument('--cutmix', type=from_zero, default=0., help='cutmix alpha (0: off)')
+    group.add_argument('--cutmix-minmax', type=fraction, nargs=2, metavar=('MIN', 'MAX'), help=(
+        'range of the side of the cut part, as a fraction of the image'))
+    group.add_argument('--mixup-prob', type=fraction, default=1., help=(
+        'probability of applying mixup or cutmix to a batch'))
+    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help=(
+        'probability of cutmix when both are enabled'))
+    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch', help=(
+        'draw one mixing ratio per batch, pair or image'))
+    group.add_argument('--mixup-off-epoch', type=not_negative, default=0, help=(
+        'turn off mixup and cutmix from this epoch on (0: never)'))
     group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
 
-    group = parser.add_argument_group('EMA of the weights, by timm')
-    group.add_argument('--model-ema', action=boolean, default=False, help='validate and keep the averaged weights')
-    group.add_argument('--model-ema-decay', type=fraction, default=0.998, help=(
-        'share of the old average that is kept at each update'))
-    group.add_argument('--model-ema-warmup', action=boolean, default=True, help='raise that share at the start')
+    group = parser.add_argument_group('exponential moving average of the weights (timm)')
+    group.add_argument('--model-ema', action=boolean, default=False, help='track an EMA, and validate and save it too')
+    group.add_argument('--model-ema-decay', type=fraction, default=0.998, help='decay of the EMA per update')
+    group.add_argument('--model-ema-warmup', action=boolean, default=True, help='start with a smaller decay')
 
     group = parser.add_argument_group('distillation')
     group.add_argument('--kd-model-name', nargs='*', metavar='NAME', help=(
-        'teacher: a model of timm or of the Hub, with weights; the logits of several are averaged'))
+        'teacher: a pretrained model of timm or from the Hub; the logits of several teachers are averaged'))
     group.add_argument('--kd-checkpoint', nargs='*', metavar='FILE', help=(
-        'weights of the teacher, or of several; those of this script name their model'))
+        'weight file of the teacher, or one per teacher; files written by train.py record which model they are of'))
     group.add_argument('--kd-temperature', type=above_zero, default=4., help='temperature of both softmaxes')
-    group.add_argument('--task-loss-weight', type=from_zero, help='weight of the loss on labels, 1 if not given')
+    group.add_argument('--task-loss-weight', type=from_zero, help='weight of the loss on the labels (default: 1)')
     group.add_argument('--distill-loss-weight', type=from_zero, help=(
-        "weight of the distillation loss; if not given, 1 - task-loss-weight where that is given, else 1"))
+        'weight of the distillation loss (default: 1 - task-loss-weight if that is given, else 1)'))
 
     group = parser.add_argument_group('run')
     group.add_argument('--output', default='output', help='parent of the experiment folder')
-    group.add_argument('--experiment', help='name of the experiment folder, made of date and model if not given')
+    group.add_argument('--experiment', help='name of the experiment folder (default: date, time and model)')
     group.add_argument('--resume', metavar='FOLDER', help=(
-        "continue this experiment, with its settings; 'auto': the run of --experiment if it has begun, for requeued "
-        'jobs'))
+        "resume the run in this experiment folder, with its settings; 'auto': resume --experiment if it has begun, for "
+        'requeued jobs'))
     group.add_argument('--checkpoint-interval', type=not_negative, default=0, help=(
-        'updates between checkpoints; 0: each epoch'))
+        'updates between checkpoints (0: one per epoch)'))
     group.add_argument('--checkpoint-hist', type=not_negative, default=0, help=(
-        'keep the weights of this many best epochs'))
+        'keep the weights of this many of the best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
     group.add_argument('--eval-metric', choices=METRICS, default='top1', help=(
-        'what the best weights are chosen by, ties by the loss'))
+        'metric that selects the best weights; ties are broken by the loss'))
     group.add_argument('--log-interval', type=not_negative, default=50, help=(
-        'updates between values sent to trackers; 0: none'))
+        'updates between values logged to trackers (0: none)'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
-        "'flip': report accuracy averaged with the mirrored image too"))
-    group.add_argument('--eval-only', action=boolean, default=False, help='measure the model and train nothing')
-    group.add_argument('--seed', type=seed, default=42, help='seed of weights, order and augmentation')
+        "'flip': also report the accuracy averaged over the image and its mirror image"))
+    group.add_argument('--eval-only', action=boolean, default=False, help='evaluate the model without training')
+    group.add_argument('--seed', type=seed, default=42, help='seed of initialization, data order and augmentation')
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help=(
-        "'auto' is a GPU of NVIDIA or AMD, else the CPU; 'mps' is Apple's GPU"))
-    group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help="accelerate launch's if not given")
-    group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the chosen weights at the end')
-    group.add_argument('--hub-private', action=boolean, default=False, help='in a private repository')
+        "'auto': an NVIDIA or AMD GPU if there is one, else the CPU; 'mps': the GPU of a Mac"))
+    group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help=(
+        'default: the setting of accelerate launch'))
+    group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the selected weights at the end')
+    group.add_argument('--hub-private', action=boolean, default=False, help='create a private repository')
     group.add_argument('--report-to', nargs='+', default=['tensorboard'], metavar='TRACKER', help=(
-        "tensorboard, wandb, mlflow, trackio, ... (Accelerate's), 'all' that are installed, or 'none'"))
-    group.add_argument('--project', default='timm-tmblock', help='name of the project in the trackers')
+        "trackers of Accelerate: tensorboard, wandb, mlflow, trackio, ...; 'all' that are installed, or 'none'"))
+    group.add_argument('--project', default='timm-tmblock', help='project name in the trackers')
     return parser
 
 
@@ -343,8 +359,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     given = {k: v for k, v in given.items() if v is not unset}
     named = {**(_read_known(parser, Path(args.config)) if args.config else {}), **given}
     automatic = named.get('resume') == 'auto'
-    if automatic:
-        args.resume = _find_begun(named, args.output)
+    if named.get('resume') is not None:  # a recipe may say so, too
+        args.resume = _find_begun(named, args.output) if automatic else named['resume']
         argv = [*argv, '--resume', args.resume]
     recipes = [str(Path(args.resume) / SETTINGS)] if args.resume and (Path(args.resume) / SETTINGS).is_file() else []
     recipes += [args.config] if args.config else []

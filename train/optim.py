@@ -1,6 +1,6 @@
 """Optimizer, schedule and gradient clipping, by timm."""
 from argparse import Namespace
-from typing import Any, Optional, Tuple
+from typing import Any, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +44,7 @@ def create_schedule(
         args: Namespace,
         optimizer: torch.optim.Optimizer,
         updates_per_epoch: int,
-) -> Tuple[Optional[Any], int]:
+) -> Tuple[Any, int]:
     """timm's schedule in units of updates, and the number of updates it takes.
 
     It is a function of the update count alone, so there is nothing of it to prepare or to save.

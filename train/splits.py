@@ -36,7 +36,7 @@ from train.processes import agreeing
 @dataclass
 class Parts:
     """The three parts of a set, in memory or as opened by timm."""
-    train: Union[InMemorySet, Any]
+    train: Optional[Union[InMemorySet, Any]]  # None where the others are measured alone
     validation: Optional[Union[InMemorySet, Any]]  # chooses among weights; None: the last are kept
     test: Optional[Union[InMemorySet, Any]]  # measured once, at the end
 
@@ -193,10 +193,12 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             raise InputError(
                 f'{to_flag(name)} only applies to images that are randomly resized and cropped, as those of sets above '
                 f'--memory-limit are; leave it out, or set --memory-limit 0 with a --val-split or --val-fraction 0.')
+    divided = list(splits) if args.pool else ['train'] if fraction else []
+    if args.eval_only and 'train' not in divided:
+        splits = {part: split for part, split in splits.items() if part != 'train'}
     for part, split in splits.items():
         if not fits[part]:
             ImageSet(split, 3)[0]  # a split without labels is told before the training, not after it
-    divided = list(splits) if args.pool else ['train'] if fraction else []
     digest = partial(hash_pixels, seed=args.split_seed)
 
     def load(part: str) -> InMemorySet:
@@ -216,4 +218,4 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             raise InputError(
                 f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
         return Parts(train, validation, loaded.get('test'))
-    return Parts(loaded['train'], loaded.get('validation'), loaded.get('test'))
+    return Parts(loaded.get('train'), loaded.get('validation'), loaded.get('test'))

@@ -122,43 +122,25 @@ class Trainer:
                 args, self.class_names, config.input_size[0], accelerator.device)
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
-        self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        self.ema = None
+        if args.model_ema and not args.eval_only:
+            self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
         with agreeing(accelerator), naming_failures(memory_advice):
             parts = load_parts(splits, args, config, progress=self.main_process)
-        self.train_loader = create_loader(parts.train, config, args, accelerator, training=not args.eval_only)
         self.val_loader, self.test_loader = (
             None if part is None else create_loader(part, config, args, accelerator)
             for part in (parts.validation, parts.test))
-        self.mixup = None if args.eval_only else create_mixup(args, config.input_size[1], len(self.class_names))
-
-        updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
-        if updates_per_epoch == 0 and not args.eval_only:
-            raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
-        self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
         self.peak_lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
         optimizer = create_optimizer(args, model, self.peak_lr)
-        self.scheduler, self.updates = (None, 0) if args.eval_only else create_schedule(
-            args, optimizer, updates_per_epoch)
-        self.epochs = 0 if args.eval_only else -(-self.updates // updates_per_epoch)
+        if not args.eval_only:
+            self.plan_epochs(parts.train, optimizer)
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
-        self.task = create_task(args, self.model, accelerator, config, teachers)
-        self.learn: Callable[[torch.Tensor, torch.Tensor], Dict[str, torch.Tensor]] = self._learn
-        if args.cuda_graph and not args.eval_only:
-            self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device)
-        set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
-
-        self.layout = dict(
-            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
-            updates_per_epoch=updates_per_epoch)
-        self.state = TrainState(
-            layout=self.layout, run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
-        self.meter = Meter(accelerator.device)
-        if args.resume and not args.eval_only:
-            self.take_up()
-        set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
+        self.state = TrainState(run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
+        if not args.eval_only:
+            self.set_up_training(teachers)
         here: List[Tuple[List[Any], Any]] = [  # a checkout may move on while it trains
             (self.state.hardware, describe_hardware(accelerator.device, accelerator.num_processes)),
             (self.state.versions, describe_versions()), (self.state.commits, find_commit())]
@@ -166,6 +148,35 @@ class Trainer:
             if now and now not in known:
                 known.append(now)
         self.clock = time.perf_counter()
+
+    def plan_epochs(self, train: Any, optimizer: torch.optim.Optimizer) -> None:
+        """What an epoch is, and how many there are."""
+        args, config, accelerator = self.args, self.data_config, self.accelerator
+        self.train_loader = create_loader(train, config, args, accelerator, training=True)
+        self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
+        updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
+        if updates_per_epoch == 0:
+            raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
+        self.batches_per_epoch = updates_per_epoch * args.grad_accum_steps
+        self.scheduler, self.updates = create_schedule(args, optimizer, updates_per_epoch)
+        self.epochs = -(-self.updates // updates_per_epoch)
+        self.layout = dict(
+            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
+            updates_per_epoch=updates_per_epoch)
+
+    def set_up_training(self, teachers: List[Any]) -> None:
+        """The loss, and where the run stands, after everything is prepared."""
+        args, accelerator = self.args, self.accelerator
+        self.task = create_task(args, self.model, accelerator, self.data_config, teachers)
+        self.learn: Callable[[torch.Tensor, torch.Tensor], Dict[str, torch.Tensor]] = self._learn
+        if args.cuda_graph:
+            self.learn = GraphedStep(self._learn, self.optimizer, accelerator.device)
+        set_seed(args.seed, device_specific=True)  # dropout, mixup and noise differ between processes
+        self.state.layout = self.layout
+        self.meter = Meter(accelerator.device)
+        if args.resume:
+            self.take_up()
+        set_capturable(self.optimizer, args.cuda_graph or args.opt_args.get('capturable', False), accelerator.device)
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint.
@@ -223,8 +234,9 @@ class Trainer:
             if self.main_process:
                 check_disk_space(self.folder, network(self.model), args)
                 stack.enter_context(record.holding(self.folder))
-                finished = self.state.update >= self.updates
-                if finished and (changes := find_changes_of_finished(args, self.folder / SETTINGS)):
+                finished = self.state.update >= self.updates and not self.state.batch
+                settings = self.folder / SETTINGS
+                if finished and settings.is_file() and (changes := find_changes_of_finished(args, settings)):
                     raise InputError(
                         f'{self.folder} is trained to its end, where {", ".join(map(to_flag, changes))} can change '
                         f'nothing; raise --epochs, or start another run with --initial-checkpoint.')
@@ -332,8 +344,7 @@ class Trainer:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not args.mixup_off_epoch or state.epoch < args.mixup_off_epoch
             images, targets = self.mixup(images, hard_targets)
-        if self.scheduler is not None:
-            self.scheduler.step_update(state.update)
+        self.scheduler.step_update(state.update)
         with self.accelerator.accumulate(self.model):
             result = self.learn(images, targets)
         self.meter.update(result, hard_targets, state.update, self.lr)
@@ -423,11 +434,13 @@ class Trainer:
             }
         if self.main_process:
             description = self.describe()
+            if not state.kept:
+                remove(self.folder / 'history')  # as the best, of a run that went on with other images held out
             save_weights(self.folder / 'last.safetensors', weights[final], description)
             if improved:
                 save_weights(self.folder / 'best.safetensors', weights[prefix], description)
             elif state.best is None:
-                remove(self.folder / 'best.safetensors')  # of a run that went on with other images held out
+                remove(self.folder / 'best.safetensors')
             if evaluation and self.args.checkpoint_hist:
                 record.keep_best(
                     self.folder, state, rank(evaluation, prefix), self.args.checkpoint_hist, weights[prefix],
