@@ -21,21 +21,23 @@ from export import runtime
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument('model', help="registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER' or *.safetensors")
-    command.add_argument('--checkpoint', type=Path, help='weights of training; the pretrained ones if not given')
+    command.add_argument('model', help=(
+        "name of a model of this package, 'hf-hub:USER/NAME', 'local-dir:FOLDER' or a .safetensors file"))
+    command.add_argument('--checkpoint', type=Path, help='trained weight file (default: the pretrained weights)')
 
 
 def add_content_options(command: Any) -> None:
     from timm_tmblock.explanation import METHODS
-    command.add_argument('--patch-logits', action='store_true', help='add the class scores of each region as an output')
+    command.add_argument('--patch-logits', action='store_true', help=(
+        'add the class scores of each region as a second output'))
     command.add_argument('--method', choices=METHODS, default='match', help=(
-        "of the patch logits: 'match' for those of template matching, 'cam' for class activation maps, which baselines "
-        'have too'))
-    command.add_argument('--softmax', action='store_true', help='probabilities instead of scores')
+        "what the patch logits are: 'match': those of template matching; 'cam': class activation maps, which work for "
+        'baselines too'))
+    command.add_argument('--softmax', action='store_true', help='output probabilities instead of logits')
     command.add_argument(
         '--preprocessing', choices=('NCHW', 'NHWC'),
-        help='take uint8 pixels of the input size in this layout and normalise them in the file')
-    command.add_argument('--dynamic-size', action='store_true', help='let height and width vary, not only the batch')
+        help='accept uint8 pixels of the input size in this layout, and normalize them in the graph')
+    command.add_argument('--dynamic-size', action='store_true', help='make height and width dynamic, too')
 
 
 def add_onnx(commands: argparse._SubParsersAction) -> None:
@@ -43,11 +45,11 @@ def add_onnx(commands: argparse._SubParsersAction) -> None:
     from export.metadata import PRECISIONS, TARGETS
     command = commands.add_parser('onnx', help='write an ONNX file and check it against PyTorch')
     add_model_options(command)
-    command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
-    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of weights and computation')
-    command.add_argument('--target', choices=TARGETS, default='cpu', help='what an int8 file is to run on')
+    command.add_argument('--output', type=Path, required=True, help='file to write; metadata is written to OUTPUT.json')
+    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='precision of weights and computation')
+    command.add_argument('--target', choices=TARGETS, default='cpu', help='what an int8 file will run on')
     add_content_options(command)
-    command.add_argument('--opset', type=int, help='18 if not given, 22 for bf16')
+    command.add_argument('--opset', type=int, help='ONNX opset (default: 18, or 22 for bf16)')
     add_image_options(command)
     command.set_defaults(run=run_onnx)
 
@@ -87,7 +89,7 @@ def print_parity(parity: Dict[str, Any]) -> None:
 def add_check(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     command = commands.add_parser('check', help='compare an ONNX file or an engine with PyTorch')
-    command.add_argument('file', type=Path)
+    command.add_argument('file', type=Path, help='.onnx file or TensorRT engine')
     add_model_options(command)
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where an ONNX file runs')
     add_image_options(command)
@@ -109,24 +111,27 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     from export.tensorrt import BACKENDS, HARDWARE
     command = commands.add_parser('tensorrt', help='build a TensorRT engine')
-    command.add_argument('model', metavar='FILE.onnx|MODEL', help='ONNX file, or what the onnx command takes')
-    command.add_argument('--output', type=Path, required=True, help='file to write; its metadata go to OUTPUT.json')
+    command.add_argument('model', metavar='FILE.onnx|MODEL', help='ONNX file, or a model as for the onnx command')
+    command.add_argument('--output', type=Path, required=True, help='file to write; metadata is written to OUTPUT.json')
     command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
     command.add_argument(
         '--batch', type=int, nargs='+', action='append', metavar='N',
-        help='one batch size, or smallest, preferred and largest; again for another profile (1 16 64 if not given)')
-    command.add_argument('--size', type=int, nargs='+', metavar='N', help='likewise for height and width, if dynamic')
-    command.add_argument('--tf32', action='store_true', help='let float32 be computed with 10 bits of mantissa')
-    command.add_argument('--optimization-level', type=int, choices=range(6), default=3)
+        help=(
+            'one batch size, or the smallest, preferred and largest (default: 1 16 64); repeat it for further '
+            'optimization profiles'))
+    command.add_argument('--size', type=int, nargs='+', metavar='N', help='the same for height and width, if dynamic')
+    command.add_argument('--tf32', action='store_true', help='allow TF32 in float32 layers')
+    command.add_argument('--optimization-level', type=int, choices=range(6), default=3, help=(
+        'higher levels take longer to build and may give faster engines (default: 3)'))
     command.add_argument('--workspace', type=int, metavar='MB', help='scratch memory that kernels may use')
-    command.add_argument('--no-timing-cache', action='store_true', help='time everything anew')
+    command.add_argument('--no-timing-cache', action='store_true', help='do not reuse measurements of earlier builds')
     command.add_argument('--version-compatible', action='store_true', help='let later versions load the engine')
     command.add_argument('--hardware-compatibility', choices=HARDWARE, default='none', help='let other GPUs load it')
-    command.add_argument('--layers', type=Path, help='write what TensorRT says of the layers, as JSON')
+    command.add_argument('--layers', type=Path, help="write TensorRT's description of the layers to this file, as JSON")
     first = len(command._actions)
-    group = command.add_argument_group('for a MODEL, which goes to OUTPUT.onnx (rn26_tm.engine.onnx, say) first')
-    group.add_argument('--checkpoint', type=Path)
-    group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), help='fp16 if not given')
+    group = command.add_argument_group('for a MODEL, which is first exported to OUTPUT.onnx, e.g. rn26_tm.engine.onnx')
+    group.add_argument('--checkpoint', type=Path, help='trained weight file (default: the pretrained weights)')
+    group.add_argument('--precision', choices=('fp32', 'fp16', 'bf16', 'int8'), help='precision (default: fp16)')
     add_content_options(group)
     add_image_options(command)
     defaults = {action.dest: action.default for action in command._actions[first:]}
@@ -177,16 +182,18 @@ def add_triton(commands: argparse._SubParsersAction) -> None:
     count = number(int, 1, 2 ** 31 - 1)  # what the server can count to
     command = commands.add_parser('triton', help='write a model repository for the Triton Inference Server')
     command.add_argument('files', type=Path, nargs='+', metavar='FILE', help='.onnx files and TensorRT engines')
-    command.add_argument('--output', type=Path, required=True, metavar='REPOSITORY')
+    command.add_argument('--output', type=Path, required=True, metavar='REPOSITORY', help=(
+        'folder of the model repository, created if needed'))
     command.add_argument('--name', help=(
-        'name of the model; several files are versions of it then, of which the server loads the last'))
-    command.add_argument('--max-batch', type=count, default=64, help='for ONNX files; engines have their own')
-    command.add_argument('--instances', type=count, default=1, help='on each device')
+        'model name (default: that of the file); several files become versions of it, and the server loads the last'))
+    command.add_argument('--max-batch', type=count, default=64, help=(
+        'largest batch of ONNX files; engines have their own (default: 64)'))
+    command.add_argument('--instances', type=count, default=1, help='instances per device (default: 1)')
     command.add_argument('--kind', choices=KINDS, default='auto', help='where ONNX files run')
-    command.add_argument('--threads', type=count, help='threads of each instance on a CPU; all cores if not given')
+    command.add_argument('--threads', type=count, help='threads of each instance on a CPU (default: all cores)')
     command.add_argument(
         '--max-delay', type=number(int, 0, 2 ** 63 - 1), default=500,
-        help='microseconds a request waits for others to join')
+        help='microseconds a request may wait for others to form a batch (default: 500)')
     command.set_defaults(run=run_triton)
 
 
@@ -204,15 +211,16 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser('bench', help='time exported files and PyTorch side by side')
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
-        'networks to time in PyTorch, with untrained weights, norms folded and in channels_last'))
-    command.add_argument('--compile', action='store_true', help='time these with torch.compile too')
-    command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='of PyTorch')
+        'models to time in PyTorch, with random weights, fused batch norms and channels_last'))
+    command.add_argument('--compile', action='store_true', help='time them with torch.compile, too')
+    command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='precision in PyTorch')
     command.add_argument(
         '--device', choices=('cpu', 'cuda'), default='cpu',
-        help='where networks and ONNX files run; engines are on the GPU')
-    command.add_argument('--batch-sizes', type=positive, nargs='+', default=[1, 16, 64])
-    command.add_argument('--threads', type=positive, help="on a CPU; PyTorch's choice, for all, if not given")
-    command.add_argument('--seconds', type=above_zero, default=20., help='for each batch size')
+        help='where PyTorch and ONNX files run; engines always run on the GPU')
+    command.add_argument('--batch-sizes', type=positive, nargs='+', default=[1, 16, 64], help=(
+        'images at a time (default: 1 16 64)'))
+    command.add_argument('--threads', type=positive, help="CPU threads for all of them (default: PyTorch's choice)")
+    command.add_argument('--seconds', type=above_zero, default=20., help='time per batch size (default: 20)')
     command.add_argument('--output', metavar='NAME', help='write NAME.json, NAME.md and NAME.png')
     command.set_defaults(run=run_bench)
 
@@ -242,7 +250,7 @@ def run_bench(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     contestants: List[Contestant] = []
     for name in args.torch:
-        for compiled in (False, True)[:1 + args.compile]:
+        for compiled in (False, True) if args.compile else (False,):
             contestants.append(open_torch(name, compiled, args.device, args.precision))
     contestants += [
         open_file(path, args.device, name) for path, name in zip(args.files, name_apart(args.files))]
@@ -262,11 +270,11 @@ def add_selftest(commands: argparse._SubParsersAction) -> None:
     from export.tensorrt import BACKENDS
     from train.config import above_zero
     command = commands.add_parser(
-        'selftest', help='export, build, compare and time everything on this machine, and report')
-    command.add_argument('model', nargs='?', default='rn26_tm', help='what the onnx command takes')
-    command.add_argument('--checkpoint', type=Path)
+        'selftest', help='export, build, compare and time everything on this machine, and write a report')
+    command.add_argument('model', nargs='?', default='rn26_tm', help='a model as for the onnx command')
+    command.add_argument('--checkpoint', type=Path, help='trained weight file (default: the pretrained weights)')
     command.add_argument('--backend', choices=BACKENDS, default='auto', help='auto: tensorrt if installed')
-    command.add_argument('--seconds', type=above_zero, default=4., help='for timing each file')
+    command.add_argument('--seconds', type=above_zero, default=4., help='time per file (default: 4)')
     command.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.md')
     add_image_options(command)
     command.set_defaults(run=run_selftest)
@@ -294,22 +302,27 @@ def add_push(commands: argparse._SubParsersAction) -> None:
     from export.images import add_image_options
     command = commands.add_parser('push', help='publish weights, exports and a card on the Hugging Face Hub')
     add_model_options(command)
-    command.add_argument('--repo', required=True, metavar='USER/NAME')
+    command.add_argument('--repo', required=True, metavar='USER/NAME', help='repository on the Hub')
     command.add_argument(
         '--precisions', nargs='+', default=['fp32', 'fp16', 'int8'],
-        choices=['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt'], help='of ONNX files; fp32 is always there')
-    command.add_argument('--engines', type=Path, nargs='+', default=[], metavar='FILE', help='engines to go with them')
+        choices=['fp32', 'fp16', 'bf16', 'int8', 'int8-tensorrt'], help=(
+            'precisions of the ONNX files (default: fp32 fp16 int8); fp32 is always included'))
+    command.add_argument('--engines', type=Path, nargs='+', default=[], metavar='FILE', help=(
+        'TensorRT engines to upload'))
     card = command.add_mutually_exclusive_group()
-    card.add_argument('--card', type=Path, metavar='README.md', help='card to take instead of the rendered one')
-    card.add_argument('--keep-card', action='store_true', help='leave the card that the repository has, if it has one')
-    command.add_argument('--license', metavar='ID', help='for your own weights, as the Hub calls it: apache-2.0, mit')
-    command.add_argument('--private', action='store_true')
-    command.add_argument('--revision', help='branch, created if need be; or refs/pr/N to go on with a pull request')
+    card.add_argument('--card', type=Path, metavar='README.md', help='card to upload instead of the generated one')
+    card.add_argument('--keep-card', action='store_true', help='keep the card of the repository, if it has one')
+    command.add_argument('--license', metavar='ID', help=(
+        'license of your own weights, by the name the Hub uses: apache-2.0, mit, ...'))
+    command.add_argument('--private', action='store_true', help='create a private repository')
+    command.add_argument('--revision', help=(
+        'branch, created if needed; or refs/pr/N to update a pull request'))
     command.add_argument('--tag', help='tag for the commit')
-    command.add_argument('--message', default='Upload model, exports and card')
+    command.add_argument('--message', default='Upload model, exports and card', help='commit message')
     command.add_argument('--create-pr', action='store_true', help='open a pull request instead')
-    command.add_argument('--deadline', type=float, default=1800., help='seconds for the upload')
-    command.add_argument('--dry-run', action='store_true', help='list the files and print the card, upload nothing')
+    command.add_argument('--deadline', type=float, default=1800., help=(
+        'time limit of the upload, in seconds (default: 1800)'))
+    command.add_argument('--dry-run', action='store_true', help='list the files and print the card without uploading')
     add_image_options(command)
     command.set_defaults(run=run_push)
 

@@ -33,12 +33,14 @@ class Images:
 
 
 def add_image_options(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group('images the file is checked on, and calibrated for int8')
+    group = parser.add_argument_group('images for comparison with PyTorch, and for the calibration of int8')
     add_set_options(group)
-    group.add_argument('--calibration-split', default='train', help='its images set the ranges of int8')
-    group.add_argument('--check-split', default='test', help='its images are compared with PyTorch')
-    group.add_argument('--calibration-images', type=positive, default=512, help='calibrate on at most this many images')
-    group.add_argument('--check-images', type=positive, default=512, help='compare on at most this many images')
+    group.add_argument('--calibration-split', default='train', help='split used for calibration (default: train)')
+    group.add_argument('--check-split', default='test', help='split used for comparison (default: test)')
+    group.add_argument('--calibration-images', type=positive, default=512, help=(
+        'images for calibration, at most (default: 512)'))
+    group.add_argument('--check-images', type=positive, default=512, help=(
+        'images for comparison, at most (default: 512)'))
 
 
 def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:

@@ -292,7 +292,7 @@ class Prediction:
         canvas = Image.new('RGB', (3 * size + 40, height + 70), 'white')
         draw = ImageDraw.Draw(canvas)
         best = ', '.join(f'{name} {100 * p:.0f} %' for name, p in self.top(2))
-        where = 'where it is' if self.activations is None else 'class activation of'
+        where = 'match with' if self.activations is None else 'class activation of'
         titles = (best, 'class of each region', f'{where} {templates[shown]}')
 
         def write(place: Tuple[int, int], text: str, width: int, after: str = '') -> None:
@@ -1459,18 +1459,21 @@ def add_run(commands: Any) -> None:
     """Add the command to a parser's."""
     command = commands.add_parser('run', help='classify images')
     command.add_argument('file', help='.onnx file, engine, folder of ONNX files, or Hub repository')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
-    command.add_argument('--explain', type=Path, metavar='PATH', help='picture of one image, or folder for several')
-    command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='images, or folders of them')
+    command.add_argument('--explain', type=Path, metavar='PATH', help=(
+        'write a picture of what each region matched: a .png for one image, a folder for several'))
+    command.add_argument('--json', action='store_true', help=(
+        'print one JSON object per line, with the class of each region'))
     command.add_argument('--top', type=int, default=3, help='classes to print (default: %(default)s)')
-    command.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
-    command.add_argument('--device', choices=DEVICES, default='auto', help='(default: %(default)s)')
-    command.add_argument('--threads', type=int, help='of ONNX Runtime')
+    command.add_argument('--batch-size', type=int, default=64, help='images per batch (default: %(default)s)')
+    command.add_argument('--device', choices=DEVICES, default='auto', help=(
+        'where an ONNX file runs (default: %(default)s)'))
+    command.add_argument('--threads', type=int, help='threads of ONNX Runtime')
     command.add_argument('--allow-fallback', action='store_true', help='use the CPU if the GPU does not start')
     command.add_argument(
         '--engine', action='store_true', help=(
-            'of a folder or repository, the engine built for this GPU and TensorRT; engines are code, so only of a '
-            'publisher you trust'))
+            'from a folder or repository, take the engine built for this GPU and TensorRT; engines are code, so use '
+            'only those of a publisher you trust'))
     command.add_argument('--revision', help='branch, tag or commit of a Hub repository')
     command.add_argument('--rebuild', action='store_true', help='rebuild an engine of another GPU or version')
     command.set_defaults(run=run)

@@ -20,8 +20,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         InputError: For a card that cannot be rendered or, with --check, is stale.
     """
     parser = argparse.ArgumentParser(prog='python -m hub_cards', description='Render the model cards.')
-    parser.add_argument('models', nargs='*', metavar='MODEL', help=f'all if not given: {", ".join(list_cards())}')
-    parser.add_argument('--check', action='store_true', help='write nothing, fail when a card is stale')
+    parser.add_argument('models', nargs='*', metavar='MODEL', help=f'default: all of {", ".join(list_cards())}')
+    parser.add_argument('--check', action='store_true', help='write nothing, but fail if a card is out of date')
     args = parser.parse_args(argv)
     for name in args.models or list_cards():
         path, text = RENDERED / f'{name}.md', str(render(name))

@@ -102,13 +102,13 @@ def main(argv: Optional[List[str]] = None) -> None:
         prog='python -m hub_cards.build_space', description='Put together the folder of a Space that shows models.')
     parser.add_argument(
         'models', nargs='*', metavar='MODEL', default=MODELS,
-        help=f'name with pretrained weights, hf-hub:USER/NAME, or weight file; {", ".join(MODELS)} if not given')
+        help=f'name with pretrained weights, hf-hub:USER/NAME, or weight file (default: {", ".join(MODELS)})')
     parser.add_argument('--output', type=Path, required=True, metavar='FOLDER')
     parser.add_argument('--method', choices=METHODS, default='match', help=(
-        "'cam' shows class activation maps of networks with template matching too, as of those without it"))
+        "'cam': show class activation maps for networks with template matching, too; others always show them"))
     parser.add_argument('--examples', type=Path, nargs='+', default=[EXAMPLES], metavar='FILE', help=(
-        'images to try, or folders of them, shown as they are with their EXIF data (place, camera); those of the '
-        'sample if not given'))
+        'example images, or folders of them, published unchanged with their EXIF data such as location and camera '
+        '(default: images of the sample)'))
     add_image_options(parser)
     args = parser.parse_args(argv)
     args.examples = _list_examples(args.examples)

@@ -211,6 +211,9 @@ def test_command_explains_the_images_of_a_folder_by_the_weights_it_is_told(tmp_p
     assert [r['image'] for r in results] == [str(tmp_path / 'images' / name) for name in ('a/c.JPG', 'b.png')]
     assert all(Path(r['picture']).is_file() and r['top'] == results[0]['top'] for r in results)
     assert all(re.fullmatch('class [0-6]', name) for name, _ in results[0]['top'])
+    model = timm.create_model('rn26', num_classes=7, checkpoint_path=str(tmp_path / 'w.safetensors')).eval()
+    explanation = Explainer(model, 'cam')(tmp_path / 'images' / 'b.png')
+    assert results[1]['regions'] == [[f'class {k}' for k in row] for row in explanation.patch_classes]
     (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='There are no images in .*empty'):
         main(['explain', 'rn26_tm', str(tmp_path / 'empty')])

@@ -193,7 +193,7 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
 
 
 def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_would_have(tmp_path):
-    flags = [*FLAGS, '--batch-size', '12', '--max-steps', '2']
+    flags = [*FLAGS, '--batch-size', '12', '--sched', 'constant', '--max-steps', '2']
     whole = main([*flags, '--output', str(tmp_path / 'whole')])
     trainer = Trainer(parse_args([*flags, '--max-steps', '3', '--output', str(tmp_path / 'cut')]))
     trainer.start_record(ExitStack())

@@ -275,7 +275,7 @@ def test_picture_shows_what_each_region_matched(monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, xy, text, *args, **kwargs: (
         written.append(text), write(self, xy, text, *args, **kwargs))[1])
     picture = np.asarray(prediction.picture(size=100)).astype(int)
-    assert written[0] == 'c 70 %, b 20 %' and written[2:] == ['where it is c', 'c', 'b', 'a']
+    assert written[0] == 'c 70 %, b 20 %' and written[2:] == ['match with c', 'c', 'b', 'a']
     long = runtime.Prediction(
         prediction.image, prediction.probabilities, patches, ['a' * 90, 'b\n', 'c'], ['a' * 90, 'b\n', 'c'])
     assert long.picture(size=100).size == (picture.shape[1], picture.shape[0]) and long.picture(size=20).width == 100

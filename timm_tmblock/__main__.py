@@ -22,20 +22,22 @@ from .image import list_images
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    command = commands.add_parser('explain', help='classify images and show which class each region matched')
+    command = commands.add_parser('explain', help=(
+        'classify images and show which class each region matched'))
     command.add_argument('model', help=(
         "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or an .onnx or .safetensors file"))
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
-    command.add_argument('--checkpoint', metavar='FILE', help='weights of the model, in place of its own')
+    command.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     command.add_argument('--method', choices=METHODS, help=(
-        "'match': patch logits of template matching, 'cam': class activation maps, of any model of this package; if "
-        "not given, the one a file was exported with, 'match' for a model"))
-    command.add_argument('--class-name', help='class of the heat map, the predicted one if not given')
-    command.add_argument('--output', type=Path, help='folder for a picture of each image')
-    command.add_argument('--json', action='store_true', help='one JSON object a line instead of text')
+        "'match': patch logits of template matching; 'cam': class activation maps, for any model of this package "
+        "(default: the method an ONNX file was exported with, 'match' for a model)"))
+    command.add_argument('--class-name', help='class shown in the heat map (default: the predicted class)')
+    command.add_argument('--output', type=Path, help='folder to write a picture of each explanation to')
+    command.add_argument('--json', action='store_true', help=(
+        'print one JSON object per line, with the class of each region'))
     command.set_defaults(run=explain)
     command = commands.add_parser(
-        'run', help="run a script, timm's own for example, with the models registered",
+        'run', help="run a script, such as timm's own, with the models of this package registered",
         usage='%(prog)s SCRIPT [ARGUMENT ...]')
     command.add_argument('script', type=Path)
     command.add_argument('arguments', nargs=argparse.REMAINDER)
@@ -76,6 +78,8 @@ def explain(args: argparse.Namespace) -> None:
             continue
         explanation.template_index(args.class_name)  # is there such a class?
         result = dict(image=str(path), top=explanation.top())
+        if args.json:
+            result['regions'] = [[explanation.template_names[k] for k in row] for row in explanation.patch_classes]
         if args.output:
             numbered = (f'{path.stem}-{i}' for i in count(2))  # of another folder
             name = next(name for name in chain([path.stem], numbered) if name.lower() not in written)

@@ -262,17 +262,18 @@ def _find_rows(dataset: Any) -> List[Tuple[str, int, int]]:
 def add_set_options(parser: Any) -> None:
     """Flags that name a labelled set."""
     parser.add_argument('--dataset', default='sample', help=(
-        "'sample', torch/<name>, hfds/<hub id or folder>, or a folder with one of class folders for each split"))
-    parser.add_argument('--data-dir', help='root folder of a torch/ set, cache folder of a hub set')
-    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the set')
-    parser.add_argument('--input-key', default='image', help='image column of an hfds/ set')
-    parser.add_argument('--target-key', default='label', help='label column of an hfds/ set')
+        "'sample', torch/<name>, hfds/<Hub id or local folder>, or an image folder with a folder per split, each with "
+        'one subfolder per class'))
+    parser.add_argument('--data-dir', help='root folder of a torch/ dataset, cache folder of an hfds/ dataset')
+    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the dataset')
+    parser.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
+    parser.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
 
 
 def add_data_options(parser: ArgumentParser) -> None:
     """Flags that name a labelled split, for what measures a network on one."""
     add_set_options(parser)
-    parser.add_argument('--split', default='test')
+    parser.add_argument('--split', default='test', help='split to use (default: test)')
 
 
 def open_named(args: Namespace, split: str) -> Any:

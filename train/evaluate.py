@@ -50,20 +50,22 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': t
 
 
 def create_parser() -> Parser:
-    parser = Parser(prog='evaluate.py', description='Measure a classifier on a labelled set.')
+    parser = Parser(prog='evaluate.py', description='Evaluate a classifier on a labeled dataset.')
     parser.add_argument('model', help=(
         "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or a .safetensors, .onnx, .engine or .plan "
         'file'))
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights for a registered name')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights to load instead of the pretrained ones')
     parser.add_argument('--device-modules', nargs='+', metavar='MODULE', help=(
-        "Python modules to import first, with models or devices that are not timm's"))
+        'Python modules to import first, for models or devices that timm does not have'))
     add_data_options(parser)
-    parser.add_argument('--memory-limit', type=gigabytes, default=4., help='decode sets up to this many GB into memory')
-    parser.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
-    parser.add_argument('--batch-size', type=positive, default=256)
+    parser.add_argument('--memory-limit', type=gigabytes, default=4., help=(
+        'load splits of up to this many GB (decoded) into memory'))
+    parser.add_argument('--workers', type=not_negative, default=4, help='worker processes that decode images')
+    parser.add_argument('--batch-size', type=positive, default=256, help='images per batch')
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
-    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='autocast of PyTorch')
-    parser.add_argument('--tta', choices=['none', 'flip'], default='none', help="'flip': with the mirrored image too")
+    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='autocast precision in PyTorch')
+    parser.add_argument('--tta', choices=['none', 'flip'], default='none', help=(
+        "'flip': average over the image and its mirror image"))
     parser.add_argument('--bins', type=positive, default=15, help='bins of the calibration error')
     parser.add_argument('--output', metavar='NAME', help='write NAME.json and NAME.png')
     return parser

@@ -492,7 +492,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         InputError: With --check, where a page is stale.
     """
     parser = Parser(prog='report.py', description='Write the pages of results.')
-    parser.add_argument('--check', action='store_true', help='write nothing, fail where a page is stale')
+    parser.add_argument('--check', action='store_true', help='write nothing, but fail if a page is out of date')
     args = parser.parse_args(argv)
     for path, text in render_pages(ROOT).items():
         if not args.check:

@@ -270,15 +270,16 @@ def create_parser() -> Parser:
     parser.add_argument('experiment', choices=TITLES)
     parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['cifar10'])
     parser.add_argument('--data', nargs='+', default=[], metavar='SET=NAME', help=(
-        'where a set is, as --dataset of train.py takes it: cifar10=hfds/folder'))
+        'where a dataset is, as for --dataset of train.py: cifar10=hfds/folder'))
     parser.add_argument('--rows', nargs='+', choices=TABLE_1, metavar='ROW', help=(
-        f'of table1 and depth, all if not given: {", ".join(TABLE_1)}'))
-    parser.add_argument('--lambdas', nargs='+', type=float, help=f'{" ".join(map(str, LAMBDAS))} if not given')
-    parser.add_argument('--perturbed-32', action='store_true', help='the perturbed maximizer in batches of 32, too')
-    parser.add_argument('--num-samples', type=positive, help='samples of the perturbed maximizer, 600 in the paper')
+        f'rows of table1 and depth (default: all): {", ".join(TABLE_1)}'))
+    parser.add_argument('--lambdas', nargs='+', type=float, help=f'default: {" ".join(map(str, LAMBDAS))}')
+    parser.add_argument('--perturbed-32', action='store_true', help=(
+        'train the perturbed maximizer in batches of 32, too'))
+    parser.add_argument('--num-samples', type=positive, help='samples of the perturbed maximizer (600 in the paper)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--epochs', type=positive, help="the recipe's if not given")
-    parser.add_argument('--jobs', type=positive, default=1, help='runs at once')
+    parser.add_argument('--epochs', type=positive, help="default: the recipe's")
+    parser.add_argument('--jobs', type=positive, default=1, help='number of runs at a time')
     parser.add_argument('--output', default='output/reproduce')
     return parser
 

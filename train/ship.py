@@ -48,8 +48,8 @@ EXECUTION = ('memory_efficient',)  # arguments of networks that change how they 
 
 def create_parser() -> Parser:
     parser = Parser(prog='ship.py', description='Make the weights of a run those of a pretrained tag.')
-    parser.add_argument('run', type=Path, help='experiment folder of train.py, finished')
-    parser.add_argument('--tag', required=True, help='what the weights are of: cifar10, cifar100, ...')
+    parser.add_argument('run', type=Path, help='experiment folder of a finished run of train.py')
+    parser.add_argument('--tag', required=True, help='tag of the weights: cifar10, cifar100, ...')
     add_data_options(parser)
     return parser
 

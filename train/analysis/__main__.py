@@ -53,14 +53,14 @@ def create_parser() -> Parser:
             max_regions: Optional[int] = None,
     ) -> Any:
         sub = commands.add_parser(command, help=description, description=description)
-        sub.add_argument('model', help='name with pretrained weights, or a weight file of training')
+        sub.add_argument('model', help='name with pretrained weights, or a trained weight file')
         sub.add_argument('--output', metavar='NAME', help=(
-            f'without suffix; output/analysis/MODEL.{command} if not given' +
-            (', .trust_blur with --fill blur' if command == 'trust' else '')))
+            f'output files without suffix (default: output/analysis/MODEL.{command}' +
+            (', or .trust_blur with --fill blur)' if command == 'trust' else ')')))
         add_data_options(sub)
         sub.add_argument('--seed', type=seed, default=0)
         sub.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto')
-        sub.add_argument('--workers', type=not_negative, default=4, help='processes that decode')
+        sub.add_argument('--workers', type=not_negative, default=4, help='worker processes that decode images')
         if images_per_class:
             sub.add_argument('--images-per-class', type=positive, default=images_per_class, help=(
                 'at most; fewer if the smallest class has fewer'))
@@ -77,13 +77,13 @@ def create_parser() -> Parser:
     sub = add('words', 'k-means over the class scores of patches', 80, 64, 150_000)
     sub.add_argument('--words', type=positive, default=100)
     sub.add_argument('--patches', type=positive, default=16, help='nearest to each centre, each from a different image')
-    sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed; all if not given')
+    sub.add_argument('--show', type=positive, help='draw this many words, evenly from pure to mixed (default: all)')
     sub = add('trust', 'does the class map show the evidence? Beside Grad-CAM, occlusion and chance')
     sub.add_argument('--images', type=several, default=1000, help=FIRST)
     sub.add_argument('--steps', type=positive, default=16)
     sub.add_argument('--fill', choices=FILLS, default='mean', help=(
-        'what takes the place of masked parts: the mean colour, which networks trained with random erasing know, or a '
-        'blurred image'))
+        'what replaces masked parts: the mean color, which networks trained with random erasing have seen, or a '
+        'blurred version of the image'))
     for command, description in (
             ('mixing', 'does the block mix the values of the classes that match?'),
             ('maximizer', 'mu and eta of a network, for soft maximizers in place of BN-ReLU')):
