@@ -184,10 +184,10 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     for mask, counts in dict(trust=(0, 0), trust_blur=(1, 2)).items():  # and by probabilities it is the better one
         assert tuple(map(len, tell('rn26_tm.cifar100', mask, 'Grad-CAM'))) == counts
         assert tuple(map(len, tell('rn26_tm.cifar100', mask, 'CAM probabilities'))) == (3 + (mask != 'trust'), 0)
-    assert '`rn26_tm.cifar100` | where the evidence is, about as well as CAM with either mask |' in TEXT
+    assert '`rn26_tm.cifar100` | yes; about as well as CAM |' in TEXT
     assert (
-        '`rn26_tm.cifar10` | [where the evidence is](#explain): as well as class activation maps (CAM) if the mean '
-        'colour is the mask, less well if a blurred image is |') in TEXT
+        '`rn26_tm.cifar10` | yes; [in one test](#explain) as well as class activation maps (CAM) or slightly better, '
+        'in the other less well |') in TEXT
     for other in ('Grad-CAM', 'CAM probabilities', 'occlusion'):
         cells = []
         for mask in ('trust', 'trust_blur'):
@@ -203,7 +203,7 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
                 measure for measure in tell(f'rn26_tm.{tag}', mask, 'Grad-CAM')[1] if measure != least]
             better, worse = tell(f'rn26_tm.{tag}', mask, 'occlusion')
             assert not worse if tag == 'dist_cifar10' else not better and worse
-    assert '`rn26_tm.dist_cifar100` | less than CAM |' in TEXT
+    assert '`rn26_tm.dist_cifar100` | less well than CAM |' in TEXT
 
 
 def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
@@ -215,7 +215,7 @@ def test_maps_of_larger_networks_show_less_than_occlusion_and_cam():
                     found = compare_maps(trust, other)
                     margin = 1 if mask == 'trust_blur' else 0
                     assert len(found['worse']) > len(found['better']) + margin, (tag, mask, other)
-    assert 'all others with template matching | less than CAM; for CIFAR-10 little or nothing' in TEXT
+    assert 'all others with template matching | less well than CAM; on CIFAR-10 little or not at all' in TEXT
 
 
 def test_neighbours_of_regions():
@@ -288,7 +288,7 @@ def test_cost_of_the_block():
     on_gpu = {kind: f'{max(float(x) for k, x in printed if k == kind):.2f}' for kind in ('inference', 'training')}
     added = [f'{100 * (float(ratio) - 1):.0f} %' for ratio in (inference, training, *map(on_gpu.get, sorted(on_gpu)))]
     assert (
-        'The block adds up to {} to the time of inference and {} to that of training on a CPU, {} and {} on an H100'
+        'The block adds up to {} to inference time and {} to training time on a CPU, {} and {} on an H100'
     ).format(*added) in PLAIN
 
 
@@ -313,7 +313,7 @@ def test_row_of_each_pretrained_network(tag):
             if tag == 'rn26_tm.cifar100':
                 earlier = [read('train', 'results', name, 'evaluation.json')['top1'] for name in (
                     'rn26_tm_24_epochs.cifar100', 'rn26.cifar100')]
-                theirs = '{1:.2f} %, after 24 epochs ({0:.2f} % with the block)'.format(*earlier)
+                theirs = '– (after 24 epochs: {1:.2f} %, and {0:.2f} % with the block)'.format(*earlier)
             assert cells[:6] == [str(epochs), accuracy[0], theirs, *accuracy[1:]]
         else:
             assert cells[1].partition(',')[0] == str(epochs) and cells[3:7] == accuracy
@@ -335,8 +335,8 @@ def test_differences_from_the_baselines():
     untaught = {tag: entry['top1'] for tag, entry in index.items() if '_tm' in tag and '.dist' not in tag}
     alone = [max(top1 for tag, top1 in untaught.items() if tag.endswith(end)) for end in best]
     assert (
-        'CIFAR-10 and CIFAR-100 come with the package (top-1 up to {:.2f} and {:.2f} %, distilled from other networks '
-        'up to {:.2f} and {:.2f} %)').format(*alone, *best.values()) in PLAIN
+        'CIFAR-10 and CIFAR-100 come with the package: with the block, top-1 up to {:.2f} and {:.2f} %, or up to '
+        '{:.2f} and {:.2f} % when distilled from other networks.').format(*alone, *best.values()) in PLAIN
     assert (
         f'has 95.87 % on CIFAR-10 and a DenseNet-BC-100 78.81 % on CIFAR-100: {best["cifar10"] - 95.87:.2f} points '
         f'below and '
@@ -355,7 +355,7 @@ def test_differences_from_the_baselines():
     ) in PLAIN
     short = read('train', 'results', 'rn26_tm_24_epochs.cifar100', 'evaluation.json')['top1']
     baseline = index['rn26.cifar100']['top1']
-    assert f'| 75.23 % | {baseline:.2f} %, after 24 epochs ({short:.2f} % with the block) |' in TEXT
+    assert f'| 75.23 % | – (after 24 epochs: {baseline:.2f} %, and {short:.2f} % with the block) |' in TEXT
     section = RESULTS[RESULTS.index('## With and without template matching'):]
     rows = re.findall(
         r'\| \[([\w.]+)\]\(\S+\) \| \S+(?: at 24×24)? \| \d+ \| ([\d.]+) % \| \[([\w.]+)\]\(\S+\) \| ([\d.]+) % '
@@ -381,7 +381,7 @@ def test_differences_from_the_baselines():
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
     baselines = {4: 'four', 5: 'five', 6: 'six'}[len({row[2] for row in last.values()})]
     assert (
-        f'In {count} comparisons of a network with one of {baselines} baselines, trained the same way, one run each, '
+        f'In {count} comparisons of a network with its baseline ({baselines} baselines, trained the same way, one run each), '
         f'the difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
     (_, _, _, _, difference, *_), = taught
     assert f'is {difference.lstrip("+")} points below' in PLAIN
@@ -424,7 +424,7 @@ def test_table_of_the_paper_redone():
     assert (rn26.verdict, wrn16.verdict) == (UNDECIDED, HOLDS)
     assert 'the lead of `wrn16_tm` is significant and that of `rn26_tm` is not' in PLAIN
     assert compare('rn26_tm', 'rn26_aux').verdict == UNDECIDED and compare('rn26_aux', 'rn26').verdict == HOLDS
-    assert 'Nor does `rn26_tm` measurably beat' in PLAIN and 'itself significantly more than `rn26` has' in PLAIN
+    assert 'Nor does `rn26_tm` measurably beat' in PLAIN and 'in turn is significantly more than `rn26` has' in PLAIN
 
 
 def test_results_of_other_runtimes():
