@@ -352,7 +352,7 @@ def _push(args: argparse.Namespace) -> None:
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
     options.validate()
     if args.keep_card and args.dry_run:
-        raise InputError('--dry-run asks the Hub for nothing, so it has no card to keep; leave out --keep-card.')
+        raise InputError('--dry-run does not contact the Hub, so there is no card to keep; leave out --keep-card.')
     if args.license is not None and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', args.license):
         raise InputError(f'{args.license!r} is not how the Hub names a license; use a name like apache-2.0 or mit.')
     published = Published()

@@ -175,7 +175,8 @@ def refuse_failed(metadata: Dict[str, Any], path: Path) -> None:
     """
     failed = (metadata.get('parity') or {}).get('failed')
     if failed:
-        raise InputError(f'{path} failed its comparison with PyTorch ({failed.rstrip(".")}); export it otherwise.')
+        raise InputError(
+            f'{path} failed its comparison with PyTorch ({failed.rstrip(".")}); export it with other settings.')
 
 
 def load_metadata(path: Path) -> Dict[str, Any]:
@@ -184,7 +185,7 @@ def load_metadata(path: Path) -> Dict[str, Any]:
     Raises:
         InputError: If there is no such file, it is cut short, says nothing of itself, or is an engine that its sidecar
             is not of.
-        RuntimeInputError: If it cannot be read, is a pointer of Git LFS, or an engine's sidecar tells of no engine.
+        RuntimeInputError: If it cannot be read, is a Git LFS pointer, or an engine's sidecar tells of no engine.
     """
     if not path.is_file():
         raise InputError(f'There is no file {path}.')

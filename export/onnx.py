@@ -108,7 +108,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
     if path.is_dir():
         raise InputError(f'{path} is a folder; name the file to write.')
     if path.suffix != '.onnx':
-        raise InputError(f'{path} must end in .onnx, which is how others tell what it is.')
+        raise InputError(f'{path} must end in .onnx.')
     with writing(path, unique=True) as tmp:
         tmp.touch()  # before the work, should the folder not be writable
     proto, metadata = create_onnx(model, options, images)

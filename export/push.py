@@ -91,7 +91,7 @@ class PushOptions:
             raise InputError(
                 f'--deadline must be above 0 and at most {threading.TIMEOUT_MAX:g} seconds, not {self.deadline:g}.')
         if not self.message.strip():
-            raise InputError('--message is empty, and each commit of the Hub has one; say what is pushed.')
+            raise InputError('--message must not be empty; describe the upload.')
         if self.tag and (self.create_pr or self.pull_request):
             raise InputError(
                 '--tag names a commit of the repository, which a pull request is not yet; leave one out.')
@@ -293,8 +293,8 @@ class _Push:
             self._retry(lambda: self._find_head(options.pull_request), 'look for the pull request')
         if options.private and not info.private:
             raise InputError(
-                f'{options.repo} is there and public, so nothing pushed to it is private; make it private first, or '
-                f'leave out --private.')
+                f'{options.repo} already exists and is public, so nothing pushed to it is private; make it private '
+                f'first, or leave out --private.')
         return True
 
     def _prepare_repository(self) -> None:
@@ -321,7 +321,7 @@ class _Push:
             head = self._find_head(options.revision)
             tree = self._list_tree(head)
             if tags[options.tag] != head or self._find_different(tree) or self._find_stale(tree, head):
-                raise InputError(f'The tag {options.tag} is there already, on another commit; choose another.')
+                raise InputError(f'The tag {options.tag} already exists on another commit; choose another.')
 
     def _find_head(self, revision: Optional[str]) -> str:
         return str(self.api.repo_info(self.options.repo, revision=revision).sha)
@@ -470,7 +470,7 @@ class _Push:
             except (RepositoryNotFoundError, RevisionNotFoundError) as e:
                 raise self._refusal(404, doing, e) from e
             except OfflineModeIsEnabled as e:
-                raise InputError('HF_HUB_OFFLINE keeps the Hub from being asked; unset it.') from e
+                raise InputError('HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it.') from e
             except FAILURES as e:
                 if isinstance(e, ValueError) and not isinstance(e, json.JSONDecodeError):
                     raise InputError(f'The Hub refuses it: {self._clean(e)}.') from e

@@ -845,7 +845,7 @@ def read_file(path: Path) -> bytes:
         raise RuntimeInputError(f'{path} cannot be read: {e.strerror or e}.') from e
     if content.startswith(b'version https://git-lfs'):
         raise RuntimeInputError(
-            f'{path} is a pointer of Git LFS, not the file itself; install git-lfs and run git lfs pull, or use hf '
+            f'{path} is a Git LFS pointer, not the file itself; install git-lfs and run git lfs pull, or use hf '
             f'download.')
     return content
 

@@ -194,7 +194,7 @@ def check_before_export(path: Path, options: EngineOptions, layers: Optional[Pat
     if path.is_dir():
         raise InputError(f'{path} is a folder; name the file to write.')
     if path.suffix not in ENGINE_SUFFIXES:
-        raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}, which is how others tell what it is.')
+        raise InputError(f'{path} must end in {" or ".join(ENGINE_SUFFIXES)}.')
     trt = import_tensorrt(options.backend)
     gpu = query_gpu()
     _check_backend(trt, gpu, options)

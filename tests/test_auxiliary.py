@@ -82,6 +82,11 @@ def test_models_it_does_not_fit_are_refused(name, message):
         PatchSupervised(timm.create_model(name))
 
 
+def test_fused_model_is_refused():
+    with pytest.raises(ValueError, match='fused, which is for inference; wrap it before fuse'):
+        PatchSupervised(timm.create_model('rn26').eval().fuse())
+
+
 def test_model_without_classes_is_refused():
     with pytest.raises(ValueError, match='has no classes to tell patches apart by'):
         PatchSupervised(timm.create_model('rn26', num_classes=0))

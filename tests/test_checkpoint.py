@@ -140,5 +140,5 @@ def test_checkpoint_of_timms_own_script_is_read_and_nothing_but_weights_unpickle
 def test_pointer_of_git_lfs_is_named(tmp_path):
     path = tmp_path / 'best.safetensors'
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000\n')
-    with pytest.raises(InputError, match='best.safetensors is a pointer of Git LFS, not the file itself; install'):
+    with pytest.raises(InputError, match='best.safetensors is a Git LFS pointer, not the file itself; install'):
         load_model(path)

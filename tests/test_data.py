@@ -385,7 +385,7 @@ def test_few_large_images_are_shared_by_all_processes():
 
 def test_images_beside_class_folders_are_no_class(folder):
     Image.new('RGB', (8, 8)).save(folder / 'train' / 'overview.png')
-    with pytest.raises(InputError, match='train/overview.png lies in no class folder; move it into one'):
+    with pytest.raises(InputError, match='train/overview.png is not in a class folder; move it into one'):
         open_dataset(str(folder), 'train')
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'timm_tmblock'
+BUFFERED = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}
 PROGRAM = f'''
 import sys, time
 sys.path.insert(0, {str(PACKAGE)!r})  # the module alone, without torch
@@ -20,8 +21,7 @@ def run(body, cut=False, unbuffered=False):
     """Code, output and errors of a command line; its reader takes the first line and goes if `cut`."""
     process = subprocess.Popen(
         [sys.executable, *(['-u'] if unbuffered else []), '-c', f'{PROGRAM}    {body}'],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'})
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     output = process.stdout.readline() if cut else process.stdout.read()
     process.stdout.close()
     errors = process.stderr.read()
@@ -38,6 +38,14 @@ def test_file_that_nobody_may_use_is_one_sentence():
     assert run(f'open({name!r})') == (2, 'first\n', f'error: {name} cannot be used: File name too long.\n')
     code, output, errors = run('open("nothing")')  # which no message was written for
     assert code == 1 and 'Traceback' in errors
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
+def test_full_disk_is_one_sentence_where_the_output_is_written_last():
+    body = f'{PROGRAM.replace(", flush=True", "")}    print("last")'
+    with open('/dev/full', 'w') as full:
+        run = subprocess.run([sys.executable, '-c', body], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+    assert run.returncode == 2 and run.stderr == 'error: The output cannot be written: No space left on device.\n'
 
 
 @pytest.mark.parametrize('unbuffered', [False, True])

@@ -380,7 +380,7 @@ def test_pointer_of_git_lfs_is_named(tmp_path):
     (tmp_path / 'x.onnx').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3955164\n')
     for call in (lambda: runtime.load(tmp_path / 'x.onnx', 'cpu'), lambda: read_onnx(tmp_path / 'x.onnx', 25),
                  lambda: main(['check', str(tmp_path / 'x.onnx'), 'rn26_tm', *FEW])):
-        with pytest.raises(runtime.RuntimeInputError, match='x.onnx is a pointer of Git LFS, not the file itself'):
+        with pytest.raises(runtime.RuntimeInputError, match='x.onnx is a Git LFS pointer, not the file itself'):
             call()
 
 

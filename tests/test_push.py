@@ -158,7 +158,7 @@ def test_push_is_one_commit_with_a_tag_and_again_none(hub, folder):
     assert run(hub, folder, private=True, tag='v1')[0] == '' and count(hub) == 1
     (folder / 'config.json').write_text('{}\n')
     kind, text = run(hub, folder, private=True, tag='v1')
-    assert kind == 'InputError' and text == 'The tag v1 is there already, on another commit; choose another.'
+    assert kind == 'InputError' and text == 'The tag v1 already exists on another commit; choose another.'
     assert count(hub) == 1 and run(hub, folder, private=True, tag='v2')[0] == '' and is_complete(hub, folder, 'v2')
 
 
@@ -260,7 +260,7 @@ def test_new_repository_is_as_its_owner_has_them_by_default(hub, folder, visibil
 def test_private_push_never_goes_to_a_public_repository(hub, folder):
     hub.create('me/net')
     kind, text = run(hub, folder, private=True)
-    assert kind == 'InputError' and 'me/net is there and public' in text
+    assert kind == 'InputError' and 'me/net already exists and is public' in text
     assert not hub.has_been_sent() and count(hub) == 0
 
 
@@ -291,12 +291,12 @@ except InputError as e:
     (dict(repo='me/new', private=True, tag='v1'), {}, ''),  # yet to be created
     (dict(repo='me/net', tag='v2'), {}, ''),
     (dict(repo='me/net', tag='v1', revision='next'), {}, ''),  # so is the branch
-    (dict(repo='me/net', tag='v1'), {}, 'The tag v1 is there already, on another commit; choose another'),
-    (dict(repo='me/net', private=True), {}, 'me/net is there and public'),
+    (dict(repo='me/net', tag='v1'), {}, 'The tag v1 already exists on another commit; choose another'),
+    (dict(repo='me/net', private=True), {}, 'me/net already exists and is public'),
     (dict(repo='me/net'), READ, 'The token may only read'),
     (dict(repo='me/net', create_pr=True), GUEST, ''),
     (dict(repo='me/new', create_pr=True), GUEST, 'There is no repository me/new for a pull'),
-    (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE keeps the Hub from being asked; unset it'),
+    (dict(repo='me/net'), dict(HF_HUB_OFFLINE='1'), 'HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it'),
     (dict(repo='me/net'), dict(HF_ENDPOINT='{}/elsewhere'), 'There is no Hub at .*/elsewhere to sign in to'),
 ])
 def test_what_makes_a_push_impossible_is_found_before_the_work(lfs, folder, options, environ, message):

@@ -381,8 +381,8 @@ def test_differences_from_the_baselines():
     count = {6: 'six', 7: 'seven', 8: 'eight'}[len(last)]
     baselines = {4: 'four', 5: 'five', 6: 'six'}[len({row[2] for row in last.values()})]
     assert (
-        f'In {count} comparisons of a network with its baseline ({baselines} baselines, trained the same way, one run each), '
-        f'the difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
+        f'In {count} comparisons of a network with its baseline ({baselines} baselines, trained the same way, one run '
+        f'each), the difference is {ends[0]:.2f} to {ends[-1]:+.2f} points').replace('-', '−') in PLAIN
     (_, _, _, _, difference, *_), = taught
     assert f'is {difference.lstrip("+")} points below' in PLAIN
 

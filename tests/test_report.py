@@ -281,7 +281,7 @@ def make_geometry(output, shortcut=0.2, model='rn26_tm', mean=0.3):
 @pytest.mark.parametrize('output, verdict', [(0.6, HOLDS), (0.3, HOLDS), (0.22, UNDECIDED), (0.1, FAILS)])
 def test_neighbours_at_the_output_of_the_block(output, verdict):
     found = verdicts(geometry={'rn26_tm.a': make_geometry(output)})[CLUSTERED]
-    scope = '' if verdict == UNDECIDED else ' for one network'
+    scope = '' if verdict == UNDECIDED else ' (one network tested)'
     if output == 0.3:
         scope += ', but averaging over patches alone may do as much'
     assert found == (verdict + scope, (
@@ -302,7 +302,7 @@ def test_neighbours_at_the_output_of_the_block(output, verdict):
     lead = uncertain['leads']['rn26_tm: block output']['rn26: stage 3']
     lead['class_neighbour_rate_error'] = 0.5  # of the baseline alone
     assert verdicts(geometry={'rn26_tm.a': uncertain})[CLUSTERED][0] == (
-        f'{FAILS} for one network' if verdict == FAILS else UNDECIDED)
+        f'{FAILS} (one network tested)' if verdict == FAILS else UNDECIDED)
     of_files = make_geometry(output, model='a.best')  # spaces have the names of runs
     of_files['settings'].update(model='output/a/best.safetensors', baseline='output/b/last.safetensors')
     of_files['spaces'] = {name.replace('rn26:', 'b.last:'): x for name, x in of_files['spaces'].items()}
@@ -329,7 +329,7 @@ def test_value_vectors_cluster_what_is_not_clustered_without_them_nor_by_averagi
 
     geometry = make_geometry(0.6, shortcut, mean=mean)
     found = judge_beside(0.7)
-    assert found[0].removesuffix(' for one network') == verdict and (
+    assert found[0].removesuffix(' (one network tested)') == verdict and (
         f'90.0 ± 1.0 % in the mixture of value vectors alone, {100 * mean:.1f} ± 1.0 % in the mean' in found[1])
     for scores, said in ((0.81, 'may do as much'), (0.9, 'does more')):  # the scores that weight them
         more = f', but comparing class scores alone {said}' if verdict == HOLDS else ''
@@ -343,7 +343,7 @@ def test_value_embeddings_against_class_scores(values, verdict):
     spaces = {name: space(value, 'superclass_silhouette', 'superclass_neighbour_rate') for name, value in (
         ('value embeddings', values), ('class scores', 0.1))}
     claim, = (text for text in verdicts() if text.startswith('Value embeddings bring patches of like meaning together'))
-    verdict += '' if verdict == UNDECIDED else ' for one network'
+    verdict += '' if verdict == UNDECIDED else ' (one network tested)'
     mosaic = dict(settings={}, spaces=spaces, leads=compare_all(spaces), chance={'superclass': 0.47})
     assert verdicts(mosaic={'rn26_tm.a': mosaic})[claim] == (
         verdict, f'nearest neighbours of other classes that are of the superclass, by values: rn26_tm.a: '
@@ -362,7 +362,7 @@ def test_best_match_is_to_have_the_largest_weight_in_most_regions_of_each_networ
     runs = {tag: dict(model=tag.partition('.')[0]) for tag in (*mixing, 'a', 'b', 'dn100_tm_cat.a')}
     claim, = (text for text in verdicts() if text.startswith('The classes that match a patch most'))
     found = verdicts(mixing=mixing, runs=runs)[claim]
-    scope = {1: ' for one network', 2: ' for 2 networks', 3: ' for 3 networks'}
+    scope = {1: ' (one network tested)', 2: ' (2 networks tested)', 3: ' (3 networks tested)'}
     judged = verdict == HOLDS or verdict == FAILS and len(shares) == 1
     assert found[0] == (verdict + scope[len(shares)] if judged else verdict)
     assert f'{100 * shares[0]:.1f} ± 1.0 % (rn26_tm.0)' in found[1]
@@ -398,8 +398,9 @@ def test_exceptions_in_the_table_of_the_paper_are_told():
 
 @pytest.mark.parametrize('mu, eta, by_protocol, planned, expected', [
     (2.6, 30., False, 7, UNTESTED), (2.6, 18., False, 7, UNTESTED),
-    (2.6, 30., True, 9, 'does not hold for one network after 7 epochs'),
-    (2.6, 18., True, 7, 'holds for one network'), (2.6, 18., True, 9, 'holds for one network after 7 epochs'),
+    (2.6, 30., True, 9, 'does not hold (one network tested, after 7 epochs)'),
+    (2.6, 18., True, 7, 'holds (one network tested)'),
+    (2.6, 18., True, 9, 'holds (one network tested, after 7 epochs)'),
 ])
 def test_constants_of_one_network_are_of_that_alone(mu, eta, by_protocol, planned, expected):
     measured = dict(

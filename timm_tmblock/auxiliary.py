@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from timm.utils import unwrap_model
 
 from .layers import PatchClassifier
-from .models._base import TemplateMatchingNet
+from .models._base import TemplateMatchingNet, has_fused_norms
 
 
 class PatchSupervised(nn.Module):
@@ -36,7 +36,8 @@ class PatchSupervised(nn.Module):
             model: Network of this package without template matching.
 
         Raises:
-            ValueError: If the model has no place for the classifier, has patch logits of its own, or has no classes.
+            ValueError: If the model has no place for the classifier, has patch logits of its own, has no classes, or is
+                fused.
         """
         super().__init__()
         if not isinstance(model, TemplateMatchingNet) and isinstance(unwrap_model(model), TemplateMatchingNet):
@@ -49,6 +50,8 @@ class PatchSupervised(nn.Module):
             raise ValueError('This model has patch logits of its own; train it as it is.')
         if model.num_classes < 1:
             raise ValueError('This model has no classes to tell patches apart by; create it with num_classes.')
+        if has_fused_norms(name for name, _ in model.named_parameters()):
+            raise ValueError('This model is fused, which is for inference; wrap it before fuse().')
         parameter = next(model.parameters())
         self.aux = PatchClassifier(
             model.patch_channels, model.num_classes, model.patch_size, device=parameter.device, dtype=parameter.dtype)

@@ -139,7 +139,7 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
         with suppress(OSError), open(path, 'rb') as f:
             if f.read(23) == b'version https://git-lfs':
                 raise InputError(
-                    f'{path} is a pointer of Git LFS, not the file itself; install git-lfs and run git lfs '
+                    f'{path} is a Git LFS pointer, not the file itself; install git-lfs and run git lfs '
                     f'pull.') from e
         raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
 

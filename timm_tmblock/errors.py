@@ -5,8 +5,8 @@ import io
 import os
 import select
 import sys
-from contextlib import contextmanager, suppress
-from typing import Iterator, Tuple, Type
+from contextlib import contextmanager
+from typing import Iterator, Optional, Tuple, Type
 
 # of files that the user names: nobody may enter their folder, their name is too long, the disk is read-only
 _OF_FILES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS)
@@ -61,11 +61,19 @@ def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
         print(f'error: {e.filename or "A file"} cannot be used: {e.strerror}.', file=sys.stderr)
         sys.exit(2)
     finally:
-        with suppress(BrokenPipeError, AttributeError, ValueError):  # gone; none at all; closed
+        full: Optional[OSError] = None
+        try:
             sys.stdout.flush()
-        if _is_unread():  # Python would complain at exit of what it could not write
+        except (BrokenPipeError, AttributeError, ValueError):  # gone; none at all; closed
+            pass
+        except OSError as e:
+            full = e
+        if full or _is_unread():  # Python would complain at exit of what it could not write
             with open(os.devnull, 'wb') as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if full:
+            print(f'error: The output cannot be written: {full.strerror}.', file=sys.stderr)
+            sys.exit(2)
 
 
 def _is_unread() -> bool:

@@ -216,9 +216,8 @@ def judge_constants(evidence: Evidence) -> Judgement:
         return UNTESTED, [
             f"these are numbers of one network, and none was trained by the paper's recipe; one after "
             f'{measured["epochs"]} epochs of {measured["opt"].capitalize()} has {words}']
-    verdict = f'{HOLDS if all(near.values()) else FAILS} for one network'
-    if measured['epochs'] < measured['planned']:
-        verdict += f' after {measured["epochs"]} epochs'
+    early = f', after {measured["epochs"]} epochs' if measured['epochs'] < measured['planned'] else ''
+    verdict = f'{HOLDS if all(near.values()) else FAILS} (one network tested{early})'
     mu, eta = (sorted(measured[f'layer_{key}'].values()) for key in ('mu', 'eta'))
     return verdict, [
         f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
@@ -230,8 +229,8 @@ def judge_constants(evidence: Evidence) -> Judgement:
 def say_of(verdict: str, networks: int) -> str:
     """A verdict with the number of networks it rests on, each trained once."""
     if networks == 1 and verdict in (HOLDS, FAILS):
-        return f'{verdict} for one network'
-    return f'{verdict} for {networks} networks' if verdict == HOLDS else verdict
+        return f'{verdict} (one network tested)'
+    return f'{verdict} ({networks} networks tested)' if verdict == HOLDS else verdict
 
 
 def name_layers(analysis: Dict[str, Any]) -> Dict[str, str]:

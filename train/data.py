@@ -197,7 +197,7 @@ def _number_classes(source: Any, names: Optional[Sequence[str]] = None) -> None:
         key=lambda sample: (natural_key(sample[0]), sample[0]))
     loose = next((path for path, name in samples if not name), None)
     if loose is not None:
-        raise InputError(f'{loose} lies in no class folder; move it into one, or elsewhere.')
+        raise InputError(f'{loose} is not in a class folder; move it into one, or remove it.')
     if names is None:
         names = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
     source.class_to_idx = {name: index for index, name in enumerate(names)}

@@ -73,7 +73,7 @@ def create_schedule(
     first = STEP + (args.warmup_epochs if args.warmup_prefix else 0)
     if given is None and first * updates_per_epoch >= updates:
         raise InputError(
-            f'The schedule {args.sched!r} would first fall after {first:g} epochs, and the run has '
+            f'With --sched {args.sched} the rate would first drop after {first:g} epochs, but the run has '
             f'{updates / updates_per_epoch:g}; set --decay-{"epochs" if args.sched == "step" else "milestones"}, or '
             f'use --sched constant.')
     if updates < 1:

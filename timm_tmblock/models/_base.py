@@ -4,7 +4,7 @@ import logging
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -133,12 +133,15 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize all parameters and buffers, Kaiming normal (fan-out) for convolutions."""
+        """Initialize all parameters and buffers, Kaiming normal (fan-out) for convolutions without bias.
+
+        The matching convolution, which has one, keeps PyTorch's default, as the classifier does.
+        """
         for m in self.modules():
             reset_parameters = getattr(m, 'reset_parameters', None)
             if reset_parameters is not None:
                 reset_parameters()
-            if isinstance(m, nn.Conv2d) and m.bias is None:  # the one with bias is the classifier of the patches
+            if isinstance(m, nn.Conv2d) and m.bias is None:
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
     def extra_repr(self) -> str:
@@ -232,7 +235,7 @@ class TemplateMatchingNet(nn.Module):
                 f'the weights have {len(weight)} templates and the model has {self.tm.num_templates}; create it with '
                 f'num_templates={len(weight)}.')
         own = {f'{prefix}{name}' for name, _ in self.named_parameters()}
-        if any(re.search(r'layer\d\.blocks\.\d+\.conv\d\.bias$', name) and name not in own for name in state_dict):
+        if has_fused_norms(name for name in state_dict if name not in own):
             error_msgs.append('the weights are of a fused model; save them before fuse().')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -359,6 +362,11 @@ class TemplateMatchingNet(nn.Module):
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x
+
+
+def has_fused_norms(names: Iterable[str]) -> bool:
+    """Whether parameters of these names are there only after `fuse()`."""
+    return any(re.search(r'layer\d\.blocks\.\d+\.conv\d\.bias$', name) for name in names)
 
 
 def count_extra_halvings(img_size: Tuple[int, int]) -> int:
