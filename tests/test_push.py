@@ -236,7 +236,7 @@ def test_an_open_pull_request_goes_on(hub, folder):
     (READ, {}, 'The token may only read; use one with write access'),
     (READ, dict(create_pr=True), 'The token may only read; use one with write access'),
     (WRITE, dict(deadline=0.), '--deadline must be above 0 and at most .* seconds, not 0'),
-    (WRITE, dict(message=' '), '--message is empty'),
+    (WRITE, dict(message=' '), '--message must not be empty'),
     (WRITE, dict(repo='no'), "'no' is not a repository name: its owner comes first, USER/no"),
     (WRITE, dict(repo='a b/c'), "'a b/c' is not a repository name"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net for a pull request'),
