@@ -47,6 +47,7 @@ import codecs
 import colorsys
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib
@@ -1570,6 +1571,12 @@ def run_command_line() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f'error: The output cannot be written: {e.strerror}.', file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

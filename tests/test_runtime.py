@@ -584,6 +584,15 @@ def test_output_that_nobody_reads_is_no_error(folder, more, code, said):
         assert re.fullmatch(said, run.stderr.read()) and run.wait() == code
 
 
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
+def test_full_disk_under_the_output_is_one_sentence(folder):
+    command = [sys.executable, str(ROOT / 'export' / 'runtime.py'), 'run', str(folder / 'plain.onnx')]
+    with open('/dev/full', 'w') as full:
+        run = subprocess.run(
+            [*command, str(IMAGES / 'ship.png'), '--device', 'cpu'], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2 and run.stderr == 'error: The output cannot be written: No space left on device.\n'
+
+
 def test_file_loaded_before_a_fork_is_refused_after_it(folder, monkeypatch):
     runner = runtime.load(folder / 'plain.onnx', 'cpu')
     worker = os.getpid() + 1
