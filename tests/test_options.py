@@ -771,7 +771,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--color-jitter', '0.1', '0.1', '0.1', '0.6'], 'This augmentation of single images cannot be used: hue'),
     (['--val-split', '', '--val-fraction', '0.1'], '--val-split says which images validate; leave out --val-fraction'),
     (['--sched', 'step', '--epochs', '90', '--warmup-epochs', '5', '--warmup-prefix'],
-     'first fall after 95 epochs, and the run has 95'),
+     'first drop after 95 epochs, but the run has 95'),
     (['--train-crop-mode', 'rkrr'], '--train-crop-mode only applies to images that are randomly resized'),
     (['--train-interpolation', 'random'], '--train-interpolation only applies to images that are randomly resized'),
     (['--sched', 'rsqrt'], "'rsqrt' takes its timescale from the warmup; set --warmup-epochs"),
