@@ -22,8 +22,7 @@ from .image import list_images
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m timm_tmblock', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    command = commands.add_parser('explain', help=(
-        'classify images and show which class each region matched'))
+    command = commands.add_parser('explain', help='classify images and show which class each region matched')
     command.add_argument('model', help=(
         "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or an .onnx or .safetensors file"))
     command.add_argument('images', nargs='+', metavar='IMAGE', help='files and folders')
