@@ -16,11 +16,19 @@ from timm_tmblock.models import tm_densenet
 from timm_tmblock.models.tm_densenet import DenseLayer, DenseStage
 
 
+class PlainStage(nn.ModuleList):
+    def forward(self, x):
+        for layer in self:
+            new = layer.conv2(layer.norm2(layer.conv1(layer.norm1(x))))
+            x = torch.cat([x, new], dim=1)
+        return x
+
+
 def make_stages(dtype=torch.float64, depth=4):
     """A stage and the plain layers of the same weights, in training."""
     torch.manual_seed(0)
     stage = make_trained_like(DenseStage(10, 8, 6, depth)).to(dtype).train()
-    return stage, copy.deepcopy(stage.blocks)
+    return stage, PlainStage(copy.deepcopy(stage.blocks))
 
 
 def run(module, x, grad=None):
@@ -184,7 +192,6 @@ def test_buffer_lives_no_longer_than_it_is_needed(backward, monkeypatch):
     lambda stage: stage.blocks[1].conv1.register_forward_pre_hook(lambda *args: None),
     lambda stage: stage.blocks[1].conv1.register_full_backward_hook(lambda *args: None),
     lambda stage: stage.blocks[1].conv1.register_full_backward_pre_hook(lambda *args: None),
-    lambda stage: stage.blocks.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks[1].conv2.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks[1].norm2.act.register_forward_hook(lambda *args: None),
     lambda stage: stage.blocks.__setitem__(1, checkpoint_wrapper(stage.blocks[1])),

@@ -19,9 +19,9 @@ _PRIVATE = (
     (torch.nn.modules.module, '_has_any_global_hook'))
 
 
-def can_share_features(layers: Any, x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
+def can_share_features(layers: Iterable[Any], x: torch.Tensor, layer_type: Type[nn.Module]) -> bool:
     """Whether `forward_shared` may stand in for the layers: those of `layer_type` in training, called as they are."""
-    if not _is_plain_call(x) or _is_intercepted(layers):
+    if not _is_plain_call(x):
         return False
     layers = list(layers)
     if not layers or any(type(layer) is not layer_type for layer in layers):

@@ -4,7 +4,7 @@ Papers:
     * `Feature Embedding by Template Matching as a ResNet Block` - https://arxiv.org/abs/2210.00992
     * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 
-The networks have four stages; template matching sits between the last two and takes the raw output of stage 3.
+The networks have four stages; template matching sits between the last two and takes features without a norm.
 """
 from typing import TYPE_CHECKING, Optional, Tuple, Type, Union
 
@@ -28,7 +28,7 @@ __all__ = ['DenseNetSmall']  # model_registry will add each entrypoint fn to thi
 
 
 class DenseLayer(nn.Module):
-    """Norm-act-conv 1x1, norm-act-conv 3x3; the result is concatenated to the input."""
+    """The features a layer adds, norm-act-conv 1x1 and norm-act-conv 3x3: (B, C, H, W) -> (B, growth_rate, H, W)."""
 
     def __init__(
             self,
@@ -43,7 +43,7 @@ class DenseLayer(nn.Module):
         Args:
             in_chs: Input channels.
             mid_chs: Channels between the convolutions.
-            growth_rate: Channels added to the input.
+            growth_rate: Output channels.
             norm_act_layer: Norm + activation layer.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -54,28 +54,14 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(mid_chs, growth_rate, 3, padding=1, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv1(self.norm1(x))
-        y = self.conv2(self.norm2(y))
-        return torch.cat([x, y], dim=1)
+        x = self.conv1(self.norm1(x))
+        x = self.conv2(self.norm2(x))
+        return x
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold the norm that follows a convolution into it, for inference."""
         self.conv1, self.norm2 = fuse_conv_norm(self.conv1, self.norm2)
-
-
-def checkpoint_layers(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """The layers' result, of which only what each adds is kept: (B, C, H, W) -> (B, C + depth * growth_rate, H, W).
-
-    Concatenations are made again in the backward, as in timm's DenseNet; checkpoint_seq would keep all of them.
-    """
-    features = [x]
-    for layer in layers:
-        def add(*before: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
-            y = torch.cat(before, dim=1)
-            return layer(y)[:, y.shape[1]:].clone()  # a view would keep the whole
-        features.append(checkpoint(add, *features))
-    return torch.cat(features, dim=1)
 
 
 class DenseStage(nn.Module):
@@ -101,13 +87,14 @@ class DenseStage(nn.Module):
             memory_efficient: Train over a shared buffer of features, which takes less memory and allows no second
                 derivatives; on a CPU alone if None, as it takes less time there and more on a GPU. Only where the
                 layers are plain BN-ReLU-convolutions in eager training, not compiled, checkpointed, with hooks, or
-                sharded one by one.
+                sharded one by one. Nothing is computed twice, unlike with `memory_efficient` of timm's DenseNet, which
+                here is `set_grad_checkpointing`.
             norm_act_layer: Norm + activation layer.
         """
         super().__init__()
         self.grad_checkpointing = False
         self.memory_efficient = memory_efficient
-        self.blocks = nn.Sequential(*[
+        self.blocks = nn.ModuleList([
             DenseLayer(
                 in_chs + i * growth_rate,
                 mid_chs,
@@ -122,13 +109,24 @@ class DenseStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self.grad_checkpointing:
-                return checkpoint_layers(self.blocks, x)
+                return self._forward_checkpointed(x)
             # under torch.fx `x` is a Proxy without a device; the last check is the long one
             if type(x) is torch.Tensor and (
                     x.device.type == 'cpu' if self.memory_efficient is None else self.memory_efficient
             ) and can_share_features(self.blocks, x, DenseLayer):
                 return forward_shared(self.blocks, x)
-        return self.blocks(x)
+        for layer in self.blocks:
+            x = torch.cat([x, layer(x)], dim=1)
+        return x
+
+    def _forward_checkpointed(self, x: torch.Tensor) -> torch.Tensor:
+        # concatenations are made again in the backward, as in timm's DenseNet; checkpoint_seq would keep all of them
+        features = [x]
+        for layer in self.blocks:
+            def add(*features: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+                return layer(torch.cat(features, dim=1))
+            features.append(checkpoint(add, *features))
+        return torch.cat(features, dim=1)
 
 
 class DenseTransition(nn.Module):
@@ -263,7 +261,7 @@ class DenseNetSmall(TemplateMatchingNet):
         return 4 if count_extra_halvings(img_size) else 3
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(x)
+        x = self.conv1(x)  # (B, 24, H, W); shapes are those at img_size 32
         x = self.transition1(self.layer1(x))  # (B, 108, H/2, W/2)
         x = self.transition2(self.layer2(x))  # (B, 150, H/4, W/4)
         return self.pool3(self.layer3(x))  # (B, D, H/4, W/4), f of section 3.3
