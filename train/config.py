@@ -60,9 +60,11 @@ def number(
         low: float,
         high: float = math.inf,
         above: bool = False,
+        below: bool = False,
         endless: bool = False,
 ) -> Callable[[str], Any]:
-    """The type of a flag that is an int or a float from `low` to `high`, or `above` low; infinity if `endless`."""
+    """The type of a flag: an int or a float from `low` to `high`, or `above` low, `below` high; infinity if `endless`.
+    """
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -70,10 +72,12 @@ def number(
             value = math.nan
         if value != value or value in (math.inf, -math.inf) and not endless:
             raise argparse.ArgumentTypeError(f'must be a {"whole " if kind is int else ""}number, not {text!r}')
-        if not (low < value <= high if above else low <= value <= high):
-            bound = f'above {low:g}' if above else f'at least {low:g}' if high == math.inf else f'from {low} to {high}'
-            if above and high < math.inf:
-                bound += f' and at most {high:g}'
+        if not low <= value <= high or above and value == low or below and value == high:
+            bound = f'from {low} to {high}'
+            if above or below or high == math.inf:
+                bound = f'{"above" if above else "at least"} {low:g}'
+                if high < math.inf:
+                    bound += f' and {"below" if below else "at most"} {high:g}'
             raise argparse.ArgumentTypeError(f'must be {bound}, not {text}')
         return value
 
@@ -109,7 +113,6 @@ def create_parser() -> Parser:
         prog='train.py',
         description='Train an image classifier registered with timm on small images.',
         usage='%(prog)s [-c RECIPE] [--flag value ...]',
-        allow_abbrev=False,
     )
     boolean = argparse.BooleanOptionalAction
     parser.add_argument('-c', '--config', metavar='FILE', help=(
@@ -124,7 +127,7 @@ def create_parser() -> Parser:
     group.add_argument('--train-split', default='train', help='training split')
     group.add_argument('--val-split', help=(
         "validation split, which selects the best weights (default: a part of the training split; '': none)"))
-    group.add_argument('--val-fraction', type=finite, help=(
+    group.add_argument('--val-fraction', type=number(float, 0, 1, below=True), help=(
         'fraction of the training split held out for validation (default: 0.1, but 0 if --eval-only evaluates weights '
         'that may have been trained on it); 0: train on everything and keep the last weights'))
     group.add_argument('--test-split', help='test split, evaluated once, at the end, with the selected weights')

@@ -181,8 +181,6 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
     # of weights that may have seen all of them, nothing is measured unless it is asked for
     begun = args.eval_only and (args.pretrained or args.initial_checkpoint) and not args.resume
     fraction = 0. if begun and args.val_fraction is None else count_held_out(vars(args))
-    if not 0. <= fraction < 1.:
-        raise InputError(f'--val-fraction must be at least 0 and less than 1, not {fraction}.')
     if not fits['train'] and (fraction or args.pool):
         raise InputError(
             f'The {"pooled" if args.pool else "training"} images take more than --memory-limit {args.memory_limit:g} '
