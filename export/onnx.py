@@ -15,7 +15,7 @@ from export.metadata import describe_model, replace_with_sidecar, to_properties
 from export.network import ExportedNetwork, fold, forward_scores
 from export.runtime import RuntimeInputError, import_onnxruntime
 from timm_tmblock import __version__
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import check_writable, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import has_class_activation
 
@@ -109,8 +109,7 @@ def export_onnx(model: Any, path: Path, options: OnnxOptions, images: Images) ->
         raise InputError(f'{path} is a folder; name the file to write.')
     if path.suffix != '.onnx':
         raise InputError(f'{path} must end in .onnx.')
-    with writing(path, unique=True) as tmp:
-        tmp.touch()  # before the work, should the folder not be writable
+    check_writable(path)
     proto, metadata = create_onnx(model, options, images)
     metadata['parity'], failure = compare(create_run(proto, options), model, options, images)
     if failure is not None:

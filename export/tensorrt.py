@@ -41,7 +41,7 @@ from export.runtime import (
     start_tensorrt,
     tell_platform,
 )
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import check_writable, writing
 from timm_tmblock.errors import InputError
 
 # that TensorRT's parser reads, by its documentation; newer ones it takes for what it knows, without a word
@@ -131,8 +131,7 @@ def build_engine(
     trt = check_before_export(path, options, layers)
     gpu = query_gpu()
     model, metadata = read_onnx(onnx_path, find_last_opset(trt))
-    with writing(path, unique=True) as tmp:
-        tmp.touch()  # before the work, should the folder not be writable
+    check_writable(path)
     if options.size:
         check_size(options.size, metadata['preprocessing']['input_size'])
     try:

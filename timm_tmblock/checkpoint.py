@@ -51,6 +51,16 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
         remove(tmp)
 
 
+def check_writable(path: Path) -> None:
+    """Tell before long work that its result could not be written.
+
+    Raises:
+        InputError: If the folder of `path` is not writable, or cannot be made.
+    """
+    with writing(path, unique=True) as tmp:
+        tmp.touch()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all.
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import writing
+from timm_tmblock.checkpoint import check_writable
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from train.augment import DataConfig
 from train.config import Parser, gigabytes, import_modules, not_negative, positive
@@ -189,8 +189,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     with naming_failures(f'try a --batch-size below {args.batch_size}'):
         loader = create_loader(args, runner)
         if args.output:
-            with writing(Path(f'{args.output}.json')) as tmp:
-                tmp.touch()  # what cannot be written is told before the work
+            check_writable(Path(f'{args.output}.json'))
         values = measure(runner, loader, args.tta == 'flip', args.bins)
     reliability, confusion, answers = (values.pop(key) for key in ('reliability', 'confusion', 'answers'))
     result = dict(

@@ -17,7 +17,7 @@ except ImportError:  # Windows
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_tmblock.checkpoint import remove, save_weights, writing
+from timm_tmblock.checkpoint import check_writable, remove, save_weights, writing
 from timm_tmblock.errors import InputError
 from train.checkpoint import TrainState, find_checkpoints
 from train.config import SETTINGS
@@ -71,8 +71,7 @@ def holding(folder: Path) -> Iterator[None]:
     Raises:
         InputError: If a run is in it, or nothing can be written there.
     """
-    with writing(folder / SETTINGS, unique=True) as tmp:
-        tmp.touch()  # or a tracker would be blamed
+    check_writable(folder / SETTINGS)  # or a tracker would be blamed
     if fcntl is None or not folder.is_dir():
         yield
         return

@@ -22,6 +22,7 @@ import torch
 
 from export.load import load
 from timm_tmblock.analysis import measure_maximizer
+from timm_tmblock.checkpoint import check_writable
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
 from timm_tmblock.models._labels import list_class_names
@@ -308,6 +309,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
+    if args.output:
+        check_writable(Path(f'{args.output}.json'))
     fill = getattr(args, 'fill', 'mean')
     name = args.command if fill == 'mean' else f'{args.command}_{fill}'
     args.output = args.output or f'output/analysis/{name_network(args.model)}.{name}'
