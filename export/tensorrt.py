@@ -306,8 +306,39 @@ def _build(
         gpu: Optional[Dict[str, Any]],
         describe_layers: bool,
 ) -> Tuple[bytes, List[List[List[int]]], str]:
+    """The engine, the shapes of its profiles and, if asked for, the description of its layers as JSON."""
     logger = get_logger(trt)
     builder = start_tensorrt(trt.Builder, trt, logger)
+    network = _parse(trt, builder, model, logger)
+    config = _create_config(trt, builder, options, describe_layers)
+    tensor = next((t for t in map(network.get_input, range(network.num_inputs)) if t.name == input_name), None)
+    if tensor is None:
+        raise ParseError(f'The file has no input {input_name!r}, which its metadata name; export it again.')
+    shapes = profile_shapes(tensor, options)
+    for low, opt, high in shapes:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(input_name, low, opt, high)
+        if config.add_optimization_profile(profile) < 0:  # says nothing of its own
+            raise ProfileError(f'{trt.__name__} does not take inputs of {low} to {high}; {logger.last}.')
+    cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
+    if cache_path:
+        _use_timing_cache(config, cache_path)
+    monitor = _create_monitor(trt)
+    config.progress_monitor = monitor
+    with _noting_interrupts(monitor):
+        plan = builder.build_serialized_network(network, config)
+        monitor.close()
+    if plan is None:
+        raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
+    if cache_path:
+        _write_timing_cache(config, cache_path)
+    data = bytes(plan)
+    layers = _describe_layers(trt, data, options, logger) if describe_layers else ''
+    return data, [[list(s) for s in shape] for shape in shapes], layers
+
+
+def _parse(trt: Any, builder: Any, model: bytes, logger: Any) -> Any:
+    """The network of an ONNX file."""
     # its value differs between 10 and 11, where typing is strong anyway
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -319,7 +350,10 @@ def _build(
             f'{trt.__name__} {trt.__version__} does not take node {error.node_name()!r}, operator '
             f'{error.node_operator()}: {shorten_message(error.desc())}; export the file again, or leave that operator '
             f'out.')
+    return network
 
+
+def _create_config(trt: Any, builder: Any, options: EngineOptions, describe_layers: bool) -> Any:
     config = builder.create_builder_config()
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
@@ -333,43 +367,17 @@ def _build(
     hardware = HARDWARE[options.hardware_compatibility]
     if hardware:
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, hardware)
+    return config
 
-    tensor = next((t for t in map(network.get_input, range(network.num_inputs)) if t.name == input_name), None)
-    if tensor is None:
-        raise ParseError(f'The file has no input {input_name!r}, which its metadata name; export it again.')
-    shapes = profile_shapes(tensor, options)
-    for low, opt, high in shapes:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(input_name, low, opt, high)
-        if config.add_optimization_profile(profile) < 0:  # says nothing of its own
-            raise ProfileError(f'{trt.__name__} does not take inputs of {low} to {high}; {logger.last}.')
 
-    cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
-    for content in (_read_timing_cache(cache_path), b'') if cache_path else ():
-        cache = config.create_timing_cache(content)  # None where it is damaged
-        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):  # False of another driver's
-            break
-    monitor = _create_monitor(trt)
-    config.progress_monitor = monitor
-    with _noting_interrupts(monitor):
-        plan = builder.build_serialized_network(network, config)
-        monitor.close()
-    if plan is None:
-        raise InputError(f'{trt.__name__} {trt.__version__} cannot build the engine: {logger.last}.')
-    timed = config.get_timing_cache() if cache_path else None
-    if cache_path and timed is not None:
-        _write_timing_cache(cache_path, bytes(timed.serialize()))
-    data = bytes(plan)
-    layers = ''
-    if describe_layers:
-        runtime = start_tensorrt(trt.Runtime, trt, logger)
-        if options.version_compatible:
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            raise InputError(f'{trt.__name__} cannot load the engine here: {logger.last}; leave out --layers.')
-        layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return data, [[list(s) for s in shape] for shape in shapes], layers
+def _describe_layers(trt: Any, plan: bytes, options: EngineOptions, logger: Any) -> str:
+    runtime = start_tensorrt(trt.Runtime, trt, logger)
+    if options.version_compatible:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise InputError(f'{trt.__name__} cannot load the engine here: {logger.last}; leave out --layers.')
+    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
 
 
 def profile_shapes(tensor: Any, options: EngineOptions) -> List[List[Tuple[int, ...]]]:
@@ -407,16 +415,23 @@ def _timing_cache_path(trt: Any, gpu: Optional[Dict[str, Any]]) -> Optional[Path
 
 # a cache saves time and nothing else: what goes wrong with it must not lose an engine
 
-def _read_timing_cache(path: Path) -> bytes:
+def _use_timing_cache(config: Any, path: Path) -> None:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError:
-        return b''
+        content = b''
+    for data in (content, b''):
+        cache = config.create_timing_cache(data)  # None where it is damaged
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):  # False of another driver's
+            break
 
 
-def _write_timing_cache(path: Path, data: bytes) -> None:
+def _write_timing_cache(config: Any, path: Path) -> None:
+    timed = config.get_timing_cache()
+    if timed is None:
+        return
     with contextlib.suppress(OSError, InputError), writing(path, unique=True) as tmp:
-        tmp.write_bytes(data)
+        tmp.write_bytes(bytes(timed.serialize()))
         os.replace(tmp, path)
 
 
