@@ -139,7 +139,8 @@ def add_tensorrt(commands: argparse._SubParsersAction) -> None:
 
 
 def run_tensorrt(args: argparse.Namespace) -> None:
-    from export.tensorrt import EngineOptions, build_engine, check_before_export, parse_ranges
+    from export.onnx import BF16_OPSET
+    from export.tensorrt import EngineOptions, build_engine, check_before_export, find_last_opset, parse_ranges
     from timm_tmblock.errors import InputError
     options = EngineOptions(
         backend=args.backend,
@@ -164,8 +165,12 @@ def run_tensorrt(args: argparse.Namespace) -> None:
             raise InputError('An engine with --dynamic-size needs a range of sizes: --size MIN OPT MAX.')
         if args.size and not args.dynamic_size:
             raise InputError('--size is for dynamic height and width; add --dynamic-size.')
-        check_before_export(args.output, options, args.layers)
+        trt = check_before_export(args.output, options, args.layers)
         args.precision = args.precision or 'fp16'
+        if args.precision == 'bf16' and find_last_opset(trt) < BF16_OPSET:
+            raise InputError(
+                f'bf16 needs opset {BF16_OPSET}, which TensorRT {trt.__version__} does not read; use fp16, or install '
+                f'10.13 or later.')
         source = args.output.with_name(f'{args.output.name}.onnx')
         target = 'tensorrt' if args.precision == 'int8' else 'cpu'
         run_onnx(argparse.Namespace(**{**vars(args), 'output': source, 'target': target, 'opset': None}))
@@ -343,10 +348,9 @@ def _push(args: argparse.Namespace) -> None:
 
     from export.images import load_images
     from export.load import load
-    from export.metadata import hash_weights
-    from export.publish import create_files, find_license, read_card
+    from export.publish import create_files, read_card, settle_license
     from export.push import Published, PushError, PushOptions, check_access, list_files, push, read_published
-    from hub_cards.card import find_card, read_front_matter
+    from hub_cards.card import read_front_matter
     from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
@@ -362,8 +366,7 @@ def _push(args: argparse.Namespace) -> None:
     keep_card = args.keep_card and published.card is not None
     model = load(args.model, args.checkpoint)
     config: Any = model.pretrained_cfg
-    if find_card(hash_weights(model)) is None:  # what timm wrote into the configuration is the package's
-        config['license'] = find_license(args.model)
+    settle_license(model, args.model)
     if args.license:
         if config.get('license') not in (None, args.license):
             raise InputError(

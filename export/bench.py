@@ -164,7 +164,8 @@ def describe_machine(on_gpu: bool = False) -> Dict[str, Any]:
 
     from train.hardware import describe_hardware, find_commit
     versions = {'python': platform.python_version()}
-    for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'tensorrt', 'tensorrt-rtx', 'numpy'):
+    tensorrt = ('tensorrt', 'tensorrt-cu12', 'tensorrt-cu13', 'tensorrt-rtx')
+    for name in ('torch', 'timm', 'onnx', 'onnxruntime', 'onnxruntime-gpu', *tensorrt, 'numpy'):
         try:
             versions[name] = md.version(name)
         except md.PackageNotFoundError:

@@ -33,6 +33,7 @@ from export.parity import ANY_BATCH, ParityError, Run, check, check_batch, choos
 from export.quantize import METHOD, quantize
 
 OPSETS = (18, 25)
+BF16_OPSET = 22  # the first with convolutions in bf16
 DEFAULT_OPSET = 18  # ONNX Runtime quantizes and runs on CUDA best what is no newer
 _TORCH_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -47,11 +48,11 @@ class OnnxOptions:
     softmax: bool = False  # probabilities instead of scores
     preprocessing: Optional[str] = None  # 'NHWC' or 'NCHW': take uint8 pixels so laid out, normalise inside
     dynamic_size: bool = False  # height and width may vary too
-    opset: Optional[int] = None  # 18 if None, 22 for bf16
+    opset: Optional[int] = None  # DEFAULT_OPSET if None, for bf16 BF16_OPSET
 
     @property
     def resolved_opset(self) -> int:
-        default = 22 if self.precision == 'bf16' else DEFAULT_OPSET
+        default = BF16_OPSET if self.precision == 'bf16' else DEFAULT_OPSET
         return default if self.opset is None else self.opset
 
     @property
@@ -78,8 +79,8 @@ class OnnxOptions:
         if not OPSETS[0] <= self.resolved_opset <= OPSETS[1]:
             raise InputError(
                 f'--opset must be {OPSETS[0]} to {OPSETS[1]}: torch.onnx writes no older, TensorRT reads no newer.')
-        if self.precision == 'bf16' and self.resolved_opset < 22:
-            raise InputError('ONNX has convolutions in bf16 from opset 22 on; leave out --opset.')
+        if self.precision == 'bf16' and self.resolved_opset < BF16_OPSET:
+            raise InputError(f'ONNX has convolutions in bf16 from opset {BF16_OPSET} on; leave out --opset.')
         if self.precision == 'int8' and self.resolved_opset > 20:
             raise InputError('ONNX Runtime quantizes opsets up to 20; leave out --opset.')
 

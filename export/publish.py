@@ -14,7 +14,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 
 from export.images import Images
-from export.metadata import describe_model, find_difference, load_metadata, sidecar, write_sidecar
+from export.metadata import describe_model, find_difference, hash_weights, load_metadata, sidecar, write_sidecar
 from export.network import check_deterministic
 from export.onnx import OnnxOptions, export_onnx
 from export.parity import ParityError
@@ -52,6 +52,12 @@ def find_license(model: str) -> Optional[str]:
         return read_front_matter(Path(path).read_text(encoding='utf-8-sig')).get('license')
     except (OSError, ValueError, HfHubHTTPError):  # there is no card
         return None
+
+
+def settle_license(model: Any, source: str) -> None:
+    """Let the configuration name the license of the weights, where timm wrote that of the package into it."""
+    if find_card(hash_weights(model)) is None:
+        model.pretrained_cfg['license'] = find_license(source)
 
 
 def read_card(path: Path) -> str:
@@ -107,11 +113,18 @@ def create_files(
             does not load back, or the Hub would refuse the card.
         ParityError: If an ONNX file does not give what PyTorch gives.
     """
-    shown = _find_pictures(card, read_card(card)) if card else []
+    card_text = read_card(card) if card else None
+    shown = _find_pictures(card, card_text) if card and card_text else []
     check_deterministic(model)
+    save_model(model, folder)
+    if card_text is None and published and published.weights == hash_file(str(folder / WEIGHTS)):
+        card_text = published.card  # an earlier push may have been told the license
+    license = read_front_matter(card_text or '').get('license')
+    if model.pretrained_cfg.get('license') is None and isinstance(license, str):
+        model.pretrained_cfg['license'] = license
+        save_model(model, folder)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     ours = dict(add_engine(folder, path, described) for path in engines)  # which may refuse one, before the work
-    save_model(model, folder)
     check_loads_back(model, folder, described['preprocessing']['input_size'])
     patches = getattr(model, 'has_template_matching', False)
     (folder / 'onnx').mkdir()

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / 'hub_cards' / 'space'
 EXAMPLES = ROOT / 'train' / 'sample' / 'images'
 MODELS = ('rn26_tm', 'rn26_tm.cifar100', 'rn26')
+LICENSE = 'apache-2.0'  # of the app and the shipped weights
 
 
 def build(
@@ -63,6 +64,10 @@ def build(
         remove(tmp)  # of a run that was killed
         shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
         tmp.chmod(0o755)  # a checkout may be read-only
+        if any(model.pretrained_cfg.get('license') != LICENSE for _, model in models):  # of others' weights, which say
+            page = (APP / 'README.md').read_text(encoding='utf-8')
+            remove(tmp / 'README.md')
+            (tmp / 'README.md').write_text(page.replace(f'license: {LICENSE}\n', ''), encoding='utf-8', newline='\n')
         shutil.copyfile(ROOT / 'export' / 'runtime.py', tmp / 'runtime.py')
         (tmp / 'examples').mkdir()
         for path in pictures:
@@ -98,6 +103,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """
     from export.images import add_image_options
     from export.load import load
+    from export.publish import settle_license
     parser = Parser(
         prog='python -m hub_cards.build_space', description='Put together the folder of a Space that shows models.')
     parser.add_argument(
@@ -113,6 +119,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     args.examples = _list_examples(args.examples)
     models = [(Path(name.split(':')[-1]).name.removesuffix('.safetensors'), load(name)) for name in args.models]
+    for name, (_, model) in zip(args.models, models):
+        settle_license(model, name)
     for path in build(args.output, models, args, args.method, args.examples):
         print(f'{path.stat().st_size:>10,} {path}')
     # the models and examples of an earlier one, and what Python writes where it was tried

@@ -155,7 +155,7 @@ def render_plain(
         library_name='timm',
         pipeline_tag='image-classification',
         base_model=base,
-        license=first['license'] or theirs.get('license'),
+        license=first['license'],
         tags=choose_tags(len(first['outputs']) > 1, bool(engines)),
         **measured,
     )

@@ -383,6 +383,10 @@ def test_templates_outlive_another_classifier_and_a_rebuild_without_weights(num_
     ('rn26', dict(num_classes=10), False),
     ('rn26_tm', dict(num_classes=10, pretrained=True), True),
     ('rn26_tm.cifar10', dict(num_classes=10), True),
+    ('rn26_tm', dict(num_classes=5, pretrained=True), False),
+    ('rn26_tm.cifar10', dict(num_classes=5), False),
+    ('rn26_tm', dict(resolve_model_input_args(
+        'rn26_tm', num_classes=10, pretrained_cfg_overlay=dict(file=SHIPPED, num_classes=-1)), pretrained=True), False),
     ('rn26_tm', dict(num_classes=10, pretrained_cfg_overlay=dict(label_names=['a'] * 10)), True),
     ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED)), False),  # any file of 10 classes
     ('rn26_tm', dict(pretrained=True, pretrained_cfg_overlay=dict(file=SHIPPED, label_names=['a'] * 10)), True),

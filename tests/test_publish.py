@@ -16,11 +16,13 @@ from export import parity
 from export.load import load
 from export.onnx import OnnxOptions, export_onnx
 from export.publish import _is_engine_of, add_engine, create_files
+from export.push import Published
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
 from train import train
 from train.config import parse_args
+from train.files import hash_file
 from train.publish import publish
 
 real = pytest.mark.skipif(
@@ -186,6 +188,27 @@ def test_weights_of_ones_own_have_the_license_one_gives_them(tmp_path, capsys, f
     out = capsys.readouterr().out
     assert 'onnx/model.onnx.json' in out and 'hf-hub:me/net' in out
     assert yaml.safe_load(out.partition('---\n')[2].partition('---\n')[0]).get('license') == expected
+
+
+def test_next_push_of_the_same_weights_keeps_the_license_in_every_file(images, tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    network = timm.create_model('rn26_tm', num_classes=2)
+    save_weights(path, network.state_dict(), dict(model='rn26_tm', num_classes=2, label_names=['ant', 'bee']))
+    card = '---\nlicense: mit\n---\n# A model\n'
+    folder, found = tmp_path / 'first', []
+    for published in (Published(), Published(card=card), Published(card=card, weights='of others')):
+        if published.card and not published.weights:
+            published = Published(card=card, weights=hash_file(str(folder / 'model.safetensors')))
+        folder = tmp_path / f'push{len(found)}'
+        folder.mkdir()
+        model = load(str(path))
+        create_files(folder, model, 'me/net', [], [], images(model, 8, 8), published=published)
+        card_data = yaml.safe_load((folder / 'README.md').read_text().split('---\n')[1])
+        told = json.loads((folder / 'onnx' / 'model.onnx.json').read_text())['license']
+        saved = json.loads((folder / 'config.json').read_text())['pretrained_cfg'].get('license')
+        assert card_data.get('license') == told == saved
+        found.append(told)
+    assert found == [None, 'mit', None]
 
 
 def test_weights_trained_from_others_may_have_another_license(tmp_path, capsys):

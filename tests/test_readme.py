@@ -54,7 +54,8 @@ def test_table_of_exports():
     assert f'top-1 (PyTorch {parity["top1"]["pytorch"]:.2f} %)' in EXPORT
     cells = {row[0]: [cell.strip() for cell in row[2].split('|')] for row in rows}
     assert (
-        f'{cells["fp16"][1]} in fp16 and {cells["int8"][1]} in int8 ({cells["int8"][0]} MB, {cells["int8"][2]} top-1)'
+        f'{cells["fp16"][1]} in fp16 (emulated on a CPU) and {cells["int8"][1]} in int8 ({cells["int8"][0]} MB, '
+        f'{cells["int8"][2]} top-1)'
     ) in PLAIN
 
 
@@ -516,3 +517,23 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists() and (not anchor or anchor in find_anchors(target.read_text())), link
     assert links
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_no_list_item_stands_within_a_paragraph(page):
+    found = re.findall(r'\S - (?:\*\*|`--)[^\n]*', (ROOT / page).read_text())
+    assert not found, found
+
+
+def test_accuracies_told_beside_recipes_and_cards_are_measured():
+    """Of the run itself and of others that a header or a note compares it with."""
+    results = ROOT / 'train' / 'results'
+    measured = {f'{read(path)["top1"]:.2f}' for path in results.glob('*/evaluation.json')}
+    runs = map(read, results.glob('*/result.json'))
+    known = measured | {f'{run["test"]["top1"]:.2f}' for run in runs if run.get('test')}
+    recipes = [p for p in (ROOT / 'train' / 'recipes').glob('*/*.yaml') if p.parent.name not in ('paper', 'strong')]
+    for path in (*recipes, *(ROOT / 'hub_cards' / 'models').glob('*.yaml')):
+        text = ' '.join(path.read_text().split())
+        told = {n for pair in re.findall(r'\b(\d\d\.\d\d)(?: and (\d\d\.\d\d))? %', text) for n in pair if n}
+        in_bfloat16 = set(re.findall(r'\b(\d\d\.\d\d) % in bfloat16', text))
+        assert told - in_bfloat16 <= measured and in_bfloat16 <= known, path

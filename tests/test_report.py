@@ -409,7 +409,7 @@ def test_constants_of_one_network_are_of_that_alone(mu, eta, by_protocol, planne
     verdict, evidence = verdicts(maximizer=measured)['A trained RN20 has μ = 2.5 and η = 17 (here: within 25 %)']
     assert verdict == expected
     assert ('after 7 epochs by the protocol' if by_protocol else 'one after 7 epochs of Adam has') in evidence
-    assert not by_protocol or ', on 1,234 images, some of which it was trained on, has μ' in evidence
+    assert not by_protocol or ', on 1,234 images, most of which it was trained on, has μ' in evidence
     assert not by_protocol or evidence.endswith(
         'in its layers μ is -0.91 to 3.00 and η 8.0 to 9.4; in the last epoch 88.9 % of its training images were right')
     near = '' if eta == 18. else 'not '

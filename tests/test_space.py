@@ -20,6 +20,7 @@ from PIL import Image
 from export.images import add_image_options
 from export.runtime import load
 from hub_cards.build_space import build, main
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -338,6 +339,16 @@ def test_examples_may_be_ones_own(tmp_path):
         with pytest.raises(InputError, match=message):
             main(['rn26_tm', '--output', str(tmp_path / 'new'), '--examples', *map(str, examples)])
     assert not (tmp_path / 'new').exists()
+
+
+def test_page_names_the_license_of_the_shipped_weights_and_none_for_others(tmp_path):
+    model = timm.create_model('rn26_tm', pretrained=True).eval()
+    save_weights(tmp_path / 'own.safetensors', model.state_dict(), dict(model='rn26_tm'))
+    for name in ('rn26_tm', str(tmp_path / 'own.safetensors')):
+        folder = tmp_path / Path(name).stem
+        main([name, '--output', str(folder), '--check-images', '8'])
+        shipped = name == 'rn26_tm'
+        assert SpaceCard.load(folder / 'README.md').data.license == ('apache-2.0' if shipped else None), name
 
 
 def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path):

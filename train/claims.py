@@ -221,7 +221,7 @@ def judge_constants(evidence: Evidence) -> Judgement:
     mu, eta = (sorted(measured[f'layer_{key}'].values()) for key in ('mu', 'eta'))
     return verdict, [
         f'one network after {measured["epochs"]} epochs by the protocol as we read it, on '
-        f'{measured["images"]:,} images, some of which it was trained on, has {words}; in its layers μ is {mu[0]:.2f} '
+        f'{measured["images"]:,} images, most of which it was trained on, has {words}; in its layers μ is {mu[0]:.2f} '
         f'to {mu[-1]:.2f} and η {eta[0]:.1f} to {eta[-1]:.1f}; in the last epoch {measured["train_top1"]:.1f} % of its '
         f'training images were right']
 

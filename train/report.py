@@ -118,9 +118,10 @@ def say_claims(evidence: Evidence) -> List[str]:
     return [
         *wrap(
             'Claims of [Feature Embedding by Template Matching as a ResNet Block](https://arxiv.org/abs/2210.00992). A '
-            'verdict is about the networks and datasets that its evidence names, and one about several holds if it '
-            'holds for each. "(here: …)" is what we tested. A verdict says that there is a difference, not that it is '
-            'large; "undecided" means tested, without a clear result.'), '',
+            'verdict is about the networks and datasets that its evidence names. One about several holds if it holds '
+            'for each, and does not hold if it fails for one; "mostly" means for more than half of the datasets. '
+            '"(here: …)" is what we tested. A verdict says that there is a difference, not that it is large; '
+            '"undecided" means tested, without a clear result.'), '',
         '| | claim | section | verdict |', '|---|---|---|---|',
         *(f'| {n} | {c.text} | {c.section} | **{c.verdict}** |' for n, c in enumerate(claims, 1)), '',
         *wrap(
@@ -134,10 +135,12 @@ def say_claims(evidence: Evidence) -> List[str]:
             '**Claims about features** are judged on the shipped networks, trained once each by other recipes than the '
             "paper's: Figures 5 to 7 on `rn26_tm` for CIFAR-10, as the paper has them, the last claim on all. Those "
             'about Figures 5 and 6 are judged by the ten nearest neighbours of 8 regions of each of 80 images a class '
-            '(2 where class scores are compared): by how many of them, among regions of other images, are of the '
+            '(2 where class scores are compared; of CIFAR-100 there are 12 images a class, 23 for its visual words): '
+            'by how many of them, among regions of other images, are of the '
             'class, or, among regions of other classes, of the superclass, animals or vehicles. Silhouettes may '
             'differ, and are in the evidence; that of superclasses grows with the separation of classes too. A '
-            'difference of two standard errors over images, paired by image, decides. How much another run would '
+            'difference of two standard errors over images, paired by image, decides; these are rather too small, as '
+            'all images are compared with the same regions. How much another run would '
             'differ is unknown, so these verdicts are about these networks only. Reported but not judged: `rn26_tm` '
             'for CIFAR-100, whose baseline had fewer epochs, and networks with a teacher, which the paper does not '
             'use; these differ much, and their baseline had no teacher and fewer epochs. The measures of claims 14 to '
@@ -163,8 +166,9 @@ def say_experiments(root: Path) -> List[str]:
         'says; that the weights that are best on the 15 % are tested; that an incomplete last batch of an epoch is',
         'dropped; that templates are initialized as PyTorch does a convolution, all other convolutions by',
         "Kaiming's normal distribution (fan-out). Widths, strides and value dimensions, which the text leaves open,",
-        'were chosen to give the parameter counts of Table 1; the count for each class agrees exactly, and so does the',
-        'constant part, but for DN100-Ours and DN100-Ours-C, where it is 0.5 % lower.',
+        'were chosen to give the parameter counts of Table 1; the count for each class agrees exactly, and the',
+        'constant part to the two decimals printed there, but for DN100-Ours and DN100-Ours-C, where it is 0.5 and',
+        '0.7 % lower.',
         'Patches of an even size reach one position further right and down; at borders only what is inside the map is',
         'averaged. Runs that still misclassify many training images have not converged: they do not reproduce the',
         'level of Table 1, and are no evidence against it.',

@@ -85,7 +85,8 @@ def load_models() -> Dict[str, runtime.Runner]:
         raise runtime.RuntimeInputError('There are no models: put ONNX files into models/, or set MODELS.')
     short = [Path(source).name.removesuffix('.onnx') for source in sources]
     names = short if len(set(short)) == len(short) else [str(source) for source in sources]  # two users' rn26_tm
-    runners = {name: runtime.load(source, 'cpu') for name, source in zip(names, sources)}
+    threads = int(os.environ.get('CPU_CORES') or 0) or None  # that a Space may use; the runtime cannot see a quota
+    runners = {name: runtime.load(source, 'cpu', threads=threads) for name, source in zip(names, sources)}
     if repositories:
         return runners
     return dict(sorted(runners.items(), key=lambda item: find_method(item[1]) != 'match'))

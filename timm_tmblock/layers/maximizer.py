@@ -50,8 +50,13 @@ class SoftMaximizer(nn.Module):
             mu: Margin, the activation of no match.
             eta: Scale of the result.
             epsilon: Inverse temperature; the larger, the closer to arg-max.
+
+        Raises:
+            ValueError: If `epsilon` is not positive.
         """
         super().__init__()
+        if epsilon <= 0:
+            raise ValueError(f'epsilon must be positive, got {epsilon}.')
         self.mu, self.eta, self.epsilon = float(mu), float(eta), float(epsilon)  # TorchScript's F.pad takes only floats
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +99,7 @@ class PerturbedMaximizer(nn.Module):
             num_samples: Samples of the noise.
 
         Raises:
-            ValueError: If there are no samples, or epsilon is not positive.
+            ValueError: If there are no samples, or `epsilon` is not positive.
         """
         super().__init__()
         if num_samples < 1:

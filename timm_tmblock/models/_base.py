@@ -425,9 +425,11 @@ def create_network(
             overlay['file'], others = None, True
         elif kwargs.get('num_classes') is not None and not pretrained and not isinstance(given, str):  # which is a tag
             others = True
+    num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
+    if num_classes != 0 and not 0 < num_classes == cfg.num_classes:  # a new classifier, or a file of unknown classes
+        others = True
     if others:
         overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
-    num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
     if kwargs.get('template_matching') and num_classes == 0 and kwargs.get('num_templates') is None:
         # without a classifier, as many as the untouched model has
         known = cfg.num_classes if cfg.num_classes > 0 else get_pretrained_cfg(variant).num_classes

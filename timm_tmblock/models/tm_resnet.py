@@ -246,9 +246,9 @@ class PreActResNet(TemplateMatchingNet):
 
         Raises:
             ValueError: If templates are asked for without template matching, or their number cannot be determined;
-                for an unknown maximizer, or arguments of BN-ReLU, which has none; if there are not three or four
-                stages, each with its channels; for images below 4 pixels, or a `patch_size` that is not a whole number
-                of at least 1.
+                for an unknown maximizer, an epsilon or a number of samples that is not positive, or arguments of
+                BN-ReLU, which has none; if there are not three or four stages, each with its channels; for images below
+                4 pixels, or a `patch_size` that is not a whole number of at least 1.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, img_size, drop_rate)
