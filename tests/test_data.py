@@ -504,6 +504,23 @@ def test_labels_that_are_integers_are_classes(tmp_path):
         get_class_names(open_dataset(f'hfds/{tmp_path}', 'train'))
 
 
+def test_labels_that_are_names_are_classes(tmp_path):
+    pixels = [dict(bytes=(SAMPLE / 'images' / 'cat.png').read_bytes(), path=None)] * 3
+    splits = dict(train=['owl', 'crow', 'ant'], test=['owl', 'ant', 'owl'], validation=['ant', None, 'owl'])
+    for split, labels in splits.items():
+        datasets.Dataset.from_dict(dict(image=pixels, label=labels)).to_parquet(tmp_path / f'{split}.parquet')
+    train, test, bad = (open_dataset(f'hfds/{tmp_path}', split) for split in splits)
+    assert get_class_names(train) == ['ant', 'crow', 'owl'] and get_class_names(test) == ['ant', 'owl']
+    assert adopt_classes(test, get_class_names(train)) == ['ant', 'crow', 'owl']
+    config = DataConfig((3, 32, 32), (0, 0, 0), (1, 1, 1))
+    assert decode(train, config, progress=False).targets.tolist() == [2, 1, 0]
+    assert decode(test, config, progress=False).targets.tolist() == [2, 0, 2]
+    assert adopt_classes(train, ['owl', 'crow', 'ant']) == ['owl', 'crow', 'ant']  # a network's own order
+    assert decode(train, config, progress=False).targets.tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match='Image 1 of the dataset has no label; name a split that has'):
+        decode(bad, config, progress=False)
+
+
 def test_workers_end_with_what_they_were_for(tmp_path):
     for i in range(40):
         (tmp_path / 'a').mkdir(exist_ok=True)

@@ -253,6 +253,18 @@ def test_tasks_of_two_jobs_on_one_machine_meet_at_two_ports_and_keep_to_their_co
     assert len(set(ports)) == 2 and all(15000 <= port < 30000 for port in ports)
 
 
+def test_tasks_of_mpirun_in_a_job_of_sbatch_have_its_numbers(monkeypatch):
+    monkeypatch.setattr(os, 'environ', dict(
+        MASTER_ADDR='localhost', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_NTASKS='4', SLURM_STEP_NUM_TASKS='1',
+        OMPI_COMM_WORLD_SIZE='4', OMPI_COMM_WORLD_RANK='3', OMPI_COMM_WORLD_LOCAL_RANK='1'))
+    threads = torch.get_num_threads()
+    try:
+        join_tasks()
+    finally:
+        torch.set_num_threads(threads)
+    assert [os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')] == ['3', '1', '4']
+
+
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, launch):
     (tmp_path / 'alone.py').write_text(
         f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train.engine\nfrom train.train import main\n'

@@ -91,6 +91,17 @@ def test_memory_of_a_gpu_that_runs_out_is_named_too(tmp_path, monkeypatch):
     assert_stops(tmp_path, r'try --batch-size 6')
 
 
+@pytest.mark.parametrize('place', ['load_parts', 'create_loader'])
+def test_images_that_do_not_fit_are_not_blamed_on_the_batch(tmp_path, monkeypatch, place):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')
+
+    monkeypatch.setattr(f'train.train.{place}', out_of_memory)
+    with pytest.raises(InputError, match='too little memory: the images do not fit; lower --memory-limit') as error:
+        main([*TINY, '--output', str(tmp_path)])
+    assert '--batch-size' not in str(error.value)
+
+
 def test_device_without_memory_to_measure_with_gets_a_batch_size_of_measuring(tmp_path, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')

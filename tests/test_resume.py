@@ -120,6 +120,8 @@ def test_what_goes_on_by_itself_is_the_run_of_the_experiment(tmp_path):
     args = parse_args([*flags, '--max-steps', '2'])
     assert args.resume == str(tmp_path / 'run') and args.model_kwargs == {'patch_size': 2}
     assert main([*flags, '--max-steps', '2'])['updates'] == 2
+    (tmp_path / 'link').symlink_to(tmp_path)  # another path to the same folder
+    assert main([*flags, '--max-steps', '3', '--output', str(tmp_path / 'link')])['updates'] == 3
     with pytest.raises(InputError, match='--model-kwargs patch_size cannot change in a run that is resumed'):
         parse_args([*flags, '--model-kwargs', 'patch_size=4'])
 

@@ -25,13 +25,14 @@ _PRETRAINED_CFG_KEYS = (
 
 
 @contextmanager
-def writing(path: Path, unique: bool = False) -> Iterator[Path]:
+def writing(path: Path, unique: bool = False, cleanup: bool = True) -> Iterator[Path]:
     """Write `path` under a temporary name, so that nothing is ever half-written.
 
     Args:
         path: File or folder to write.
         unique: Take a name that no other writer has, as another may write `path` meanwhile. Otherwise all processes
             of a run use the same name, so what a killed run left is overwritten by the next.
+        cleanup: Remove what is left; of processes that write the same together, only the one that renames it may.
 
     Yields:
         The temporary name. Renaming it to `path` is the caller's last step; whatever is left of it is removed.
@@ -48,7 +49,8 @@ def writing(path: Path, unique: bool = False) -> Iterator[Path]:
             raise
         raise InputError(f'Cannot write {path}: {_reason(e)}; files already there are intact.') from e
     finally:
-        remove(tmp)
+        if cleanup:
+            remove(tmp)
 
 
 def check_writable(path: Path) -> None:

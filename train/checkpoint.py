@@ -83,7 +83,8 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
         InputError: If it cannot be written.
     """
     path = folder / 'checkpoints' / f'update-{state.update:08d}'
-    with writing(path) as tmp:
+    # a network file system may show others the old name for a while after the rename
+    with writing(path, cleanup=accelerator.is_main_process) as tmp:
         accelerator.save_state(str(tmp))
         if accelerator.is_main_process and ema is not None:
             save_file(copy_tensors(ema.state_dict(), 'cpu'), tmp / 'ema.safetensors')

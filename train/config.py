@@ -137,8 +137,8 @@ def create_parser() -> Parser:
     group.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
-        'load splits of up to this many GB (decoded) into memory; dividing and padding them temporarily takes as much '
-        'again'))
+        'load splits of up to this many GB (decoded) into memory, that of the training device unless there is a policy '
+        '(--aa); dividing and padding them temporarily takes as much again'))
     group.add_argument('-j', '--workers', type=not_negative, default=4, help=(
         'worker processes that decode images and apply augmentation policies'))
     group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')
@@ -489,6 +489,8 @@ def check_resumed(args: argparse.Namespace, path: Path) -> None:
         return
     division = DIVISION + (('val_split', 'test_split') if args.pool else ())  # which are pooled
     changes = find_changes(args, path, division + (() if args.eval_only else SETTLED))
+    if Path(args.output, args.experiment or '').resolve() == path.parent.resolve():  # as another path to it, as a link
+        changes = [name for name in changes if name not in ('output', 'experiment')]
     before, now = map(count_held_out, (yaml.safe_load(path.read_text(encoding='utf-8')), vars(args)))
     if 'val_fraction' in changes and now <= before:  # then those that are left were held out before, too
         changes.remove('val_fraction')

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ CHUNK = 256  # images that a process decodes at a time, at most
 CHUNK_BYTES = 2 ** 22  # of these; processes hand them on in shared memory, of which a container has 64 MB
 WORTH_A_PROCESS = 5e6  # pixels of images; fewer are decoded before another process has begun
 MOST_CLASSES = 100_000  # a column of larger integers is none of labels
+STRINGS = ('string', 'large_string')
 INTEGERS = tuple(f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64))
 SAMPLE = Path(__file__).parent / 'sample'  # 2,000 images of CIFAR-10, see its README.md
 
@@ -80,6 +81,8 @@ class ImageSet(Dataset):
             image, target = self.source[row]
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError, TypeError, AssertionError) as e:  # the last two of empty cells
+            if isinstance(e, KeyError) and e.args == (None,):  # among labels that are names
+                raise InputError(f'Image {row} of the dataset has no label; name a split that has.') from e
             reason = str(e) or 'it is empty'
             raise UnreadableError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
         target = -1 if target is None else target
@@ -163,16 +166,27 @@ def open_dataset(
             if key not in columns:
                 raise InputError(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
-        if not dataset.reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
+        kind_of_label = str(table.schema.field(target_key).type)
+        if not dataset.reader.class_to_idx and kind_of_label in INTEGERS:
             largest = pc.max(table.column(target_key)).as_py()
             if largest < MOST_CLASSES:
                 dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
+        elif not dataset.reader.class_to_idx and kind_of_label in STRINGS:
+            names = pc.unique(table.column(target_key).drop_null()).to_pylist()
+            if len(names) < MOST_CLASSES:
+                dataset.reader.class_to_idx = _number(names)
+                dataset.reader.remap_class = True  # timm looks labels up there
     return dataset
 
 
 def _is_class(folder: Path) -> bool:
     """Whether a folder named as a split is one of images, as of a class of trains."""
     return folder.is_dir() and not any(path.is_dir() and path.name[0] != '.' for path in folder.iterdir())
+
+
+def _number(names: Iterable[str]) -> Dict[str, int]:
+    """Classes in the order of their names."""
+    return {name: i for i, name in enumerate(sorted(names, key=lambda name: (natural_key(name), name)))}
 
 
 def _number_classes(source: Any, names: Optional[Sequence[str]] = None) -> None:
@@ -199,8 +213,9 @@ def _number_classes(source: Any, names: Optional[Sequence[str]] = None) -> None:
     if loose is not None:
         raise InputError(f'{loose} is not in a class folder; move it into one, or remove it.')
     if names is None:
-        names = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
-    source.class_to_idx = {name: index for index, name in enumerate(names)}
+        source.class_to_idx = _number({name for _, name in samples})
+    else:
+        source.class_to_idx = {name: index for index, name in enumerate(names)}
     source.samples = [(path, source.class_to_idx[name]) for path, name in samples]
 
 
@@ -292,7 +307,7 @@ def get_class_names(dataset: Any) -> List[str]:
     class_to_idx = getattr(reader, 'class_to_idx', None)
     if not class_to_idx:
         raise InputError(
-            'The dataset does not say its classes; in an hfds/ set make the label column integers or a '
+            'The dataset does not say its classes; in an hfds/ set make the label column names, integers or a '
             'datasets.ClassLabel; from any other source, such as a .tar file, put the images into a folder per class.')
     names: Dict[int, str] = {}
     for name, index in class_to_idx.items():
@@ -308,7 +323,9 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
     """
     found = get_class_names(dataset)
     source: Any = getattr(dataset, 'reader', dataset)
-    if set(found) < set(names):
+    if getattr(source, 'remap_class', False) and set(found) <= set(names):  # of labels that are names
+        source.class_to_idx = {name: index for index, name in enumerate(names)}
+    elif set(found) < set(names):
         if type(source) in (ReaderImageFolder, ImageFolder):
             _number_classes(source, names)
         elif found == list(names[:len(found)]):  # of labels that are integers

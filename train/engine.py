@@ -192,7 +192,7 @@ def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
     settings: Dict[str, Dict[str, Any]] = {
         # what a resumed run repeats is not shown twice; the values of the checkpoint's step were written before it
-        'tensorboard': {'purge_step': step + 1 if step else None},
+        'tensorboard': {'purge_step': step + 1},
         'wandb': {'name': folder.name, 'id': run_id, 'resume': 'allow', 'dir': str(folder)},
         'mlflow': {'run_name': folder.name},
         'trackio': {'name': folder.name, 'resume': 'allow'},

@@ -32,6 +32,11 @@ def advise_on_memory(args: Namespace) -> str:
         f'which keeps the images of an update (batch norm sees fewer at a time), or {other}')
 
 
+IMAGES_DO_NOT_FIT = (
+    'the images do not fit; lower --memory-limit, so that they are read while training (which needs a --val-split or '
+    '--val-fraction 0)')
+
+
 @contextmanager
 def naming_failures(memory_advice: str) -> Iterator[None]:
     """Say what an error of the data or the device means.

@@ -64,7 +64,7 @@ from train.config import (
 )
 from train.data import get_class_names
 from train.engine import create_accelerator, fail_trackers, start_trackers
-from train.failure import advise_on_memory, check_disk_space, naming_failures
+from train.failure import IMAGES_DO_NOT_FIT, advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
 from train.hardware import describe_hardware, describe_versions, find_commit
@@ -109,8 +109,7 @@ class Trainer:
         splits = open_splits(args, accelerator)
         self.class_names = get_class_names(splits['train'])
         self.memory_format = torch.channels_last if args.channels_last else torch.preserve_format
-        memory_advice = advise_on_memory(args)
-        with agreeing(accelerator), naming_failures(memory_advice):
+        with agreeing(accelerator), naming_failures(advise_on_memory(args)):
             check_weights(args, self.folder, self.class_names)
             if args.resume:
                 check_resumed(args, self.folder / SETTINGS)
@@ -126,11 +125,11 @@ class Trainer:
         if args.model_ema and not args.eval_only:
             self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
-        with agreeing(accelerator), naming_failures(memory_advice):
+        with agreeing(accelerator), naming_failures(IMAGES_DO_NOT_FIT):
             parts = load_parts(splits, args, config, progress=self.main_process)
-        self.val_loader, self.test_loader = (
-            None if part is None else create_loader(part, config, args, accelerator)
-            for part in (parts.validation, parts.test))
+            self.val_loader, self.test_loader = (
+                None if part is None else create_loader(part, config, args, accelerator)
+                for part in (parts.validation, parts.test))
         self.peak_lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
         optimizer = create_optimizer(args, model, self.peak_lr)
         if not args.eval_only:
@@ -152,7 +151,8 @@ class Trainer:
     def plan_epochs(self, train: Any, optimizer: torch.optim.Optimizer) -> None:
         """What an epoch is, and how many there are."""
         args, config, accelerator = self.args, self.data_config, self.accelerator
-        self.train_loader = create_loader(train, config, args, accelerator, training=True)
+        with naming_failures(IMAGES_DO_NOT_FIT):
+            self.train_loader = create_loader(train, config, args, accelerator, training=True)
         self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
         if updates_per_epoch == 0:
@@ -246,6 +246,8 @@ class Trainer:
                     remove(self.folder / 'result.json')  # of a run that was shorter
                 write_text(self.folder / SETTINGS, dump_args(args))
                 processes = accelerator.num_processes
+                warmup = args.warmup_epochs * self.layout['updates_per_epoch']
+                never_falls = 0 < self.updates <= warmup and not args.warmup_prefix
                 print(
                     f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
                     f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
@@ -256,7 +258,8 @@ class Trainer:
                     f'{processes} processes, {self.updates} updates of '
                     f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
                     f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} '
-                    f'schedule; {describe_hardware(accelerator.device, processes)}, mixed precision '
+                    f'schedule{", all of it warmup" if never_falls else ""}; '
+                    f'{describe_hardware(accelerator.device, processes)}, mixed precision '
                     f'{accelerator.mixed_precision}\n'
                     f'writing to {self.folder}' +
                     (f', then pushing to {args.push_to_hub} on the Hub' if args.push_to_hub else ''), flush=True)
