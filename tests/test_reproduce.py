@@ -197,7 +197,7 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and error.splitlines()[-1] == 'error: Interrupted; the same command continues.'
+    assert process.returncode == 143 and error.splitlines()[-1] == 'error: Interrupted; the same command continues.'
     assert not (folder / 'result.json').exists()
 
     before = int(find_checkpoints(folder)[-1].name.removeprefix('update-'))

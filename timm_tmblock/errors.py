@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
 from contextlib import contextmanager
 from typing import Iterator, Optional, Tuple, Type
@@ -16,8 +17,22 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 class InputError(ValueError):
     """Input that cannot be used. The message is one sentence: what is wrong, and what to do.
 
-    The command lines print it without a traceback and exit with code 2.
+    The command lines print it without a traceback and exit with its code.
     """
+    exit_code = 2
+
+
+class InterruptedWork(InputError):
+    """Work that a signal ended, and how it is taken up again."""
+
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        """
+        Args:
+            message: The sentence.
+            signum: Number of the signal; the exit code is this + 128, as a shell tells it.
+        """
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 def first_line(error: BaseException) -> str:
@@ -50,7 +65,7 @@ def exiting_on_input_error(*others: Type[Exception]) -> Iterator[None]:
         yield
     except kinds as e:
         print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(e, 'exit_code', 2))
     except BrokenPipeError:
         if not _is_unread():  # it was another pipe
             raise

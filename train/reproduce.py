@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -34,7 +35,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import torch
 from tqdm import tqdm
 
-from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.errors import InputError, InterruptedWork, exiting_on_input_error
 from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
 from train.config import create_parser as create_train_parser
@@ -238,7 +239,7 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
     share: Dict[str, str] = {} if 'OMP_NUM_THREADS' in os.environ else {
         'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}  # with more they wait for each other
     running, failures = Processes(), []
-    with stopping_at_signals(), ThreadPoolExecutor(jobs) as pool:
+    with stopping_at_signals() as asked, ThreadPoolExecutor(jobs) as pool:
         slots: Queue[Dict[str, str]] = Queue()
         for i in range(jobs):
             slots.put({**share, 'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else share)
@@ -261,7 +262,8 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
                     bar.update()
         except KeyboardInterrupt:
             running.stop()
-            raise InputError('Interrupted; the same command continues.') from None
+            raise InterruptedWork(
+                'Interrupted; the same command continues.', signal.SIGTERM if asked() else signal.SIGINT) from None
     return failures
 
 

@@ -9,8 +9,11 @@ from typing import Any, Callable, Iterator, Optional, Type
 
 
 @contextmanager
-def stopping_at_signals() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM, which schedulers send, stop what runs as Ctrl-C does.
+def stopping_at_signals(at_once: bool = True) -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM, which schedulers send, stop what runs.
+
+    Args:
+        at_once: As Ctrl-C does; otherwise what runs asks whether it came, and stops by itself.
 
     Yields:
         Function that tells whether it came. It may cause other errors too, as data-loading processes may get it.
@@ -21,7 +24,8 @@ def stopping_at_signals() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it, and the scheduler that ends the launcher
-        raise KeyboardInterrupt
+        if at_once:
+            raise KeyboardInterrupt
 
     try:
         previous = signal.signal(signal.SIGTERM, stop)

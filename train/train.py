@@ -27,6 +27,7 @@ Models with patch logits (`rn26_tm`, ..., and others with --aux-head) are traine
 rest with cross-entropy; a teacher adds a loss of its own.
 The last line of output is the result as JSON.
 """
+import signal
 import sys
 import time
 import uuid
@@ -46,7 +47,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
 from timm_tmblock.checkpoint import load_model, remove, save_weights, write_text
-from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.errors import InputError, InterruptedWork, exiting_on_input_error
 from train import checkpoint, record
 from train.augment import PREPROCESSING
 from train.checkpoint import TrainState
@@ -87,6 +88,9 @@ from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teachers
 from train.validation import validate
+
+ASK_INTERVAL = 10  # updates after which processes ask each other whether one is to stop
+STOP = 'SIGTERM came to a process'
 
 
 class Trainer:
@@ -147,6 +151,7 @@ class Trainer:
             if now and now not in known:
                 known.append(now)
         self.clock = time.perf_counter()
+        self.asked: Callable[[], bool] = lambda: False  # whether SIGTERM came
 
     def plan_epochs(self, train: Any, optimizer: torch.optim.Optimizer) -> None:
         """What an epoch is, and how many there are."""
@@ -286,12 +291,14 @@ class Trainer:
         """Train to the last update, measure the weights that were chosen, and return the result."""
         with ExitStack() as stack:
             self.start_record(stack)
-            asked = stack.enter_context(stopping_at_signals())
+            self.asked = asked = stack.enter_context(stopping_at_signals(at_once=False))
             try:
                 with naming_failures(advise_on_memory(self.args)):
                     while self.state.update < self.updates or self.state.batch:  # the last may fall within an epoch
                         self.train_epoch()
                         self.finish_epoch()
+                        if self.state.update < self.updates and self.is_asked_to_stop():
+                            raise KeyboardInterrupt(STOP)
                     result = self.result(self.test())
                     if self.main_process:
                         write_json(self.folder / 'result.json', result)
@@ -301,9 +308,9 @@ class Trainer:
                 fail_trackers(self.accelerator)  # and no more, as the other processes would be waited for
                 if isinstance(e, Exception) and not asked():
                     raise
-                raise InputError(
+                raise InterruptedWork(
                     f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
-                    f'{self.describe_resumption()}.') from None
+                    f'{self.describe_resumption()}.', signal.SIGTERM if asked() or e.args == (STOP,) else signal.SIGINT) from None
 
     def train_epoch(self) -> None:
         """The rest of the epoch in progress."""
@@ -327,18 +334,31 @@ class Trainer:
                     self.meter.check_finite(self.describe_resumption)
                     values = {k: f'{v:.3f}' for k, v in self.meter.means().items()}
                     bar.set_postfix(values | {'img/s': f'{images_seen / (now - start):.0f}'})
-                if finished:
+                asked = self.accelerator.sync_gradients and self.is_asked_to_stop()
+                if finished and not asked:
                     break  # what is left does not fill an update
                 if self.accelerator.sync_gradients:
                     if args.log_interval and state.update % args.log_interval == 0:
                         self.log({f'train/{k}': v for k, v in self.meter.means(self.accelerator).items()})
-                    if args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
+                    if asked or args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
                         state.running_seconds = before + now - start
                         self.check_finite()
                         self.save()
+                if asked:
+                    raise KeyboardInterrupt(STOP)
         state.epoch_seconds.append(round(before + time.perf_counter() - start, 2))
         state.running_seconds = 0.
         self.images_per_second = images_seen / (time.perf_counter() - start)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether SIGTERM came to any process; all of them ask after the same updates."""
+        if self.accelerator.num_processes == 1:
+            return self.asked()
+        if self.state.batch and self.state.update % ASK_INTERVAL:  # they wait for each other
+            return False
+        if self.asked():
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         """One batch: forward, backward and, where gradients are complete, an update."""
