@@ -101,14 +101,22 @@ def test_processes_draw_different_augmentation():
     assert not torch.equal(first, second)
 
 
-def test_processes_that_stream_draw_different_augmentation_in_one_order():
-    def take(rank, seed=0):
-        dataset, config = open_dataset('sample', 'train[:64]'), replace(CONFIG, input_size=(3, 32, 32))
-        return next(StreamingLoader(
-            dataset, config, 8, torch.device('cpu'), training=True, seed=seed, rank=rank, num_workers=1).epoch(0))
+def test_streamed_images_are_augmented_alike_whoever_reads_them():
+    def take(**kwargs):
+        dataset, config = open_dataset('sample', 'train[:64]'), replace(CONFIG, input_size=(3, 32, 32), re_prob=0.5)
+        config = replace(config, policy='rand-m9-mstd0.5-inc1')
+        kwargs = {**dict(batch_size=8, seed=0, num_workers=0), **kwargs}
+        batches = list(StreamingLoader(dataset, config, device=torch.device('cpu'), training=True, **kwargs).epoch(0))
+        return [torch.cat(parts) for parts in zip(*batches)]
 
-    (images, targets), (others, same), (_, different) = take(0), take(1), take(0, seed=1)
-    assert torch.equal(targets, same) and not torch.equal(images, others) and not torch.equal(targets, different)
+    torch.manual_seed(0)
+    before, (images, targets) = torch.get_rng_state(), take()
+    assert torch.equal(torch.get_rng_state(), before)
+    for kwargs in (dict(num_workers=2), dict(batch_size=16)):
+        same, of_same = take(**kwargs)
+        assert torch.equal(images, same) and torch.equal(targets, of_same)
+    others, of_others = take(seed=1)
+    assert not torch.equal(images, others) and not torch.equal(targets, of_others)
 
 
 def test_epoch_taken_up_in_the_middle_goes_on_the_same():

@@ -122,12 +122,20 @@ def test_auxiliary_head_leaves_nothing_in_the_weights(tmp_path):
     assert type(load_model(tmp_path / 'run' / 'best.safetensors')) is type(baseline)
 
 
-def test_image_size_reaches_data_model_and_weights(tmp_path):
-    result = run_tiny(tmp_path, '--model', 'rn26_tm', '--img-size', '64', '--epochs', '1')
+@pytest.mark.parametrize('flags, size, kept, reduction', [
+    (['64'], (64, 64), 64, 8), (['64', '64'], (64, 64), 64, 8), (['48', '96'], (48, 96), [48, 96], 4)])
+def test_image_size_reaches_data_model_and_weights(tmp_path, flags, size, kept, reduction):
+    result = run_tiny(tmp_path, '--model', 'rn26_tm', '--img-size', *flags, '--epochs', '1')
     assert result['parameters'] == 983_032
-    model = load_model(tmp_path / 'run' / 'last.safetensors')
-    assert model.img_size == (64, 64) and model.patch_reduction == 8
-    assert read_description(tmp_path / 'run' / 'last.safetensors')['input_size'] == [3, 64, 64]
+    path = tmp_path / 'run' / 'last.safetensors'
+    model = load_model(path)
+    assert model.img_size == size and model.patch_reduction == reduction
+    assert read_description(path)['input_size'] == [3, *size]
+    assert yaml.safe_load((path.parent / 'args.yaml').read_text())['img_size'] == kept
+    again = Trainer(parse_args(['--resume', str(path.parent), '--epochs', '2', '--device', 'cpu']))
+    begun = Trainer(parse_args([
+        *TINY[:-1], 'new', '--initial-checkpoint', str(path), '--output', str(tmp_path)]))
+    assert again.data_config.input_size == begun.data_config.input_size == (3, *size)
 
 
 def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):

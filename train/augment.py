@@ -170,6 +170,11 @@ def apply_policy(images: torch.Tensor, policy: Policy, seed: int) -> torch.Tenso
     return torch.from_numpy(out)
 
 
+def mix_seed(*key: int) -> int:
+    """A seed of 63 bits for a place in a run, such as (seed, epoch, batch)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the generators that policies draw from, and put them back afterwards."""

@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple, Union
 
 import yaml
 from timm.utils import ParseKwargs
@@ -162,8 +162,9 @@ def create_parser() -> Parser:
         'weights to start from; checkpoints of timm are accepted, too'))
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help=(
         'arguments for timm.create_model'))
-    group.add_argument('--img-size', type=positive, help=(
-        "image size (height and width) to resize to and to configure the model for (default: the model's)"))
+    group.add_argument('--img-size', type=positive, nargs='+', metavar='SIZE', help=(
+        "image size to resize to and to configure the model for, one number or height and width (default: the "
+        "model's)"))
     group.add_argument('--aux-head', action=boolean, default=False, help=(
         'supervise the patches of a baseline too (RN26-aux in the paper); the auxiliary classifier is not saved'))
     group.add_argument('--drop', type=fraction, default=0., help='dropout rate before the classifier')
@@ -372,6 +373,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         settings = _override(settings, _read_known(parser, Path(recipe)))
     settings = {k: v for k, v in _override(settings, given).items() if k not in given}
     args = parser.parse_args(_make_flags(parser, settings) + argv)
+    args.img_size = _settle_size(args.img_size)
     if automatic and args.resume:  # to those of the command an --initial-checkpoint may have added its own
         added = _read_known(parser, Path(recipes[0]))['model_kwargs']
         for key, value in yaml.safe_load(yaml.safe_dump(args.model_kwargs)).items():
@@ -381,6 +383,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         args.model_kwargs = added
     _check_given(given, args)
     return args
+
+
+def _settle_size(size: Optional[List[int]]) -> Optional[Union[int, List[int]]]:
+    """Height and width, or one number where they are the same."""
+    if size and len(size) > 2:
+        raise InputError('--img-size takes one number, or height and width.')
+    return size[0] if size and size[0] == size[-1] else size
 
 
 def _find_begun(named: Dict[str, Any], output: str) -> str:

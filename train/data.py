@@ -5,6 +5,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from timm_tmblock.errors import InputError, first_line
 from timm_tmblock.image import IMAGE_SUFFIXES, read_image
-from train.augment import DataConfig
+from train.augment import DataConfig, mix_seed, seeded
 from train.signals import init_worker
 
 # what timm's create_dataset does with the names of splits
@@ -71,6 +72,7 @@ class ImageSet(Dataset):
         self.mode = 'L' if channels == 1 else 'RGB'
         self.labelled = labelled
         self.transform: Any = None  # set by timm's create_loader
+        self.seed: Optional[int] = None  # what the transform draws is a function of this and the row
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,7 +90,10 @@ class ImageSet(Dataset):
         target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {row} of the dataset has no label ({target}); name a split that has.')
-        return image if self.transform is None else self.transform(image), int(target)
+        if self.transform is not None:
+            with nullcontext() if self.seed is None else seeded(mix_seed(self.seed, row)):
+                image = self.transform(image)
+        return image, int(target)
 
 
 def open_dataset(
@@ -415,6 +420,7 @@ def decode(
         labelled: bool = True,
         num_workers: int = 0,
         rows: Optional[Sequence[int]] = None,
+        desc: str = 'Decoding',
 ) -> InMemorySet:
     """Decode every image once, resized as for evaluation where its size differs from the network's input.
 
@@ -427,6 +433,7 @@ def decode(
         labelled: Refuse images without a label.
         num_workers: Most processes to share the work with, of a set that is large enough.
         rows: Images to decode, all if None.
+        desc: What the bar says.
 
     Raises:
         InputError: If images cannot be read, once all have been tried, or have no label; if a process read it, the
@@ -446,7 +453,7 @@ def decode(
     loader = DataLoader(
         chunks, batch_size=None, num_workers=workers, collate_fn=share_batch, worker_init_fn=init_worker,
         generator=torch.Generator())  # of its own, or the global one would advance
-    with tqdm(desc='Decoding', total=len(source), unit='img', disable=not progress, leave=False) as bar:
+    with tqdm(desc=desc, total=len(source), unit='img', disable=not progress, leave=False) as bar:
         for number, (pixels, labels, names, failed) in enumerate(read_batches(loader)):
             part = slice(number * chunks.size, (number + 1) * chunks.size)
             images[part], targets[part] = pixels, labels

@@ -32,9 +32,7 @@ def advise_on_memory(args: Namespace) -> str:
         f'which keeps the images of an update (batch norm sees fewer at a time), or {other}')
 
 
-IMAGES_DO_NOT_FIT = (
-    'the images do not fit; lower --memory-limit, so that they are read while training (which needs a --val-split or '
-    '--val-fraction 0)')
+IMAGES_DO_NOT_FIT = 'the images do not fit; lower --memory-limit, so that they are read while training'
 
 
 @contextmanager

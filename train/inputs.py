@@ -81,11 +81,13 @@ def create_loader(
         training: bool = False,
 ) -> Loader:
     """Batches of one part of the data, this process's share of them."""
-    kind = InMemoryLoader if isinstance(part, InMemorySet) else StreamingLoader
-    return kind(
-        part, config, args.batch_size if training else args.val_batch_size, accelerator.device, training=training,
-        seed=args.seed, rank=accelerator.process_index, world_size=accelerator.num_processes,
-        num_workers=args.workers, channels_last=args.channels_last)
+    kwargs: Dict[str, Any] = dict(
+        batch_size=args.batch_size if training else args.val_batch_size, device=accelerator.device, training=training,
+        seed=args.seed, world_size=accelerator.num_processes, num_workers=args.workers,
+        channels_last=args.channels_last)
+    if isinstance(part, InMemorySet):
+        return InMemoryLoader(part, config, rank=accelerator.process_index, **kwargs)
+    return StreamingLoader(part, config, **kwargs)
 
 
 def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mixup]:

@@ -4,19 +4,18 @@ A set in memory is cropped, flipped and normalised in batches; a larger one stre
 """
 import math
 import os
-from functools import partial
-from typing import Any, Callable, Iterator, List, Optional, Protocol, Tuple
+from typing import Any, Iterator, List, Optional, Protocol, Tuple
 
-import numpy as np
 import torch
+from accelerate import skip_first_batches
 from timm.data import create_loader, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
 from timm.task import evaluation_sample_limit
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from timm_tmblock.errors import InputError
-from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, pad
+from train.augment import Crops, DataConfig, apply_policy, create_policy, crop_and_flip, mix_seed, pad
 from train.config import refusing
 from train.data import ImageSet, InMemorySet, read_batches, share_batch
 from train.signals import init_worker
@@ -43,11 +42,6 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
         ...
-
-
-def mix_seed(*key: int) -> int:
-    """A seed of 63 bits for a place in a run, such as (seed, epoch, batch)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class TrainingBatches(Dataset):
@@ -182,13 +176,11 @@ class InMemoryLoader:
         return images.contiguous(memory_format=self.memory_format)  # last: arithmetic is slower on interleaved channels
 
 
-def _start_worker(seed: Callable[[int], None], worker: int) -> None:
-    seed(worker)
-    init_worker(worker)
-
-
 class StreamingLoader:
-    """timm's loader over a set that does not fit in memory, with timm's augmentation in training."""
+    """timm's loader over a set that does not fit in memory, with timm's augmentation in training.
+
+    Order and augmentation are functions of seed, epoch and image alone, as in `TrainingBatches`.
+    """
 
     def __init__(
             self,
@@ -199,19 +191,22 @@ class StreamingLoader:
             training: bool = False,
             seed: int = 0,
             num_workers: int = 4,
-            rank: int = 0,
             world_size: int = 1,
             channels_last: bool = False,
     ) -> None:
-        self.num_images = len(dataset)
+        rows = None
+        if isinstance(dataset, Subset):
+            dataset, rows = dataset.dataset, dataset.indices
+        self.images = ImageSet(dataset, config.input_size[0], rows=rows)
+        self.num_images = len(self.images)
         self.device = device
+        self.training = training
         self.seed = seed
-        self.rank = rank
         self.augmentation = 'randomly resized crops' if config.augmented else UNCHANGED
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.pinned = device.type == 'cuda'
         self.loader = create_loader(
-            ImageSet(dataset, config.input_size[0]),
+            self.images,
             input_size=config.input_size,
             batch_size=batch_size,
             is_training=training,
@@ -229,23 +224,22 @@ class StreamingLoader:
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
-            # in training one at least: in this process it would advance the generators that checkpoints save
-            num_workers=max(num_workers, 1) if training else num_workers,
+            num_workers=num_workers,
             distributed=world_size > 1,
             device=device,
             pin_memory=self.pinned,
             use_prefetcher=False,  # its uint8 collation and side stream need CUDA
-            persistent_workers=False,  # workers that begin anew each epoch draw the same after a restart
+            persistent_workers=False,  # which would not see the seed of a new epoch
         )
         self.max_samples = None if training else evaluation_sample_limit(self.loader)
-        self.loader.worker_init_fn = partial(_start_worker, self.loader.worker_init_fn)
+        self.loader.worker_init_fn = init_worker
         if training and not config.augmented:  # timm's no_aug would squash images of another shape
             self.loader.dataset.transform = create_transform(
                 config.input_size, interpolation=config.interpolation, mean=config.mean, std=config.std,
                 crop_pct=config.crop_pct, crop_mode=config.crop_mode)
         if training:
             if len(self.loader) == 0:
-                raise InputError(say_too_few(len(dataset), batch_size, world_size))
+                raise InputError(say_too_few(self.num_images, batch_size, world_size))
             with refusing('This augmentation of single images'):
                 policy = create_policy(config)
             if policy is not None:  # after crop and flip, as in timm
@@ -256,16 +250,17 @@ class StreamingLoader:
         return len(self.loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        # seeds the workers, which augment; the order is that of all processes
-        self.loader.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, self.rank))
+        if self.training:
+            self.images.seed = mix_seed(self.seed, epoch)
+        self.loader.generator = torch.Generator()  # of its own: the global one would advance
         sampler: Any = self.loader.sampler
         if hasattr(sampler, 'set_epoch'):
             sampler.seed = self.seed
             sampler.set_epoch(epoch)
         elif hasattr(sampler, 'generator'):
             sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        for batch, (images, targets) in enumerate(read_batches(self.loader)):
-            if batch >= start:
-                yield (images.to(self.device, non_blocking=self.pinned, memory_format=self.memory_format),
-                       targets.to(self.device, non_blocking=self.pinned))
+        loader: Any = skip_first_batches(self.loader, start) if start else self.loader
+        for images, targets in read_batches(loader):
+            yield (images.to(self.device, non_blocking=self.pinned, memory_format=self.memory_format),
+                   targets.to(self.device, non_blocking=self.pinned))
 

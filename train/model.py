@@ -73,8 +73,8 @@ def take_up_checkpoint(args: Namespace) -> None:
                 value = [sum(value) / len(value)] * channels
             setattr(args, key, value)
     _, height, width = description.get('input_size', cfg.input_size)
-    if args.img_size is None and not sized and height == width and height != cfg.input_size[-1]:
-        args.img_size = height
+    if args.img_size is None and not sized and (height, width) != tuple(cfg.input_size[1:]):
+        args.img_size = height if height == width else [height, width]
 
 
 def _count_classes(path: str, name: str, default: Optional[int] = None) -> Optional[int]:

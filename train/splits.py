@@ -5,16 +5,17 @@ images pooled and split 65/15/20.
 """
 import hashlib
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.utils.data import Subset
 
 from timm_tmblock.errors import InputError
 from train.augment import DataConfig
@@ -47,16 +48,19 @@ def hash_pixels(pixels: np.ndarray, seed: int) -> bytes:
     return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=key).digest()
 
 
-def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[InMemorySet]:
-    """Split a set so that every class is divided in the same proportions.
+def stratify(dataset: InMemorySet, fractions: Sequence[float]) -> List[torch.Tensor]:
+    """Divide a set so that every class is divided in the same proportions.
 
     Images are ordered by their digests: the parts depend on nothing else, neither on the order in which a copy of the
     set stores its images nor on a random number generator, and copies of an image lie side by side.
 
     Args:
-        dataset: Set to split, with `hash_pixels` of each image as it is stored for digests, so that networks of all
+        dataset: Set to divide, with `hash_pixels` of each image as it is stored for digests, so that networks of all
             input sizes, and of grey images too, have the same parts.
         fractions: Size of each part relative to their sum.
+
+    Returns:
+        Indices of the images of each part.
     """
     order = sorted(range(len(dataset)), key=dataset.digests.__getitem__)
     ends = [total / sum(fractions) for total in accumulate(fractions)]
@@ -68,7 +72,7 @@ def stratified_split(dataset: InMemorySet, fractions: Sequence[float]) -> List[I
         part = next(p for p, end in enumerate(ends) if seen[label] < round(end * sizes[label]))
         parts[part].append(i)
         seen[label] += 1
-    return [dataset.subset(torch.tensor(part, dtype=torch.int64)) for part in parts]
+    return [torch.tensor(part, dtype=torch.int64) for part in parts]
 
 
 def _name_splits(args: Namespace) -> Dict[str, str]:
@@ -181,16 +185,15 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
     # of weights that may have seen all of them, nothing is measured unless it is asked for
     begun = args.eval_only and (args.pretrained or args.initial_checkpoint) and not args.resume
     fraction = 0. if begun and args.val_fraction is None else count_held_out(vars(args))
-    if not fits['train'] and (fraction or args.pool):
+    if args.pool and not fits['train']:
         raise InputError(
-            f'The {"pooled" if args.pool else "training"} images take more than --memory-limit {args.memory_limit:g} '
-            f'GB, so none can be held out; raise it'
-            f'{"" if args.pool else ", name a --val-split, or set --val-fraction 0"}.')
+            f'The pooled images take more than --memory-limit {args.memory_limit:g} GB, so they cannot be divided; '
+            f'raise it.')
     for name in ('scale', 'ratio', 'train_crop_mode', 'train_interpolation'):
         if fits['train'] and getattr(config, name):
             raise InputError(
                 f'{to_flag(name)} only applies to images that are randomly resized and cropped, as those of sets above '
-                f'--memory-limit are; leave it out, or set --memory-limit 0 with a --val-split or --val-fraction 0.')
+                f'--memory-limit are; leave it out, or set --memory-limit 0.')
     divided = list(splits) if args.pool else ['train'] if fraction else []
     if args.eval_only and 'train' not in divided:
         splits = {part: split for part, split in splits.items() if part != 'train'}
@@ -203,17 +206,45 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
         return decode(
             splits[part], config, progress, digest if part in divided else None, num_workers=args.workers)
 
+    if fraction and not fits['train']:
+        test = load('test') if fits.get('test') else splits.get('test')
+        return Parts(*_divide_stream(splits['train'], config, fraction, digest, args, progress), test)
     loaded = {part: load(part) if fits[part] else split for part, split in splits.items()}
     if args.pool:
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
         digests = [digest for part in loaded.values() for digest in part.digests]
         whole = InMemorySet(images, targets, loaded['train'].class_names, digests)
-        train, validation, test = stratified_split(whole, args.pool)
+        train, validation, test = map(whole.subset, stratify(whole, args.pool))
         return Parts(train, validation if len(validation) else None, test if len(test) else None)
     if fraction:
-        train, validation = stratified_split(loaded['train'], [1 - fraction, fraction])
-        if len(validation) == 0:
-            raise InputError(
-                f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
+        train, validation = map(loaded['train'].subset, _hold_out(loaded['train'], fraction))
         return Parts(train, validation, loaded.get('test'))
     return Parts(loaded.get('train'), loaded.get('validation'), loaded.get('test'))
+
+
+def _hold_out(dataset: InMemorySet, fraction: float) -> List[torch.Tensor]:
+    """Indices of the images to train on and of those held out."""
+    parts = stratify(dataset, [1 - fraction, fraction])
+    if len(parts[1]) == 0:
+        raise InputError(
+            f'--val-fraction {fraction:g} of so few images holds none out; use a larger one, or 0 for none.')
+    return parts
+
+
+def _divide_stream(
+        split: Any,
+        config: DataConfig,
+        fraction: float,
+        digest: Callable[[np.ndarray], bytes],
+        args: Namespace,
+        progress: bool,
+) -> Tuple[Subset, Union[InMemorySet, Subset]]:
+    """The same parts as of a set in memory, for which every image is read once before the training."""
+    hashed = decode(
+        split, replace(config, input_size=(config.input_size[0], 1, 1)), progress, digest, num_workers=args.workers,
+        desc='Dividing')
+    rows, held_out = (part.tolist() for part in _hold_out(hashed, fraction))
+    validation: Union[InMemorySet, Subset] = Subset(split, held_out)
+    if fits_in_memory(len(held_out), config, args.memory_limit):
+        validation = decode(split, config, progress, num_workers=args.workers, rows=held_out)
+    return Subset(split, rows), validation

@@ -308,9 +308,10 @@ class Trainer:
                 fail_trackers(self.accelerator)  # and no more, as the other processes would be waited for
                 if isinstance(e, Exception) and not asked():
                     raise
+                terminated = asked() or e.args == (STOP,)
                 raise InterruptedWork(
                     f'Interrupted in epoch {self.state.epoch + 1} at update {self.state.update}; '
-                    f'{self.describe_resumption()}.', signal.SIGTERM if asked() or e.args == (STOP,) else signal.SIGINT) from None
+                    f'{self.describe_resumption()}.', signal.SIGTERM if terminated else signal.SIGINT) from None
 
     def train_epoch(self) -> None:
         """The rest of the epoch in progress."""
