@@ -548,7 +548,8 @@ def test_workers_end_with_what_they_were_for(tmp_path):
 
 
 @pytest.mark.parametrize('image, label, message', [
-    (None, 0, 'cannot be read'), ('x', None, 'has no label')])
+    (None, 0, r'cannot be read, remove or replace it, or name the split train\[:1\]\+train\[2:\]: it is empty'),
+    ('x', None, 'has no label')])
 def test_empty_cell_of_a_table_is_named(tmp_path, image, label, message):
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageColumn

@@ -789,6 +789,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--mean', 'nan', '0', '0'], "must be a number, not 'nan'"),
     (['--clip-grad', '-1'], 'must be at least 0'),
     (['--hflip', '3'], 'must be from 0 to 1'),
+    (['--decay-epochs', '5'], '--decay-epochs only applies with --sched step, wsd or rsqrt; add it'),
     (['--img-size', '3', '32', '32'], '--img-size takes one number, or height and width'),
     (['--val-fraction', '1'], 'must be at least 0 and below 1, not 1'),
     (['--scale', '0', '1'], 'must be above 0 and at most 1, not 0'),

@@ -2,6 +2,7 @@
 import errno
 import math
 import os
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -82,11 +83,14 @@ class ImageSet(Dataset):
         try:
             image, target = self.source[row]
             image = read_image(image, self.mode)
-        except (InputError, OSError, KeyError, TypeError, AssertionError) as e:  # the last two of empty cells
+        except (InputError, OSError, KeyError, TypeError, AssertionError) as e:
             if isinstance(e, KeyError) and e.args == (None,):  # among labels that are names
                 raise InputError(f'Image {row} of the dataset has no label; name a split that has.') from e
-            reason = str(e) or 'it is empty'
-            raise UnreadableError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
+            reason = 'it is empty' if isinstance(e, (TypeError, AssertionError)) else str(e)
+            split = str(getattr(self.source, 'split', '') if hasattr(self.source, 'dataset') else '')  # of an hfds/ set
+            others = f', or name the split {split}[:{row}]+{split}[{row + 1}:]' if re.fullmatch(r'\w+', split) else ''
+            raise UnreadableError(
+                f'Image {row} of the dataset cannot be read, remove or replace it{others}: {reason}') from e
         target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {row} of the dataset has no label ({target}); name a split that has.')
