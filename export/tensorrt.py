@@ -131,7 +131,9 @@ def build_engine(
     trt = check_before_export(path, options, layers)
     gpu = query_gpu()
     model, metadata = read_onnx(onnx_path, find_last_opset(trt))
-    check_writable(path)
+    for file in (path, layers):
+        if file:
+            check_writable(file)
     if options.size:
         check_size(options.size, metadata['preprocessing']['input_size'])
     try:

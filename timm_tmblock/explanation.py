@@ -154,11 +154,20 @@ class Explainer:
             self._use_onnx(Path(source), method)
         else:
             self._use_torch(load_pretrained(str(source)))
-        channels = self.data_config['input_size'][0]
+        input_size = tuple(self.data_config['input_size'])
+        channels = input_size[0]
         if channels not in (1, 3):
             raise InputError(f'The model takes images of {channels} channels; only grey and RGB ones can be explained.')
         if self.data_config.get('crop_mode') == 'border':
             raise InputError("The crop mode 'border' pads images, and padding belongs to no region; use another.")
+        self.transform = create_transform(
+            input_size,
+            interpolation=self.data_config['interpolation'],
+            mean=tuple(self.data_config['mean']),
+            std=tuple(self.data_config['std']),
+            crop_pct=self.data_config['crop_pct'],
+            crop_mode=self.data_config.get('crop_mode'),
+        )
 
     def _use_torch(self, model: Any) -> None:
         if isinstance(model, PatchSupervised):
@@ -243,20 +252,12 @@ class Explainer:
             InputError: If the image cannot be read.
         """
         channels, height, width = self.data_config['input_size']
-        crop_mode = self.data_config.get('crop_mode')
         picture = read_image(image)
-        transform = create_transform(
-            (channels, height, width),
-            interpolation=self.data_config['interpolation'],
-            mean=tuple(self.data_config['mean']),
-            std=tuple(self.data_config['std']),
-            crop_pct=self.data_config['crop_pct'],
-            crop_mode=crop_mode,
-        )
-        x = transform(picture.convert('L') if channels == 1 else picture)[None].numpy()
+        x = self.transform(picture.convert('L') if channels == 1 else picture)[None].numpy()
         logits, patch_logits = self.run(x)
         return Explanation(
-            image=_visible(picture, width, height, self.data_config['crop_pct'], crop_mode),
+            image=_visible(
+                picture, width, height, self.data_config['crop_pct'], self.data_config.get('crop_mode')),
             probabilities=_softmax(logits[0]),
             patch_probabilities=_softmax(patch_logits[0]),
             class_names=self.class_names,
