@@ -64,7 +64,7 @@ def build(
         remove(tmp)  # of a run that was killed
         shutil.copytree(APP, tmp, ignore=shutil.ignore_patterns('__pycache__', 'models', 'examples', '.*'))
         tmp.chmod(0o755)  # a checkout may be read-only
-        if any(model.pretrained_cfg.get('license') != LICENSE for _, model in models):  # of others' weights, which say
+        if any(model.pretrained_cfg.get('license') != LICENSE for _, model in models):  # others' are theirs to license
             page = (APP / 'README.md').read_text(encoding='utf-8')
             remove(tmp / 'README.md')
             (tmp / 'README.md').write_text(page.replace(f'license: {LICENSE}\n', ''), encoding='utf-8', newline='\n')

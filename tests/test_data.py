@@ -525,8 +525,9 @@ def test_labels_that_are_names_are_classes(tmp_path):
     assert decode(test, config, progress=False).targets.tolist() == [2, 0, 2]
     assert adopt_classes(train, ['owl', 'crow', 'ant']) == ['owl', 'crow', 'ant']  # a network's own order
     assert decode(train, config, progress=False).targets.tolist() == [0, 1, 2]
-    with pytest.raises(InputError, match='Image 1 of the dataset has no label; name a split that has'):
+    with pytest.raises(InputError, match=r'Image 1 of the dataset has no label \(-1\); name a split that has'):
         decode(bad, config, progress=False)
+    assert decode(bad, config, progress=False, labelled=False).targets.tolist() == [0, -1, 1]  # enough to calibrate on
 
 
 def test_workers_end_with_what_they_were_for(tmp_path):
@@ -548,7 +549,7 @@ def test_workers_end_with_what_they_were_for(tmp_path):
 
 
 @pytest.mark.parametrize('image, label, message', [
-    (None, 0, r'cannot be read, remove or replace it, or name the split train\[:1\]\+train\[2:\]: it is empty'),
+    (None, 0, r'cannot be read, remove or replace it: it is empty; or name the split train\[:1\]\+train\[2:\]$'),
     ('x', None, 'has no label')])
 def test_empty_cell_of_a_table_is_named(tmp_path, image, label, message):
     from datasets import ClassLabel, Dataset, Features

@@ -253,9 +253,10 @@ def test_tasks_of_two_jobs_on_one_machine_meet_at_two_ports_and_keep_to_their_co
     assert len(set(ports)) == 2 and all(15000 <= port < 30000 for port in ports)
 
 
-def test_tasks_of_mpirun_in_a_job_of_sbatch_have_its_numbers(monkeypatch):
+@pytest.mark.parametrize('daemons', ['1', '2'])  # of mpirun, which it starts by srun on other machines
+def test_tasks_of_mpirun_in_a_job_of_sbatch_have_its_numbers(monkeypatch, daemons):
     monkeypatch.setattr(os, 'environ', dict(
-        MASTER_ADDR='localhost', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_NTASKS='4', SLURM_STEP_NUM_TASKS='1',
+        MASTER_ADDR='localhost', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_NTASKS='4', SLURM_STEP_NUM_TASKS=daemons,
         OMPI_COMM_WORLD_SIZE='4', OMPI_COMM_WORLD_RANK='3', OMPI_COMM_WORLD_LOCAL_RANK='1'))
     threads = torch.get_num_threads()
     try:

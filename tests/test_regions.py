@@ -494,7 +494,7 @@ def test_mixing_command_writes_its_measures(tmp_path):
     (['trust', 'rn26_tm', '--split', 'nothing'], "Cannot open split 'nothing'"),
     (['words', 'rn26_tm', '--regions', '65'], '1 to 64 regions'),
     (['painting', 'rn26_tm'], 'invalid choice'),
-    (['trust', 'nothing', '--output', '/proc/none/x'], 'Cannot write /proc/none/x.json'),
+    (['trust', 'rn26_tm', '--output', '/proc/none/x'], 'Cannot write /proc/none/x.json'),
 ])
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, tmp_path_factory, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)

@@ -109,21 +109,24 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, process
         assert results[0][key] == results[1][key]
 
 
-@pytest.mark.parametrize('processes, n', [(1, 2), (1, 3), (2, 3)], ids=['', 'last of an epoch', 'of two processes'])
-def test_terminated_run_saves_the_update_it_is_at(tmp_path, forks, processes, n):
-    """SIGTERM to the last of its processes, in the update `n`; there is no checkpoint before the end of an epoch."""
-    flags = [*FLAGS, '--checkpoint-interval', '0', '--batch-size', str(12 // processes)]
+@pytest.mark.parametrize('processes, n, more', [
+    (1, 2, []), (1, 3, []), (1, 2, ['--grad-accum-steps', '2']), (2, 3, [])],
+    ids=['', 'last of an epoch', 'last but for a batch', 'of two processes'])
+def test_terminated_run_saves_the_update_it_is_at(tmp_path, forks, processes, n, more):
+    """SIGTERM to the last of its processes, in step `n`; there is no checkpoint before the end of an epoch."""
+    flags = [*FLAGS, '--checkpoint-interval', '0', '--batch-size', str(12 // processes), *more]
     whole = forks.run(ROOT / 'train' / 'train.py', *flags, '--output', str(tmp_path / 'whole'), processes=processes)
     assert whole.returncode == 0, whole.stderr[-2000:]
     script = tmp_path / 'terminated.py'
-    patch = f'train.ASK_INTERVAL = 1; train.Trainer.step = die_at_call(train.Trainer.step, {n}, "{processes - 1}")'
+    patch = f'train.ASK_SECONDS = 0; train.Trainer.step = die_at_call(train.Trainer.step, {n}, "{processes - 1}")'
     code = KILLER.format(root=str(ROOT), patch=patch).replace('SIGKILL', 'SIGTERM')
     script.write_text(code.replace(
         'train.main(', 'from timm_tmblock.errors import exiting_on_input_error as ending\nwith ending(): train.main('))
     folder = tmp_path / 'terminated' / 'run'
     run = forks.run(script, *flags, '--output', str(folder.parent), processes=processes)
     assert run.returncode == 143, run.stderr[-2000:]
-    assert f'Interrupted in epoch 1 at update {n}; the last good checkpoint is update-0000000{n}' in run.stderr
+    update = n // 2 if more else n
+    assert f'Interrupted in epoch 1 at update {update}; the last good checkpoint is update-{update:08}' in run.stderr
     resumed = forks.run(ROOT / 'train' / 'train.py', '--resume', str(folder), processes=processes)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for file in ('last.safetensors', 'best.safetensors', 'summary.csv'):

@@ -36,8 +36,8 @@ def fingerprints(dataset: InMemorySet):
 
 def load(*flags, config=CONFIG):
     args = parse_args([*flags, '--device', 'cpu'])
-    splits = open_splits(args, Accelerator(cpu=True))
-    return load_parts(splits, args, config, progress=False)
+    accelerator = Accelerator(cpu=True)
+    return load_parts(open_splits(args, accelerator), args, config, accelerator)
 
 
 @pytest.mark.parametrize('fractions', [(65, 15, 20), (0.9, 0.1), (1,), (1, 0, 1)])

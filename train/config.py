@@ -137,8 +137,8 @@ def create_parser() -> Parser:
     group.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
     group.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
-        'load splits of up to this many GB (decoded) into memory, that of the training device unless there is a policy '
-        '(--aa); dividing and padding them temporarily takes as much again'))
+        'load splits of up to this many GB (decoded) into memory, that of the training device except for training '
+        'images with --aa or changes of color; dividing and padding them temporarily takes as much again'))
     group.add_argument('-j', '--workers', type=not_negative, default=4, help=(
         'worker processes that decode images and apply augmentation policies'))
     group.add_argument('-b', '--batch-size', type=positive, default=128, help='images per process and step')

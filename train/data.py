@@ -78,19 +78,24 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def name_others(self, rows: Sequence[int]) -> str:
+        """What to name in place of a split of an hfds/ set to leave out some rows, '' of other splits and sets."""
+        split = str(getattr(self.source, 'split', '') if hasattr(self.source, 'dataset') else '')
+        if not re.fullmatch(r'\w+', split):
+            return ''
+        ends = zip([0, *(row + 1 for row in rows)], [*rows, ''])
+        return '+'.join(f'{split}[{first or ""}:{end}]' for first, end in ends if first != end)
+
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         row = self.rows[index]
         try:
             image, target = self.source[row]
             image = read_image(image, self.mode)
         except (InputError, OSError, KeyError, TypeError, AssertionError) as e:
-            if isinstance(e, KeyError) and e.args == (None,):  # among labels that are names
-                raise InputError(f'Image {row} of the dataset has no label; name a split that has.') from e
             reason = 'it is empty' if isinstance(e, (TypeError, AssertionError)) else str(e)
-            split = str(getattr(self.source, 'split', '') if hasattr(self.source, 'dataset') else '')  # of an hfds/ set
-            others = f', or name the split {split}[:{row}]+{split}[{row + 1}:]' if re.fullmatch(r'\w+', split) else ''
-            raise UnreadableError(
-                f'Image {row} of the dataset cannot be read, remove or replace it{others}: {reason}') from e
+            raise UnreadableError(f'Image {row} of the dataset cannot be read, remove or replace it: {reason}') from e
+        if isinstance(target, str):
+            target = self.source.class_to_idx[target]
         target = -1 if target is None else target
         if self.labelled and target < 0:  # as in the test splits of competitions
             raise InputError(f'Image {row} of the dataset has no label ({target}); name a split that has.')
@@ -175,17 +180,21 @@ def open_dataset(
             if key not in columns:
                 raise InputError(
                     f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
-        kind_of_label = str(table.schema.field(target_key).type)
-        if not dataset.reader.class_to_idx and kind_of_label in INTEGERS:
+        if not dataset.reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
             largest = pc.max(table.column(target_key)).as_py()
             if largest < MOST_CLASSES:
                 dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
-        elif not dataset.reader.class_to_idx and kind_of_label in STRINGS:
+        elif _has_names_for_labels(dataset.reader):
             names = pc.unique(table.column(target_key).drop_null()).to_pylist()
             if len(names) < MOST_CLASSES:
                 dataset.reader.class_to_idx = _number(names)
-                dataset.reader.remap_class = True  # timm looks labels up there
     return dataset
+
+
+def _has_names_for_labels(source: Any) -> bool:
+    """Whether a reader is of an hfds/ set whose label column holds the names of classes."""
+    features = getattr(getattr(source, 'dataset', None), 'features', None) or {}
+    return getattr(features.get(getattr(source, 'label_key', None)), 'dtype', None) in STRINGS
 
 
 def _is_class(folder: Path) -> bool:
@@ -332,7 +341,7 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
     """
     found = get_class_names(dataset)
     source: Any = getattr(dataset, 'reader', dataset)
-    if getattr(source, 'remap_class', False) and set(found) <= set(names):  # of labels that are names
+    if _has_names_for_labels(source) and set(found) <= set(names):
         source.class_to_idx = {name: index for index, name in enumerate(names)}
     elif set(found) < set(names):
         if type(source) in (ReaderImageFolder, ImageFolder):
@@ -395,7 +404,7 @@ class _Chunks(Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.size)
 
-    def __getitem__(self, number: int) -> Tuple[torch.Tensor, torch.Tensor, List[bytes], List[str]]:
+    def __getitem__(self, number: int) -> Tuple[torch.Tensor, torch.Tensor, List[bytes], List[Tuple[int, str]]]:
         rows = range(number * self.size, min((number + 1) * self.size, len(self.source)))
         images = torch.empty(len(rows), *self.config.input_size, dtype=torch.uint8)
         targets = torch.empty(len(rows), dtype=torch.int64)
@@ -405,7 +414,7 @@ class _Chunks(Dataset):
             try:
                 image, targets[i] = self.source[row]
             except UnreadableError as e:
-                failures.append(str(e))
+                failures.append((self.source.rows[row], str(e)))
                 continue
             if self.digest is not None:
                 digests.append(self.digest(_to_pixels(image)))
@@ -452,7 +461,7 @@ def decode(
     images = torch.empty(len(source), *config.input_size, dtype=torch.uint8)
     targets = torch.empty(len(source), dtype=torch.int64)
     digests: List[bytes] = []
-    failures: List[str] = []
+    failures: List[Tuple[int, str]] = []
     chunks = _Chunks(source, config, digest, workers)
     loader = DataLoader(
         chunks, batch_size=None, num_workers=workers, collate_fn=share_batch, worker_init_fn=init_worker,
@@ -466,7 +475,10 @@ def decode(
             bar.update(len(labels))
     if failures:
         rest = len(failures) - 10
-        raise InputError('; '.join(failures[:10]) + (f'; and {rest} more' if rest > 0 else ''))
+        others = source.name_others([row for row, _ in failures])
+        raise InputError(
+            '; '.join(text for _, text in failures[:10]) + (f'; and {rest} more' if rest > 0 else '') +
+            (f'; or name the split {others}' if others and rest <= 0 else ''))
     return InMemorySet(images, targets, class_names, digests)
 
 

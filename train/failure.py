@@ -32,7 +32,11 @@ def advise_on_memory(args: Namespace) -> str:
         f'which keeps the images of an update (batch norm sees fewer at a time), or {other}')
 
 
-IMAGES_DO_NOT_FIT = 'the images do not fit; lower --memory-limit, so that they are read while training'
+def advise_on_images(args: Namespace) -> str:
+    """What a training run can do about too little memory for its images."""
+    if args.pool:  # which are divided in memory
+        return 'the images do not fit; use a smaller --img-size, or --device cpu'
+    return 'the images do not fit; lower --memory-limit, so that they are read while training'
 
 
 @contextmanager

@@ -90,8 +90,13 @@ def create_loader(
     return StreamingLoader(part, config, **kwargs)
 
 
-def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mixup]:
+def create_mixup(args: Namespace, side: int, num_classes: int) -> Optional[Mixup]:
     """timm's mixup and cutmix, None where neither is asked for.
+
+    Args:
+        args: Settings of the run.
+        side: The shorter side of the images.
+        num_classes: Number of classes.
 
     Raises:
         InputError: For settings it cannot have, or batches of which one image has no other to be mixed with.
@@ -103,7 +108,7 @@ def create_mixup(args: Namespace, height: int, num_classes: int) -> Optional[Mix
     low, high = args.cutmix_minmax or (0., 1.)
     if args.batch_size % 2:
         raise InputError('--mixup and --cutmix mix the images of a batch in pairs; use an even --batch-size.')
-    if not 0 <= int(low * height) < int(high * height) <= height:
+    if not 0 <= int(low * side) < int(high * side) <= side:
         raise InputError(f'--cutmix-minmax takes two rising fractions of the image, not {low:g} {high:g}.')
     with refusing('These settings of mixup'):
         return Mixup(

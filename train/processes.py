@@ -33,7 +33,7 @@ def join_tasks() -> None:
             f'to train together, or start one task per machine that runs torchrun or accelerate launch; for separate '
             f'runs unset {" and ".join(name for name in TASKS if said[name] > 1)}.')
     local_rank, rank, world_size = world_info_from_env()
-    if said['OMPI_COMM_WORLD_SIZE'] == tasks and said['SLURM_STEP_NUM_TASKS'] == 1:  # timm would take sbatch's numbers
+    if said['OMPI_COMM_WORLD_SIZE'] == tasks > said['SLURM_STEP_NUM_TASKS']:  # timm would take Slurm's numbers
         local_rank, rank, world_size = (
             int(os.environ[f'OMPI_COMM_WORLD_{name}']) for name in ('LOCAL_RANK', 'RANK', 'SIZE'))
     if torch.cuda.device_count() == 1:  # each task sees its own alone

@@ -207,7 +207,10 @@ def say_recipe(root: Path, tag: str) -> str:
 
 def say_size(run: Dict[str, Any]) -> str:
     size = run['settings'].get('img_size')
-    return f' at {size}×{size}' if size not in (None, 32) else ''
+    if size in (None, 32):
+        return ''
+    height, width = size if isinstance(size, list) else (size, size)
+    return f' at {height}×{width}'
 
 
 def say_comparisons(evidence: Evidence) -> List[str]:

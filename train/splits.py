@@ -171,7 +171,7 @@ def _check_classes(args: Namespace, names: Dict[str, str], splits: Dict[str, Any
     return classes['train']
 
 
-def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, progress: bool) -> Parts:
+def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, accelerator: Accelerator) -> Parts:
     """Decode what fits in memory, and divide it as the settings say.
 
     Raises:
@@ -194,6 +194,7 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
             raise InputError(
                 f'{to_flag(name)} only applies to images that are randomly resized and cropped, as those of sets above '
                 f'--memory-limit are; leave it out, or set --memory-limit 0.')
+    progress = accelerator.is_main_process
     divided = list(splits) if args.pool else ['train'] if fraction else []
     if args.eval_only and 'train' not in divided:
         splits = {part: split for part, split in splits.items() if part != 'train'}
@@ -208,7 +209,7 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, prog
 
     if fraction and not fits['train']:
         test = load('test') if fits.get('test') else splits.get('test')
-        return Parts(*_divide_stream(splits['train'], config, fraction, digest, args, progress), test)
+        return Parts(*_divide_stream(splits['train'], config, fraction, digest, args, accelerator), test)
     loaded = {part: load(part) if fits[part] else split for part, split in splits.items()}
     if args.pool:
         images, targets = (torch.cat([getattr(part, k) for part in loaded.values()]) for k in ('images', 'targets'))
@@ -237,13 +238,23 @@ def _divide_stream(
         fraction: float,
         digest: Callable[[np.ndarray], bytes],
         args: Namespace,
-        progress: bool,
+        accelerator: Accelerator,
 ) -> Tuple[Subset, Union[InMemorySet, Subset]]:
-    """The same parts as of a set in memory, for which every image is read once before the training."""
-    hashed = decode(
-        split, replace(config, input_size=(config.input_size[0], 1, 1)), progress, digest, num_workers=args.workers,
-        desc='Dividing')
-    rows, held_out = (part.tolist() for part in _hold_out(hashed, fraction))
+    """The same parts as of a set in memory, for which the processes read every image once, each its share."""
+    progress = accelerator.is_main_process
+    # the pixels are not needed, and every image has a square of one
+    tiny = replace(config, input_size=(config.input_size[0], 1, 1), crop_pct=1., crop_mode='squash')
+    size, world_size = len(ImageSet(split, 3)), accelerator.num_processes
+    with agreeing(accelerator):
+        share = decode(
+            split, tiny, progress, digest, num_workers=args.workers, desc='Dividing',
+            rows=range(accelerator.process_index, size, world_size))
+    targets, digests = torch.empty(size, dtype=torch.int64), [b''] * size
+    told = [(share.targets, share.digests)]
+    for rank, (its_targets, its_digests) in enumerate(gather_object(told) if world_size > 1 else told):
+        targets[rank::world_size], digests[rank::world_size] = its_targets, its_digests
+    whole = InMemorySet(torch.empty(0), targets, share.class_names, digests)
+    rows, held_out = (part.tolist() for part in _hold_out(whole, fraction))
     validation: Union[InMemorySet, Subset] = Subset(split, held_out)
     if fits_in_memory(len(held_out), config, args.memory_limit):
         validation = decode(split, config, progress, num_workers=args.workers, rows=held_out)

@@ -27,6 +27,7 @@ Models with patch logits (`rn26_tm`, ..., and others with --aux-head) are traine
 rest with cross-entropy; a teacher adds a loss of its own.
 The last line of output is the result as JSON.
 """
+import math
 import signal
 import sys
 import time
@@ -65,7 +66,7 @@ from train.config import (
 )
 from train.data import get_class_names
 from train.engine import create_accelerator, fail_trackers, start_trackers
-from train.failure import IMAGES_DO_NOT_FIT, advise_on_memory, check_disk_space, naming_failures
+from train.failure import advise_on_images, advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
 from train.hardware import describe_hardware, describe_versions, find_commit
@@ -89,7 +90,7 @@ from train.splits import load_parts, open_splits
 from train.task import create_task, create_teachers
 from train.validation import validate
 
-ASK_INTERVAL = 10  # updates after which processes ask each other whether one is to stop
+ASK_SECONDS = 2.  # after which processes ask each other whether one is to stop
 STOP = 'SIGTERM came to a process'
 
 
@@ -129,8 +130,8 @@ class Trainer:
         if args.model_ema and not args.eval_only:
             self.ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
-        with agreeing(accelerator), naming_failures(IMAGES_DO_NOT_FIT):
-            parts = load_parts(splits, args, config, progress=self.main_process)
+        with agreeing(accelerator), naming_failures(advise_on_images(args)):
+            parts = load_parts(splits, args, config, accelerator)
             self.val_loader, self.test_loader = (
                 None if part is None else create_loader(part, config, args, accelerator)
                 for part in (parts.validation, parts.test))
@@ -152,13 +153,14 @@ class Trainer:
                 known.append(now)
         self.clock = time.perf_counter()
         self.asked: Callable[[], bool] = lambda: False  # whether SIGTERM came
+        self.next_question, self.last_question = 0, (0, self.clock)  # updates, and a time
 
     def plan_epochs(self, train: Any, optimizer: torch.optim.Optimizer) -> None:
         """What an epoch is, and how many there are."""
         args, config, accelerator = self.args, self.data_config, self.accelerator
-        with naming_failures(IMAGES_DO_NOT_FIT):
+        with naming_failures(advise_on_images(args)):
             self.train_loader = create_loader(train, config, args, accelerator, training=True)
-        self.mixup = create_mixup(args, config.input_size[1], len(self.class_names))
+        self.mixup = create_mixup(args, min(config.input_size[1:]), len(self.class_names))
         updates_per_epoch = len(self.train_loader) // args.grad_accum_steps
         if updates_per_epoch == 0:
             raise InputError('An epoch has fewer batches than --grad-accum-steps; use a smaller number.')
@@ -323,7 +325,8 @@ class Trainer:
             unit='batch', disable=not self.main_process, mininterval=1., dynamic_ncols=True)
         start, images_seen, shown, before = time.perf_counter(), 0, 0., state.running_seconds
         with bar:
-            rest = self.train_loader.epoch(state.epoch, start=state.batch) if state.update < self.updates else ()
+            done = state.update == self.updates or state.batch == self.batches_per_epoch  # when it was stopped
+            rest = () if done else self.train_loader.epoch(state.epoch, start=state.batch)
             for images, targets in rest:
                 self.step(images, targets)
                 images_seen += len(images) * self.accelerator.num_processes
@@ -349,17 +352,21 @@ class Trainer:
                     raise KeyboardInterrupt(STOP)
         state.epoch_seconds.append(round(before + time.perf_counter() - start, 2))
         state.running_seconds = 0.
-        self.images_per_second = images_seen / (time.perf_counter() - start)
+        self.images_per_second = images_seen / (time.perf_counter() - start) if images_seen else math.nan
 
     def is_asked_to_stop(self) -> bool:
         """Whether SIGTERM came to any process; all of them ask after the same updates."""
-        if self.accelerator.num_processes == 1:
+        update, processes = self.state.update, self.accelerator.num_processes
+        if processes == 1:
             return self.asked()
-        if self.state.batch and self.state.update % ASK_INTERVAL:  # they wait for each other
+        if self.state.batch and update < self.next_question:  # they would wait for each other
             return False
-        if self.asked():
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
+        now = time.perf_counter()
+        told = torch.tensor([self.asked(), now - self.last_question[1]], device=self.accelerator.device)
+        asked, seconds = self.accelerator.reduce(told).tolist()
+        per_update = seconds / processes / max(update - self.last_question[0], 1)
+        self.last_question, self.next_question = (update, now), update + max(1, int(ASK_SECONDS / per_update))
+        return asked > 0
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         """One batch: forward, backward and, where gradients are complete, an update."""

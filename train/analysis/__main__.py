@@ -309,15 +309,15 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(argv)
-    if args.output:
-        check_writable(Path(f'{args.output}.json'))
     fill = getattr(args, 'fill', 'mean')
     name = args.command if fill == 'mean' else f'{args.command}_{fill}'
-    args.output = args.output or f'output/analysis/{name_network(args.model)}.{name}'
+    given, args.output = args.output, args.output or f'output/analysis/{name_network(args.model)}.{name}'
     device = resolve_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
     with naming_failures('take fewer images or regions'):
         model = load_network(args.model, device, None if args.command == 'maximizer' else True)
+        if given:
+            check_writable(Path(f'{given}.json'))
         try:
             values, figure = RUN[args.command](args, model)
         except ImportError as e:
