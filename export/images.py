@@ -1,5 +1,4 @@
 """Real images an export is calibrated and checked on."""
-import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm_tmblock.errors import InputError
 from timm_tmblock.models._labels import list_class_names
 from train.augment import DataConfig
 from train.config import positive
-from train.data import add_set_options, adopt_classes, check_classes, decode, open_named, share_images
+from train.data import KINDS, add_set_options, adopt_classes, check_classes, decode, open_named, share_images
 
 
 @dataclass
@@ -93,7 +92,8 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
 
 def name_set(dataset: str) -> str:
     """Without the place on this machine, as it goes into files."""
-    name = re.sub(r'^\w+/(?=.)', '', dataset) if re.match(r'(torch|hfds|hfids|tfds|wds)/', dataset) else dataset
+    kind, _, rest = dataset.partition('/')
+    name = rest if rest and kind in KINDS else dataset
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
 
 

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
 from export.metadata import find_difference
 from timm_tmblock.errors import InputError
@@ -343,8 +344,7 @@ class _Push:
         found = {}
         for file in self.files:
             content = (self.folder / file).read_bytes()
-            blob = hashlib.sha1(b'blob %d\0' % len(content) + content)
-            found[file] = blob.hexdigest(), hashlib.sha256(content).hexdigest()
+            found[file] = git_hash(content), hashlib.sha256(content).hexdigest()
         return found
 
     def _find_stale(self, tree: Dict[str, str], revision: str) -> List[str]:

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ('tensorrt.py', 'runtime.py')
@@ -157,13 +157,6 @@ def main() -> None:
     table = dict(versions=BINDINGS, names={n: {label: has[n] for label, has in asked.items()} for n in names})
     from train.files import write_report
     write_report(RESULT, table, to_markdown(table))
-
-
-def iterate_missing(table: Dict[str, Any]) -> Iterator[str]:
-    """Names that a version lacks and nothing guards."""
-    for name, has in table['names'].items():
-        if name not in GUARDED and not all(has.values()):
-            yield f'{name}: {", ".join(v for v, there in has.items() if not there)}'
 
 
 if __name__ == '__main__':

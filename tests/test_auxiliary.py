@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import make_trained_like
-from timm.models import load_checkpoint, model_parameters
+from timm.models import load_checkpoint
 
 from timm_tmblock import PatchSupervised, TemplateMatchingTask
 
@@ -97,11 +97,6 @@ def test_head_of_other_classes_than_the_model_is_not_trained():
     supervised.model.reset_classifier(5)
     with pytest.raises(ValueError, match='10 templates and 5 classes; wrap it in PatchSupervised again'):
         TemplateMatchingTask(supervised, verbose=False)
-
-
-def test_timm_finds_the_head_where_it_leaves_it_out_of_clipping(supervised):
-    left_out = set(supervised.parameters()) - set(model_parameters(supervised, exclude_head=True))
-    assert left_out == set(supervised.model.fc.parameters())
 
 
 def test_classifier_is_the_models(supervised):

@@ -123,7 +123,7 @@ def test_what_cannot_be_timed_is_one_sentence(flags, message):
     assert '\n' not in str(error.value)
 
 
-def test_selftest_reports_every_precision(tmp_path, capsys, monkeypatch):
+def test_selftest_reports_every_precision(tmp_path, capsys):
     main([
         'selftest', '--seconds', '0.2', '--output', str(tmp_path / 'report'), '--calibration-images', '64',
         '--check-images', '100'])

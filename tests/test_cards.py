@@ -1,4 +1,5 @@
 """Cards tell what the committed results say, their snippets run, and a stale or broken one is refused."""
+import functools
 import json
 import math
 import re
@@ -129,6 +130,7 @@ def test_commands_of_the_training_lead_from_one_to_the_next(name):
 KINDS = {'patches': FULL, 'none': 'rn26.cifar10'}  # cards whose snippets are run
 
 
+@functools.cache
 def find_snippets(name):
     text = str(cards.render(name, 'user/net'))
     return re.findall(r'```python\n(.*?)```', text, re.DOTALL), next(

@@ -1,6 +1,7 @@
 """Two processes do what one does with twice the batch, and count every image once."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,17 @@ def test_metrics_of_two_processes_are_those_of_the_weights_that_are_written(tmp_
         run = launch(1, ROOT / 'train' / 'train.py', '--resume', str(tmp_path / 'run'), '--epochs', '3')
         resumed = json.loads(run.stdout.splitlines()[-1])
         assert resumed['processes'] == 1 and resumed['history'][:2] == result['history']
+
+
+def test_images_of_a_stream_are_held_out_by_two_processes_as_by_one(tmp_path, launch, folder_of_images):
+    (tmp_path / 'parts.py').write_text(
+        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom train import train\n'
+        f'train.create_loader = lambda part, *args, **kwargs: sys.exit(print(sorted(part.indices)))\n'
+        f'train.main(sys.argv[1:])\n')
+    flags = ['--dataset', str(folder_of_images), '--memory-limit', '0', '--val-fraction', '0.25', '--output',
+             str(tmp_path), '--workers', '0', '--report-to', 'none']
+    found = [part for n in (1, 2) for part in re.findall(r'\[.*?\]', launch(n, tmp_path / 'parts.py', *flags).stdout)]
+    assert len(found) == 3 and len(set(found)) == 1 and len(json.loads(found[0])) == 6
 
 
 @pytest.mark.parametrize('mode', ['broadcast', 'reduce'])

@@ -1,5 +1,6 @@
 """What a launcher and the settings of Accelerate do to a run, and what of them cannot be had."""
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,25 +86,23 @@ def test_fsdp_keeps_no_ema(monkeypatch):
         create_accelerator(parse_args(['--device', 'cpu', '--report-to', 'none', '--model-ema']))
 
 
-def test_trackers_know_the_run_and_whether_it_failed():
+def test_trackers_know_the_run_and_whether_it_failed(monkeypatch):
     told, ended = {}, []
     accelerator = SimpleNamespace(
         is_main_process=True, init_trackers=lambda project, **kwargs: told.update(kwargs, project=project))
     args = parse_args(['--project', 'birds', '--report-to', 'wandb', 'mlflow', 'trackio'])
     start_trackers(accelerator, args, Path('output/run'), 'an id', 7)
     assert told['project'] == 'birds' and told['config']['report_to'] == "['wandb', 'mlflow', 'trackio']"
-    assert told['init_kwargs'] == dict(
-        tensorboard={'purge_step': 8}, wandb={'name': 'run', 'id': 'an id', 'resume': 'allow', 'dir': 'output/run'},
-        mlflow={'run_name': 'run'}, trackio={'name': 'run', 'resume': 'allow'})
     wandb_run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
     accelerator.trackers = [
         SimpleNamespace(name='wandb', tracker=wandb_run),
-        SimpleNamespace(name='tensorboard', finish=lambda: ended.append('tensorboard'))]
+        SimpleNamespace(name='tensorboard', finish=lambda: ended.append('tensorboard')), SimpleNamespace(name='mlflow')]
+    monkeypatch.setitem(sys.modules, 'mlflow', SimpleNamespace(end_run=ended.append))
     fail_trackers(accelerator)
-    assert ended == [1, 'tensorboard']
+    assert ended == [1, 'tensorboard', 'FAILED']
     accelerator.is_main_process = False
     fail_trackers(accelerator)
-    assert ended == [1, 'tensorboard']
+    assert len(ended) == 3
 
 
 def test_tracker_that_does_not_start_is_named():

@@ -154,7 +154,6 @@ def test_streamed_set_measures_the_same():
 
 @pytest.mark.parametrize('folders, said', [(('',), 'has no folder test; all of its images'), (('train', 'test'), '')])
 def test_folder_without_the_split_is_said_to_be_measured_whole(tmp_path, capsys, folders, said):
-    from PIL import Image
     for folder in folders:
         for name in ('ant', 'bee'):
             (tmp_path / 'images' / folder / name).mkdir(parents=True)

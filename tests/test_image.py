@@ -119,19 +119,24 @@ def make_bad(tmp_path, kind):
     return path
 
 
+both = pytest.mark.parametrize(
+    'read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+
+
 @pytest.mark.parametrize('kind, message', [
     ('missing', 'There is no image'), ('empty', 'empty or not an image'), ('text', 'empty or not an image'),
     ('truncated', 'cannot be decoded'), ('folder', 'is a folder'), ('float', 'floating-point'),
     ('integers', '32-bit pixels of unknown range'),
 ])
-def test_what_is_no_image_is_named(tmp_path, kind, message):
+@both
+def test_what_is_no_image_is_named(tmp_path, kind, message, read, error):
     path = make_bad(tmp_path, kind)
-    with pytest.raises(InputError, match=message) as error:
-        read_image(path)
-    assert str(path) in str(error.value)
+    with pytest.raises(error, match=message) as raised:
+        read(path)
+    assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize('read, error', [(read_image, InputError), (runtime.read_image, runtime.RuntimeInputError)])
+@both
 def test_postscript_is_not_run(tmp_path, monkeypatch, read, error):
     Image.new('RGB', (4, 4)).save(tmp_path / 'x.eps')
     path = (tmp_path / 'x.eps').rename(tmp_path / 'x.png')

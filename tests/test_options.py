@@ -142,7 +142,7 @@ def test_learning_rate_of_a_recipe_yields_to_that_of_the_command_line(tmp_path):
     ('val_fraction: 0', ['--pool', '65', '15', '20'], dict(pool=[65, 15, 20], val_fraction=None)),
     ('val_split: test', ['--val-fraction', '0.2'], dict(val_split=None, val_fraction=0.2)),
     ('{kd_model_name: [rn26], kd_checkpoint: [a]}', ['--kd-checkpoint'], dict(kd_model_name=None, kd_checkpoint=[])),
-    ('kd_checkpoint: [a]', ['--kd-model-name'], dict(kd_model_name=[], kd_checkpoint=None)),
+    ('kd_checkpoint: a', ['--kd-model-name', 'rn26_tm'], dict(kd_model_name=['rn26_tm'], kd_checkpoint=None)),
     ('opt_kwargs: {nesterov: true}', [], dict(opt_args=dict(nesterov=True))),  # another name of a flag
     ('validation_batch_size: 7', [], dict(val_batch_size=7)),
     ('max_steps: 3', ['--epochs', '30'], dict(max_steps=None, epochs=30)),  # which is the default, but was given
@@ -530,12 +530,6 @@ def test_teacher_of_other_weights_sees_images_as_the_network_it_is_named_by(tmp_
 def test_measuring_needs_no_teacher(tmp_path):
     trainer = create_trainer(tmp_path, '--kd-checkpoint', 'gone.safetensors', '--eval-only')
     assert trainer.evaluate()['validation']['loss'] > 0
-
-
-def test_teacher_by_name_goes_before_that_of_a_recipe(tmp_path):
-    (tmp_path / 'r.yaml').write_text('kd_checkpoint: a.safetensors\n')
-    args = parse_args(['-c', str(tmp_path / 'r.yaml'), '--kd-model-name', 'rn26_tm'])
-    assert (args.kd_model_name, args.kd_checkpoint) == (['rn26_tm'], None)
 
 
 def test_weights_of_a_teacher_go_before_the_name_of_a_recipe_unless_it_has_both(tmp_path):

@@ -479,6 +479,15 @@ def test_mixing_command_writes_its_measures(tmp_path):
     assert json.loads((tmp_path / 'm.json').read_text()) == values and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Of seven templates, and of other classes."""
+    folder = tmp_path_factory.mktemp('weights')
+    return dict(
+        SEVEN=save(folder / 'seven.safetensors', 'rn26_tm', list(CIFAR10_LABELS), num_templates=7),
+        OTHER=save(folder / 'other.safetensors', 'rn26', list('abcdefghij')))
+
+
 @pytest.mark.parametrize('flags, message', [
     (['geometry', 'rn26_tm', '--baseline', 'rn26_tm'], 'rn26_tm has a template matching block'),
     (['words', 'rn26_tm', '--images-per-class', '1', '--regions', '1'], 'too few for 100 words'),
@@ -496,13 +505,9 @@ def test_mixing_command_writes_its_measures(tmp_path):
     (['painting', 'rn26_tm'], 'invalid choice'),
     (['trust', 'rn26_tm', '--output', '/proc/none/x'], 'Cannot write /proc/none/x.json'),
 ])
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, tmp_path_factory, monkeypatch, flags, message):
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, weights, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path_factory.mktemp('weights')
-    files = dict(
-        SEVEN=save(folder / 'seven.safetensors', 'rn26_tm', list(CIFAR10_LABELS), num_templates=7),
-        OTHER=save(folder / 'other.safetensors', 'rn26', list('abcdefghij')))
-    flags = [files.get(flag, flag) for flag in flags]
+    flags = [weights.get(flag, flag) for flag in flags]
     with pytest.raises(InputError, match=message) as error:
         main(flags)
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())

@@ -311,7 +311,7 @@ def test_table_has_every_name_the_sources_use():
     table = json.loads((ROOT / 'export' / 'results' / 'tensorrt_names.json').read_text())
     assert list(table['names']) == names.find_names(), 'run python export/tensorrt_names.py'
     assert set(table['versions']) == set(names.BINDINGS) and len(table['names']) > 50
-    assert list(names.iterate_missing(table)) == []
+    assert not [n for n, has in table['names'].items() if n not in names.GUARDED and not all(has.values())]
     assert names.RESULT.with_suffix('.md').read_text() == names.to_markdown(table)
 
 

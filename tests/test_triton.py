@@ -359,7 +359,6 @@ def test_engine_with_a_gap_between_its_profiles_is_refused(files, tmp_path):
 
 
 def test_int8_for_a_cpu_is_served_on_it(files, tmp_path):
-    import onnx
     proto = onnx.load(files / 'scores.onnx')
     for p in proto.metadata_props:
         p.value = '{"target": "cpu"}' if p.key == 'quantization' else p.value
@@ -422,7 +421,6 @@ def test_engines_of_tensorrt_rtx_and_bf16_files_are_refused(files, tmp_path):
         metadata = json.loads((files / f'{name}.json').read_text())
         (tmp_path / f'{name}.json').write_text(json.dumps({**metadata, **change}))
         if name.endswith('.onnx'):
-            import onnx
             proto = onnx.load(tmp_path / name)
             del proto.metadata_props[:]
             onnx.save(proto, tmp_path / name)

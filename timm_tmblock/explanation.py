@@ -258,8 +258,8 @@ class Explainer:
         return Explanation(
             image=_visible(
                 picture, width, height, self.data_config['crop_pct'], self.data_config.get('crop_mode')),
-            probabilities=_softmax(logits[0]),
-            patch_probabilities=_softmax(patch_logits[0]),
+            probabilities=torch.from_numpy(logits[0]).softmax(0).numpy(),
+            patch_probabilities=torch.from_numpy(patch_logits[0]).softmax(0).numpy(),
             class_names=self.class_names,
             template_names=self.template_names,
             method=self.method,
@@ -305,11 +305,6 @@ def forward_class_activation(model: Any, x: torch.Tensor) -> Tuple[torch.Tensor,
     features = model.forward_features(x)
     maps = F.conv2d(features, model.fc.weight[:, :, None, None], model.fc.bias)
     return model.forward_head(features), maps
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(axis=0))
-    return e / e.sum(axis=0)
 
 
 def _visible(image: Image.Image, width: int, height: int, crop_pct: float, crop_mode: Optional[str]) -> Image.Image:

@@ -12,6 +12,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_tmblock.errors import InputError, say_why_not_loaded
+from train.data import add_set_options
 
 SETTINGS = 'args.yaml'  # in the experiment folder
 METRICS = ('top1', 'top5', 'loss')  # of validation
@@ -119,11 +120,7 @@ def create_parser() -> Parser:
         "YAML recipe; its key 'base' may name another recipe to start from; command-line flags override both"))
 
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', default='sample', help=(
-        "'sample' (2,000 CIFAR-10 images included in this repository), torch/<name>, hfds/<Hub id or local folder>, or "
-        'an image folder with train/, and further splits beside it, each with one subfolder per class'))
-    group.add_argument('--data-dir', help='root folder of a torch/ dataset, cache folder of an hfds/ dataset')
-    group.add_argument('--dataset-download', action=boolean, default=False, help='let torchvision download the dataset')
+    add_set_options(group)
     group.add_argument('--train-split', default='train', help='training split')
     group.add_argument('--val-split', help=(
         "validation split, which selects the best weights (default: a part of the training split; '': none)"))
@@ -134,8 +131,6 @@ def create_parser() -> Parser:
     group.add_argument('--pool', type=from_zero, nargs=3, metavar='SIZE', help=(
         'merge the named splits and divide them again into training, validation and test; 65 15 20 in the paper'))
     group.add_argument('--split-seed', type=seed, default=0, help='seed of the division by --val-fraction and --pool')
-    group.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
-    group.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
     group.add_argument('--memory-limit', type=gigabytes, default=4., help=(
         'load splits of up to this many GB (decoded) into memory, that of the training device except for training '
         'images with --aa or changes of color; dividing and padding them temporarily takes as much again'))

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from train.signals import init_worker
 # what timm's create_dataset does with the names of splits
 HALVED = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 SPLIT_NAMES = ('train', 'training', 'test', 'val', 'valid', 'validation', 'eval', 'evaluation')
-KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set, in any case for timm
+KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # what goes before a / in the name of a set
 CHUNK = 256  # images that a process decodes at a time, at most
 CHUNK_BYTES = 2 ** 22  # of these; processes hand them on in shared memory, of which a container has 64 MB
 WORTH_A_PROCESS = 5e6  # pixels of images; fewer are decoded before another process has begun
@@ -105,6 +105,12 @@ class ImageSet(Dataset):
         return image, int(target)
 
 
+def lower_kind(name: str) -> str:
+    """The name of a set with what says its kind in lower case, as timm takes it in any."""
+    kind, slash, rest = name.partition('/')
+    return f'{kind.lower()}/{rest}' if slash and kind.lower() in KINDS else name
+
+
 def open_dataset(
         name: str,
         split: str,
@@ -122,8 +128,9 @@ def open_dataset(
         if root:
             raise InputError('The sample comes with the project; --dataset names a folder of images, not --data-dir.')
         name, input_key, target_key = f'hfds/{SAMPLE}', 'img', 'label'
-    kind, slash, rest = name.partition('/')
-    kind = kind.lower() if slash and kind.lower() in KINDS else ''  # of a folder
+    name = lower_kind(name)
+    kind, _, rest = name.partition('/')
+    kind = kind if rest and kind in KINDS else ''  # of a folder
     if kind:
         name = f'{kind}/{rest}'
     if kind in ('hfids', 'tfds', 'wds'):
@@ -294,11 +301,12 @@ def _find_rows(dataset: Any) -> List[Tuple[str, int, int]]:
 
 def add_set_options(parser: Any) -> None:
     """Flags that name a labelled set."""
-    parser.add_argument('--dataset', default='sample', help=(
-        "'sample', torch/<name>, hfds/<Hub id or local folder>, or an image folder with a folder per split, each with "
-        'one subfolder per class'))
+    parser.add_argument('--dataset', default='sample', type=lower_kind, help=(
+        "'sample' (2,000 CIFAR-10 images included in this repository), torch/<name>, hfds/<Hub id or local folder>, or "
+        'an image folder with a folder per split, each with one subfolder per class'))
     parser.add_argument('--data-dir', help='root folder of a torch/ dataset, cache folder of an hfds/ dataset')
-    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download the dataset')
+    parser.add_argument(
+        '--dataset-download', action=BooleanOptionalAction, default=False, help='let torchvision download the dataset')
     parser.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
     parser.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
 

@@ -142,9 +142,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             copy(report.with_suffix(suffix), results / f'evaluation{suffix}')
     for other in (results / 'analysis', results / 'explained.png'):
         remove(other)  # they were of the weights before
-    for record in RECORDS:
-        if record != 'result.json':
-            copy(args.run / record, results / record)
+    for record in (SETTINGS, 'summary.csv'):
+        copy(args.run / record, results / record)
     write_json(results / 'result.json', {k: v for k, v in result.items() if k != 'weights'})
     entry = dict(
         sha256=hash_file(str(target)), bytes=target.stat().st_size, dtype=dtype,

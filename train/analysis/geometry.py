@@ -2,6 +2,7 @@
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+from scipy.stats import sem
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import NearestNeighbors
@@ -41,7 +42,7 @@ def average(values: np.ndarray, groups: np.ndarray) -> Tuple[float, float]:
         groups: (N,), 0 to G - 1.
     """
     means = np.bincount(groups, values) / np.bincount(groups)
-    return float(means.mean()), float(means.std(ddof=1) / len(means) ** 0.5)
+    return float(means.mean()), float(sem(means))
 
 
 def label_regions(sample: Sample) -> Dict[str, Tuple[np.ndarray, np.ndarray]]:

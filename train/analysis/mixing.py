@@ -2,6 +2,7 @@
 from typing import Any, Dict, Iterable, List
 
 import torch
+from scipy.stats import sem
 
 from timm_tmblock.analysis import split_activations
 
@@ -43,9 +44,8 @@ def measure_mixing(model: Any, batches: Iterable[torch.Tensor]) -> Dict[str, flo
         spreads['rest'].add(f if model.tm.shortcut is None else model.tm.shortcut(f))
     values = {}
     for name, parts in found.items():
-        means = torch.cat(parts)
-        values[name] = means.mean().item()
-        values[f'{name}_error'] = (means.std() / len(means) ** 0.5).item()
+        means = torch.cat(parts).numpy()
+        values[name], values[f'{name}_error'] = float(means.mean()), float(sem(means))
     values['value_spread'] = (spreads['values'].variance() / spreads['rest'].variance()) ** 0.5
     return values
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam, Occlusion
+from scipy.stats import sem
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
@@ -174,9 +175,6 @@ def summarize(curves: Dict[str, Curves]) -> Dict[str, Dict[str, float]]:
 
     'deletion' is better the lower, 'insertion' the higher; 'without_most' and 'without_least' are accuracies in %.
     """
-    def mean_and_error(values: np.ndarray) -> Tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
     values = {
         name: {**c.areas(), 'without_most': 100. * c.without_most, 'without_least': 100. * c.without_least}
         for name, c in curves.items()}
@@ -185,9 +183,10 @@ def summarize(curves: Dict[str, Curves]) -> Dict[str, Dict[str, float]]:
     for name, columns in values.items():
         row = summary[name] = {}
         for key, column in columns.items():
-            row[key], row[f'{key}_error'] = mean_and_error(column)
+            row[key], row[f'{key}_error'] = float(column.mean()), float(sem(column))
             if name != first:  # image by image, so that what is hard for all drops out
-                row[f'{key}_lead'], row[f'{key}_lead_error'] = mean_and_error(values[first][key] - column)
+                lead = values[first][key] - column
+                row[f'{key}_lead'], row[f'{key}_lead_error'] = float(lead.mean()), float(sem(lead))
     return summary
 
 
