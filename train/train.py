@@ -294,6 +294,7 @@ class Trainer:
         with ExitStack() as stack:
             self.start_record(stack)
             self.asked = asked = stack.enter_context(stopping_at_signals(at_once=False))
+            self.last_question = self.state.update, time.perf_counter()
             try:
                 with naming_failures(advise_on_memory(self.args)):
                     while self.state.update < self.updates or self.state.batch:  # the last may fall within an epoch
