@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 from timm_tmblock.checkpoint import copy_tensors, load_model, read_description, save_weights, writing
 from timm_tmblock.errors import InputError
@@ -142,3 +143,23 @@ def test_pointer_of_git_lfs_is_named(tmp_path):
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000\n')
     with pytest.raises(InputError, match='best.safetensors is a Git LFS pointer, not the file itself; install'):
         load_model(path)
+
+
+def test_weights_of_a_folder_are_what_its_config_says(tmp_path):
+    torch.manual_seed(0)
+    names, overlay = ['ant', 'bee', 'cat'], dict(mean=(0.1, 0.2, 0.3), crop_pct=0.9)
+    model = timm.create_model('rn26_tm', num_classes=3, img_size=64, pretrained_cfg_overlay=overlay).eval()
+    save_for_hf(model, tmp_path, model_config=dict(label_names=names), safe_serialization=True)
+    path = tmp_path / 'model.safetensors'
+    loaded = load_model(path)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    cfg = loaded.pretrained_cfg
+    assert loaded.img_size == (64, 64) and cfg['mean'] == (0.1, 0.2, 0.3) and cfg['crop_pct'] == 0.9
+    assert list(cfg['label_names']) == names
+    for content in ('{"architecture": ', '[]', '{"pretrained_cfg": 1}'):
+        (tmp_path / 'config.json').write_text(content)
+        assert read_description(path) == {}
+    (tmp_path / 'config.json').unlink()
+    assert read_description(path) == {}

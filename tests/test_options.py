@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
@@ -402,6 +402,9 @@ def test_checkpoint_brings_its_layout_and_preprocessing(tmp_path):
     config = trainer.data_config
     assert config.input_size == (3, 24, 24) and config.mean == (0.2, 0.3, 0.4) and config.std == (0.3, 0.2, 0.1)
     assert (config.interpolation, config.crop_mode) == ('nearest', 'squash')
+    save_for_hf(load_model(best), tmp_path / 'folder', safe_serialization=True)  # as a network of the Hub
+    weights = str(tmp_path / 'folder' / 'model.safetensors')
+    assert create_trainer(tmp_path / 'new', *flags[:-1], weights).data_config == config
     trainer = create_trainer(tmp_path / 'new', *flags, '--model-kwargs', 'img_size=96')
     assert trainer.data_config.input_size == (3, 96, 96)
     others = ['--mean', '0.5', '0.5', '0.5', '--img-size', '64']

@@ -1,7 +1,7 @@
 """Explain images, or run a script that knows the models, from the command line.
 
     python -m timm_tmblock explain rn26_tm IMAGE FOLDER ... --output pictures
-    python -m timm_tmblock explain rn26_tm.onnx IMAGE ... --class-name ship
+    python -m timm_tmblock explain rn26_tm.onnx IMAGE ... --class-name ship --output pictures
     python -m timm_tmblock run validate.py --model rn26_tm ...
 """
 import argparse
@@ -30,7 +30,7 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument('--method', choices=METHODS, help=(
         "'match': patch logits of template matching; 'cam': class activation maps, for any model of this package "
         "(default: the method an ONNX file was exported with, 'match' for a model)"))
-    command.add_argument('--class-name', help='class shown in the heat map (default: the predicted class)')
+    command.add_argument('--class-name', help='class shown in the heat map of --output (default: the predicted class)')
     command.add_argument('--output', type=Path, help='folder to write a picture of each explanation to')
     command.add_argument('--json', action='store_true', help=(
         'print one JSON object per line, with the class of each region'))

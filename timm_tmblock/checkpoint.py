@@ -135,7 +135,9 @@ def _sort_metadata(data: bytes) -> bytes:
 
 
 def read_description(path: Union[str, Path]) -> Dict[str, Any]:
-    """The description that `save_weights` put into a file, empty for a file of another origin.
+    """The description that `save_weights` put into a file, or that of config.json beside timm's model.safetensors.
+
+    Empty for a file of another origin.
 
     Raises:
         InputError: If there is no such file, or it is neither a safetensors file nor named as one of torch.save.
@@ -144,7 +146,7 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
         return {}
     try:
         with safe_open(path, framework='pt') as f:
-            return json.loads((f.metadata() or {}).get('timm_tmblock', '{}'))
+            return json.loads((f.metadata() or {}).get('timm_tmblock', '{}')) or _read_config(Path(path))
     except FileNotFoundError as e:
         raise InputError(f'There is no checkpoint {path}.') from e
     except (SafetensorError, OSError) as e:
@@ -154,6 +156,20 @@ def read_description(path: Union[str, Path]) -> Dict[str, Any]:
                     f'{path} is a Git LFS pointer, not the file itself; install git-lfs and run git lfs '
                     f'pull.') from e
         raise InputError(f'{path} is not a whole safetensors file ({e}); give one that training wrote.') from e
+
+
+def _read_config(path: Path) -> Dict[str, Any]:
+    """The description of a folder of timm's or of the Hub, by its weight file; empty for other files."""
+    if path.name != 'model.safetensors':
+        return {}
+    try:
+        config = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))
+        cfg = {**config['pretrained_cfg'], **{k: config[k] for k in ('num_classes', 'label_names') if k in config}}
+        description = {k: cfg[k] for k in _PRETRAINED_CFG_KEYS if k in cfg}
+        model_args = {k: v for k, v in config.get('model_args', {}).items() if k != 'num_classes'}
+        return dict(model=config['architecture'], model_args=model_args, **description)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _is_of_torch(path: Union[str, Path]) -> bool:

@@ -39,10 +39,10 @@ SETTLED = (
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """With the default of each flag that has one."""
+    """With the default of each flag that has one, unless its text says it."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        without = action.default is False or action.default in (None, {}, [])
+        without = action.default is False or action.default in (None, {}, []) or '(default: ' in (action.help or '')
         return action.help if without else super()._get_help_string(action)
 
 
@@ -321,7 +321,7 @@ def create_parser() -> Parser:
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help=(
         "'auto': an NVIDIA or AMD GPU if there is one, else the CPU; 'mps': the GPU of a Mac"))
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help=(
-        'default: the setting of accelerate launch'))
+        'default: the setting of accelerate launch, else no'))
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the selected weights at the end')
     group.add_argument('--hub-private', action=boolean, default=False, help='create a private repository')
     group.add_argument('--report-to', nargs='+', default=['tensorboard'], metavar='TRACKER', help=(

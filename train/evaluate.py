@@ -50,7 +50,7 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': t
 
 
 def create_parser() -> Parser:
-    parser = Parser(prog='evaluate.py', description='Evaluate a classifier on a labeled dataset.')
+    parser = Parser(prog='evaluate.py', description='Evaluate a classifier on a labelled dataset.')
     parser.add_argument('model', help=(
         "name registered with timm, 'hf-hub:USER/NAME', 'local-dir:FOLDER', or a .safetensors, .onnx, .engine or .plan "
         'file'))

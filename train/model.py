@@ -34,7 +34,8 @@ def check_model_name(name: str) -> None:
         if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
             raise InputError(
                 f'--model takes names registered with timm; to begin with the weights of {name}, name its architecture '
-                f'(config.json) with --model and its model.safetensors with --initial-checkpoint.')
+                f'(in its config.json) with --model, and its model.safetensors, beside that config.json, with '
+                f'--initial-checkpoint.')
         near = timm.list_models(f'*{name[:4]}*')[:5] or timm.list_models('*_tm')
         raise InputError(f'timm has no model {name!r}; is it one of {", ".join(near)}?')
     check_tag(name)
