@@ -1,6 +1,7 @@
 """ONNX files that say how to use them, checked against PyTorch."""
 import logging
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -232,11 +233,10 @@ def create_larger_input(config: Dict[str, Any], options: OnnxOptions, batch_size
     return create_inputs(dict(config, input_size=(channels, height + 17, width + 8)), options)[1](batch_size)
 
 
-def create_reference(
-        model: Any, config: Dict[str, Any], options: OnnxOptions) -> Run:
-    """PyTorch in float32, on inputs of the file: class scores and, if asked for, patch scores."""
+def create_reference(model: Any, config: Dict[str, Any], options: OnnxOptions) -> Run:
+    """PyTorch in float32 on the CPU, on inputs of the file: class scores and, if asked for, patch scores."""
     mean, std = (torch.tensor(config[k], dtype=torch.float64).view(-1, 1, 1) for k in ('mean', 'std'))
-    parameter = next(model.parameters())
+    model = deepcopy(model).cpu()  # a GPU would compute in TF32
 
     @torch.inference_mode()
     def run(array: np.ndarray) -> List[np.ndarray]:
@@ -244,8 +244,7 @@ def create_reference(
         if options.preprocessing:
             x = x.permute(0, 3, 1, 2) if options.preprocessing == 'NHWC' else x
             x = ((x / 255. - mean) / std).float()
-        x = x.to(parameter.device)
-        return [y.float().cpu().numpy() for y in forward_scores(model, x, options.patch_method)]
+        return [y.float().numpy() for y in forward_scores(model, x, options.patch_method)]
 
     return run
 

@@ -43,7 +43,9 @@ class Limits:
     sampled: bool = False  # asked of the set the images are drawn from: see `allow`
 
     def allow(self, images: int) -> float:
-        """How far a share of so many images may fall below the limit by chance: two standard errors, where sampled."""
+        """How far a share of so many images may fall below the limit by chance, where sampled: two standard errors of
+        a share of `decided`.
+        """
         return 2 * math.sqrt(self.decided * (1 - self.decided) / images) if self.sampled else 0.
 
 

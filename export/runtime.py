@@ -10,9 +10,9 @@
         prediction.patch_probabilities                   # (templates, H/r, W/r), None if the file has no patch scores
 
 This file stands alone, so that it can be copied beside a model: it needs Python ≥ 3.10, numpy, Pillow ≥ 10.1, and
-onnxruntime for .onnx files or tensorrt (tensorrt-rtx) and cuda-bindings for engines. Everything else it reads from the
-file's metadata: one JSON object, in an ONNX file a property for each key (structured values as JSON), and as it is in a
-sidecar FILE.json.
+onnxruntime (on a GPU 1.18 or newer) for .onnx files or tensorrt (tensorrt-rtx) and cuda-bindings for engines.
+Everything else it reads from the file's metadata: one JSON object, in an ONNX file a property for each key (structured
+values as JSON), and as it is in a sidecar FILE.json.
 
 metadata_version: 2.
 model: name registered with timm.
@@ -35,8 +35,8 @@ outputs: for each its name, dtype, shape (an axis that varies with the input by 
     matching. To show a map, stretch it over the whole input.
 opset: of the ONNX operators.
 precision: 'fp32', 'fp16', 'bf16' or 'int8'.
-quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (of what set,
-    how many), and float_nodes, the names of nodes kept in floating point that the target would quantize.
+quantization: null, or target ('cpu': uint8 activations; 'tensorrt': int8, symmetric), method, images (how many) and
+    images_of (of what set), and float_nodes, the names of nodes kept in floating point that the target would quantize.
 parity: comparison with PyTorch in float32, see export/parity.py; an engine's sidecar has none.
 
 Only in the sidecar: file_sha256 and file_bytes of the file beside it, and for an engine `engine`, see
@@ -52,6 +52,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -147,6 +148,8 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
         if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
             raise RuntimeInputError(
                 f'{type(source).__name__} is not an image; give a path, bytes, PIL image or uint8 array.')
+        if inspect.iscoroutinefunction(getattr(source, 'read', None)):  # FastAPI's UploadFile
+            raise RuntimeInputError(f'{type(source).__name__} is read asynchronously; give its .file or its bytes.')
         image = source if isinstance(source, Image.Image) else Image.open(source)
         file_format = image.format
         if file_format == 'EPS':
@@ -156,7 +159,10 @@ def read_image(source: ImageSource, mode: str = 'RGB') -> Image.Image:
             raise RuntimeInputError(f'{name} has no pixels.')
         if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
             # 16 bits, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            values = np.asarray(image).clip(0, 65535)
+            pixels = (values >> 8).astype(np.uint8)
+            pixels[values == image.info.get('transparency', -1)] = 255
+            image = Image.fromarray(pixels)
         if image.mode in ('I', 'F'):
             kind = 'floating-point' if image.mode == 'F' else '32-bit'
             raise RuntimeInputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')
@@ -239,11 +245,11 @@ class Prediction:
     @property
     def label(self) -> str:
         """Name of the most probable class."""
-        return self.class_names[int(self.probabilities.argmax())]
+        return self.top(1)[0][0]
 
     def top(self, k: int = 3) -> List[Tuple[str, float]]:
         """The k most probable classes with their probabilities."""
-        order = self.probabilities.argsort()[::-1][:k]
+        order = (-self.probabilities).argsort(kind='stable')[:k]  # of equals the first, as argmax
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
 
     def evidence(self, index: int) -> np.ndarray:
@@ -348,10 +354,12 @@ class OnnxSession:
             if device == 'cuda' and _is_for_cpu(path, start_on_cpu):
                 device = 'cpu'
         wanted = {'cuda': 'CUDAExecutionProvider', 'cpu': 'CPUExecutionProvider'}[device]
-        if wanted not in ort.get_available_providers() and not allow_fallback:
-            raise RuntimeInputError(
-                f'This onnxruntime has no {wanted}; run "pip uninstall -y onnxruntime", then "pip install '
-                f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or, with run, --allow-fallback.')
+        if wanted not in ort.get_available_providers():
+            if not allow_fallback:
+                raise RuntimeInputError(
+                    f'This onnxruntime has no {wanted}; run "pip uninstall -y onnxruntime", then "pip install '
+                    f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or, with run, --allow-fallback.')
+            warnings.warn(f'ONNX Runtime runs on the CPU: this onnxruntime has no {wanted}.', stacklevel=4)
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             # the default times every algorithm of every convolution, for each batch size anew
@@ -410,7 +418,12 @@ class OnnxSession:
                 with self.lock:
                     if self.session is session:  # no other thread has met it before
                         self.session = self._fall_back(e)
-            return self.session.run(names, inputs)
+                    session = self.session
+            if session is None:
+                raise RuntimeInputError(f'{self.path} was closed; load it again.')
+            return session.run(names, inputs)
+        except RuntimeInputError:
+            raise
         except Exception as e:
             raise RuntimeInputError(f'ONNX Runtime failed: {_tell(e)}') from e
 
@@ -466,7 +479,7 @@ class TensorRTSession:
     are kept. `close` frees everything, as does the end of the session's life.
     """
 
-    def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 8) -> None:
+    def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 16) -> None:
         self.path = path
         self.metadata = read_sidecar(path)
         check_metadata(self.metadata, path)
@@ -1210,6 +1223,13 @@ def _copy(image: ImageSource) -> ImageSource:
     """What an iterator gave, before it goes on and writes over it or closes it."""
     if isinstance(image, np.ndarray):
         return image.copy()
+    if isinstance(image, bytearray):
+        return bytes(image)
+    file: Any = image
+    if hasattr(file, 'read'):
+        with contextlib.suppress(Exception):  # what is wrong with it is told where it is read
+            file.seek(0)
+            return file.read()
     if isinstance(image, Image.Image):
         with contextlib.suppress(Exception):  # what is wrong with it is told where it is read
             copy = image.copy()
@@ -1239,7 +1259,8 @@ def load(
         source: .onnx file or TensorRT engine with its sidecar, a folder of ONNX files, or a Hub repository 'user/name'.
         device: 'cpu', 'cuda', or 'auto': the GPU if there is one, but the CPU for its int8 files; engines are always
             on the GPU.
-        allow_fallback: Let ONNX Runtime use the CPU where the GPU was asked for.
+        allow_fallback: Let ONNX Runtime use the CPU where the GPU was asked for, from its first failure on (as of a
+            batch too large for its memory) until the file is loaded again.
         threads: Threads of ONNX Runtime, its own choice if None.
         cuda_graphs: Replay a CUDA graph for each batch size of an engine.
         rebuild: Build an engine again from the ONNX file beside it if it is of another GPU or version.
@@ -1351,6 +1372,8 @@ def _find_onnx(
             f'{source} holds no ONNX file with its .json beside it; download the file and name it.' if remote else
             f'{source} holds no ONNX file.')
     on_gpu = _pick_device(device, allow_fallback, tell=False) == 'cuda'  # the session will tell
+    if on_gpu and allow_fallback:
+        on_gpu = 'CUDAExecutionProvider' in import_onnxruntime().get_available_providers()
     order = ['fp16', 'fp32', 'int8'] if on_gpu else ['fp32', 'fp16', 'int8']
     order += ['', 'bf16']  # it does not say; ONNX Runtime cannot run it
     said: Dict[Path, Dict[str, Any]] = {}
@@ -1448,7 +1471,7 @@ def list_images(paths: Sequence[str]) -> List[Path]:
             found += sorted(
                 f for f in path.rglob('*')
                 if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.endswith('.explained.png')
-                and not any(part.startswith('.') for part in f.relative_to(path).parts) and f.is_file())
+                and not any(part.startswith('.') for part in f.relative_to(path).parts) and os.path.isfile(f))
         else:
             found.append(path)
     if not found:

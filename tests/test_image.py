@@ -137,6 +137,23 @@ def test_what_is_no_image_is_named(tmp_path, kind, message, read, error):
 
 
 @both
+def test_file_that_is_read_asynchronously_is_refused_and_says_what_to_give(read, error):
+    class UploadFile:
+        async def read(self, size=-1):
+            return b''
+
+    with pytest.raises(error, match='^UploadFile is read asynchronously; give its .file or its bytes.$'):
+        read(UploadFile())
+
+
+@both
+def test_transparent_value_of_16_bits_is_white(tmp_path, read, error):
+    values = np.array([[0, 0x8000], [0x1200, 0xffff]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / 'x.png', transparency=0x1200)
+    assert np.asarray(read(tmp_path / 'x.png', 'L')).tolist() == [[0, 0x80], [255, 0xff]]
+
+
+@both
 def test_postscript_is_not_run(tmp_path, monkeypatch, read, error):
     Image.new('RGB', (4, 4)).save(tmp_path / 'x.eps')
     path = (tmp_path / 'x.eps').rename(tmp_path / 'x.png')

@@ -159,6 +159,21 @@ def test_stream_takes_what_an_iterator_writes_over_or_closes(folder, batch_size)
         np.testing.assert_allclose([p.probabilities for _, p in got], expected, atol=1e-6)
         for (seen, _), array in zip(got, arrays):
             np.testing.assert_array_equal(np.asarray(seen), array)
+
+    def read():
+        for path in paths:
+            with open(path, 'rb') as file:
+                yield file
+
+    def refill():
+        buffer = bytearray()
+        for path in paths:
+            buffer[:] = path.read_bytes()
+            yield buffer
+
+    for images in (read(), refill()):
+        np.testing.assert_allclose(
+            [p.probabilities for _, p in runner.stream(images, batch_size)], expected, atol=1e-6)
     with pytest.raises(runtime.RuntimeInputError, match='The batch size is 0; it must be at least 1'):
         runner(paths, batch_size=0)
 
@@ -481,12 +496,25 @@ def test_file_that_cannot_be_read_is_one_sentence(tmp_path):
         runtime.OnnxSession(tmp_path, 'cpu')
 
 
-def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder):
+def test_fallback_from_the_gpu_is_an_error_unless_allowed(folder, tmp_path):
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
     with pytest.raises(runtime.RuntimeInputError, match='CUDAExecutionProvider.*--allow-fallback'):
         runtime.load(folder / 'plain.onnx', 'cuda')
-    assert runtime.load(folder / 'plain.onnx', 'cuda', allow_fallback=True).session.provider == 'CPUExecutionProvider'
+    with pytest.warns(UserWarning, match='ONNX Runtime runs on the CPU: this onnxruntime has no CUDAExecutionProvider'):
+        session = runtime.load(folder / 'plain.onnx', 'cuda', allow_fallback=True).session
+    assert session.provider == 'CPUExecutionProvider'
+    (tmp_path / 'both').mkdir()
+    for name, precision in (('a', 'fp16'), ('b', 'fp32')):
+        shutil.copy(folder / 'plain.onnx', tmp_path / 'both' / f'{name}.onnx')
+        metadata = dict(json.loads((folder / 'plain.onnx.json').read_text()), precision=precision)
+        (tmp_path / 'both' / f'{name}.onnx.json').write_text(json.dumps(metadata))
+    assert runtime._find(tmp_path / 'both', 'cuda', None, allow_fallback=True).name == 'b.onnx'  # fp16 is for GPUs
+
+
+def test_first_of_equal_classes_is_the_label_and_the_best():
+    p = runtime.Prediction(Image.new('RGB', (1, 1)), np.full(4, 0.25), None, list('abcd'), [])
+    assert p.label == p.top(1)[0][0] == 'a' and [name for name, _ in p.top()] == ['a', 'b', 'c']
 
 
 ERRORS = onnxruntime.capi.onnxruntime_pybind11_state

@@ -62,7 +62,7 @@ class Explanation:
 
     def top(self, k: int = 3) -> List[Tuple[str, float]]:
         """The k most probable classes of the image, with their probabilities."""
-        order = self.probabilities.argsort()[::-1][:k]
+        order = (-self.probabilities).argsort(kind='stable')[:k]  # of equals the first, as argmax
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
 
     def template_index(self, name: Optional[str] = None) -> int:

@@ -1,5 +1,7 @@
 """Reading images of any size and mode."""
+import inspect
 import io
+import os
 from pathlib import Path
 from typing import IO, List, Sequence, Union
 
@@ -23,7 +25,7 @@ def list_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
             found += sorted(
                 f for f in path.rglob('*')
                 if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.endswith('.explained.png')
-                and not any(part.startswith('.') for part in f.relative_to(path).parts) and f.is_file())
+                and not any(part.startswith('.') for part in f.relative_to(path).parts) and os.path.isfile(f))
         else:
             found.append(path)
     if not found:
@@ -74,6 +76,8 @@ def read_image(source: Union[str, Path, bytes, IO[bytes], Image.Image, np.ndarra
             image = Image.fromarray(source)
         elif not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, 'read'):
             raise InputError(f'{type(source).__name__} is not an image; give a path, bytes, PIL image or uint8 array.')
+        elif inspect.iscoroutinefunction(getattr(source, 'read', None)):  # FastAPI's UploadFile
+            raise InputError(f'{type(source).__name__} is read asynchronously; give its .file or its bytes.')
         else:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             file_format = image.format
@@ -98,7 +102,10 @@ def read_image(source: Union[str, Path, bytes, IO[bytes], Image.Image, np.ndarra
         raise InputError(f'{name} cannot be decoded ({e}); it may be cut short.') from e
     if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PNG', 'PPM')):
         # 16-bit grey; Pillow's own conversion clips it at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        pixels = (values >> 8).astype(np.uint8)
+        pixels[values == image.info.get('transparency', -1)] = 255
+        image = Image.fromarray(pixels)
     if image.mode in ('I', 'F'):
         kind = 'floating-point' if image.mode == 'F' else '32-bit'
         raise InputError(f'{name} has {kind} pixels of unknown range; convert it to 8 bits.')
