@@ -1,5 +1,6 @@
 """Settings of the training script: each has the effect its name says."""
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -255,6 +256,15 @@ def test_validation_interval_history_and_test_part(tmp_path):
         hits = (output.argmax(1) == targets).double().mean().item()
         assert result['test'][f'{prefix}top1'] == pytest.approx(100 * hits)
         assert result['test'][f'{prefix}loss'] == pytest.approx(F.cross_entropy(output, targets).item(), rel=1e-4)
+
+
+def test_loss_that_is_not_a_number_is_the_worst(tmp_path, monkeypatch):
+    losses = iter([math.nan, 2., 3.])
+    monkeypatch.setattr('train.train.validate', lambda *args, **kwargs: dict(loss=next(losses), top1=10., top5=50.))
+    result = main([
+        *TINY, '--output', str(tmp_path), '--epochs', '3', '--eval-metric', 'loss', '--checkpoint-hist', '1'])
+    assert result['best']['epoch'] == 1
+    assert [p.name for p in (tmp_path / 'run' / 'history').iterdir()] == ['epoch-0001.safetensors']
 
 
 def test_without_validation_the_last_weights_are_tested(tmp_path):

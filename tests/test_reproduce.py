@@ -96,7 +96,7 @@ def environments(tmp_path, monkeypatch):
 
         first, *others = cells('depth')[:3]
         monkeypatch.setattr(reproduce, 'run_cell', run_cell)
-        assert reproduce.run_cells([first, *others], tmp_path, [], 2) == []
+        assert reproduce.run_cells([first, *others], tmp_path, dict(cifar10=[]), 2) == []
         return told
 
     return find
@@ -232,7 +232,9 @@ def test_runs_from_the_hub_are_set_beside_those_of_a_copy():
         check_flags(folder, dataset, flags)
         check_flags(folder, dataset, ['--dataset', f'hfds/uoft-cs/{dataset}', *flags])
         check_flags(folder, dataset, ['--dataset', f'hfds/my copies/{dataset}/', *flags, '--report-to', 'a', 'b'])
-        for other in (flags[2:], ['--dataset', f'hfds/uoft-cs/{dataset}x', *flags]):
+        check_flags(folder, dataset, [*flags[2:], '-j', '8', *flags[:2], '--log-interval=7'])
+        others = [flags[2:], ['--dataset', f'hfds/uoft-cs/{dataset}x', *flags], [*flags, '--workers', '2', '-b', '64']]
+        for other in others:
             with pytest.raises(InputError, match=f'{dataset}.seed0 was begun with the flags'):
                 check_flags(folder, dataset, other)
 

@@ -68,6 +68,12 @@ def test_wheel_stays_small():
     assert sum(path.stat().st_size for path in ship.WEIGHTS.iterdir()) < 60e6
 
 
+def test_values_that_float16_cannot_hold_are_told(tmp_path):
+    for value, held in ((65504., True), (65536., False)):
+        save_weights(tmp_path / 'a.safetensors', {'running_var': torch.tensor([value]), 'n': torch.tensor(3)}, {})
+        assert ship.round_weights(tmp_path / 'a.safetensors', tmp_path / 'b.safetensors') is held
+
+
 def test_float16_where_it_costs_nothing():
     assert ship.choose_precision(dict(float32=92.79, float16=92.77)) == 'float16'
     assert ship.choose_precision(dict(float32=92.79, float16=92.76)) == 'float32'

@@ -1,6 +1,5 @@
 """What the paper claims, and what the committed results say of it."""
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from train.analysis import name_network
@@ -194,13 +193,13 @@ def judge_soft_maximizers(evidence: Evidence) -> Judgement:
     """Both, at both batch sizes, no more than MARGIN below; the paper has no perturbed maximizer at 32."""
     pairs = [(f'{kind}.batch{n}', f'bn_relu.batch{n}') for kind, n in (
         ('softmax', 8), ('softmax', 32), ('perturbed', 8), ('perturbed', 32))]
-    verdicts, lines, sets = zip(*(
-        compare_rows(evidence, 'maximizers', [pair], within_margin=True) for pair in pairs))
-    if set(verdicts) == {UNTESTED}:
-        return UNTESTED, []
-    *needed, optional = [UNDECIDED if v == UNTESTED else v for v in verdicts]
-    verdict = combine_all(needed if verdicts[-1] == UNTESTED else [*needed, optional])
-    return say_epochs(verdict, evidence, 'maximizers', [*chain(*sets)]), [*chain(*lines)]
+    verdict, lines, sets = compare_rows(evidence, 'maximizers', pairs, within_margin=True)
+    scores = evidence.scores.get('maximizers', {})
+    *needed, _ = pairs
+    complete = all(any({(a, d), (b, d)} <= set(scores) for d in DATASETS) for a, b in needed)
+    if verdict == HOLDS and not complete:
+        verdict = UNDECIDED
+    return say_epochs(verdict, evidence, 'maximizers', sets), lines
 
 
 def judge_constants(evidence: Evidence) -> Judgement:
@@ -277,6 +276,8 @@ def judge_spaces(
         if not set(told) <= set(names):
             continue
         found = {layer: analysis['spaces'][name] for layer, name in names.items()}
+        if any(found[layer][key] is None for layer in told):  # a set without superclasses
+            continue
         factor, digits, unit = (100, 1, ' %') if key.endswith('rate') else (1, 3, '')
         shares = [
             f'{factor * found[layer][key]:.{digits}f} ± {factor * found[layer][f"{key}_error"]:.{digits}f}{unit}{what}'

@@ -319,7 +319,7 @@ def create_parser() -> Parser:
     group.add_argument('--eval-only', action=boolean, default=False, help='evaluate the model without training')
     group.add_argument('--seed', type=seed, default=42, help='seed of initialization, data order and augmentation')
     group.add_argument('--device', choices=['auto', 'cpu', 'cuda', 'mps'], default='auto', help=(
-        "'auto': an NVIDIA or AMD GPU if there is one, else the CPU; 'mps': the GPU of a Mac"))
+        "'auto': a GPU if there is one, but not a Mac's ('mps'), else the CPU"))
     group.add_argument('--mixed-precision', choices=['no', 'fp16', 'bf16'], help=(
         'default: the setting of accelerate launch, else no'))
     group.add_argument('--push-to-hub', metavar='USER/NAME', help='publish the selected weights at the end')

@@ -27,8 +27,8 @@ def resolve_device(name: str) -> torch.device:
 
 def describe_hardware(device: torch.device, processes: int = 1) -> str:
     """What one process or several, on a GPU each, run on."""
-    if device.type == 'cuda':
-        return f'{processes} x {torch.cuda.get_device_name(device)}'
+    if device.type not in ('cpu', 'mps'):
+        return f'{processes} x {torch.get_device_module(device).get_device_name(device)}'
     name = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').is_file():
         names = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)

@@ -45,7 +45,9 @@ def find_legs(tag: str, runs: Dict[str, Dict[str, Any]]) -> Optional[List[Dict[s
 
 def is_of(weights: str, tag: str, settings: Dict[str, Any]) -> bool:
     """Whether a file is the weights of a run: it lies in its experiment folder, or ships as its tag."""
-    return Path(weights).parent.name == settings.get('experiment') or Path(weights).stem == tag
+    folder = Path(weights).parent
+    folder = folder.parent if folder.name == 'history' else folder  # of --checkpoint-hist
+    return folder.name == settings.get('experiment') or Path(weights).stem == tag
 
 
 def _identify(run: Dict[str, Any]) -> Tuple[str, str]:

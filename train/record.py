@@ -116,7 +116,7 @@ def describe_resumption(folder: Path) -> str:
     return f'the last good checkpoint is {checkpoints[-1].name}, continue with --resume {folder}'
 
 
-def keep_best(folder: Path, state: TrainState, rank: Tuple[float, float], limit: int, weights: Dict[str, torch.Tensor],
+def keep_best(folder: Path, state: TrainState, rank: Tuple[float, ...], limit: int, weights: Dict[str, torch.Tensor],
               description: Dict[str, Any]) -> None:
     """Keep the weights of this epoch among those of the `limit` best, in history/; a higher `rank` is better."""
     own = {'epoch': state.epoch, 'score': rank[0], 'tie': rank[1]}

@@ -47,7 +47,7 @@ from train.tables import TITLES, render
 ROOT = Path(__file__).resolve().parent
 
 
-NO_PROTOCOL = ('--seed', '--checkpoint-interval', '--log-interval', '--workers', '--project', '--report-to')
+NO_PROTOCOL = ('seed', 'checkpoint_interval', 'log_interval', 'workers', 'project', 'report_to')
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,23 @@ def is_begun(path: Path) -> bool:
         (path / 'result.json').is_file() or bool(find_checkpoints(path)))
 
 
-def _find_protocol(flags: str, dataset: str) -> List[List[str]]:
-    """Flags, each with its values, but for where the set or a copy of it lies, and what does not change the result."""
-    found: List[List[str]] = [[]]
-    for word in shlex.split(flags):
-        if word.startswith('--'):
-            found.append([])
-        found[-1].append(word)
-    found = [[name, Path(values[-1]).name] if name == '--dataset' else [name, *values]
-             for name, *values in filter(None, found)]
-    return [words for words in found if words[0] not in NO_PROTOCOL and words != ['--dataset', dataset]]
+def is_finished(path: Path) -> bool:
+    """Whether a cell has its result: not only the one that train.py wrote, which nobody has labelled yet."""
+    result = path / 'result.json'
+    return result.is_file() and 'setting' in json.loads(result.read_text(encoding='utf-8'))
+
+
+def _find_protocol(flags: str, dataset: str) -> Dict[str, Any]:
+    """Settings that flags give, but for what does not change the result; of the set the name, wherever it or a copy is.
+
+    Raises:
+        InputError: For flags that train.py does not take.
+    """
+    parser = create_train_parser()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # argparse keeps what a namespace has
+    given = vars(parser.parse_args(shlex.split(flags.removeprefix('train.py ')), unset))
+    given['dataset'] = Path(given['dataset'] or dataset).name
+    return {k: v for k, v in given.items() if v is not None and k not in NO_PROTOCOL}
 
 
 def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
@@ -119,10 +126,10 @@ def check_flags(folder: Path, dataset: str, flags: List[str]) -> None:
     Raises:
         InputError: If there are such runs.
     """
+    wanted = _find_protocol(shlex.join(flags), dataset)
     for path in sorted(path.parent for path in folder.glob('*/cell.json') if is_begun(path.parent)):
         cell = json.loads((path / 'cell.json').read_text(encoding='utf-8'))
-        if cell.get('data') == dataset and _find_protocol(cell['flags'], dataset) != _find_protocol(
-                shlex.join(flags), dataset):
+        if cell.get('data') == dataset and _find_protocol(cell['flags'], dataset) != wanted:
             raise InputError(
                 f'{path} was begun with the flags "{cell["flags"]}", not "{shlex.join(flags)}"; all runs of a set '
                 f'need the same flags to be compared, so choose another --output.')
@@ -186,8 +193,8 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
     command = ['-c', str(ROOT / 'recipes' / 'paper' / f'{cell.recipe}.yaml'), '--seed', str(cell.seed), *cell.flags,
                *flags]
     wanted = tell_cell(cell, flags)
-    if (path / 'result.json').is_file() and 'setting' in json.loads((path / 'result.json').read_text(encoding='utf-8')):
-        return  # not one that train.py wrote and nobody has labelled yet
+    if is_finished(path):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -232,8 +239,9 @@ class Processes:
                 process.terminate()
 
 
-def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> List[str]:
-    """Run cells, `jobs` at once, and return what failed."""
+def run_cells(cells: List[Cell], folder: Path, flags: Dict[str, List[str]], jobs: int) -> List[str]:
+    """Run cells with the flags of their set, `jobs` at once, and return what failed."""
+    jobs = max(1, min(jobs, sum(not is_finished(folder / cell.name) for cell in cells)))
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
     gpus = [visible[i] if i < len(visible) and visible[i] else str(i) for i in range(torch.cuda.device_count())]
     share: Dict[str, str] = {} if 'OMP_NUM_THREADS' in os.environ else {
@@ -247,7 +255,7 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
         def run(cell: Cell) -> None:
             env = slots.get()
             try:
-                run_cell(cell, folder, flags, env, running)
+                run_cell(cell, folder, flags[cell.dataset], env, running)
             finally:
                 slots.put(env)
 
@@ -261,6 +269,7 @@ def run_cells(cells: List[Cell], folder: Path, flags: List[str], jobs: int) -> L
                         failures.append(str(e))
                     bar.update()
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
             raise InterruptedWork(
                 'Interrupted; the same command continues.', signal.SIGTERM if asked() else signal.SIGINT) from None
@@ -311,7 +320,6 @@ def main(argv: Optional[List[str]] = None) -> Path:
     folder = Path(args.output) / args.experiment
     check_test_part(extra)
     flags = [*(['--epochs', str(args.epochs)] if args.epochs else []), *extra]
-    failures: List[str] = []
     cells = create_cells(args.experiment, args)
     check_settings(cells, extra)
     flags_of = {  # sets differ in where they are
@@ -321,8 +329,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
         check_flags(folder, dataset, its_flags)
     for cell in cells:
         check_row(cell, folder, flags_of[cell.dataset])
-    for dataset, its_flags in flags_of.items():
-        failures += run_cells([c for c in cells if c.dataset == dataset], folder, its_flags, args.jobs)
+    failures = run_cells(cells, folder, flags_of, args.jobs)
     path = render(args.experiment, folder)
     if failures:
         raise InputError(' '.join(failures) + f' What is finished is in {path}.')

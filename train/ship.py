@@ -76,12 +76,11 @@ def copy(source: Path, target: Path) -> None:
         os.replace(tmp, target)
 
 
-def round_weights(path: Path, target: Path) -> None:
-    """Write weights in float16, integers as they are."""
+def round_weights(path: Path, target: Path) -> bool:
+    """Write weights in float16, integers as they are, and tell whether it can hold them all."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise InputError(f'{path} has values that float16 cannot hold.')
     save_weights(target, tensors, read_description(path))
+    return all(bool(v.isfinite().all()) for v in tensors.values())
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
@@ -128,13 +127,14 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         rounded, report = Path(folder) / 'float16.safetensors', Path(folder) / 'evaluation'
-        round_weights(weights, rounded)
-        fully = ('--tta', 'flip', '--output', str(report))
-        evaluation = measure(rounded, *fully)
-        top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1'])
-        dtype = choose_precision(top1)
-        if dtype == 'float32':
+        fully, evaluation, top1 = ('--tta', 'flip', '--output', str(report)), None, {}
+        if round_weights(weights, rounded):
+            evaluation = measure(rounded, *fully)
+            top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1'])
+        dtype = choose_precision(top1) if evaluation else 'float32'
+        if evaluation is None or dtype == 'float32':
             evaluation = measure(weights, *fully)
+            top1['float32'] = evaluation['top1']
         for path in (WEIGHTS, results):
             path.mkdir(parents=True, exist_ok=True)
         copy(rounded if dtype == 'float16' else weights, target)

@@ -454,8 +454,9 @@ class Trainer:
         metric = self.args.eval_metric
         sign = -1 if metric == 'loss' else 1
 
-        def rank(values: Dict[str, float], prefix: str = '') -> Tuple[float, float]:
-            return sign * values[prefix + metric], -values[f'{prefix}loss']  # few images are often a tie
+        def rank(values: Dict[str, float], prefix: str = '') -> Tuple[float, ...]:
+            found = sign * values[prefix + metric], -values[f'{prefix}loss']  # few images are often a tie
+            return tuple(-math.inf if math.isnan(value) else value for value in found)
 
         prefix = max(candidates, key=lambda p: rank(evaluation, p)) if evaluation else final
         improved = bool(evaluation) and (state.best is None or rank(evaluation, prefix) > rank(state.best))

@@ -123,6 +123,8 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
 def take_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     """As many as the settings say: the first, or a draw where the split lies sorted by class, as folders do."""
     data = open_images(args, model)
+    if len(data) < 2:
+        raise InputError(f'{args.dataset} {args.split} has one image; name a split of two or more.')
     if bool((data.targets.diff() >= 0).all()):  # where the image after one would be of its class
         return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.images])
     return data.subset(torch.arange(min(args.images, len(data))))
@@ -203,7 +205,7 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
         for x in spaces.values()]
     figure = mosaic.draw_mosaics(
         mosaics, [f'{name_network(args.model)}: patches by their {name}' for name in spaces],
-        [f'{geometry.describe(measures[name])}' for name in spaces], names, colors)
+        [geometry.describe(measures[name]) for name in spaces], names, colors)
     return dict(
         spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample)), figure
 
