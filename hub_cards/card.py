@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import timm
+import torch
+import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import CardData
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
+from timm_tmblock.mode import evaluating
 from train.lineage import find_fillings, find_legs, read_runs
 from train.report import compare_maps, is_of_copy, say_fillings
 
@@ -36,6 +40,24 @@ PYTORCH = {'eager': 'eager, as created', 'eager, prepared': 'norms folded, chann
 
 def choose_tags(has_patches: bool, has_engines: bool) -> List[str]:
     return [*TAGS, *(PATCH_TAGS if has_patches else ()), *(['tensorrt'] if has_engines else ())]
+
+
+def measure_cost(model: Any) -> Dict[str, float]:
+    """What an image costs, as timm's cards tell it: of convolutions and linear layers the multiplications with their
+    additions, in billions (`gmacs`), and the outputs, in millions (`activations`).
+    """
+    outputs: List[int] = []
+    hooks = [
+        m.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
+        for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    size = model.pretrained_cfg['input_size']
+    try:
+        with evaluating(model), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *size, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dict(gmacs=counter.get_total_flops() / 2e9, activations=sum(outputs) / 1e6)
 
 
 def list_cards() -> List[str]:
@@ -171,6 +193,7 @@ def render_plain(
         class_names=[escape_markdown(class_name) for class_name in first['class_names']],
         preprocessing=first['preprocessing'],
         parameters=sum(p.numel() for p in model.parameters()),
+        cost=measure_cost(model),
         files=files,
         images=first['parity']['images'],
         run=run,
@@ -384,6 +407,7 @@ def render(
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',
         stride=patches['stride'] if patches else 0,
         parameters=sum(p.numel() for p in model.parameters()),
+        cost=measure_cost(model),
         megabytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
         commit=training.get('commit'),
         processes=training.get('processes', 1),

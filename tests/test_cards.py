@@ -127,6 +127,21 @@ def test_commands_of_the_training_lead_from_one_to_the_next(name):
     assert before + sum(run.epochs for run in runs) == count_epochs(name, known)
 
 
+def test_cost_is_that_of_a_loop_over_layers():
+    model = timm.create_model('rn26_tm')
+    sizes, x = {}, torch.zeros(1, 3, 32, 32)
+    for m in model.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
+            m.register_forward_hook(lambda module, args, output: sizes.__setitem__(module, output.shape[1:]))
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()
+    macs = sum(shape.numel() * m.weight[0].numel() for m, shape in sizes.items())
+    cost = cards.measure_cost(model)
+    assert model.training and cost['gmacs'] * 1e9 == pytest.approx(macs, rel=1e-9)
+    assert cost['activations'] * 1e6 == pytest.approx(sum(shape.numel() for shape in sizes.values()), rel=1e-9)
+
+
 KINDS = {'patches': FULL, 'none': 'rn26.cifar10'}  # cards whose snippets are run
 
 
