@@ -119,7 +119,7 @@ def epoch(args: argparse.Namespace, device: torch.device) -> Iterator[Dict[str, 
             with contextlib.redirect_stderr(io.StringIO()):  # the progress bar draws, but not here
                 trainer.train_epoch()
             trainer.state.epoch, trainer.state.batch = trainer.state.epoch + 1, 0
-            return trainer.images_per_second
+            return trainer.images_per_second or 0.
 
         def theirs() -> float:
             start = time.perf_counter()

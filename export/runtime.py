@@ -359,7 +359,7 @@ class OnnxSession:
                 raise RuntimeInputError(
                     f'This onnxruntime has no {wanted}; run "pip uninstall -y onnxruntime", then "pip install '
                     f'onnxruntime-gpu[cuda,cudnn]", or use --device cpu or, with run, --allow-fallback.')
-            warnings.warn(f'ONNX Runtime runs on the CPU: this onnxruntime has no {wanted}.', stacklevel=4)
+            warnings.warn(f'ONNX Runtime runs on the CPU: this onnxruntime has no {wanted}.', stacklevel=3)
         providers: List[Any] = ['CPUExecutionProvider'] if device == 'cpu' or allow_fallback else []
         if device == 'cuda' and wanted in ort.get_available_providers():
             # the default times every algorithm of every convolution, for each batch size anew
@@ -367,13 +367,14 @@ class OnnxSession:
             _preload(ort)
         self.start_on_cpu = start_on_cpu if allow_fallback else None
         self.lock = threading.Lock()
+        fell_back = False
         try:
             try:
                 self.session = start(providers=providers)
             except Exception as e:
                 if self.start_on_cpu is None or device == 'cpu' or not _is_of_gpu(e):
                     raise
-                self.session = self._fall_back(e)
+                self.session, fell_back = self._fall_back(e), True
         except Exception as e:  # onnxruntime's errors share no public base class
             reason = _tell(e)
             advice = 'export it again'
@@ -382,10 +383,13 @@ class OnnxSession:
             if 'NOT_IMPLEMENTED' in reason:
                 advice = 'it has no kernels for this precision here (bf16?), so export it in fp32 or fp16'
             raise RuntimeInputError(f'ONNX Runtime cannot load {path}: {reason}; {advice}.') from e
-        if self.provider != wanted and not allow_fallback:  # onnxruntime itself only prints a warning
-            raise RuntimeInputError(
-                f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA and '
-                f'cuDNN, or allow it with --allow-fallback.')
+        if self.provider != wanted and not fell_back and wanted in ort.get_available_providers():
+            # onnxruntime itself only prints a warning
+            if not allow_fallback:
+                raise RuntimeInputError(
+                    f'ONNX Runtime fell back to {self.provider} as {wanted} did not start; look at the driver, CUDA '
+                    f'and cuDNN, or allow it with --allow-fallback.')
+            warnings.warn(f'ONNX Runtime runs on the CPU: {wanted} did not start.', stacklevel=3)
         self.metadata = parse_properties(self.session.get_modelmeta().custom_metadata_map)
         if 'metadata_version' not in self.metadata and sidecar(path).is_file():
             self.metadata = read_sidecar(path)
@@ -1105,13 +1109,13 @@ class Runner:
         """Classify images one after the other; the next batch is read while one runs.
 
         Args:
-            images: As for a call, or an iterator of any length, which may yield the same array or PIL image each time.
+            images: As for a call, or an iterator of any length, which may reuse an array or close a file it has given.
                 Up to two batches of it are asked for before the first prediction; for live images call the runner.
             batch_size: Images at a time.
             on_error: Called with each image that cannot be read and its error; the image is left out. If None, raises.
 
         Yields:
-            Each image with its prediction; of an iterator's array or PIL image, a copy.
+            Each image with its prediction; of an iterator's array or PIL image a copy, of its open file the bytes.
 
         Raises:
             RuntimeInputError: If `batch_size` is not positive, an image cannot be read or the file cannot be run.
@@ -1226,9 +1230,10 @@ def _copy(image: ImageSource) -> ImageSource:
     if isinstance(image, bytearray):
         return bytes(image)
     file: Any = image
-    if hasattr(file, 'read'):
+    if hasattr(file, 'read') and not inspect.iscoroutinefunction(file.read):
         with contextlib.suppress(Exception):  # what is wrong with it is told where it is read
-            file.seek(0)
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # as Pillow
+                file.seek(0)
             return file.read()
     if isinstance(image, Image.Image):
         with contextlib.suppress(Exception):  # what is wrong with it is told where it is read

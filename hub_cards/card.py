@@ -43,8 +43,8 @@ def choose_tags(has_patches: bool, has_engines: bool) -> List[str]:
 
 
 def measure_cost(model: Any) -> Dict[str, float]:
-    """What an image costs, as timm's cards tell it: of convolutions and linear layers the multiplications with their
-    additions, in billions (`gmacs`), and the outputs, in millions (`activations`).
+    """What an image costs, as timm's cards tell it: the multiplications of convolutions and matrix products, with their
+    additions, in billions (`gmacs`), and the outputs of convolutions and linear layers, in millions (`activations`).
     """
     outputs: List[int] = []
     hooks = [

@@ -158,7 +158,7 @@ def test_weights_of_a_folder_are_what_its_config_says(tmp_path):
     cfg = loaded.pretrained_cfg
     assert loaded.img_size == (64, 64) and cfg['mean'] == (0.1, 0.2, 0.3) and cfg['crop_pct'] == 0.9
     assert list(cfg['label_names']) == names
-    for content in ('{"architecture": ', '[]', '{"pretrained_cfg": 1}'):
+    for content in ('{"architecture": ', '[]', '{"pretrained_cfg": 1}', '{"model_args": null}', '{"model_type": "v"}'):
         (tmp_path / 'config.json').write_text(content)
         assert read_description(path) == {}
     (tmp_path / 'config.json').unlink()

@@ -76,6 +76,7 @@ def test_values_that_float16_cannot_hold_are_told(tmp_path):
 
 def test_float16_where_it_costs_nothing():
     assert ship.choose_precision(dict(float32=92.79, float16=92.77)) == 'float16'
+    assert ship.choose_precision(dict(float32=92.79)) == 'float32'  # float16 cannot hold them
     assert ship.choose_precision(dict(float32=92.79, float16=92.76)) == 'float32'
     assert ship.choose_precision(dict(float32=92.79, float16=92.82)) == 'float32'  # not identical
 

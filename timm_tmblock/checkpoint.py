@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.models import load_state_dict
+from timm.models._hub import load_model_config_from_path
 
 from .errors import InputError, say_why_not_loaded
 
@@ -163,12 +164,10 @@ def _read_config(path: Path) -> Dict[str, Any]:
     if path.name != 'model.safetensors':
         return {}
     try:
-        config = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))
-        cfg = {**config['pretrained_cfg'], **{k: config[k] for k in ('num_classes', 'label_names') if k in config}}
-        description = {k: cfg[k] for k in _PRETRAINED_CFG_KEYS if k in cfg}
-        model_args = {k: v for k, v in config.get('model_args', {}).items() if k != 'num_classes'}
-        return dict(model=config['architecture'], model_args=model_args, **description)
-    except (OSError, ValueError, KeyError, TypeError):
+        cfg, name, model_args = load_model_config_from_path(path.parent)
+        model_args = {k: v for k, v in model_args.items() if k != 'num_classes'}
+        return dict(model=name, model_args=model_args, **{k: cfg[k] for k in _PRETRAINED_CFG_KEYS if k in cfg})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -79,10 +79,10 @@ class ImageSet(Dataset):
         return len(self.rows)
 
     def name_others(self, rows: Sequence[int]) -> str:
-        """What to name in place of a split of an hfds/ set to leave out some rows, '' of other splits and sets."""
+        """What to name in place of a split of an hfds/ set to leave out some rows; '' of a part, and of other sets."""
         split = str(getattr(self.source, 'split', '') if hasattr(self.source, 'dataset') else '')
-        if not re.fullmatch(r'\w+', split):
-            return ''
+        if not re.fullmatch(r'\w+', split) or not isinstance(self.rows, range) or len(self.rows) < len(self.source):
+            return ''  # of a part there may be more in the rest
         ends = zip([0, *(row + 1 for row in rows)], [*rows, ''])
         return '+'.join(f'{split}[{first or ""}:{end}]' for first, end in ends if first != end)
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
+from timm.models._input import get_model_args
 from timm.utils import unwrap_model
 
 from timm_tmblock.auxiliary import PatchSupervised
@@ -64,6 +65,10 @@ def take_up_checkpoint(args: Namespace) -> None:
     # templates are of the classes, which may be others now
     sized = 'img_size' in args.model_kwargs
     kept = {k: v for k, v in description.get('model_args', {}).items() if k != 'num_templates'}
+    if kept:  # timm writes down what the network has without them, too
+        with torch.random.fork_rng(devices=[]), refusing(f'The network {args.model}'):
+            plain = get_model_args(timm.create_model(args.model))
+        kept = {k: v for k, v in kept.items() if _to_list(v) != _to_list(plain.get(k))}
     args.model_kwargs = {**kept, **args.model_kwargs}
     cfg = timm.get_pretrained_cfg(args.model) or PretrainedCfg()
     channels = args.model_kwargs.get('in_chans', cfg.input_size[0])
@@ -76,6 +81,10 @@ def take_up_checkpoint(args: Namespace) -> None:
     _, height, width = description.get('input_size', cfg.input_size)
     if args.img_size is None and not sized and (height, width) != tuple(cfg.input_size[1:]):
         args.img_size = height if height == width else [height, width]
+
+
+def _to_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _count_classes(path: str, name: str, default: Optional[int] = None) -> Optional[int]:

@@ -61,6 +61,8 @@ def find_own_arguments(weights: Path) -> List[str]:
 
 def choose_precision(top1: Dict[str, float]) -> str:
     """'float16' where its accuracy (%) is that of 'float32' within the tolerance, else 'float32'."""
+    if 'float16' not in top1:  # which cannot hold the weights
+        return 'float32'
     return 'float16' if abs(top1['float16'] - top1['float32']) <= TOLERANCE + 1e-9 else 'float32'
 
 
@@ -127,14 +129,14 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         rounded, report = Path(folder) / 'float16.safetensors', Path(folder) / 'evaluation'
-        fully, evaluation, top1 = ('--tta', 'flip', '--output', str(report)), None, {}
-        if round_weights(weights, rounded):
-            evaluation = measure(rounded, *fully)
-            top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1'])
-        dtype = choose_precision(top1) if evaluation else 'float32'
-        if evaluation is None or dtype == 'float32':
+        fully = ('--tta', 'flip', '--output', str(report))
+        held = round_weights(weights, rounded)
+        evaluation = measure(rounded if held else weights, *fully)
+        top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1']) if held else dict(
+            float32=evaluation['top1'])
+        dtype = choose_precision(top1)
+        if held and dtype == 'float32':
             evaluation = measure(weights, *fully)
-            top1['float32'] = evaluation['top1']
         for path in (WEIGHTS, results):
             path.mkdir(parents=True, exist_ok=True)
         copy(rounded if dtype == 'float16' else weights, target)

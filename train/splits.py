@@ -31,6 +31,7 @@ from train.data import (
     open_named,
     share_images,
 )
+from train.failure import advise_on_images, naming_failures
 from train.processes import agreeing
 
 
@@ -245,7 +246,7 @@ def _divide_stream(
     # the pixels are not needed, and every image has a square of one
     tiny = replace(config, input_size=(config.input_size[0], 1, 1), crop_pct=1., crop_mode='squash')
     size, world_size = len(ImageSet(split, 3)), accelerator.num_processes
-    with agreeing(accelerator):
+    with agreeing(accelerator), naming_failures(advise_on_images(args)):
         share = decode(
             split, tiny, progress, digest, num_workers=args.workers, desc='Dividing',
             rows=range(accelerator.process_index, size, world_size))

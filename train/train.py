@@ -154,6 +154,7 @@ class Trainer:
         self.clock = time.perf_counter()
         self.asked: Callable[[], bool] = lambda: False  # whether SIGTERM came
         self.next_question, self.last_question = 0, (0, self.clock)  # updates, and a time
+        self.images_per_second: Optional[float] = None  # of the last epoch; None where none were left of it
 
     def plan_epochs(self, train: Any, optimizer: torch.optim.Optimizer) -> None:
         """What an epoch is, and how many there are."""
@@ -353,7 +354,7 @@ class Trainer:
                     raise KeyboardInterrupt(STOP)
         state.epoch_seconds.append(round(before + time.perf_counter() - start, 2))
         state.running_seconds = 0.
-        self.images_per_second = images_seen / (time.perf_counter() - start) if images_seen else math.nan
+        self.images_per_second = images_seen / (time.perf_counter() - start) if images_seen else None
 
     def is_asked_to_stop(self) -> bool:
         """Whether SIGTERM came to any process; all of them ask after the same updates."""
@@ -365,8 +366,9 @@ class Trainer:
         now = time.perf_counter()
         told = torch.tensor([self.asked(), now - self.last_question[1]], device=self.accelerator.device)
         asked, seconds = self.accelerator.reduce(told).tolist()
-        per_update = seconds / processes / max(update - self.last_question[0], 1)
-        self.last_question, self.next_question = (update, now), update + max(1, int(ASK_SECONDS / per_update))
+        made = update - self.last_question[0]  # none at the end of an epoch: the time is that of validation
+        self.last_question = update, now
+        self.next_question = update + max(1, int(ASK_SECONDS * made * processes / seconds))
         return asked > 0
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
@@ -431,11 +433,12 @@ class Trainer:
             record.write_summary(self.folder, state.history)
             figures = ', '.join(f'{k} {v:.4g}' for k, v in evaluation.items())
             print(
-                f'{self.epoch_of_all}: training loss {metrics["loss"]:.4f}, '
-                f'{self.images_per_second:.0f} images/s' + (f', validation {figures}' if figures else ''), flush=True)
+                f'{self.epoch_of_all}: training loss {metrics["loss"]:.4f}' +
+                (f', {self.images_per_second:.0f} images/s' if self.images_per_second else '') +
+                (f', validation {figures}' if figures else ''), flush=True)
         self.log({
             **{f'train/{k}': v for k, v in metrics.items()}, **{f'eval/{k}': v for k, v in evaluation.items()},
-            'images_per_second': self.images_per_second,
+            **({'images_per_second': self.images_per_second} if self.images_per_second else {}),
         })
         state.epoch, state.batch = state.epoch + 1, 0
         self.meter = Meter(self.accelerator.device)
