@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +169,31 @@ def images(tmp_path):
 
 STREAM = ['--train-split', 'train', '--val-split', 'validation', '--batch-size', '2', '--memory-limit', '0',
           '--workers', '1']
+
+
+def test_processes_ask_each_other_every_two_seconds():
+    """Of three, whose updates take an eighth of a second, then 5; at the end of an epoch none was made since."""
+    questions, seconds, terminated = [], [0.], [False]
+
+    def reduce(told):
+        questions.append(trainer.state.update)
+        return torch.tensor([float(terminated[0]), 3 * seconds[0]])
+
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=3, device='cpu', reduce=reduce), asked=lambda: False,
+        state=SimpleNamespace(update=0, batch=1), next_question=0, last_question=(0, 0.))
+    for update in range(1, 100):
+        made = update - trainer.last_question[0]
+        seconds[0] = made / 8 if update <= 49 else 5. * made
+        trainer.state.update = update
+        assert not Trainer.is_asked_to_stop(trainer)
+        if update == 49:
+            trainer.state.batch, seconds[0] = 0, 0.2
+            assert not Trainer.is_asked_to_stop(trainer)
+            trainer.state.batch = 1
+    assert questions == [1, 17, 33, 49, 49, *range(50, 100)]
+    terminated[0] = True
+    assert Trainer.is_asked_to_stop(trainer)  # though not this process
 
 
 def test_worker_that_had_sigterm_too_is_no_failure(tmp_path, monkeypatch):
