@@ -192,7 +192,7 @@ def test_processes_ask_each_other_every_two_seconds():
             assert not Trainer.is_asked_to_stop(trainer)
             trainer.state.batch = 1
     assert questions == [1, 17, 33, 49, 49, *range(50, 100)]
-    terminated[0] = True
+    trainer.state.update, terminated[0] = 100, True
     assert Trainer.is_asked_to_stop(trainer)  # though not this process
 
 
