@@ -178,10 +178,12 @@ def judge_shallow(evidence: Evidence) -> Judgement:
 
 
 def judge_depth(evidence: Evidence, better: str, worse: str, within_margin: bool = False) -> Judgement:
-    for experiment in ('depth', 'table1'):
-        verdict, lines = judge_rows(evidence, experiment, [(better, worse)], within_margin=within_margin)
-        if lines:
-            break
+    def count_runs(experiment: str) -> int:
+        scores = evidence.scores.get(experiment, {})
+        return sum(len(scores.get((row, dataset), ())) for row in (better, worse) for dataset in DATASETS)
+
+    experiment = max(('table1', 'depth'), key=count_runs)  # both have these rows, by one protocol
+    verdict, lines = judge_rows(evidence, experiment, [(better, worse)], within_margin=within_margin)
     return verdict, [*lines, *find_exceptions([(better, worse)], MARGIN if within_margin else 0.)]
 
 
