@@ -224,7 +224,7 @@ class StreamingLoader:
             std=config.std,
             crop_pct=config.crop_pct,
             crop_mode=config.crop_mode,
-            num_workers=num_workers,
+            num_workers=min(num_workers, os.cpu_count() or 1),
             distributed=world_size > 1,
             device=device,
             pin_memory=self.pinned,

@@ -1,6 +1,7 @@
 """The network to train: its name, its image size, and what is left of it after training."""
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -48,7 +49,7 @@ def resolve_img_size(args: Namespace, cfg: PretrainedCfg) -> Tuple[int, int]:
     if args.img_size and has_layout:  # over the one of a recipe, of a run that goes on, or of a checkpoint
         args.model_kwargs.pop('img_size', None)
         if to_2tuple(args.img_size) != tuple(cfg.input_size[1:]):
-            args.model_kwargs['img_size'] = args.img_size
+            args.model_kwargs['img_size'] = copy(args.img_size)  # or YAML would write a reference
     return to_2tuple(args.model_kwargs.get('img_size') or args.img_size or cfg.input_size[1:])
 
 
