@@ -409,9 +409,7 @@ class OnnxSession:
         """Input of the file to its outputs, in their order in the metadata."""
         names = [output['name'] for output in self.metadata['outputs']]
         inputs = {self.metadata['input']['name']: batch}
-        session = self.session
-        if session is None:
-            raise RuntimeInputError(f'{self.path} was closed; load it again.')
+        session = self._get_session()
         try:
             try:
                 return session.run(names, inputs)
@@ -422,10 +420,7 @@ class OnnxSession:
                 with self.lock:
                     if self.session is session:  # no other thread has met it before
                         self.session = self._fall_back(e)
-                    session = self.session
-            if session is None:
-                raise RuntimeInputError(f'{self.path} was closed; load it again.')
-            return session.run(names, inputs)
+            return self._get_session().run(names, inputs)
         except RuntimeInputError:
             raise
         except Exception as e:
@@ -434,6 +429,12 @@ class OnnxSession:
     def close(self) -> None:
         """Free everything, once the batches that run are through."""
         self.session = None
+
+    def _get_session(self) -> Any:
+        session = self.session  # which another thread may close
+        if session is None:
+            raise RuntimeInputError(f'{self.path} was closed; load it again.')
+        return session
 
     def _fall_back(self, error: Exception) -> Any:
         warnings.warn(f'ONNX Runtime continues on the CPU: {_tell(error)}.', stacklevel=3)

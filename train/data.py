@@ -349,13 +349,14 @@ def adopt_classes(dataset: Any, names: Sequence[str]) -> List[str]:
     """
     found = get_class_names(dataset)
     source: Any = getattr(dataset, 'reader', dataset)
+    numbered = {name: index for index, name in enumerate(names)}
     if _has_names_for_labels(source) and set(found) <= set(names):
-        source.class_to_idx = {name: index for index, name in enumerate(names)}
+        source.class_to_idx = numbered
     elif set(found) < set(names):
         if type(source) in (ReaderImageFolder, ImageFolder):
             _number_classes(source, names)
         elif found == list(names[:len(found)]):  # of labels that are integers
-            source.class_to_idx = {name: index for index, name in enumerate(names)}
+            source.class_to_idx = numbered
     return get_class_names(dataset)
 
 
