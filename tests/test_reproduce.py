@@ -214,6 +214,29 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
             main([*command[:2], row, *long[3:], '--lr', '0.1'])
 
 
+@pytest.mark.parametrize('there, here, taken', [('1', '1', True), ('1', '2', False)])
+def test_depth_takes_finished_runs_of_the_same_settings_from_table_1(tmp_path, monkeypatch, there, here, taken):
+    twin = tmp_path / 'table1' / 'rn38.cifar10.seed0'
+    twin.mkdir(parents=True)
+    command = f'train.py -c train/recipes/paper/rn38.cifar10.yaml --seed 0 --epochs {there}'
+    (twin / 'cell.json').write_text(json.dumps(dict(data='cifar10', flags=f'--epochs {there}', command=command)))
+    (twin / 'result.json').write_text(json.dumps(dict(
+        setting='rn38', data='cifar10', seed=0, test=dict(top1=87.25), epochs=1, images={}, hardware='', versions={},
+        mixed_precision='no', command=command)))
+
+    def start(self, command, **kwargs):
+        raise InputError('started')
+
+    monkeypatch.setattr(reproduce.Processes, 'start', start)
+    run = ['depth', '--rows', 'rn38', '--epochs', here, '--output', str(tmp_path)]
+    if taken:
+        assert '| RN38 | 87.25 (1 run) |' in main(run).read_text()
+        main(run)  # again, from its own folder
+    else:
+        with pytest.raises(InputError, match='started'):
+            main(run)
+
+
 def test_runs_of_one_row_have_one_number_of_samples(tmp_path):
     folder = tmp_path / 'maximizers' / 'perturbed.batch8.cifar10.seed0'
     folder.mkdir(parents=True)

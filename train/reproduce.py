@@ -35,6 +35,7 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import torch
 from tqdm import tqdm
 
+from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, InterruptedWork, exiting_on_input_error
 from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
@@ -171,6 +172,16 @@ def tell_cell(cell: Cell, flags: List[str]) -> str:
         'train.py', '-c', f'train/recipes/paper/{cell.recipe}.yaml', '--seed', str(cell.seed), *cell.flags, *flags])
 
 
+def read_command(path: Path) -> str:
+    """The command a cell's folder was begun with."""
+    return json.loads((path / 'cell.json').read_text(encoding='utf-8'))['command']
+
+
+def has_protocol(command: str, other: str, dataset: str) -> bool:
+    """Whether two commands differ in nothing but the seed, or what does not change the result."""
+    return _find_protocol(command, dataset) == _find_protocol(other, dataset)
+
+
 def check_row(cell: Cell, folder: Path, flags: List[str]) -> None:
     """
     Raises:
@@ -178,8 +189,8 @@ def check_row(cell: Cell, folder: Path, flags: List[str]) -> None:
     """
     wanted = tell_cell(cell, flags)
     for path in filter(is_begun, sorted(folder.glob(f'{cell.setting}.{cell.dataset}.seed*'))):
-        begun = json.loads((path / 'cell.json').read_text(encoding='utf-8'))['command']
-        if _find_protocol(begun, cell.dataset) != _find_protocol(wanted, cell.dataset):
+        begun = read_command(path)
+        if not has_protocol(begun, wanted, cell.dataset):
             raise InputError(f'{path} was begun as "{begun}", not as "{wanted}"; choose another --output.')
 
 
@@ -199,6 +210,11 @@ def run_cell(cell: Cell, folder: Path, flags: List[str], env: Dict[str, str], ru
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f'Cannot write {path}: {e.strerror}; choose another --output.') from e
+    twin = folder.parent / 'table1' / cell.name  # the rows of depth are rows of table1
+    if not is_begun(path) and is_finished(twin) and has_protocol(read_command(twin), wanted, cell.dataset):
+        for name in ('cell.json', 'result.json'):
+            write_text(path / name, (twin / name).read_text(encoding='utf-8'))
+        return
     write_json(path / 'cell.json', dict(command=wanted, data=cell.dataset, flags=shlex.join(flags)))
     where = ['--resume', str(path)] if find_checkpoints(path) else [
         '--output', str(folder), '--experiment', cell.name]
