@@ -12,7 +12,8 @@ from accelerate.utils import DistributedType
 
 from timm_tmblock.errors import InputError
 from train.config import parse_args
-from train.engine import _configure_deepspeed, create_accelerator, fail_trackers, start_trackers
+from train.engine import _configure_deepspeed, create_accelerator
+from train.trackers import fail_trackers, start_trackers
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,13 @@ def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
     main([*TINY, '--output', str(tmp_path)])
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
     assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['mixed_precision'] == 'bf16'
+
+
+@pytest.mark.parametrize('capability, slow', [('AVX2', True), ('AVX512', False)])
+def test_run_says_that_bf16_is_slow_on_cpus_without_kernels_for_it(tmp_path, monkeypatch, capsys, capability, slow):
+    monkeypatch.setattr('torch.backends.cpu.get_cpu_capability', lambda: capability)
+    main([*TINY, '--output', str(tmp_path), '--max-steps', '1', '--mixed-precision', 'bf16', '--model', 'rn20'])
+    assert ('bf16 (many times slower than no on' in capsys.readouterr().out) == slow
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -819,7 +819,7 @@ def test_grey_teacher_of_colour_images_is_refused(tmp_path):
     (['--model-kwargs', 'num_templates=7'], 'is not one template for each of the 10 classes'),
 ])
 def test_settings_that_cannot_be_used_are_one_sentence(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr('train.engine.get_available_trackers', list)  # as where none is installed
+    monkeypatch.setattr('train.trackers.get_available_trackers', list)  # as where none is installed
     with pytest.raises(InputError, match=message) as error:
         main([*TINY, '--output', str(tmp_path), *flags])
     assert '\n' not in str(error.value)

@@ -1,14 +1,12 @@
-"""Accelerate's part of a run: processes, precision, compilation and trackers."""
+"""Accelerate's part of a run: processes, precision and compilation."""
 import os
 from argparse import Namespace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
@@ -18,10 +16,11 @@ from accelerate.utils import (
     is_torch_xla_available,
 )
 
-from timm_tmblock.errors import InputError, first_line
+from timm_tmblock.errors import InputError
 from train.config import refusing
 from train.hardware import resolve_device
 from train.memory import keep_freed_memory
+from train.trackers import resolve_trackers
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -30,38 +29,50 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         InputError: For a device, precision, compiler or tracker that is not to be had here.
     """
-    device = resolve_device(args.device)
     launched = int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if device.type == 'cuda' and here > max(1, torch.cuda.device_count()):  # NCCL refuses two on one
-        raise InputError(
-            f'{here} processes were launched on a machine with {torch.cuda.device_count()} GPUs; launch one per GPU '
-            f'(--num_processes of accelerate launch).')
+    _check_gpus(args)
     if launched == 1 and AcceleratorState._shared_state:  # of an earlier run in this process, as in a notebook
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate would keep its precision and compiler
     compiler = _create_compiler(args)
-    if args.grad_accum_steps > 1 and captures_graphs(args):
-        raise InputError(
-            'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
-            'leave out one of the two.')
-    if args.cuda_graph and args.grad_accum_steps > 1:
-        raise InputError(
-            '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
-            '1.')
-    if args.cuda_graph and captures_graphs(args):
-        raise InputError(
-            'This --torchcompile captures CUDA graphs itself, which --cuda-graph cannot capture again; use '
-            '--no-cuda-graph.')
     with refusing('These settings of Accelerate'):
         accelerator = Accelerator(
             cpu=args.device == 'cpu' or args.device == 'auto' and not _has_collectives(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accum_steps),  # the launcher's aside
-            log_with=_resolve_trackers(args.report_to) or None,
+            log_with=resolve_trackers(args.report_to) or None,
             project_dir=args.output,  # trackers want one; the experiment folder's name needs an accelerator first
             dynamo_plugin=compiler,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one may download while others wait
         )
+    _check_launch(accelerator, args, launched)
+    if accelerator.mixed_precision in ('no', 'fp16', 'bf16'):
+        args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
+    _check_graphs(accelerator, args)
+    _check_sharding(accelerator, args)
+    if accelerator.device.type == 'cpu':
+        if accelerator.mixed_precision == 'fp16':
+            raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
+        if args.sync_bn:
+            raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
+        keep_freed_memory()
+    if accelerator.distributed_type == DistributedType.FSDP or accelerator.device.type == 'mps':
+        # FSDP2 refuses such parameters; batch norm and pooling have wrong gradients there on Apple's GPUs
+        # (pytorch/pytorch#175189, #175190)
+        args.channels_last = False
+    torch.backends.cudnn.benchmark = True  # all batches have one shape, as in timm's train.py
+    return accelerator
+
+
+def _check_gpus(args: Namespace) -> None:
+    device = resolve_device(args.device)
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device.type == 'cuda' and here > max(1, torch.cuda.device_count()):  # NCCL refuses two on one
+        raise InputError(
+            f'{here} processes were launched on a machine with {torch.cuda.device_count()} GPUs; launch one per GPU '
+            f'(--num_processes of accelerate launch).')
+
+
+def _check_launch(accelerator: Accelerator, args: Namespace, launched: int) -> None:
     if args.device not in ('auto', accelerator.device.type):  # by `accelerate launch --cpu`
         raise InputError(
             f'--device {args.device} was asked for, but Accelerate was set up for {accelerator.device.type}; leave out '
@@ -69,35 +80,42 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.num_processes < launched:  # each would train alone and write to the same folder
         raise InputError(f'{launched} processes were launched, but Accelerate joins none of them on this device, so '
                          f'each would train alone; use --device cpu, or launch a single process.')
-    if accelerator.mixed_precision in ('no', 'fp16', 'bf16'):
-        args.mixed_precision = accelerator.mixed_precision  # the launcher's too belongs to the settings of the run
+
+
+def _check_graphs(accelerator: Accelerator, args: Namespace) -> None:
+    if args.grad_accum_steps > 1 and captures_graphs(args):
+        raise InputError(
+            'This --torchcompile captures CUDA graphs, which overwrite the gradients that --grad-accum-steps adds up; '
+            'leave out one of the two.')
+    if not args.cuda_graph:
+        return
+    if args.grad_accum_steps > 1:
+        raise InputError(
+            '--cuda-graph cannot capture steps that only add up gradients; use --no-cuda-graph or --grad-accum-steps '
+            '1.')
+    if captures_graphs(args):
+        raise InputError(
+            'This --torchcompile captures CUDA graphs itself, which --cuda-graph cannot capture again; use '
+            '--no-cuda-graph.')
+    if args.eval_only:
+        return
+    if accelerator.device.type != 'cuda':
+        raise InputError(
+            f'--cuda-graph needs a GPU of NVIDIA or AMD, not {accelerator.device}; use --no-cuda-graph.')
+    if accelerator.distributed_type != DistributedType.NO or accelerator.mixed_precision not in ('no', 'bf16'):
+        raise InputError(
+            '--cuda-graph is for one process, and neither fp16 nor fp8; use --no-cuda-graph, or launch one process '
+            'with --mixed-precision bf16.')
+
+
+def _check_sharding(accelerator: Accelerator, args: Namespace) -> None:
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
-    if args.cuda_graph and not args.eval_only:
-        if accelerator.device.type != 'cuda':
-            raise InputError(
-                f'--cuda-graph needs a GPU of NVIDIA or AMD, not {accelerator.device}; use --no-cuda-graph.')
-        if accelerator.distributed_type != DistributedType.NO or accelerator.mixed_precision not in ('no', 'bf16'):
-            raise InputError(
-                '--cuda-graph is for one process, and neither fp16 nor fp8; use --no-cuda-graph, or launch one process '
-                'with --mixed-precision bf16.')
-    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
-        raise InputError('fp16 needs a GPU; use --mixed-precision bf16 or no on the CPU.')
     if accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator, args)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and args.model_ema:
         raise InputError('--model-ema keeps whole weights, which FSDP and DeepSpeed divide; leave out --model-ema.')
-    if args.sync_bn and accelerator.device.type == 'cpu':
-        raise InputError('--sync-bn needs GPUs; PyTorch has no synchronized batch norm for the CPU.')
-    if accelerator.distributed_type == DistributedType.FSDP or accelerator.device.type == 'mps':
-        # FSDP2 refuses such parameters; batch norm and pooling have wrong gradients there on Apple's GPUs
-        # (pytorch/pytorch#175189, #175190)
-        args.channels_last = False
-    if accelerator.device.type == 'cpu':
-        keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # all batches have one shape, as in timm's train.py
-    return accelerator
 
 
 def _create_compiler(args: Namespace) -> TorchDynamoPlugin:
@@ -170,48 +188,3 @@ def captures_graphs(args: Namespace) -> bool:
         return args.torchcompile == 'cudagraphs'
     from torch._inductor import list_mode_options  # takes its time
     return bool(list_mode_options().get(args.torchcompile_mode, {}).get('triton.cudagraphs'))
-
-
-def _resolve_trackers(names: List[str]) -> List[str]:
-    # Accelerate leaves out what is not installed without a word
-    if 'none' in names:
-        return []
-    available = list(map(str, get_available_trackers()))
-    if 'all' in names:
-        return available
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise InputError(f'There is no tracker {name!r}; --report-to takes {", ".join(LOGGER_TYPE_TO_CLASS)}.')
-        if name not in available:
-            raise InputError(f'The tracker {name!r} is not installed; pip install {name}, or use --report-to none.')
-    return names
-
-
-def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_id: str, step: int) -> None:
-    """Begin the run in every tracker or, where that knows it by `run_id` or its folder, take it up."""
-    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-    settings: Dict[str, Dict[str, Any]] = {
-        # what a resumed run repeats is not shown twice; the values of the checkpoint's step were written before it
-        'tensorboard': {'purge_step': step + 1},
-        'wandb': {'name': folder.name, 'id': run_id, 'resume': 'allow', 'dir': str(folder)},
-        'mlflow': {'run_name': folder.name},
-        'trackio': {'name': folder.name, 'resume': 'allow'},
-    }
-    try:
-        accelerator.init_trackers(args.project, config=config, init_kwargs=settings)
-    except Exception as e:  # each has errors of its own
-        raise InputError(
-            f'The tracker ({" ".join(args.report_to)}) cannot be used: {first_line(e)}; set it up, or use --report-to '
-            f'none.') from e
-
-
-def fail_trackers(accelerator: Accelerator) -> None:
-    """End the run in every tracker, as one that failed where it knows the difference."""
-    for tracker in accelerator.trackers if accelerator.is_main_process else ():
-        if tracker.name == 'wandb':
-            tracker.tracker.finish(exit_code=1)
-        elif tracker.name == 'mlflow':
-            import mlflow  # type: ignore[import-not-found]
-            mlflow.end_run('FAILED')
-        else:
-            tracker.finish()

@@ -25,6 +25,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is far slower than float32: PyTorch has fast kernels for it on x86 from AVX-512 on."""
+    return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'NO AVX')
+
+
 def describe_hardware(device: torch.device, processes: int = 1) -> str:
     """What one process or several, on a GPU each, run on."""
     if device.type not in ('cpu', 'mps'):

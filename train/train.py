@@ -65,11 +65,11 @@ from train.config import (
     to_flag,
 )
 from train.data import get_class_names
-from train.engine import create_accelerator, fail_trackers, start_trackers
+from train.engine import create_accelerator
 from train.failure import advise_on_images, advise_on_memory, check_disk_space, naming_failures
 from train.files import to_json, write_json
 from train.graph import GraphedStep, set_capturable
-from train.hardware import describe_hardware, describe_versions, find_commit
+from train.hardware import describe_hardware, describe_versions, emulates_bf16, find_commit
 from train.inputs import create_data_config, create_loader, create_mixup
 from train.loader import Loader
 from train.meter import Meter
@@ -88,6 +88,7 @@ from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
 from train.splits import load_parts, open_splits
 from train.task import create_task, create_teachers
+from train.trackers import fail_trackers, start_trackers
 from train.validation import validate
 
 ASK_SECONDS = 2.  # after which processes ask each other whether one is to stop
@@ -256,6 +257,7 @@ class Trainer:
                 processes = accelerator.num_processes
                 warmup = args.warmup_epochs * self.layout['updates_per_epoch']
                 never_falls = 0 < self.updates <= warmup and not args.warmup_prefix
+                emulated = accelerator.mixed_precision == 'bf16' and emulates_bf16(accelerator.device)
                 print(
                     f'{args.model}: {self.num_params:,} parameters, {len(self.class_names)} classes, '
                     f'images of {"x".join(map(str, self.data_config.input_size[1:]))}\n'
@@ -268,7 +270,8 @@ class Trainer:
                     f'{self.train_loader.augmentation}; {args.opt}, learning rate {self.peak_lr:g}, {args.sched} '
                     f'schedule{", all of it warmup" if never_falls else ""}; '
                     f'{describe_hardware(accelerator.device, processes)}, mixed precision '
-                    f'{accelerator.mixed_precision}\n'
+                    f'{accelerator.mixed_precision}'
+                    f'{" (many times slower than no on a CPU without AVX-512)" if emulated else ""}\n'
                     f'writing to {self.folder}' +
                     (f', then pushing to {args.push_to_hub} on the Hub' if args.push_to_hub else ''), flush=True)
         with agreeing(accelerator):

@@ -161,7 +161,7 @@ def to_html(title: str, prediction: runtime.Prediction, method: Optional[str]) -
         note = (f'Class activation map, no template matching. Gold: the {value} that the classifier gives each '
                 f'position of the last feature map, {count}. Point at or tap the image for the class of each region.')
     else:
-        note = (f'Gold: where the class was matched, of {count}. Point at or tap the image for what each region '
+        note = (f'Gold: how well each of {count} matched the class. Point at or tap the image for what each region '
                 f'matched best.')
     return _SECTION.format(
         kind=' tm-mapped', title=escape(title), ratio=f'{width} / {height}', seen=seen, grid=grid, rows=rows, note=note)
@@ -234,8 +234,8 @@ def build() -> gr.Blocks:
     with gr.Blocks(title='Which class did each region match?', delete_cache=(3600, 3600)) as page:  # of uploads, in s
         gr.Markdown(
             '# Which class did each region match?\n'
-            'ResNets and DenseNets with a [template matching block](https://arxiv.org/abs/2210.00992) say it in one '
-            'forward pass. Drop an image, then point at a class or choose it. Images are deleted within two hours.')
+            'Networks with a [template matching block](https://arxiv.org/abs/2210.00992) answer this in one forward '
+            'pass. Drop an image, then point at a class or choose it. Images are deleted within two hours.')
         with gr.Row():
             with gr.Column(min_width=280):
                 image = ImageFile(type='filepath', label='Image', height=280, sources=['upload', 'clipboard', 'webcam'])
