@@ -18,7 +18,8 @@ import timm_tmblock  # noqa: F401  registers the models
 from timm_tmblock.errors import InputError
 from timm_tmblock.mode import evaluating
 from train.lineage import find_fillings, find_legs, read_runs
-from train.report import compare_maps, is_of_copy, say_fillings
+from train.maps import compare_maps, say_fillings
+from train.tables import is_of_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / 'hub_cards' / 'models'

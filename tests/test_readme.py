@@ -18,12 +18,12 @@ from export.parity import LIMITS
 from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
 from train import evaluate, reproduce, ship, train
-from train.comparison import Difference, compare_others
+from train.comparison import HOLDS, UNDECIDED, Difference, compare_others
 from train.config import parse_args
 from train.evidence import collect
 from train.lineage import count_epochs, read_runs
+from train.maps import compare_maps
 from train.paper import TABLE_1
-from train.report import compare_maps
 from train.tables import format_scores, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -387,6 +387,8 @@ def test_table_of_the_paper_redone():
     assert (
         f'On CIFAR-10 `rn26_tm` has {ours["rn26_tm"]} % and `rn26` {ours["rn26"]} % (three runs each, ± the standard '
         f'deviation); the paper reports {TABLE_1["rn26_tm"][1]:.2f} and {TABLE_1["rn26"][1]:.2f} %') in PLAIN
+    aux = format_scores(scores['rn26_aux', 'cifar10']).partition(' (')[0]
+    assert f'supervising patches without the block gives {aux} %, significantly more than `rn26` alone' in PLAIN
     assert {r['epochs'] for r in results} == {40}
     for claim in ('Template matching improves the baselines', 'It does more than auxiliary supervision alone'):
         assert f'| {claim} | 4.2, Table 1 | **undecided** |' in RESULTS
@@ -397,9 +399,12 @@ def test_table_of_the_paper_redone():
     rn26, wrn16, elsewhere = (compare(f'{m}_tm', m, d) for m, d in (
         ('rn26', 'cifar10'), ('wrn16', 'cifar10'), ('rn26', 'cifar100')))
     assert (
-        f'the difference on CIFAR-10 is {rn26} points (`rn26`, p = {rn26.p:.2g}) and {wrn16} (`wrn16`, p = '
+        f'the difference on CIFAR-10 is {rn26} points (`rn26`, p = {rn26.p:.2f}) and {wrn16} (`wrn16`, p = '
         f'{wrn16.p:.2g}; three runs each, ± one standard error), on CIFAR-100 {elsewhere} (`rn26`, two runs each)'
     ) in PLAIN.replace('−', '-')
+    assert f'is not significant (p = {rn26.p:.2f})' in PLAIN and (rn26.verdict, wrn16.verdict) == (UNDECIDED, HOLDS)
+    assert compare('rn26_tm', 'rn26_aux').verdict == UNDECIDED and compare('rn26_aux', 'rn26').verdict == HOLDS
+    assert elsewhere.points < 0 and 'on CIFAR-100 `rn26_tm` is below `rn26` (two runs each)' in PLAIN
 
 
 def test_results_of_other_runtimes():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, sem, ttest_ind
 from scipy.stats import t as student
-from scipy.stats import ttest_ind
 
 from timm_tmblock.errors import InputError
 from train import report
@@ -16,6 +16,7 @@ from train.claims import UNTESTED, combine_all, combine_most, judge
 from train.comparison import FAILS, HOLDS, UNDECIDED, Difference, compare_others, find_recipe
 from train.evidence import Evidence
 from train.lineage import count_epochs, count_taught_epochs, find_fillings
+from train.maps import compare_maps, find_p, say_fillings
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,7 +171,7 @@ def test_best_weight_is_above_each_of_the_others(top1, verdict):
 
 
 @pytest.mark.parametrize('top1, verdict', [
-    ([88.2, 88.1, 88., 88.3], HOLDS), ([88.2, 88.1, 88.], HOLDS), ([88.2, 88.1, 88., 80.], FAILS),
+    ([88.2, 88.1, 88., 88.3], HOLDS), ([88.2, 88.1, 88.], HOLDS), ([88.2, 88.1, 88., 80.], HOLDS),
     ([88.2, 80., 88., 88.3], FAILS),
     ([88.2, 87.2, 88., 88.3], UNDECIDED), ([88.2, 88.1], UNDECIDED)])
 def test_soft_maximizers_do_as_well_within_a_margin(top1, verdict):
@@ -356,7 +357,8 @@ def test_value_embeddings_against_class_scores(values, verdict):
 def test_best_match_is_to_have_the_largest_weight_in_most_regions_of_each_network(shares, verdict):
     def mix(share, spread=0.3):
         return dict(
-            agreement=share, agreement_error=0.01, matched_share=share / 2, matched_off=spread / 2, value_spread=spread)
+            agreement=share, agreement_error=0.01, matched_share=share / 2, matched_off=spread / 2, value_spread=spread,
+            images=2000)
 
     mixing = {f'rn26_tm.{i}': mix(share) for i, share in enumerate(shares)}
     runs = {tag: dict(model=tag.partition('.')[0]) for tag in (*mixing, 'a', 'b', 'dn100_tm_cat.a')}
@@ -416,30 +418,41 @@ def test_constants_of_one_network_are_of_that_alone(mu, eta, by_protocol, planne
     assert f'μ = 2.60, within 25 % of the claimed value, and η = {eta}, {near}within 25 %' in evidence
 
 
-def test_trust_is_decided_by_two_standard_errors():
-    def row(lead, error):
-        return {f'{key}{end}': value for key in ('deletion', 'insertion', 'without_most', 'without_least')
+def test_trust_is_decided_by_two_standard_errors_and_accuracies_by_an_exact_test():
+    def row(lead, error, right, wrong):
+        images = np.repeat([100., -100., 0.], [right, wrong, 600 - right - wrong])
+        measures = dict.fromkeys(('deletion', 'insertion'), (lead, error))
+        measures.update(without_most=(-images.mean(), sem(images)), without_least=(images.mean(), sem(images)))
+        return {f'{key}{end}': value for key, (lead, error) in measures.items()
                 for end, value in (('', 0.5), ('_error', 0.01), ('_lead', lead), ('_lead_error', error))}
-    maps = {'class map': row(0, 1), 'Grad-CAM': row(0.01, 0.01), 'random': row(0.2, 0.01)}
+    maps = {'class map': row(0, 1, 0, 0), 'Grad-CAM': row(0.01, 0.01, 24, 12), 'random': row(0.2, 0.01, 29, 12)}
+    assert maps['Grad-CAM']['without_least_lead'] > 2 * maps['Grad-CAM']['without_least_lead_error']  # but p = 0.07
     lines = report.say_trust(
-        dict(images=10, top1=90., patch_accuracy=80., patch_agreement=81., fill='blur', occlusion_window=16, maps=maps,
+        dict(images=600, top1=90., patch_accuracy=80., patch_agreement=81., fill='blur', occlusion_window=16, maps=maps,
              settings=dict(model='rn26_tm')))
     grad_cam, random = (line for line in lines if line.startswith('- Against'))
     assert grad_cam == (
         '- Against Grad-CAM, the class map is not significantly different by deletion (-0.010 ± 0.010), insertion '
-        '(+0.010 ± 0.010), accuracy without the higher-ranked half (-0.0 ± 0.0), accuracy without the lower-ranked '
-        'half (+0.0 ± 0.0).')
+        '(+0.010 ± 0.010), accuracy without the higher-ranked half (+2.0 ± 1.0), accuracy without the lower-ranked '
+        'half (+2.0 ± 1.0).')
     assert random == (
-        '- Against random, the class map is better by insertion (+0.200 ± 0.010), accuracy without the lower-ranked '
-        'half (+0.2 ± 0.0); worse by deletion (-0.200 ± 0.010), accuracy without the higher-ranked half (-0.2 ± 0.0).')
+        '- Against random, the class map is better by insertion (+0.200 ± 0.010), accuracy without the higher-ranked '
+        'half (+2.8 ± 1.1), accuracy without the lower-ranked half (+2.8 ± 1.1); worse by deletion (-0.200 ± 0.010).')
+
+
+@pytest.mark.parametrize('right, wrong', [(24, 12), (29, 12), (0, 7), (3, 0), (0, 0)])
+def test_exact_test_of_accuracies_is_of_the_images_that_differ(right, wrong):
+    images = np.repeat([1., -1., 0.], [right, wrong, 600 - right - wrong])
+    expected = binomtest(right, right + wrong).pvalue if right + wrong else 1.
+    assert find_p(images.mean(), sem(images), 600) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('fill, measures', [('mean', 3), ('blur', 4)])
 def test_insertion_counts_where_what_it_starts_from_masks(fill, measures):
     row = {f'{key}{end}': value for key in ('deletion', 'insertion', 'without_most', 'without_least')
            for end, value in (('_lead', 0.2), ('_lead_error', 0.01))}
-    trust = dict(fill=fill, maps={'occlusion': row, 'Grad-CAM': row})
-    by = {name: [part.partition(' (')[0] for parts in report.compare_maps(trust, name).values() for part in parts]
+    trust = dict(fill=fill, maps={'occlusion': row, 'Grad-CAM': row}, images=600)
+    by = {name: [part.partition(' (')[0] for parts in compare_maps(trust, name).values() for part in parts]
           for name in trust['maps']}
     for name in trust['maps']:
         assert len(by[name]) == measures and ('insertion' in by[name]) == (fill == 'blur')
@@ -496,5 +509,5 @@ def test_what_put_the_mean_colour_into_training_images_is_of_all_runs(settings, 
     runs = dict(
         first=run(experiment='a', **settings), second=run(initial_checkpoint='output/a/last.safetensors'),
         unknown=run(initial_checkpoint='elsewhere.safetensors', **settings))
-    assert find_fillings('second', runs) == fillings and re.search(said, report.say_fillings(fillings))
-    assert find_fillings('unknown', runs) is None and 'is not recorded' in report.say_fillings(None)
+    assert find_fillings('second', runs) == fillings and re.search(said, say_fillings(fillings))
+    assert find_fillings('unknown', runs) is None and 'is not recorded' in say_fillings(None)

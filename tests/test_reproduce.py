@@ -72,6 +72,8 @@ def test_grid_of_maximizers_is_that_of_figure_3():
     for setting, args in found.items():
         assert args.model == 'rn20' and setting.endswith(f'batch{args.batch_size}')
         assert args.model_kwargs.get('maximizer', 'bn_relu') == setting.split('.')[0]
+    more = [c.setting for c in cells('maximizers', '--perturbed-32', '--num-samples', '600')]
+    assert more == [*found, 'perturbed.batch32']
     for cell in cells('maximizers', '--datasets', 'mini_imagenet'):
         recipe = str(ROOT / 'train' / 'recipes' / 'paper' / f'{cell.recipe}.yaml')
         assert parse_args(['-c', recipe, *cell.flags]).model == 'rn20.mini_imagenet'
@@ -161,7 +163,7 @@ def forked_runs(monkeypatch, forks):
     ('lambda', ['--lambdas', '0', '0.5'], {'lambda0', 'lambda0.5'}, True),
     ('depth', ['--rows', 'rn26_tm', 'rn38'], {'rn26_tm', 'rn38'}, True),
     ('maximizers', ['--num-samples', '2'],
-     {'bn_relu.batch8', 'softmax.batch8', 'perturbed.batch8', 'bn_relu.batch32', 'softmax.batch32'},
+     {'bn_relu.batch8', 'softmax.batch8', 'perturbed2.batch8', 'bn_relu.batch32', 'softmax.batch32'},
      True),
 ])
 def test_experiment_runs_and_renders(tmp_path, experiment, flags, settings, figure):

@@ -19,3 +19,4 @@ TABLE_1: Dict[str, Tuple[str, float, float, float]] = {
 }
 DEPTH = ('rn26', 'rn26_tm', 'rn38', 'rn38_tm')
 LAMBDAS: List[float] = [0., 0.1, 0.25, 0.5, 0.75, 0.9]  # the grid of Figure 4 is not in the text
+NUM_SAMPLES = 600  # of the perturbed maximizer

@@ -11,7 +11,7 @@ them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import yaml
 
@@ -26,8 +26,19 @@ from train.comparison import RUNS, Comparison, compare_others, find_last
 from train.config import Parser
 from train.evidence import Evidence, collect, read_json
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers
+from train.maps import compare_maps, say_fillings
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
-from train.tables import TITLES, Scores, label, name_hub_sets, read_results, render_table, say_provenance, tabulate
+from train.tables import (
+    TITLES,
+    Scores,
+    is_of_copy,
+    label,
+    name_hub_sets,
+    read_results,
+    render_table,
+    say_provenance,
+    tabulate,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSES = ('geometry', 'mosaic', 'words', 'trust', 'trust_blur', 'mixing')
@@ -261,6 +272,10 @@ def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
 MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
+def say_counts(counts: Iterable[int]) -> str:
+    return ' or '.join(f'{count:,}' for count in sorted(set(counts)))
+
+
 def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
@@ -268,7 +283,8 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             'Does a network lose the class when the regions that its class map ranks highest are masked? By four '
             'measures (areas under deletion and insertion curves, accuracy without the higher- and the lower-ranked '
             'half) the class map is compared with other maps of the same network: 3+ 1− means that it is better on '
-            'three measures and worse on one, by more than two standard errors, paired by image. Of so many '
+            'three measures and worse on one, paired by image: in an area by more than two standard errors, in an '
+            "accuracy by McNemar's exact test at 5 %. Of so many "
             'comparisons a few differ so much by chance, so that a single + or − says little; 150 images show less '
             'than 600. Another image\'s class map and a random one are the controls. Grad-CAM is what `method="cam"` '
             'shows, CAM probabilities are the same after a softmax over the classes. Occlusion hides windows as large '
@@ -281,7 +297,8 @@ def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
             "which takes more from an image than as many that lie together: another image's map is the fairer "
             'control.'), '',
         *wrap(
-            'Last columns: the share of regions whose best match has the largest weight in what the block mixes; the '
+            f'Last columns, of {say_counts(f["mixing"]["images"] for f in analyses.values() if "mixing" in f)} images: '
+            'the share of regions whose best match has the largest weight in what the block mixes; the '
             'share of that weight in the sum of all; the standard deviation of the mixture over the regions, relative '
             'to that of what it is added to. Where that ratio is small, the block adds little, whatever it matched; a '
             'concatenated mixture is normalised next, so its scale says nothing. Where the scale of the norm of a '
@@ -308,10 +325,6 @@ def find_analyses(root: Path, tag: str) -> Dict[str, Any]:
     folder = root / 'train' / 'results' / tag / 'analysis'
     found = {name: read_json(folder / f'{name}.json') for name in ANALYSES}
     return {name: value for name, value in found.items() if value}
-
-
-def is_of_copy(dataset: str) -> bool:
-    return name_hub_sets(dataset) != dataset
 
 
 MOSAIC = (
@@ -395,8 +408,9 @@ def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
     lines += ['', *wrap(
         'Occlusion hides by the blurred image here; all else is as above.' if is_second else
         "Means with standard errors over images. Another image's class map is as smooth and as central as the image's "
-        'own, but shows what is not in it. Grad-CAM is CAM here, as the network ends in average pooling and a linear '
-        'layer, and needs no backward pass; its ReLU is left out, which would leave cells without an order. '
+        'own, but of another picture (which may show the same class). Grad-CAM is CAM here, as the network ends in '
+        'average pooling and a linear layer, and needs no backward pass; its ReLU is left out, which would leave '
+        'cells without an order. '
         "`method='cam'` of `timm_tmblock.explain` shows the same scores, clipped at 0. CAM probabilities are the same "
         'after a softmax over the classes. Occlusion hides windows of '
         f'{trust["occlusion_window"]}×{trust["occlusion_window"]} pixels by {FILLS[trust["fill"]]}, and is of '
@@ -434,40 +448,6 @@ def say_mixing(mixing: Dict[str, float], added: bool = True) -> List[str]:
         f'of the weights, and in {shares["matched_off"]} of the regions its weight is 0.',
         *([f'Over the regions the mixture varies {mixing["value_spread"]:.2f} times as much as what it is added to.']
           if added else ['The mixture is concatenated, and a norm follows, so that its scale says nothing.'])]
-
-
-def say_fillings(fillings: Optional[List[str]]) -> str:
-    """What training has to do with what a network makes of images masked by the mean colour."""
-    if fillings is None:
-        return 'Whether training had the mean colour in its images is not recorded.'
-    if not fillings:
-        return ('The network was trained without random erasing: patches of the mean colour are unlike anything it has '
-                'seen.')
-    if fillings == ['random erasing']:
-        return ('The network was trained with random erasing, which puts the same mean colour in the place of '
-                'rectangles: it has learnt to do without parts that are masked.')
-    return (f'Training put the same mean colour into images ({" and ".join(fillings)}), so the network has seen such '
-            f'patches.')
-
-
-def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
-    """By which measures the class map is better or worse than another by two standard errors, each with its lead.
-
-    Insertion starts from the blurred image, whatever the mask, so that it counts where that is the mask.
-    """
-    row = trust['maps'][name]
-    verdicts: Dict[str, List[str]] = {'better': [], 'worse': [], 'not significantly different': []}
-    for key, sign, digits, title in (
-            ('deletion', -1, 3, 'deletion'),
-            ('insertion', 1, 3, 'insertion'),
-            ('without_most', -1, 1, 'accuracy without the higher-ranked half'),
-            ('without_least', 1, 1, 'accuracy without the lower-ranked half')):
-        if key == 'insertion' and trust['fill'] == 'mean':
-            continue
-        lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
-        verdict = 'not significantly different' if abs(lead) <= 2 * error else 'better' if lead > 0 else 'worse'
-        verdicts[verdict].append(f'{title} ({lead:+.{digits}f} ± {error:.{digits}f})')
-    return verdicts
 
 
 def say_chance(chance: Dict[str, Optional[float]]) -> str:

@@ -41,7 +41,7 @@ from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
 from train.config import create_parser as create_train_parser
 from train.files import write_json
-from train.paper import DATASETS, DEPTH, LAMBDAS, TABLE_1
+from train.paper import DATASETS, DEPTH, LAMBDAS, NUM_SAMPLES, TABLE_1
 from train.signals import stopping_at_signals
 from train.tables import TITLES, render
 
@@ -83,10 +83,12 @@ def create_cells(experiment: str, args: argparse.Namespace) -> List[Cell]:
                 if (maximizer, batch_size) == ('perturbed', 32) and not args.perturbed_32:
                     continue  # left out in the paper, too, for its demand of memory
                 kwargs: Tuple[str, ...] = () if maximizer == 'bn_relu' else ('--model-kwargs', f'maximizer={maximizer}')
-                if maximizer == 'perturbed' and args.num_samples:
+                name = maximizer
+                if maximizer == 'perturbed' and args.num_samples != NUM_SAMPLES:
                     kwargs += (f'maximizer_kwargs={{"num_samples":{args.num_samples}}}',)
+                    name += str(args.num_samples)  # a row of its own
                 settings.append((
-                    f'{maximizer}.batch{batch_size}', 'rn26',
+                    f'{name}.batch{batch_size}', 'rn26',
                     ('--model', 'rn20', '--batch-size', str(batch_size), *kwargs)))
     cells = [
         Cell(name, dataset, seed, f'{recipe}.{dataset}', tuple(
@@ -303,7 +305,8 @@ def create_parser() -> Parser:
     parser.add_argument('--lambdas', nargs='+', type=float, help=f'default: {" ".join(map(str, LAMBDAS))}')
     parser.add_argument('--perturbed-32', action='store_true', help=(
         'train the perturbed maximizer in batches of 32, too'))
-    parser.add_argument('--num-samples', type=positive, help='samples of the perturbed maximizer (600 in the paper)')
+    parser.add_argument('--num-samples', type=positive, default=NUM_SAMPLES, help=(
+        f'samples of the perturbed maximizer (default: {NUM_SAMPLES}, as in the paper)'))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--epochs', type=positive, help="default: the recipe's")
     parser.add_argument('--jobs', type=positive, default=1, help='number of runs at a time')
@@ -326,7 +329,7 @@ def main(argv: Optional[List[str]] = None) -> Path:
         raise InputError(f'--data takes SET=NAME with a set of {", ".join(DATASETS)}.')
     for flag, given, experiment in (
             ('--lambdas', args.lambdas is not None, 'lambda'), ('--perturbed-32', args.perturbed_32, 'maximizers'),
-            ('--num-samples', args.num_samples is not None, 'maximizers')):
+            ('--num-samples', args.num_samples != NUM_SAMPLES, 'maximizers')):
         if given and args.experiment != experiment:
             raise InputError(f'{flag} only applies to {experiment}; leave it out of {args.experiment}.')
     known = dict(table1=TABLE_1, depth=DEPTH).get(args.experiment, ())

@@ -44,6 +44,11 @@ def name_hub_sets(text: str) -> str:
     return re.sub(r'hfds/\.\./\S+/(cifar100?)\b', r'hfds/uoft-cs/\1', text)
 
 
+def is_of_copy(dataset: str) -> bool:
+    """Whether a set was read from a copy, which may be in another order than the Hub's."""
+    return name_hub_sets(dataset) != dataset
+
+
 def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
     """The finished runs in a folder, and their scores."""
     results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*/result.json'))]
@@ -71,7 +76,9 @@ def label(setting: str) -> str:
         return f'λ = {setting.removeprefix("lambda")}'
     maximizer, batch_size = setting.split('.batch')
     names = dict(bn_relu='BN-ReLU', softmax='margin-augmented softmax', perturbed='perturbed maximizer')
-    return f'{names[maximizer]}, batch {batch_size}'
+    kind = maximizer.rstrip('0123456789')
+    samples = maximizer.removeprefix(kind)
+    return f'{names[kind]}{f" of {samples} samples" if samples else ""}, batch {batch_size}'
 
 
 def paper_score(setting: str, dataset: str) -> Optional[float]:

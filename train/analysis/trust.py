@@ -62,7 +62,7 @@ def create_explainers(model: Any, grid: Tuple[int, int], seed: int, fill: str = 
         return F.adaptive_avg_pool2d(effect.clone().mean(1, keepdim=True), grid)[:, 0]
 
     def of_another_image(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return class_map(images, classes).roll(1, 0)  # as smooth and as central, but of what is not there
+        return class_map(images, classes).roll(1, 0)  # as smooth and as central, but of another picture
 
     def at_random(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return torch.rand(len(images), *grid, generator=generator).to(images.device)
