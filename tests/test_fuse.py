@@ -187,6 +187,26 @@ def test_templates_of_a_fused_network_stay():
         timm.create_model('rn26_tm').fuse().reset_templates(3)
 
 
+class SoftMixing(TemplateMatching):
+    def mix(self, patch_logits):
+        return patch_logits.softmax(1)
+
+
+def test_block_that_overrides_something_keeps_it():
+    block = make_trained_like(SoftMixing(8, 5, 4)).eval()
+    x = torch.randn(3, 8, 6, 7)
+    expected = block.shortcut(x) + block.value(block.patch_logits(x).softmax(1))
+    torch.testing.assert_close(reparameterize_model(torch.nn.Sequential(block))(x), expected)
+
+
+def test_network_fused_in_training_is_not_supervised_any_more():
+    model = timm.create_model('rn20_tm')
+    task = TemplateMatchingTask(model, verbose=False)
+    model.fuse()
+    with pytest.raises(RuntimeError, match='only in training, before fuse'):
+        task.train()(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+
+
 def test_patches_of_a_fused_network_are_not_supervised():
     model = timm.create_model('rn26_tm').fuse()
     with pytest.raises(ValueError, match='A fused model is for inference; train it before fuse'):

@@ -232,6 +232,15 @@ def test_impossible_maximizers_are_refused(kwargs, message):
         PerturbedMaximizer(**kwargs)
 
 
+def test_perturbed_network_without_data_has_the_shapes_of_others():
+    kwargs = dict(maximizer='perturbed', device='meta')
+    model = timm.create_model('rn20', **kwargs)
+    x = torch.empty(2, 3, 32, 32, device='meta', requires_grad=True)
+    logits = model(x)
+    logits.sum().backward()
+    assert logits.shape == (2, 10) and logits.is_meta and x.grad.shape == x.shape
+
+
 def test_perturbed_maximizer_refuses_second_derivatives():
     layer, x = PerturbedMaximizer(num_samples=3), torch.randn(1, 4, 2, 2, requires_grad=True)
     with pytest.raises(RuntimeError, match='has no second derivatives; use maximizer="softmax"'):

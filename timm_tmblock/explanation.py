@@ -94,8 +94,12 @@ class Explanation:
         """Evidence for a class at each pixel, upsampled from the regions to the image, (H, W) in [0, 1].
 
         By the method 'match' the probability that the region matches the class; by 'cam' its score for the class over
-        the largest of any class and region, 0 where it is negative. Grad-CAM ranks regions in the same order, as it
-        differs only by the classifier's bias.
+        the largest of any class and region, 0 where it is negative. Grad-CAM before its ReLU ranks regions in the same
+        order, as it differs only by the classifier's bias and a factor.
+
+        A region is drawn as a cell of an even grid over the image. The centre of what it scores lies up to half a cell
+        from that of the cell: windows of even patches reach one region further right and down, and strided
+        convolutions are centred on the upper left pixel of a cell.
 
         Args:
             class_name: The predicted class if None.

@@ -132,6 +132,8 @@ class _PerturbedArgmax(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, mu: float, epsilon: float, num_samples: int, seed: int) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.constants = mu, epsilon, num_samples, seed
+        if x.is_meta:  # has no generators
+            return torch.empty_like(x)
         a = _at_least_float32(x)
         p = torch.zeros_like(a)
         for _, matched, index in _samples(a, *ctx.constants):
@@ -143,6 +145,8 @@ class _PerturbedArgmax(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph; once_differentiable would drop gradients without a word
             raise RuntimeError('A perturbed maximizer has no second derivatives; use maximizer="softmax".')
         x, = ctx.saved_tensors
+        if x.is_meta:
+            return torch.empty_like(x), None, None, None, None
         mu, epsilon, num_samples, seed = ctx.constants
         a, grad = _at_least_float32(x), _at_least_float32(grad)
         # grad^T E[epsilon p~ z^T]: p~ is one-hot, so each sample adds its z times the gradient of the matched kernel

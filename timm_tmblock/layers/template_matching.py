@@ -151,9 +151,11 @@ class TemplateMatching(PatchClassifier):
     def fuse(self) -> nn.Module:
         """The block for inference, with only `forward` and `patch_logits`; timm's `reparameterize_model` calls it.
 
-        The block itself if its norm is not a batch norm with running statistics, or the weight of a convolution is
-        computed (pruned, parametrized, that of an adapter).
+        The block itself if its norm is not a batch norm with running statistics, the weight of a convolution is
+        computed (pruned, parametrized, that of an adapter), or its class is derived from this one.
         """
+        if type(self) is not TemplateMatching:  # what it overrides would be left out
+            return self
         if self.shortcut is not None and self.shortcut._parameters.get('weight') is None:
             return self
         match, act = fuse_conv_norm(self.match, self.norm)

@@ -215,7 +215,7 @@ class TemplateMatchingNet(nn.Module):
 
     @torch.jit.ignore
     def reset_templates(self, num_templates: int) -> None:
-        """Replace the templates by `num_templates` newly initialized ones.
+        """Replace the templates by `num_templates` newly initialized ones. The classifier and its class names stay.
 
         Raises:
             ValueError: If the model has no template matching block or is fused, or `num_templates` is less than 1.
@@ -250,6 +250,7 @@ class TemplateMatchingNet(nn.Module):
             The model.
         """
         reparameterize_model(self, inplace=True)
+        self.patch_supervision = False  # what the fused block mixes no longer depends on the templates
         return self
 
     def forward_intermediates(
@@ -428,8 +429,9 @@ def create_network(
     num_classes = cfg.num_classes if kwargs.get('num_classes') is None else kwargs['num_classes']
     if num_classes != 0 and not 0 < num_classes == cfg.num_classes:  # a new classifier, or a file of unknown classes
         others = True
-    if others:
-        overlay.setdefault('label_names', None)  # as many classes as the weights have, perhaps, but not the same ones
+    if others:  # as many classes as the weights have, perhaps, but not the same ones
+        overlay.setdefault('label_names', None)
+        overlay.setdefault('label_descriptions', None)
     if kwargs.get('template_matching') and num_classes == 0 and kwargs.get('num_templates') is None:
         # without a classifier, as many as the untouched model has
         known = cfg.num_classes if cfg.num_classes > 0 else get_pretrained_cfg(variant).num_classes
