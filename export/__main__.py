@@ -178,7 +178,8 @@ def run_tensorrt(args: argparse.Namespace) -> None:
     place = f'on {engine["gpu"]["name"]}' if engine['gpu'] else 'for all GPUs it supports'
     print(
         f'wrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB) and {args.output.name}.json: '
-        f'{engine["backend"]} {engine["version"]} {place}, {engine["build_seconds"]} s')
+        f'{engine["backend"]} {engine["version"]} {place}, {engine["build_seconds"]} s\n'
+        f'compare it with PyTorch on the GPU it is for: python -m export check {args.output} MODEL')
 
 
 def add_triton(commands: argparse._SubParsersAction) -> None:
@@ -203,12 +204,14 @@ def add_triton(commands: argparse._SubParsersAction) -> None:
 
 
 def run_triton(args: argparse.Namespace) -> None:
-    from export.triton import ServingOptions, add_models, tell_flags
+    from export.triton import ServingOptions, add_models, tell_server
     options = ServingOptions(args.max_batch, args.instances, args.kind, args.max_delay, args.threads)
     for folder in add_models(args.output, args.files, args.name, options):
         print(f'wrote {folder}')
-    flags = tell_flags(args.files)
+    flags, needs = tell_server(args.files)
     print(f'serve it with: tritonserver --model-repository={args.output}{flags}')
+    for need in needs:
+        print(need)
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -216,7 +219,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser('bench', help='time exported files and PyTorch side by side')
     command.add_argument('files', type=Path, nargs='*', metavar='FILE', help='.onnx files and TensorRT engines')
     command.add_argument('--torch', nargs='*', default=[], metavar='MODEL', help=(
-        'models to time in PyTorch, with random weights, fused batch norms and channels_last'))
+        'models to time in PyTorch, with fused batch norms and channels_last: names (random weights) or weight files'))
     command.add_argument('--compile', action='store_true', help='time them with torch.compile, too')
     command.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'), default='fp32', help='precision in PyTorch')
     command.add_argument(
@@ -350,7 +353,6 @@ def _push(args: argparse.Namespace) -> None:
     from export.load import load
     from export.publish import create_files, read_card, settle_license
     from export.push import Published, PushError, PushOptions, check_access, list_files, push, read_published
-    from hub_cards.card import read_front_matter
     from timm_tmblock.errors import InputError
     options = PushOptions(
         args.repo, args.private, args.revision, args.tag, args.message, args.create_pr, args.deadline)
@@ -365,17 +367,8 @@ def _push(args: argparse.Namespace) -> None:
         published = read_published(options)
     keep_card = args.keep_card and published.card is not None
     model = load(args.model, args.checkpoint)
-    config: Any = model.pretrained_cfg
-    settle_license(model, args.model)
-    if args.license:
-        if config.get('license') not in (None, args.license):
-            raise InputError(
-                f'{args.model} has weights under {config["license"]}; --license is for weights of your own.')
-        config['license'] = args.license
-        text = read_card(args.card) if args.card else published.card if keep_card else None
-        said = args.license if text is None else read_front_matter(text).get('license')
-        if said != args.license:
-            raise InputError(f'The card names the license {said}, not {args.license}; change one of the two.')
+    settle_license(
+        model, args.model, args.license, read_card(args.card) if args.card else published.card if keep_card else None)
     images = load_images(args, model, calibrate=any(p.startswith('int8') for p in args.precisions))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

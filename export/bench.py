@@ -28,6 +28,7 @@ class Contestant:
     name: str
     call: Call
     make_input: Callable[[int], np.ndarray]
+    size: Sequence[int] = ()  # of an image: channels, height, width
 
 
 def name_apart(paths: Sequence[Path]) -> List[str]:
@@ -57,14 +58,14 @@ def open_file(path: Path, device: str, name: str = '') -> Contestant:
         pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape[1:], shape[0]), dtype=np.uint8)
         return runner.to_input(pixels)
 
-    return Contestant(f'{kind}, {name or path.name}', runner.session.run, make_input)
+    return Contestant(f'{kind}, {name or path.name}', runner.session.run, make_input, shape)
 
 
 def open_torch(name: str, compiled: bool, device: str, precision: str, prepared: bool = True) -> Contestant:
     """A network in PyTorch.
 
     Args:
-        name: Registered with timm.
+        name: Registered with timm, for random weights; or a weight file.
         compiled: By torch.compile.
         device: 'cpu' or 'cuda'.
         precision: 'fp32', 'fp16' or 'bf16'.
@@ -77,12 +78,15 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
     import torch
 
     import timm_tmblock  # noqa: F401  registers the models
-    if not timm.is_model(name):
-        raise InputError(f'timm has no model {name!r}.')
+    from timm_tmblock.checkpoint import load_pretrained
+
+    is_file = name.endswith('.safetensors')
+    if not is_file and not timm.is_model(name):
+        raise InputError(f'timm has no model {name!r}; name a model, or a weight file of training (.safetensors).')
     if device == 'cuda' and not torch.cuda.is_available():
         raise InputError('PyTorch finds no GPU here; use --device cpu.')
     dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
-    model: Any = timm.create_model(name).eval()
+    model: Any = load_pretrained(name) if is_file else timm.create_model(name).eval()
     shape = model.pretrained_cfg['input_size']
     memory_format = torch.channels_last if prepared else torch.contiguous_format
     if prepared:
@@ -110,7 +114,7 @@ def open_torch(name: str, compiled: bool, device: str, precision: str, prepared:
 
     return Contestant(
         f'PyTorch {device.upper()} {"compiled" if compiled else "eager"} {precision}, {name}', call,
-        lambda n: np.random.default_rng(0).standard_normal((n, *shape), dtype=np.float32))
+        lambda n: np.random.default_rng(0).standard_normal((n, *shape), dtype=np.float32), shape)
 
 
 def measure(contestants: Sequence[Contestant], batch_sizes: Sequence[int], seconds: float) -> List[Dict[str, Any]]:
@@ -124,7 +128,15 @@ def measure(contestants: Sequence[Contestant], batch_sizes: Sequence[int], secon
     Returns:
         For each batch size and contestant: name, batch_size, calls, latency_ms by percentile, images_per_second of the
         median.
+
+    Raises:
+        InputError: If they take images of different sizes, of which times cannot be compared.
     """
+    first, *others = contestants
+    if other := next((c for c in others if tuple(c.size) != tuple(first.size)), None):
+        raise InputError(
+            f'{first.name} takes images of {"x".join(map(str, first.size))} and {other.name} of '
+            f'{"x".join(map(str, other.size))}; time them apart, or name the weight file with --torch.')
     rows = []
     for batch_size in tqdm(batch_sizes, desc='Timing', unit='size', leave=False, disable=None):
         inputs = [c.make_input(batch_size) for c in contestants]

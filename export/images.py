@@ -62,7 +62,8 @@ def load_images(args: Namespace, model: Any, calibrate: bool) -> Images:
         if share_images(train, check):
             raise InputError(
                 f'The splits {args.calibration_split!r} for calibration and {args.check_split!r} for the check have '
-                f'images in common; name two splits that share none (in a folder, two subfolders).')
+                f'images in common; name two splits that share none (in a folder, two subfolders; of an hfds/ set '
+                f'slices, as train[:90%] and train[90%:]), or leave int8 out.')
         rows = _choose_rows(train, args.calibration_images)
         calibration = decode(train, config, progress=len(rows) > 2000, labelled=False, rows=rows).images.numpy()
     labels = list_class_names(model.pretrained_cfg)

@@ -131,12 +131,12 @@ def check(
     batch_sizes = choose_batch_sizes(ranges)
     sizes = [*batch_sizes, *[batch_sizes[-1]] * (len(pixels) // batch_sizes[-1])]
     parts = np.split(pixels, np.cumsum(sizes))
-    batches = [prepare(part) for part in parts if any(low <= len(part) <= high for low, high in ranges)]
+    batches = [part for part in parts if any(low <= len(part) <= high for low, high in ranges)]
     if not batches:
         raise InputError(
             f'The file takes no batch of the {len(pixels)} images of {images.source}; give more, with --check-images '
             f'or a larger --dataset.')
-    real, *scores = _compare(run, reference, names, batches, limits)
+    real, *scores = _compare(run, reference, names, batches, limits, prepare)
     noise = _of_noise(limits)
     random, *_ = _compare(run, reference, names, [random_input(n) for n in batch_sizes], noise)
     compared = sum(map(len, batches))
@@ -199,10 +199,12 @@ def _compare(
         names: Sequence[str],
         batches: List[np.ndarray],
         limits: Limits,
+        prepare: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> Tuple[Dict[str, _Comparison], np.ndarray, np.ndarray]:
     """Each output, and the class scores of PyTorch and of the file."""
-    got = [np.concatenate(parts) for parts in zip(*map(run, batches))]
-    scores = [np.concatenate(parts) for parts in zip(*map(reference, batches))]
+    got, scores = (  # prepared twice, as all of them in floating point would take four times the images' memory
+        [np.concatenate(parts) for parts in zip(*(call(prepare(batch)) for batch in batches))]
+        for call in (run, reference))
     comparisons = {}
     for name, y, s in zip(names, got, scores):
         expected = softmax(s) if name.endswith('probabilities') else s

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 
@@ -32,7 +32,7 @@ from hub_cards.card import (
     render_plain,
 )
 from hub_cards.run import read_run
-from timm_tmblock.errors import InputError
+from timm_tmblock.errors import InputError, first_line
 from timm_tmblock.models._labels import list_class_names
 from train.files import hash_file
 
@@ -43,21 +43,54 @@ ELSEWHERE = re.compile(r'[a-zA-Z][a-zA-Z0-9+.-]*:|//|#')  # of addresses
 
 
 def find_license(model: str) -> Optional[str]:
-    """The license that the card of a repository on the Hub names; None of other weights, or if it names none."""
-    repo = re.fullmatch(r'hf[-_]hub:([^@]+)(?:@(.+))?', model)
-    if repo is None:
+    """The license that the card of a repository on the Hub, or in a folder, names; None if there is no such card.
+
+    Raises:
+        InputError: If the Hub does not say whether there is one.
+    """
+    kind, _, place = model.replace('hf_hub:', 'hf-hub:').partition(':')
+    if kind not in ('hf-hub', 'local-dir'):
         return None
+    repo, _, revision = place.partition('@')
     try:
-        path = hf_hub_download(repo[1], 'README.md', revision=repo[2])
-        return read_front_matter(Path(path).read_text(encoding='utf-8-sig')).get('license')
-    except (OSError, ValueError, HfHubHTTPError):  # there is no card
+        path = Path(place, 'README.md')
+        if kind == 'hf-hub':
+            path = Path(hf_hub_download(repo, 'README.md', revision=revision or None))
+        elif not path.is_file():
+            return None
+        text = path.read_text(encoding='utf-8-sig')
+    except RemoteEntryNotFoundError:
         return None
+    except (OSError, ValueError, HfHubHTTPError) as e:
+        raise InputError(
+            f'The card of {model}, which names the license of the weights, cannot be read ({first_line(e)}); try '
+            f'again.') from e
+    return read_front_matter(text).get('license')
 
 
-def settle_license(model: Any, source: str) -> None:
-    """Let the configuration name the license of the weights, where timm wrote that of the package into it."""
+def settle_license(model: Any, source: str, given: Optional[str] = None, card: Optional[str] = None) -> None:
+    """Let the configuration name the license of the weights, where timm wrote that of the package into it.
+
+    Args:
+        model: The network.
+        source: Where its weights are from.
+        given: License that one's own weights are to have.
+        card: Text of the card that goes with them.
+
+    Raises:
+        InputError: If they have another, or the card names another.
+    """
     if find_card(hash_weights(model)) is None:
         model.pretrained_cfg['license'] = find_license(source)
+    if given is None:
+        return
+    known = model.pretrained_cfg.get('license')
+    if known not in (None, given):
+        raise InputError(f'{source} has weights under {known}; --license is for weights of your own.')
+    model.pretrained_cfg['license'] = given
+    said = given if card is None else read_front_matter(card).get('license')
+    if said != given:
+        raise InputError(f'The card names the license {said}, not {given}; change one of the two.')
 
 
 def read_card(path: Path) -> str:
@@ -117,11 +150,11 @@ def create_files(
     shown = _find_pictures(card, card_text) if card and card_text else []
     check_deterministic(model)
     save_model(model, folder)
-    if card_text is None and published and published.weights == hash_file(str(folder / WEIGHTS)):
-        card_text = published.card  # an earlier push may have been told the license
-    license = read_front_matter(card_text or '').get('license')
-    if model.pretrained_cfg.get('license') is None and isinstance(license, str):
-        model.pretrained_cfg['license'] = license
+    published = published or Published()
+    before = published.card if published.weights == hash_file(folder / WEIGHTS) else None  # card of the same weights
+    known = read_front_matter(card_text or before or '').get('license')  # an earlier push may have been told it
+    if model.pretrained_cfg.get('license') is None and isinstance(known, str):
+        model.pretrained_cfg['license'] = known
         save_model(model, folder)
     described = describe_model(model, resolve_input_data_config(model, pretrained_cfg=model.pretrained_cfg))
     ours = dict(add_engine(folder, path, described) for path in engines)  # which may refuse one, before the work
@@ -140,11 +173,11 @@ def create_files(
             _open_again(folder / FILES[key])
         exports[key] = json.loads(sidecar(folder / FILES[key]).read_text(encoding='utf-8'))
     shutil.copyfile(ROOT / 'export' / 'runtime.py', folder / 'runtime.py')
-    if card is not None:
-        shutil.copyfile(card, folder / 'README.md')
+    if card is not None and card_text is not None:
+        (folder / 'README.md').write_text(card_text, encoding='utf-8', newline='\n')
         _add_pictures_of(card, shown, folder, find_card(described['weights_sha256']))
     elif not keep_card:
-        _write_card(folder, model, repo, exports, ours, weights_file, published or Published())
+        _write_card(folder, model, repo, exports, ours, weights_file, published, before)
     return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 
@@ -156,11 +189,11 @@ def _write_card(
         ours: Dict[str, Dict[str, Any]],
         weights_file: Optional[Path],
         published: Published,
+        before: Optional[str],
 ) -> None:
     """Render the card, of the engines in the repository and of ours, and put its pictures beside it."""
     name = find_card(exports['fp32']['weights_sha256'])
     there = {path: metadata for path, metadata in published.engines.items() if _is_engine_of(exports['fp32'], metadata)}
-    before = published.card if published.weights == hash_file(str(folder / WEIGHTS)) else None
     rows = [describe_engine(path, metadata) for path, metadata in sorted({**there, **ours}.items())]
     text = str(render(name, repo, exports, rows) if name else
                render_plain(model, repo, exports, read_run(weights_file), rows, before))
@@ -216,7 +249,7 @@ def read_engine(path: Path, network: Dict[str, Any]) -> Dict[str, Any]:
         raise InputError(f'{path} was built from other {different}; build it again.')
     built = metadata['engine']
     source = path.parent / built['onnx']
-    if hash_file(str(source)) != built['onnx_sha256']:
+    if hash_file(source) != built['onnx_sha256']:
         raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
     return metadata
 

@@ -39,6 +39,7 @@ PICKLED = 'pytorch_model.bin'  # the same weights as timm writes them, too
 OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
 ENGINE_SOURCE = re.compile(r'engines/[^/]+/[^/]+-[0-9a-f]{8}\.onnx(?:\.json)?')  # of export/publish.py
 PULL_REQUEST = re.compile(r'refs/pr/\d+')
+NO_REF = re.compile(r'[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-./]|[./]$|\.lock$')  # by git check-ref-format
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # the bases of HfHubHTTPError for HTTP and connections, whatever the client uses; RuntimeError for uploads, ValueError
 # for what the Hub refuses
@@ -96,6 +97,9 @@ class PushOptions:
         if self.tag and (self.create_pr or self.pull_request):
             raise InputError(
                 '--tag names a commit of the repository, which a pull request is not yet; leave one out.')
+        for flag, name in (('--tag', self.tag), ('--revision', self.revision)):
+            if name and NO_REF.search(name):
+                raise InputError(f'{flag} {name!r} is no name that git takes; use letters, digits, dots and dashes.')
         if self.revision and self.create_pr:
             raise InputError('--revision names a branch to push to, and a pull request has its own; leave one out.')
 
@@ -113,7 +117,7 @@ def push(folder: Path, files: Sequence[Path], options: PushOptions, say: Callabl
         Address of the commit, or of the pull request.
 
     Raises:
-        InputError: For a token, a name or rights that will not do. Nothing was uploaded.
+        InputError: For a token, a name or rights that will not do. Nothing was uploaded, unless it says so of the tag.
         DeadlineError: If the deadline passed.
         PushError: If the Hub or the network failed. Nothing is half-published.
     """
@@ -262,7 +266,7 @@ class _Push:
                 file = self._download(path, head)
                 with contextlib.suppress(ValueError):  # not one of ours
                     found[engine] = json.loads(file.read_text(encoding='utf-8'))
-        card = self._download(CARD, head).read_text(encoding='utf-8', errors='replace') if CARD in tree else None
+        card = self._download(CARD, head).read_text(encoding='utf-8-sig', errors='replace') if CARD in tree else None
         return Published(found, card, tree.get(WEIGHTS))
 
     def find_published(self) -> Tuple[Optional[str], Dict[str, str]]:

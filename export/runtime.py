@@ -479,9 +479,10 @@ def _preload(ort: Any) -> None:
 class TensorRTSession:
     """A TensorRT engine on the first GPU of CUDA_VISIBLE_DEVICES. Threads may share it; their batches take turns.
 
-    Each batch size has an execution context, pinned buffers and, from its second batch on, a CUDA graph of copy,
-    inference and copy back (of inference alone with TensorRT-RTX, which captures by itself); the `max_shapes` used last
-    are kept. `close` frees everything, as does the end of the session's life.
+    Each batch size has an execution context with scratch memory for the engine's largest batch, pinned buffers and,
+    from its second batch on, a CUDA graph of copy, inference and copy back (of inference alone with TensorRT-RTX, which
+    captures by itself); the `max_shapes` used last are kept. `close` frees everything, as does the end of the session's
+    life.
     """
 
     def __init__(self, path: Path, cuda_graphs: bool = True, max_shapes: int = 16) -> None:
@@ -626,7 +627,9 @@ class _Binding:
         else:
             self.context = engine.create_execution_context()
         if self.context is None:
-            raise _NoMemoryError(f'TensorRT has no memory left on the GPU for inputs of {shape}; use smaller batches.')
+            raise _NoMemoryError(
+                f'TensorRT cannot run inputs of {shape} ({session.logger.last}); if the GPU has no memory left, use '
+                f'smaller batches.')
         self.memory = _Memory(session.cudart)
         self.arrays: List[np.ndarray] = []  # pinned
         self.warm = False
@@ -637,10 +640,13 @@ class _Binding:
             raise
 
     def _bind(self, session: TensorRTSession, shape: Tuple[int, ...], profile: int) -> None:
-        accepted = (
-            self.context.set_optimization_profile_async(profile, int(session.stream))
-            and self.context.set_input_shape(session.metadata['input']['name'], shape)  # which others follow from
-            and all(map(self._bind_tensor, (session.metadata['input'], *session.metadata['outputs']))))
+        try:
+            accepted = (
+                self.context.set_optimization_profile_async(profile, int(session.stream))
+                and self.context.set_input_shape(session.metadata['input']['name'], shape)  # which others follow from
+                and all(map(self._bind_tensor, (session.metadata['input'], *session.metadata['outputs']))))
+        except RuntimeError:  # as the bindings have it where a profile is refused; the reason is in the log
+            accepted = False
         if not accepted:
             raise RuntimeInputError(f'TensorRT does not take inputs of {shape}: {session.logger.last}.')
 
@@ -1399,7 +1405,7 @@ def _refuse_several_networks(said: Dict[Path, Dict[str, Any]], source: Union[str
 def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, remote: bool = False) -> Path:
     """The engine of a folder, or of a repository's sidecars, that is best for this machine.
 
-    That is one of this GPU before one of others it can run too, of this version before a compatible one, fp16 before
+    That is one built on such a GPU before others it can run too, of this version before a compatible one, fp16 before
     others; if there is none and `rebuild` is set, one that can be built again.
     """
     order = ['fp16', 'bf16', 'fp32', 'int8']
@@ -1428,7 +1434,7 @@ def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, 
                 reasons.insert(0, f'{path.name} was built {mismatch}')
             continue
         place = (
-            bool(built['gpu']) and built['gpu']['name'] != gpu['name'],
+            not built['gpu'] or built['gpu']['name'] != gpu['name'],
             built['version'] != import_tensorrt(built['backend']).__version__,
             order.index(metadata['precision']) if metadata.get('precision') in order else len(order))
         fitting.append((place, path))

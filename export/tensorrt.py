@@ -319,8 +319,12 @@ def _build(
     shapes = profile_shapes(tensor, options)
     for low, opt, high in shapes:
         profile = builder.create_optimization_profile()
-        profile.set_shape(input_name, low, opt, high)
-        if config.add_optimization_profile(profile) < 0:  # says nothing of its own
+        try:
+            profile.set_shape(input_name, low, opt, high)
+            accepted = config.add_optimization_profile(profile) >= 0
+        except RuntimeError:  # as the bindings have it; the reason is in the log
+            accepted = False
+        if not accepted:
             raise ProfileError(f'{trt.__name__} does not take inputs of {low} to {high}; {logger.last}.')
     cache_path = _timing_cache_path(trt, gpu) if options.timing_cache else None
     if cache_path:

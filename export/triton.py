@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from export.metadata import load_metadata, refuse_failed, sidecar
-from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES
+from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES, read_sidecar
 from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
 
@@ -60,8 +60,8 @@ def add_models(repository: Path, paths: Sequence[Path], name: Optional[str], opt
                 there.is_dir() and (_read(there / 'config.pbtxt'), _read(there / 'labels.txt')) != (
                     model.config, model.labels)):
             raise InputError(
-                f'{model.path} would be a version of {there}, which has other settings or classes; give it a name of '
-                f'its own with --name.')
+                f'{model.path} would be a version of {there}, which has other settings or classes; use the flags it '
+                f'was made with, give it a name of its own with --name, or remove that folder to replace it.')
     return [model.write(repository) for model in models]
 
 
@@ -137,12 +137,14 @@ def _replace(tmp: Path, target: Path) -> None:
             os.replace(inside, target)
 
 
-def tell_flags(paths: Sequence[Path]) -> str:
-    """What the server has to be told to load the files, with a space before it, or ''."""
-    engines = [metadata['engine'] for metadata in map(load_metadata, paths) if metadata.get('engine')]
-    if any(engine.get('version_compatible') for engine in engines):  # holds code that the server runs
-        return ' --backend-config=tensorrt,version-compatible=true'
-    return ''
+def tell_server(paths: Sequence[Path]) -> Tuple[str, List[str]]:
+    """Flags that the server has to be told to load the files, with a space before them, and what else it needs."""
+    engines = [read_sidecar(path)['engine'] for path in paths if path.suffix in ENGINE_SUFFIXES]
+    needs = [
+        f'the TensorRT of the server must be {engine["version"]}{" or later" if engine["version_compatible"] else ""}'
+        for engine in engines]
+    compatible = any(engine['version_compatible'] for engine in engines)  # which hold code that the server runs
+    return ' --backend-config=tensorrt,version-compatible=true' if compatible else '', list(dict.fromkeys(needs))
 
 
 def create_config(name: str, path: Path, metadata: Dict[str, Any], options: ServingOptions) -> str:

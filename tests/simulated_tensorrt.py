@@ -150,6 +150,9 @@ def create_module(version, name='tensorrt', full_version=None, log=None):
             self.addresses = {}
 
         def set_optimization_profile_async(self, index, stream):
+            if log.get('refuses_profile'):  # which the bindings raise, where others return False
+                complain('IExecutionContext::setOptimizationProfileAsync: Error Code 3: API Usage Error')
+                raise RuntimeError('Error in set optimization profile async.')
             self.profile = index
             return True
 

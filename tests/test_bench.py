@@ -55,9 +55,10 @@ def test_files_of_one_name_are_told_apart():
 
 def test_command_writes_table_json_and_plot(files, tmp_path, capsys):
     flags = ['--batch-sizes', '1', '3', '--seconds', '0.5', '--output', str(tmp_path / 'out')]
-    main(['bench', str(files / 'a.onnx'), str(files / 'b.onnx'), '--torch', 'rn26', *flags])
+    weights = timm.get_pretrained_cfg('rn26').file
+    main(['bench', str(files / 'a.onnx'), str(files / 'b.onnx'), '--torch', weights, *flags])
     result = json.loads((tmp_path / 'out.json').read_text())
-    names = ['PyTorch CPU eager fp32, rn26', 'ONNX Runtime CPU, a.onnx', 'ONNX Runtime CPU, b.onnx']
+    names = [f'PyTorch CPU eager fp32, {weights}', 'ONNX Runtime CPU, a.onnx', 'ONNX Runtime CPU, b.onnx']
     assert [r['name'] for r in result['rows']] == 2 * names
     for row in result['rows']:
         latency = row['latency_ms']
@@ -113,6 +114,7 @@ def test_compiler_that_is_missing_is_one_sentence(monkeypatch):
     (['missing.onnx'], 'There is no file or folder missing.onnx'),
     (['--torch', 'rn26', '--device', 'cuda'], 'finds no GPU'),
     (['--torch', 'rn27'], "no model 'rn27'"),
+    (['--torch', 'rn26', 'rn26.mini_imagenet'], 'takes images of 3x32x32 and .* of 3x84x84; time them apart'),
     (['--torch', 'rn26', '--batch-sizes', '0'], 'must be at least 1'),
 ])
 def test_what_cannot_be_timed_is_one_sentence(flags, message):

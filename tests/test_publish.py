@@ -5,17 +5,19 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import yaml
 from conftest import can_build_rtx
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 import export.__main__ as export
 from export import parity
 from export.load import load
 from export.onnx import OnnxOptions, export_onnx
-from export.publish import _is_engine_of, add_engine, create_files
+from export.publish import _is_engine_of, add_engine, create_files, find_license
 from export.push import Published
 from export.tensorrt import EngineOptions, build_engine, rebuild_engine
 from timm_tmblock.checkpoint import save_weights
@@ -25,6 +27,7 @@ from train.config import parse_args
 from train.files import hash_file
 from train.publish import publish
 
+ANSWER = SimpleNamespace(headers={}, request=None)
 real = pytest.mark.skipif(
     not importlib.util.find_spec('tensorrt_rtx') or not can_build_rtx(),
     reason='pip install tensorrt-rtx, which takes no GPU before Ampere')
@@ -64,7 +67,7 @@ def test_pictures_of_a_card_of_ones_own_go_with_it(model, images, tmp_path):
     card = tmp_path / 'pictures' / 'CARD.md'
     card.write_text(
         '---\nlicense: mit\n---\n![a](map.png "A map") ![b](explained.png) ![c](https://a.b/c.png) ![e](no.png) '
-        f'<img width=9 src="other%20map.png"> ![d](data:image/png;base64,{"A" * 999})')
+        f'<img width=9 src="other%20map.png"> ![d](data:image/png;base64,{"A" * 999})', encoding='utf-8-sig')
     (tmp_path / 'pictures' / 'other map.png').write_bytes(b'another')
     folder = tmp_path / 'repository'
     folder.mkdir()
@@ -72,6 +75,7 @@ def test_pictures_of_a_card_of_ones_own_go_with_it(model, images, tmp_path):
     pictures = {path.name: (folder / path).read_bytes() for path in files if path.suffix == '.png'}
     ours = Path(__file__).parent.parent / 'train' / 'results' / 'rn26_tm.cifar10' / 'explained.png'
     assert pictures == {'map.png': b'a map', 'other map.png': b'another', 'explained.png': ours.read_bytes()}
+    assert (folder / 'README.md').read_bytes().startswith(b'---\nlicense: mit')  # without the mark of some editors
     push = ['push', 'rn26', '--repo', 'me/net', '--dry-run', '--license', 'apache-2.0', '--card', str(card)]
     for content, message in ((b'---\nlicense: \t[mit\n---\n', 'is not YAML'), (b'\xe9', 'cannot be read as UTF-8')):
         card.write_bytes(content)
@@ -176,6 +180,36 @@ def test_network_with_auxiliary_supervision_is_pushed_without_it(tmp_path, monke
         '--model', 'rn26', '--aux-head', '--max-steps', '1', '--batch-size', '8', '--train-split', 'train[:40]',
         '--val-fraction', '0', '--output', str(tmp_path), '--push-to-hub', 'me/net', '--device', 'cpu'])
     assert result['pushed'] == 'PreActResNet'
+
+
+def test_license_is_that_of_the_card_beside_the_weights(tmp_path, monkeypatch):
+    assert find_license(f'local-dir:{tmp_path}') is None and find_license('rn26_tm') is None
+    (tmp_path / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
+    assert find_license(f'local-dir:{tmp_path}') == 'cc-by-nc-4.0'
+    asked = []
+
+    def download(repo, name, revision):
+        asked.append((repo, name, revision))
+        return tmp_path / 'README.md'
+
+    monkeypatch.setattr('export.publish.hf_hub_download', download)
+    assert {find_license(name) for name in ('hf-hub:a/b', 'hf_hub:a/b@v1')} == {'cc-by-nc-4.0'}
+    assert asked == [('a/b', 'README.md', None), ('a/b', 'README.md', 'v1')]
+
+
+@pytest.mark.parametrize('error, told', [
+    (RemoteEntryNotFoundError('404', response=ANSWER), False), (HfHubHTTPError('503', response=ANSWER), True),
+    (LocalEntryNotFoundError('cannot find the requested files'), True)])
+def test_license_that_cannot_be_asked_for_is_not_taken_for_none(monkeypatch, error, told):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr('export.publish.hf_hub_download', fail)
+    if told:
+        with pytest.raises(InputError, match='The card of hf-hub:a/b, .* cannot be read .*; try again'):
+            find_license('hf-hub:a/b')
+    else:
+        assert find_license('hf-hub:a/b') is None
 
 
 @pytest.mark.parametrize('flags, expected', [([], None), (['--license', 'mit'], 'mit')])

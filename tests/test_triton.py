@@ -150,22 +150,25 @@ def test_server_accepts_every_kind_of_model(files, tmp_path):
     assert (repository / 'fast' / '1' / 'model.plan').read_bytes() == b'plan'
     config = (repository / 'fast' / 'config.pbtxt').read_text()
     assert 'max_batch_size: 32' in config and 'preferred_batch_size: [ 16, 32 ]' in config and 'KIND_GPU' in config
-    assert 'gpu_execution_accelerator' not in config
+    assert 'gpu_execution_accelerator' not in config and 'count: 2 ' in config
+    scores = (repository / 'scores' / 'config.pbtxt').read_text()
+    assert 'max_batch_size: 8\n' in scores and 'count: 2 ' in scores
     assert 'dims: [ 3, -1, -1 ]' in (repository / 'dynamic' / 'config.pbtxt').read_text()
 
 
 @needs_server
-@pytest.mark.parametrize('old, new', [
-    ('max_batch_size', 'max_batch'), ('TYPE_FP32', 'FP32'), ('dims: [ 10 ]', 'dims: [ -2 ]'),
-    ('name: "scores"', 'name: "other"'), ('dynamic_batching {', 'dynamic_batching { preferred_batch_size: [ 128 ]')])
-def test_server_refuses_what_is_wrong(files, tmp_path, old, new):
+def test_server_refuses_what_is_wrong(files, tmp_path):
     repository = tmp_path / 'repository'
-    main(['triton', str(files / 'scores.onnx'), '--output', str(repository)])
-    config = repository / 'scores' / 'config.pbtxt'
-    text = config.read_text()
-    assert old in text
-    config.write_text(text.replace(old, new, 1))
-    assert judge(repository, tmp_path) == dict(scores=None)
+    wrong = (
+        ('max_batch_size', 'max_batch'), ('TYPE_FP32', 'FP32'), ('dims: [ 10 ]', 'dims: [ -2 ]'),
+        ('name: "m3"', 'name: "other"'), ('dynamic_batching {', 'dynamic_batching { preferred_batch_size: [ 128 ]'))
+    for i, (old, new) in enumerate(wrong):
+        main(['triton', str(files / 'scores.onnx'), '--output', str(repository), '--name', f'm{i}'])
+        config = repository / f'm{i}' / 'config.pbtxt'
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new, 1))
+    assert judge(repository, tmp_path) == dict.fromkeys(f'm{i}' for i in range(len(wrong)))
 
 
 @pytest.fixture(scope='module')
@@ -248,7 +251,8 @@ def test_files_of_one_name_are_versions_of_one_model_with_the_same_settings(file
     assert sorted(p.name for p in (tmp_path / 'net').iterdir()) == ['1', '2', 'config.pbtxt', 'labels.txt']
     assert (tmp_path / 'net' / 'labels.txt').read_text().splitlines()[8] == 'ship'
     assert json.loads((tmp_path / 'net' / '2' / 'model.onnx.json').read_text())['model'] == 'rn26_tm'
-    assert 'wrote' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'wrote' in said and 'TensorRT' not in said
     before = sorted(tmp_path.rglob('*'))
     for arguments in ([str(files / 'pixels.onnx')], [str(files / 'scores.onnx'), '--max-batch', '8']):
         with pytest.raises(InputError, match='would be a version of .*net, which has other settings or classes'):
@@ -373,7 +377,7 @@ def test_files_of_one_name_are_refused_before_anything_is_written(files, tmp_pat
     relabelled = write_engine(files, 'relabelled', [(1, 2, 3)], class_names=list('abcdefghij'))
     for paths in ([files / 'scores.onnx', other], [other, relabelled]):
         name = ['--name', 'net'] if relabelled in paths else []
-        with pytest.raises(InputError, match='which has other settings or classes; give it a name of its own'):
+        with pytest.raises(InputError, match='which has other settings or classes; use the flags it was made'):
             main(['triton', *map(str, paths), '--output', str(tmp_path), *name])
         assert list(tmp_path.iterdir()) == []
 
@@ -396,6 +400,18 @@ def test_what_cannot_be_served_is_one_sentence(files, tmp_path, make, flags, mes
     with pytest.raises(InputError, match=message) as error:
         main(['triton', str(make(files, tmp_path / 'made')), '--output', str(tmp_path / 'repository'), *flags])
     assert '\n' not in str(error.value) and not (tmp_path / 'repository').exists()
+
+
+@pytest.mark.parametrize('compatible', [False, True])
+def test_flags_and_version_of_tensorrt_that_engines_need_are_told(files, tmp_path, capsys, compatible):
+    metadata = json.loads((files / 'fast.engine.json').read_text())
+    metadata['engine'].update(version_compatible=compatible)
+    (tmp_path / 'x.engine').write_bytes(b'plan')
+    (tmp_path / 'x.engine.json').write_text(json.dumps(metadata))
+    main(['triton', str(tmp_path / 'x.engine'), '--output', str(tmp_path / 'repository')])
+    said = capsys.readouterr().out
+    assert f'\nthe TensorRT of the server must be 11.4.0{" or later" if compatible else ""}\n' in said
+    assert ('--backend-config=tensorrt,version-compatible=true' in said) == compatible
 
 
 def test_names_are_those_of_the_file(files, tmp_path):

@@ -145,7 +145,8 @@ class TemplateMatchingTask(ClassificationTask):
         """
         output = self.trainable_module(input)
         if isinstance(output, torch.Tensor):
-            raise RuntimeError('The loss needs patch logits, which the model returns only in training, before fuse(); call train().')
+            raise RuntimeError(
+                'The loss needs patch logits, which the model returns only in training, before fuse(); call train().')
         logits, patch_logits = output
         regions = patch_logits.shape[-2] * patch_logits.shape[-1]
         patch_logits = patch_logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, K)

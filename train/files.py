@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from timm_tmblock.checkpoint import write_text, writing
 
@@ -32,7 +32,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def hash_file(path: Optional[str]) -> Optional[str]:
+def hash_file(path: Union[None, str, Path]) -> Optional[str]:
     """sha256 of a file, None if there is none."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
