@@ -1,5 +1,6 @@
 import copy
 import gc
+import hashlib
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from export.runtime import RuntimeInputError, query_gpu
 LONGEST = (
     'test_export', 'test_push', 'test_integrations', 'test_resume', 'test_tensorrt', 'test_distributed', 'test_space',
     'test_timm_suite', 'test_cards', 'test_training', 'test_reproduce', 'test_publish', 'test_bench',
-    'test_tensorrt_simulated', 'test_options')
+    'test_tensorrt_simulated', 'test_options', 'test_triton')
 
 
 def can_build_rtx():
@@ -121,6 +122,35 @@ def images():
         return load_images(parser.parse_args([*counts, *flags]), model, calibrate=of_sample)
 
     return create
+
+
+@pytest.fixture(scope='session')
+def _exported():
+    return {}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def exporting_once(request, _exported):
+    """PyTorch traces a network with the same options once, but where the export itself is tested."""
+    import export.onnx
+    from export.metadata import hash_weights
+
+    if request.module.__name__ == 'test_export':
+        yield
+        return
+    create_onnx = export.onnx.create_onnx
+
+    def create(model, options, images):
+        calibration = hashlib.sha256(images.calibration).hexdigest() if options.precision == 'int8' else None
+        key = (hash_weights(model), repr(model), repr(sorted(model.pretrained_cfg.items())), repr(options), calibration,
+               images.calibration_source)
+        if key not in _exported:
+            _exported[key] = create_onnx(model, options, images)
+        return copy.deepcopy(_exported[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.onnx, 'create_onnx', create)
+        yield
 
 
 @pytest.fixture(scope='session')
