@@ -291,11 +291,11 @@ def add_selftest(commands: argparse._SubParsersAction) -> None:
 def run_selftest(args: argparse.Namespace) -> None:
     from export.images import load_images
     from export.load import load
-    from export.selftest import run_selftest, to_markdown
+    from export.selftest import run_steps, to_markdown
     from timm_tmblock.errors import InputError
     from train.files import write_report
     model = load(args.model, args.checkpoint)
-    report = run_selftest(model, load_images(args, model, calibrate=True), args.backend, args.seconds)
+    report = run_steps(model, load_images(args, model, calibrate=True), args.backend, args.seconds)
     command = 'python -m export ' + shlex.join(sys.argv[1:])
     table = to_markdown(report, command)
     print(table)

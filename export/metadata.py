@@ -29,8 +29,8 @@ from export.runtime import (
 )
 from export.runtime import sidecar as sidecar
 from timm_tmblock._version import __version__
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.files import writing
 from timm_tmblock.models._labels import list_class_names
 
 try:

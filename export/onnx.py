@@ -16,9 +16,9 @@ from export.metadata import describe_model, replace_with_sidecar, to_properties
 from export.network import ExportedNetwork, fold, forward_scores
 from export.runtime import RuntimeInputError, import_onnxruntime
 from timm_tmblock import __version__
-from timm_tmblock.checkpoint import check_writable, writing
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import has_class_activation
+from timm_tmblock.files import check_writable, writing
 
 try:
     import onnx

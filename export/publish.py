@@ -20,7 +20,7 @@ from export.onnx import OnnxOptions, export_onnx
 from export.parity import ParityError
 from export.push import WEIGHTS, Published
 from export.runtime import ENGINE_SUFFIXES, RuntimeInputError, check_built, load
-from export.tensorrt import read_options, tell_command
+from export.tensorrt import find_source, read_options, tell_command
 from hub_cards.card import (
     FILES,
     check,
@@ -247,10 +247,7 @@ def read_engine(path: Path, network: Dict[str, Any]) -> Dict[str, Any]:
     different = find_difference(network, metadata)
     if different:
         raise InputError(f'{path} was built from other {different}; build it again.')
-    built = metadata['engine']
-    source = path.parent / built['onnx']
-    if hash_file(source) != built['onnx_sha256']:
-        raise InputError(f'{path} was built from {source}, which is gone or another file by now; build it again.')
+    find_source(path, metadata['engine'])
     return metadata
 
 

@@ -187,7 +187,7 @@ def get_endpoint() -> str:
     return str(HfApi().endpoint)
 
 
-def find_weights(options: PushOptions) -> Optional[str]:
+def find_weights_hash(options: PushOptions) -> Optional[str]:
     """Hash of the weights that the repository has, None where there are none.
 
     Raises:

@@ -1,7 +1,7 @@
 """Export, build, compare and time on this machine: what a user can run on a GPU the project never saw."""
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from export.bench import describe_machine, measure, open_file
 from export.check import check_file
@@ -15,7 +15,7 @@ from timm_tmblock.errors import InputError
 BATCH_SIZES = (1, 64)
 
 
-def run_selftest(model: Any, images: Images, backend: str, seconds: float) -> Dict[str, Any]:
+def run_steps(model: Any, images: Images, backend: str, seconds: float) -> Dict[str, Any]:
     """Take a network through every precision: ONNX Runtime on the CPU and, where it can, the GPU, and TensorRT where it
     is installed.
 
@@ -101,15 +101,15 @@ def _time(path: Path, device: str, seconds: float) -> Dict[str, float]:
     return {str(row['batch_size']): round(row['images_per_second'], 1) for row in rows}
 
 
-def to_markdown(report: Dict[str, Any], command: Optional[str] = None) -> str:
+def to_markdown(report: Dict[str, Any], command: str) -> str:
     """The report as a page one can paste."""
     gpu = report['gpu']
-    lines = [f'`{command}`', ''] if command else []
     place = 'No GPU'
     if gpu:
         place = f'{gpu["name"]}, compute capability {gpu["compute_capability"]}, CUDA {gpu["cuda_driver"]}'
     versions = ', '.join(f'{k} {v}' for k, v in report['versions'].items())
-    lines += [
+    lines = [
+        f'`{command}`', '',
         f'{place}; {report["hardware"]}; {versions}', '',
         '| file | run by | result | same class as PyTorch | images/s, batch 1 | batch 64 | |',
         '|---|---|---|---|---|---|---|']

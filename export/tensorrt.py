@@ -41,8 +41,9 @@ from export.runtime import (
     start_tensorrt,
     tell_platform,
 )
-from timm_tmblock.checkpoint import check_writable, writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.files import check_writable, writing
+from train.files import hash_file
 
 # that TensorRT's parser reads, by its documentation; newer ones it takes for what it knows, without a word
 FIRST_OPSET, LAST_OPSETS = 9, ((25, [11, 5]), (24, [10, 13]), (20, [10, 0]))  # the last since which version
@@ -216,12 +217,21 @@ def rebuild_engine(path: Path) -> None:
         options.validate()
     except (AttributeError, KeyError, TypeError) as e:
         raise InputError(f'{path}.json does not say how to build the engine; use python -m export tensorrt.') from e
-    onnx_path = path.parent / engine['onnx']
-    if not onnx_path.is_file():
-        raise InputError(f'{path} cannot be built again: there is no {onnx_path}.')
-    if hashlib.sha256(onnx_path.read_bytes()).hexdigest() != engine['onnx_sha256']:
-        raise InputError(f'{path} was built from another {onnx_path.name}; build it with python -m export tensorrt.')
-    build_engine(onnx_path, path, options)
+    build_engine(find_source(path, engine), path, options)
+
+
+def find_source(path: Path, engine: Dict[str, Any]) -> Path:
+    """The ONNX file that an engine was built from.
+
+    Raises:
+        InputError: If it is gone, or is another one by now.
+    """
+    source = path.parent / engine['onnx']
+    if hash_file(source) != engine['onnx_sha256']:
+        raise InputError(
+            f'{path} was built from {source}, which is gone or another file by now; build it with python -m export '
+            f'tensorrt.')
+    return source
 
 
 def read_options(engine: Dict[str, Any]) -> EngineOptions:

@@ -14,8 +14,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from export.metadata import load_metadata, refuse_failed, sidecar
 from export.runtime import CUDA_OPTIONS, ENGINE_SUFFIXES, read_sidecar
-from timm_tmblock.checkpoint import writing
 from timm_tmblock.errors import InputError
+from timm_tmblock.files import writing
 
 DTYPES = {'float32': 'TYPE_FP32', 'uint8': 'TYPE_UINT8'}
 BACKENDS = {suffix: ('tensorrt', 'model.plan') for suffix in ENGINE_SUFFIXES}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import List, Optional
 
 from hub_cards.card import RENDERED, list_cards, load_data, render
-from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.files import write_text
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -7,11 +7,10 @@ After figure 1 and section 3 of Feature Embedding by Template Matching as a ResN
 from pathlib import Path
 from typing import Tuple
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+from train.files import save_figure
 
 PATH = Path(__file__).resolve().parent / 'block.png'
 PLAIN, GOLD, BLUE = '#f2f2f2', '#ffe08a', '#d5e5f7'
@@ -20,7 +19,8 @@ Point = Tuple[float, float]
 
 def draw(path: Path = PATH) -> None:
     """Write the picture."""
-    figure, axes = plt.subplots(figsize=(13, 3.9), dpi=110)
+    figure = Figure(figsize=(13, 3.9))
+    axes = figure.subplots()
     axes.set(xlim=(0, 22), ylim=(0, 6.8))
     axes.axis('off')
 
@@ -53,8 +53,7 @@ def draw(path: Path = PATH) -> None:
     axes.text(
         9.2, top + 1.8, 'patch logits (B, classes, H, W): which class each region matched,\n'
         'supervised by the label of the image', ha='center', fontsize=10)
-    figure.savefig(path, bbox_inches='tight', metadata={'Software': None})
-    plt.close(figure)
+    save_figure(figure, path, bbox_inches='tight')
 
 
 if __name__ == '__main__':

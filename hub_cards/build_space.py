@@ -13,9 +13,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from timm_tmblock.checkpoint import remove, writing
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import METHODS, has_class_activation
+from timm_tmblock.files import remove, writing
 from timm_tmblock.image import IMAGE_SUFFIXES, list_images
 from train.config import Parser
 

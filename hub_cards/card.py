@@ -1,4 +1,4 @@
-"""Model cards whose every number is read from a committed result."""
+"""Model cards: accuracies and timings of shipped weights are read from committed results."""
 import json
 import math
 import re
@@ -191,21 +191,51 @@ def render_plain(
         name=repo.split('/')[-1],
         repo=repo,
         model=first['model'],
-        class_names=[escape_markdown(class_name) for class_name in first['class_names']],
-        preprocessing=first['preprocessing'],
-        parameters=sum(p.numel() for p in model.parameters()),
-        cost=measure_cost(model),
         files=files,
         images=first['parity']['images'],
         run=run,
         base=base,
         told=told[0] if told else None,
-        engines=engines,
+        matches_classes=first.get('template_names') == first['class_names'],
+        **_describe_network(model, exports, engines),
+    )
+
+
+def _describe_network(
+        model: Any, exports: Dict[str, Dict[str, Any]], engines: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """What every card says."""
+    first = exports['fp32']
+    return dict(
+        class_names=[escape_markdown(class_name) for class_name in first['class_names']],
+        preprocessing=first['preprocessing'],
+        parameters=sum(p.numel() for p in model.parameters()),
+        cost=measure_cost(model),
         rounded=[key for key in ('fp16', 'bf16') if key in exports],
         has_int8='int8' in exports,
         has_patches=len(first['outputs']) > 1,
-        matches_classes=first.get('template_names') == first['class_names'],
+        engines=engines,
     )
+
+
+def _describe_files(exports: Dict[str, Dict[str, Any]], rates: Dict[str, float], model: str) -> List[Dict[str, Any]]:
+    """Rows of the table of files of shipped weights, with images/s of the model's by its row."""
+    files, images = [], exports['fp32']['parity']['images']
+    patches = ', patch logits' if len(exports['fp32']['outputs']) > 1 else ''
+    for key, sidecar in exports.items():
+        parity = sidecar['parity']
+        output, rate = parity['outputs']['logits'], rates.get(f'{model} {key}{patches}')
+        files.append(dict(
+            path=FILES[key],
+            precision=key.replace('-', ' for '),
+            megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
+            # of the images that the others are compared on
+            top1='' if 'top1' not in parity or parity['images'] != images else f'{parity["top1"]["exported"]:.2f} %',
+            parity=parity,
+            difference=output['max_relative_difference'],
+            same_class=output['same_class'],
+            rate='' if rate is None else f'{rate:.0f}',
+        ))
+    return files
 
 
 def read_front_matter(text: str) -> CardData:
@@ -337,9 +367,8 @@ def render(
     evaluation, training = _load_json(data['evaluation']), _load_json(data['training'])
     latency = _load_json(RATES)
     runs = read_runs(ROOT / 'train' / 'results')
-    run = Path(data['training']).parent.name
-    legs = [int(leg['epochs']) for leg in find_legs(run, runs) or []]
-    continued = runs[run]['settings'].get('initial_checkpoint') is not None
+    legs = [int(leg['epochs']) for leg in find_legs(name, runs) or []]
+    continued = runs[name]['settings'].get('initial_checkpoint') is not None
     model = timm.create_model(name)
     has_patches: bool = model.has_template_matching
     for field in ('top1', 'top5', 'ece', 'flip_top1', 'images', *(['patch_accuracy'] if has_patches else [])):
@@ -352,24 +381,7 @@ def render(
         key: _load_json(f'{data["exports"]}/{data["model"]}.{key}.onnx.json') for key in data['precisions']}
     _check_numbers(exports, 'sidecars')
     rates = {row['name']: row['images_per_second'] for row in latency['rows'] if row['batch_size'] == 64}
-    files, images = [], sidecars['fp32']['parity']['images']
-    for key, sidecar in sidecars.items():
-        parity = sidecar['parity']
-        output = parity['outputs']['logits']
-        rate = rates.get(f'{data["model"]} {key}{", patch logits" if has_patches else ""}')
-        files.append(dict(
-            path=FILES[key],
-            precision=key.replace('-', ' for ') if '-' in key else key,
-            megabytes=f'{sidecar["file_bytes"] / 1e6:.2f}',
-            # of the images that the others are compared on
-            top1='' if 'top1' not in parity or parity['images'] != images else f'{parity["top1"]["exported"]:.2f} %',
-            parity=parity,
-            difference=output['max_relative_difference'],
-            same_class=output['same_class'],
-            rate='' if rate is None else f'{rate:.0f}',
-        ))
-    first = sidecars['fp32']
-    patches = first['outputs'][1] if has_patches else None
+    patches = sidecars['fp32']['outputs'][1] if has_patches else None
     dataset = data['dataset']
     card_data = ModelCardData(
         library_name='timm',
@@ -398,17 +410,10 @@ def render(
         dataset=dataset,
         commands=read_commands(data['recipe']),
         of_copy=is_of_copy(evaluation['dataset']),
-        class_names=[escape_markdown(class_name) for class_name in first['class_names']],
-        preprocessing=first['preprocessing'],
-        has_patches=has_patches,
         concat=has_patches and model.tm.shortcut is None,
-        rounded=[key for key in ('fp16', 'bf16') if key in sidecars],
-        has_int8='int8' in sidecars,
         for_tensorrt=FILES['fp16' if 'fp16' in sidecars else 'fp32'],
         regions='×'.join(map(str, patches['shape'][2:])) if patches else '',
         stride=patches['stride'] if patches else 0,
-        parameters=sum(p.numel() for p in model.parameters()),
-        cost=measure_cost(model),
         megabytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
         commit=training.get('commit'),
         processes=training.get('processes', 1),
@@ -422,15 +427,15 @@ def render(
         mixing=mixing,
         leads=_count_leads(trust),
         blurred_leads=_count_leads(blurred),
-        fillings=say_fillings(find_fillings(run, runs)),
+        fillings=say_fillings(find_fillings(name, runs)),
         has_words='words' in data['pictures'],
         trust_command=tell_command(trust, dataset['id']) if trust else '',
         continued=continued,
         training_hardware=training.get('hardware', 'hardware in the recipe'),
-        files=files,
-        engines=engines,
+        files=_describe_files(sidecars, rates, data['model']),
         rates=dict(torch=', '.join(
             f'{rates[name]:.0f} ({said})' for key, said in PYTORCH.items()
             if (name := f'{data["model"]} {key}') in rates)),
         latency=latency,
+        **_describe_network(model, sidecars, engines),
     )

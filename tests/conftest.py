@@ -1,6 +1,7 @@
 import copy
 import gc
 import hashlib
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -32,6 +33,10 @@ LONGEST = (
     'test_export', 'test_push', 'test_integrations', 'test_resume', 'test_tensorrt', 'test_distributed', 'test_space',
     'test_timm_suite', 'test_cards', 'test_training', 'test_reproduce', 'test_publish', 'test_bench',
     'test_tensorrt_simulated', 'test_options', 'test_triton')
+
+
+needs_fork = pytest.mark.skipif(
+    multiprocessing.get_context().get_start_method() != 'fork', reason='workers do not see what is replaced')
 
 
 def can_build_rtx():
@@ -141,9 +146,10 @@ def exporting_once(request, _exported):
     create_onnx = export.onnx.create_onnx
 
     def create(model, options, images):
-        calibration = hashlib.sha256(images.calibration).hexdigest() if options.precision == 'int8' else None
-        key = (hash_weights(model), repr(model), repr(sorted(model.pretrained_cfg.items())), repr(options), calibration,
-               images.calibration_source)
+        calibration = (
+            hashlib.sha256(images.calibration).hexdigest(), images.calibration_source,
+        ) if options.precision == 'int8' else None
+        key = hash_weights(model), repr(model), repr(sorted(model.pretrained_cfg.items())), repr(options), calibration
         if key not in _exported:
             _exported[key] = create_onnx(model, options, images)
         return copy.deepcopy(_exported[key])

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import needs_fork
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
@@ -168,6 +169,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(num_workers):
             assert torch.equal(a, c) and torch.equal(b, d)
 
 
+@needs_fork
 def test_workers_outlive_an_epoch(monkeypatch):
     # each image is the number of the process that augmented it
     monkeypatch.setattr(train.loader, 'create_policy', lambda config: lambda image: Image.fromarray(

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from timm_tmblock.checkpoint import copy_tensors, load_model, read_description, save_weights, writing
+from timm_tmblock.checkpoint import copy_tensors, load_model, read_description, save_weights
 from timm_tmblock.errors import InputError
+from timm_tmblock.files import writing
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from sklearn.metrics import recall_score
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder, ImageNet
@@ -39,7 +40,7 @@ from train.failure import naming_failures
 from train.loader import InMemoryLoader, StreamingLoader
 from train.signals import init_worker
 from train.splits import hash_pixels
-from train.validation import validate
+from train.validation import Evaluator, validate
 
 CONFIG = DataConfig(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -74,7 +75,23 @@ def test_accuracy_leaves_out_the_image_that_fills_a_share(rank, accuracy):
         def forward(self, images):
             return torch.eye(6)[torch.tensor([0, 1] if rank == 0 else [1, 1])]
 
-    assert validate(Guess(), loader, Accelerator(cpu=True))['top1'] == accuracy
+    values = validate(Guess(), loader, Accelerator(cpu=True))
+    assert values['top1'] == values['balanced_accuracy'] == accuracy
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn_whatever_the_classes_and_batches():
+    generator = torch.Generator().manual_seed(0)
+    for size, batch in ((7, 1), (64, 2), (63, 5)):
+        targets = torch.randint(4, (size,), generator=generator) ** 2 // 2  # 0, 2 and 4 of 6 classes, unequally often
+        logits = torch.randn(size, 6, generator=generator) + torch.nn.functional.one_hot(targets, 6)
+        evaluator = Evaluator('cpu', max_samples=size - 1)  # the last is padding
+        for part in torch.arange(size).split(batch):
+            evaluator.update(logits[part], targets[part])
+        target, predicted = targets[:-1], logits[:-1].argmax(1)
+        expected = recall_score(target, predicted, labels=target.unique(), average='macro')
+        values = evaluator.compute()
+        assert values['balanced_accuracy'] == pytest.approx(100 * expected)
+        assert values['top1'] == pytest.approx(100 * (predicted == target).double().mean().item())
 
 
 def test_evaluation_images_are_normalised_and_nothing_else():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import recall_score
 
 from timm_tmblock.checkpoint import load_model
 from timm_tmblock.errors import InputError
@@ -110,7 +111,9 @@ def measure(path: Path, dataset) -> dict:
     hits = (order == dataset.targets[:, None]).double().mean(0) * 100
     return dict(
         loss=F.cross_entropy(logits, dataset.targets).item(), top1=hits[0].item(),
-        top5=hits[:5].sum().item())
+        top5=hits[:5].sum().item(),
+        balanced_accuracy=100 * recall_score(
+            dataset.targets, order[:, 0], labels=dataset.targets.unique(), average='macro'))
 
 
 @pytest.mark.parametrize('clip', [[], ['--clip-grad', '1']], ids=['unclipped', 'clipped'])

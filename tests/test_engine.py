@@ -24,7 +24,7 @@ TINY = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--batch-size
 
 def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
-    main([*TINY, '--output', str(tmp_path)])
+    main([*TINY, '--img-size', '8', '--output', str(tmp_path)])
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
     assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['mixed_precision'] == 'bf16'
 
@@ -32,7 +32,7 @@ def test_precision_of_the_launcher_belongs_to_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize('capability, slow', [('AVX2', True), ('AVX512', False)])
 def test_run_says_that_bf16_is_slow_on_cpus_without_kernels_for_it(tmp_path, monkeypatch, capsys, capability, slow):
     monkeypatch.setattr('torch.backends.cpu.get_cpu_capability', lambda: capability)
-    main([*TINY, '--output', str(tmp_path), '--max-steps', '1', '--mixed-precision', 'bf16', '--model', 'rn20'])
+    main([*TINY, '--output', str(tmp_path), '--max-steps', '1', '--mixed-precision', 'bf16', '--img-size', '8'])
     assert ('bf16 (many times slower than no on' in capsys.readouterr().out) == slow
 
 
@@ -108,9 +108,23 @@ def test_trackers_know_the_run_and_whether_it_failed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mlflow', SimpleNamespace(end_run=ended.append))
     fail_trackers(accelerator)
     assert ended == [1, 'tensorboard', 'FAILED']
+    del wandb_run.finish  # as where its server is away
+    fail_trackers(accelerator)
+    assert ended[3:] == ['tensorboard', 'FAILED']
+    del ended[3:]
     accelerator.is_main_process = False
     fail_trackers(accelerator)
     assert len(ended) == 3
+
+
+def test_tracker_that_does_not_close_leaves_the_run_complete(tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise ConnectionError('no route to the server\nat some line')
+
+    monkeypatch.setattr('accelerate.Accelerator.end_training', fail)
+    result = main([*TINY, '--output', str(tmp_path), '--max-steps', '1', '--img-size', '8'])
+    assert result['updates'] == 1 and (tmp_path / 'run' / 'result.json').is_file()
+    assert 'The tracker could not be closed (no route to the server); the run is complete.' in capsys.readouterr().err
 
 
 def test_tracker_that_does_not_start_is_named():

@@ -31,9 +31,10 @@ from export.metadata import describe_model, replace_with_sidecar
 from export.onnx import OnnxOptions, create_onnx, export_onnx
 from export.tensorrt import read_onnx
 from timm_tmblock import Explainer, explain
-from timm_tmblock.checkpoint import load_model, save_weights, writing
+from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError
 from timm_tmblock.explanation import forward_class_activation
+from timm_tmblock.files import writing
 from train.analysis.regions import normalize
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,5 @@
 """What ends a run early is named in one sentence, and nothing bad is written down."""
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import needs_fork
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -137,10 +137,9 @@ def test_cache_on_a_full_disk_is_not_data_that_is_gone(tmp_path, monkeypatch):
         main([*TINY, '--output', str(tmp_path), '--model', 'rn26', '--pretrained'])
 
 
-forked = pytest.mark.skipif(multiprocessing.get_start_method() != 'fork', reason='workers do not see what is replaced')
 
 
-@forked
+@needs_fork
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):
     """Killed for real, as the kernel does it when memory is short."""
     parent = os.getpid()
@@ -219,7 +218,7 @@ def test_error_in_a_worker_is_no_death():
         raise RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: a transform failed')
 
 
-@forked
+@needs_fork
 def test_lack_of_shared_memory_ends_a_run_that_would_wait_for_the_batch(tmp_path, monkeypatch):
     def fail(tensor):
         raise RuntimeError('unable to allocate shared memory(shm) for file </torch_7_8_9>')
@@ -299,15 +298,28 @@ def test_set_that_is_lost_while_training_is_named(tmp_path, images, monkeypatch)
 def test_disk_without_room_for_the_checkpoints_is_refused_before_training(tmp_path, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(10 ** 9, 10 ** 9 - 10 ** 7, 10 ** 7))
-    assert_stops(tmp_path, r'run needs up to \d+ MB for weights and checkpoints and its disk has 10 MB free')
+    assert_stops(tmp_path, r'run needs up to \d+ MB more for weights and checkpoints and its disk has 10 MB free')
     assert not (tmp_path / 'run').exists()
+
+
+def test_run_that_goes_on_needs_no_room_for_what_it_has_written(tmp_path, monkeypatch):
+    flags = [*TINY, '--img-size', '8', '--output', str(tmp_path), '--epochs', '1']
+    main(flags)
+    needed = estimate_disk_space(timm.create_model('rn26_tm'), parse_args(flags))
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(2 * needed, needed, needed * 3 // 4))
+    assert main(['--resume', str(tmp_path / 'run'), '--epochs', '2'])['epochs'] == 2
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(2 * needed, needed, needed // 10))
+    with pytest.raises(InputError, match='MB more for weights and checkpoints'):
+        main(['--resume', str(tmp_path / 'run'), '--epochs', '3'])
 
 
 def test_room_that_is_asked_for_is_room_that_is_used(tmp_path):
     """The estimate is above what a run with Adam, the largest optimizer, leaves, and not by far."""
     flags = [*TINY, '--output', str(tmp_path), '--opt', 'adam', '--model-ema']
     main(flags)
-    used = sum(p.stat().st_size for p in (tmp_path / 'run').rglob('*') if p.is_file())
+    files = [p.stat() for p in (tmp_path / 'run').rglob('*') if p.is_file()]
+    used = sum({file.st_ino: file.st_size for file in files}.values())
     assert used < estimate_disk_space(timm.create_model('rn26_tm'), parse_args(flags)) < 2 * used
 
 

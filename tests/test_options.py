@@ -170,10 +170,12 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize('metric, top1s, best_epoch, other', [
-    ('top1', (50., 60., 40.), 1, 0), ('loss', (50., 60., 40.), 2, 0), ('top1', (60., 60., 60.), 2, 0)])
+    ('top1', (50., 60., 40.), 1, 0), ('loss', (50., 60., 40.), 2, 0), ('top1', (60., 60., 60.), 2, 0),
+    ('balanced_accuracy', (60., 50., 70.), 1, 0)])
 def test_weights_are_chosen_by_the_metric_and_among_ties_by_the_loss(
         tmp_path, monkeypatch, metric, top1s, best_epoch, other):
-    told = iter([dict(top1=top1, top5=90., loss=loss) for top1, loss in zip(top1s, (2., 3., 1.))])
+    told = iter([
+        dict(top1=top1, top5=90., balanced_accuracy=100 - top1, loss=loss) for top1, loss in zip(top1s, (2., 3., 1.))])
     monkeypatch.setattr(Trainer, 'measure', lambda *args: next(told))
     flags = ['--epochs', '3', '--max-steps', '9', '--eval-metric', metric, '--checkpoint-hist', '2']
     result = main([*TINY, '--output', str(tmp_path), *flags])
@@ -260,7 +262,8 @@ def test_validation_interval_history_and_test_part(tmp_path):
 
 def test_loss_that_is_not_a_number_is_the_worst(tmp_path, monkeypatch):
     losses = iter([math.nan, 2., 3.])
-    monkeypatch.setattr('train.train.validate', lambda *args, **kwargs: dict(loss=next(losses), top1=10., top5=50.))
+    monkeypatch.setattr('train.train.validate', lambda *args, **kwargs: dict(
+        loss=next(losses), top1=10., top5=50., balanced_accuracy=10.))
     result = main([
         *TINY, '--output', str(tmp_path), '--epochs', '3', '--eval-metric', 'loss', '--checkpoint-hist', '1'])
     assert result['best']['epoch'] == 1
@@ -656,9 +659,9 @@ def test_flags_of_the_optimizer_reach_it():
 def test_flags_of_mixup_reach_it(tmp_path):
     mixup = create_trainer(
         tmp_path, '--mixup', '0.3', '--cutmix', '0.7', '--mixup-prob', '0.6', '--mixup-switch-prob', '0.2',
-        '--mixup-mode', 'pair').mixup
-    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob, mixup.mode) == (
-        0.3, 0.7, 0.6, 0.2, 'pair')
+        '--mixup-mode', 'pair', '--cutmix-minmax', '0.2', '0.8').mixup
+    assert (mixup.mixup_alpha, mixup.cutmix_minmax, mixup.mix_prob, mixup.switch_prob, mixup.mode) == (
+        0.3, [0.2, 0.8], 0.6, 0.2, 'pair')
 
 
 @pytest.mark.parametrize('flag', ['--mixup', '--cutmix'])

@@ -188,6 +188,7 @@ def test_experiment_runs_and_renders(tmp_path, experiment, flags, settings, figu
             assert image.width > 500
 
 
+@pytest.mark.usefixtures('forked_runs')
 def test_finished_cells_are_skipped_and_interrupted_ones_resumed(tmp_path):
     command = ['table1', '--rows', 'rn26', '--output', str(tmp_path), *TINY[:2], *TINY[4:]]
     long = [*command[:-4], '--max-steps', '25', '--checkpoint-interval', '1', '--device', 'cpu', '--batch-size', '5']

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from train.train import Trainer, main
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures('fresh_accelerate')
 FLAGS = ['--train-split', 'train[:36]', '--val-split', 'test[:15]', '--test-split', 'test[15:24]', '--epochs', '2',
-         '--checkpoint-interval', '1', '--device', 'cpu', '--report-to', 'none', '--experiment', 'run']
+         '--img-size', '16', '--checkpoint-interval', '1', '--device', 'cpu', '--report-to', 'none', '--experiment',
+         'run']
 EVERYTHING = ['--opt', 'muon', '--model-ema', '--mixup', '0.2', '--drop', '0.1', '--reprob', '0.5', '--remode', 'pixel',
               '--aa', 'trivial', '--workers', '1', '--checkpoint-hist', '1', '--tta', 'flip']
 PERTURBED = ['--model', 'rn20', '--model-kwargs', 'maximizer=perturbed', 'maximizer_kwargs={"num_samples":3}',
@@ -109,14 +111,26 @@ def test_killed_run_resumes_to_the_same_weights_and_log(tmp_path, forks, process
         assert results[0][key] == results[1][key]
 
 
+@pytest.fixture(scope='module')
+def train_whole(forks, tmp_path_factory):
+    """Folders of runs that nothing stops, each trained once."""
+    @cache
+    def train(processes, *flags):
+        folder = tmp_path_factory.mktemp('whole')
+        whole = forks.run(ROOT / 'train' / 'train.py', *flags, '--output', str(folder), processes=processes)
+        assert whole.returncode == 0, whole.stderr[-2000:]
+        return folder / 'run'
+
+    return train
+
+
 @pytest.mark.parametrize('processes, n, more', [
-    (1, 2, []), (1, 3, []), (1, 2, ['--grad-accum-steps', '2']), (2, 3, [])],
-    ids=['', 'last of an epoch', 'last but for a batch', 'of two processes'])
-def test_terminated_run_saves_the_update_it_is_at(tmp_path, forks, processes, n, more):
+    (1, 2, []), (1, 3, []), (1, 2, ['--grad-accum-steps', '2']), (2, 3, []), (2, 3, ['--dist-bn', 'reduce'])],
+    ids=['', 'last of an epoch', 'last but for a batch', 'of two processes', 'of two processes with a mean of both'])
+def test_terminated_run_saves_the_update_it_is_at(tmp_path, forks, train_whole, processes, n, more):
     """SIGTERM to the last of its processes, in step `n`; there is no checkpoint before the end of an epoch."""
     flags = [*FLAGS, '--checkpoint-interval', '0', '--batch-size', str(12 // processes), *more]
-    whole = forks.run(ROOT / 'train' / 'train.py', *flags, '--output', str(tmp_path / 'whole'), processes=processes)
-    assert whole.returncode == 0, whole.stderr[-2000:]
+    whole = train_whole(processes, *flags)
     script = tmp_path / 'terminated.py'
     patch = f'train.ASK_SECONDS = 0; train.Trainer.step = die_at_call(train.Trainer.step, {n}, "{processes - 1}")'
     code = KILLER.format(root=str(ROOT), patch=patch).replace('SIGKILL', 'SIGTERM')
@@ -125,12 +139,12 @@ def test_terminated_run_saves_the_update_it_is_at(tmp_path, forks, processes, n,
     folder = tmp_path / 'terminated' / 'run'
     run = forks.run(script, *flags, '--output', str(folder.parent), processes=processes)
     assert run.returncode == 143, run.stderr[-2000:]
-    update = n // 2 if more else n
+    update = n // 2 if '--grad-accum-steps' in more else n
     assert f'Interrupted in epoch 1 at update {update}; the last good checkpoint is update-{update:08}' in run.stderr
     resumed = forks.run(ROOT / 'train' / 'train.py', '--resume', str(folder), processes=processes)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for file in ('last.safetensors', 'best.safetensors', 'summary.csv'):
-        assert (folder / file).read_bytes() == (tmp_path / 'whole' / 'run' / file).read_bytes()
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_what_goes_on_by_itself_is_the_run_of_the_experiment(tmp_path):
@@ -142,7 +156,7 @@ def test_what_goes_on_by_itself_is_the_run_of_the_experiment(tmp_path):
         parse_args(['--resume', 'auto'])
     assert main([*flags, '--max-steps', '1', '--model-kwargs', 'patch_size=2'])['updates'] == 1
     args = parse_args([*flags, '--max-steps', '2'])
-    assert args.resume == str(tmp_path / 'run') and args.model_kwargs == {'patch_size': 2}
+    assert args.resume == str(tmp_path / 'run') and args.model_kwargs == {'patch_size': 2, 'img_size': 16}
     assert main([*flags, '--max-steps', '2'])['updates'] == 2
     (tmp_path / 'link').symlink_to(tmp_path)  # another path to the same folder
     assert main([*flags, '--max-steps', '3', '--output', str(tmp_path / 'link')])['updates'] == 3
@@ -186,13 +200,19 @@ def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path, forks):
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('damage', ['cut short', 'missing', 'unfinished'])
-def test_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, damage):
+@pytest.fixture(scope='module')
+def unvalidated(tmp_path_factory):
+    """A finished run that held out nothing."""
     flags = [*FLAGS, '--batch-size', '12', '--val-fraction', '0', '--max-steps', '4']
-    flags = [f for f in flags if f not in ('--val-split', 'test[:15]')]
-    main([*flags, '--output', str(tmp_path / 'whole')])
-    main([*flags, '--output', str(tmp_path / 'cut')])
-    folder = tmp_path / 'cut' / 'run'
+    folder = tmp_path_factory.mktemp('unvalidated')
+    main([*(f for f in flags if f not in ('--val-split', 'test[:15]')), '--output', str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'missing', 'unfinished'])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, unvalidated, damage):
+    folder = tmp_path / 'run'
+    shutil.copytree(unvalidated / 'run', folder)
     older, newest = find_checkpoints(folder)
     if damage == 'cut short':
         content = (newest / 'optimizer.bin').read_bytes()
@@ -203,7 +223,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, damag
         (newest / 'state.json').write_text((newest / 'state.json').read_text()[:100])
     assert find_checkpoints(folder) == [older]
     main(['--resume', str(folder)])
-    a, b = (load_file(tmp_path / f / 'run' / 'last.safetensors') for f in ('whole', 'cut'))
+    a, b = (load_file(f / 'run' / 'last.safetensors') for f in (unvalidated, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert find_checkpoints(folder)[-1] == newest  # written anew
 
@@ -214,8 +234,45 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
     newest = find_checkpoints(folder)[-1]
     state = json.loads((newest / 'state.json').read_text())
     (newest / 'state.json').write_text(json.dumps(dict(state, batch=2, epoch=0)))
-    with pytest.raises(InputError, match=r'within an epoch of batch_size 12 \(now 6\)'):
-        main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
+    earlier = newest.with_name('update-00000001')
+    for between, advice in ((False, 'resume with the earlier values.$'), (True, 'or remove it to go on from update-0')):
+        (earlier / 'state.json').write_text(json.dumps(dict(state, batch=0 if between else 1, epoch=0)))
+        with pytest.raises(InputError, match=rf'within an epoch of batch_size 12 \(now 6\), .*{advice}'):
+            main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
+    shutil.rmtree(newest)
+    assert main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '7'])['updates'] == 7
+
+
+def test_what_killed_runs_leave_of_checkpoints_is_cleared_away(tmp_path):
+    main([*FLAGS, '--batch-size', '12', '--max-steps', '2', '--output', str(tmp_path)])
+    folder = tmp_path / 'run' / 'checkpoints'
+    (folder / '.update-00000001.tmp').mkdir()
+    (folder / 'update-00000000').mkdir()  # cut short as it was removed
+    main(['--resume', str(tmp_path / 'run'), '--max-steps', '3'])
+    assert sorted(p.name for p in folder.iterdir()) == ['update-00000002', 'update-00000003']
+
+
+def test_best_weights_are_those_of_the_checkpoint_a_run_goes_on_from(tmp_path, monkeypatch):
+    told = iter([90., 95., 80., 70.])
+    monkeypatch.setattr(Trainer, 'measure', lambda *args: dict(
+        top1=next(told), top5=99., balanced_accuracy=90., loss=1.))
+    flags = [*FLAGS[:4], *FLAGS[6:], '--batch-size', '12', '--checkpoint-interval', '0', '--output', str(tmp_path)]
+    main([*flags, '--epochs', '1'])
+    folder = tmp_path / 'run'
+    best = (folder / 'best.safetensors').read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'save', lambda self: sys.exit('killed'))  # after the weights of the better epoch
+        with pytest.raises(SystemExit, match='killed'):
+            main(['--resume', str(folder), '--epochs', '2'])
+    assert (folder / 'best.safetensors').read_bytes() != best
+    result = main(['--resume', str(folder), '--epochs', '2'])  # which is worse this time
+    assert result['best']['epoch'] == 0 and (folder / 'best.safetensors').read_bytes() == best
+
+
+def test_epochs_that_max_steps_was_counted_in_are_those_of_the_run(tmp_path):
+    main([*FLAGS, '--batch-size', '6', '--max-steps', '2', '--output', str(tmp_path)])
+    with pytest.raises(InputError, match='--max-steps 2 was counted in epochs of 6 updates, and an epoch has 3 now'):
+        main(['--resume', str(tmp_path / 'run'), '--batch-size', '12'])
 
 
 def test_checkpoint_within_an_epoch_at_the_last_update_is_finished_as_the_run_would_have(tmp_path):
@@ -320,9 +377,9 @@ def test_run_that_goes_on_is_not_finished(tmp_path):
         main(['--resume', str(folder), '--max-steps', '2'])
 
 
-def test_finished_run_keeps_the_record_of_how_it_was_trained(tmp_path):
-    main([*FLAGS, '--batch-size', '12', '--epochs', '1', '--output', str(tmp_path)])
+def test_finished_run_keeps_the_record_of_how_it_was_trained(tmp_path, finished):
     folder = tmp_path / 'run'
+    shutil.copytree(finished / 'run', folder)
     before = {name: (folder / name).read_bytes() for name in ('args.yaml', 'result.json', 'last.safetensors')}
     with pytest.raises(InputError, match='is trained to its end, where --lr, --mixup can change nothing'):
         main(['--resume', str(folder), '--lr', '0.5', '--mixup', '0.3'])
@@ -416,8 +473,8 @@ def test_what_a_checkpoint_settles_cannot_change(finished, flags):
     assert {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()} == before
 
 
-def test_finished_run_without_checkpoints_is_not_written_over(tmp_path):
-    main([*FLAGS, '--batch-size', '12', '--output', str(tmp_path), '--epochs', '1'])
+def test_finished_run_without_checkpoints_is_not_written_over(tmp_path, finished):
+    shutil.copytree(finished / 'run', tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
     with pytest.raises(InputError, match='already holds a run'):
         main([*FLAGS, '--output', str(tmp_path)])

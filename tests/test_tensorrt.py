@@ -79,6 +79,24 @@ def test_covering_part_has_every_value_and_the_whole_is_committed():
     assert not [row for row in committed['rows'] if 'error' in row]
 
 
+@pytest.mark.parametrize('options', [
+    EngineOptions(),
+    EngineOptions(
+        backend='tensorrt', batches=((1, 2, 8), (8, 16, 32)), size=(16, 32, 64), tf32=True, optimization_level=5,
+        workspace=700, timing_cache=False, version_compatible=True, hardware_compatibility='ampere+')])
+def test_flags_of_the_command_are_the_options_of_the_engine(monkeypatch, options):
+    asked = []
+
+    def build(*arguments):
+        asked.append(arguments)
+        raise InputError('that is enough')
+
+    monkeypatch.setattr(export.tensorrt, 'build_engine', build)
+    with pytest.raises(InputError, match='that is enough'):
+        main(['tensorrt', 'x.onnx', '--output', 'x.engine', *options.to_flags()])
+    assert asked == [(Path('x.onnx'), Path('x.engine'), options, None)]
+
+
 @real
 @pytest.mark.parametrize('name, options', [
     ('patches', {}), ('pixels', dict(batches=((4, 4, 4),))), ('quantized', dict(tf32=True, optimization_level=0)),

@@ -299,6 +299,8 @@ def test_simulated_timing_cache_never_loses_an_engine(simulated, files, tmp_path
     build_engine(files / 'patches.onnx', tmp_path / 'x.engine', EngineOptions())
     assert (tmp_path / 'x.engine').is_file()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    build_engine(files / 'patches.onnx', tmp_path / 'y.engine', EngineOptions(timing_cache=False))
+    assert not list(tmp_path.rglob('*.cache'))
     build_engine(files / 'patches.onnx', tmp_path / 'y.engine', EngineOptions())
     if simulated['backend'] == 'tensorrt':
         cache = next(tmp_path.rglob('timing-*.cache'))

@@ -1,4 +1,4 @@
-"""The training script: what it writes, that it resumes exactly, and what it says to bad input."""
+"""The training script: what it writes, and what it says to bad input."""
 import csv
 import json
 import os
@@ -139,7 +139,7 @@ def test_image_size_reaches_data_model_and_weights(tmp_path, flags, size, kept, 
     assert again.data_config.input_size == begun.data_config.input_size == (3, *size)
 
 
-def test_mixup_accumulation_clipping_and_step_schedule_work_together(tmp_path):
+def test_updates_and_rates_are_counted_with_mixup_accumulation_and_clipping(tmp_path):
     result = run_tiny(
         tmp_path, '--mixup', '0.2', '--cutmix', '1', '--smoothing', '0.1', '--grad-accum-steps', '3',
         '--clip-grad', '1', '--opt', 'sgd', '--lr', '0.1', '--sched', 'step', '--decay-epochs', '1',
@@ -218,7 +218,7 @@ ACCELERATE = ['accelerate.commands.launch', '--cpu', '--num_processes=1', '--num
 
 def test_settings_of_the_launcher_are_the_runs(tmp_path):
     run = run_command(
-        *TINY, '--epochs', '1', '--batch-size', '6', '--output', str(tmp_path),
+        *TINY, '--img-size', '8', '--epochs', '1', '--batch-size', '6', '--output', str(tmp_path),
         launch=[sys.executable, '-m', *ACCELERATE], env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count('writing to') == run.stdout.count('{"model"') == 1

@@ -13,9 +13,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Set
 
-from .checkpoint import load_pretrained, writing
+from .checkpoint import load_pretrained
 from .errors import InputError, exiting_on_input_error
 from .explanation import METHODS, Explainer
+from .files import writing
 from .image import list_images
 
 

@@ -2,14 +2,11 @@
 
 timm loads them as any other weights; `load_model` also restores architecture, class names and preprocessing.
 """
-import errno
 import json
 import os
-import shutil
-import uuid
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
@@ -19,85 +16,11 @@ from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_path
 
 from .errors import InputError, say_why_not_loaded
+from .files import writing
 
 # fields of the description that timm keeps in pretrained_cfg under the same name
 _PRETRAINED_CFG_KEYS = (
     'num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'label_names')
-
-
-@contextmanager
-def writing(path: Path, unique: bool = False, cleanup: bool = True) -> Iterator[Path]:
-    """Write `path` under a temporary name, so that nothing is ever half-written.
-
-    Args:
-        path: File or folder to write.
-        unique: Take a name that no other writer has, as another may write `path` meanwhile. Otherwise all processes
-            of a run use the same name, so what a killed run left is overwritten by the next.
-        cleanup: Remove what is left; of processes that write the same together, only the one that renames it may.
-
-    Yields:
-        The temporary name. Renaming it to `path` is the caller's last step; whatever is left of it is removed.
-
-    Raises:
-        InputError: If the disk is full or not writable.
-    """
-    tmp = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp' if unique else f'.{path.name}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-    except (OSError, SafetensorError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not _is_of_writing(e):
-            raise
-        raise InputError(f'Cannot write {path}: {_reason(e)}; files already there are intact.') from e
-    finally:
-        if cleanup:
-            remove(tmp)
-
-
-def check_writable(path: Path) -> None:
-    """Tell before long work that its result could not be written.
-
-    Raises:
-        InputError: If the folder of `path` is not writable, or cannot be made.
-    """
-    with writing(path, unique=True) as tmp:
-        tmp.touch()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        InputError: If the disk is full or not writable.
-    """
-    with writing(path) as tmp:
-        tmp.write_text(text, encoding='utf-8', newline='\n')
-        os.replace(tmp, path)
-
-
-def _is_of_writing(error: RuntimeError) -> bool:
-    """Whether it is of torch.save, not of a GPU or another process."""
-    return _is_of_a_full_disk(str(error)) or 'Parent directory' in str(error)
-
-
-def _is_of_a_full_disk(text: str) -> bool:
-    return any(words in text for words in ('No space left', 'PytorchStreamWriter', 'inline_container'))
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if getattr(error, 'errno', None) == errno.ENOSPC or _is_of_a_full_disk(text):
-        return 'the disk is full, free some space'
-    return getattr(error, 'strerror', None) or text.split('\n')[0]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
 
 
 def copy_tensors(state_dict: Dict[str, torch.Tensor], device: Optional[str] = None) -> Dict[str, torch.Tensor]:
@@ -197,7 +120,12 @@ def load_model(path: Union[str, Path], model_name: Optional[str] = None) -> torc
                for k, v in description.items() if k in _PRETRAINED_CFG_KEYS}
     overlay['license'] = None  # which is for those who trained the weights to say
     if not description:
-        overlay.update(num_classes=count_classes(path, name), label_names=None)  # of which classes, nobody knows
+        num_classes = count_classes(path, name)
+        if num_classes is None:
+            raise InputError(
+                f'{path} does not say its classes, and the pretrained configuration of {name} names no classifier; add '
+                f'one, or give a file that training wrote.')
+        overlay.update(num_classes=num_classes, label_names=None)  # of which classes, nobody knows
     try:
         model = timm.create_model(
             name,
@@ -276,8 +204,8 @@ def check_model(path: Union[str, Path], description: Dict[str, Any], name: str) 
         raise InputError(f'{path} holds weights of {described}, not of {name}.')
 
 
-def count_classes(path: Union[str, Path], name: str, default: Optional[int] = None) -> int:
-    """How many classes the classifier in a weight file has.
+def count_classes(path: Union[str, Path], name: str, default: Optional[int] = None) -> Optional[int]:
+    """How many classes the classifier in a weight file has, None where timm does not name the model's classifier.
 
     Args:
         path: Weight file.
@@ -289,9 +217,7 @@ def count_classes(path: Union[str, Path], name: str, default: Optional[int] = No
     """
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.classifier:
-        raise InputError(
-            f'{path} does not say its classes, and the pretrained configuration of {name} names no classifier; add '
-            f'one, or give a file that training wrote.')
+        return None
     classifier = cfg.classifier
     if isinstance(classifier, (tuple, list)):  # of a network with several
         classifier = classifier[0]

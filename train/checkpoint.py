@@ -10,8 +10,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +18,12 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.distributed import DistError
 
-from timm_tmblock.checkpoint import copy_tensors, remove, writing
-from timm_tmblock.errors import InputError
+from timm_tmblock.checkpoint import copy_tensors
+from timm_tmblock.errors import InputError, say_why_not_loaded
+from timm_tmblock.files import remove, writing
 from train.processes import agreeing
 
+BEST = 'best.safetensors'
 KEEP = 2  # a checkpoint cut short must leave another one
 
 
@@ -90,6 +91,9 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
             save_file(copy_tensors(ema.state_dict(), 'cpu'), tmp / 'ema.safetensors')
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            # after a crash the folder may have the best of an epoch that is in no checkpoint
+            if state.best is not None and (folder / BEST).is_file():
+                _link(folder / BEST, tmp / BEST)
             (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))
             for file in tmp.rglob('*'):
                 if file.is_file():
@@ -100,8 +104,19 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
             _flush(path.parent)
         accelerator.wait_for_everyone()  # nobody cleans up before the rename
     if accelerator.is_main_process:
-        for old in find_checkpoints(folder)[:-KEEP]:
-            remove(old)
+        kept = find_checkpoints(folder)[-KEEP:]
+        for other in path.parent.iterdir():  # older ones, and what killed runs have left
+            if other not in kept:
+                remove(other)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let `target` be the same file, which stays when another takes the place of `source`; a copy where it cannot."""
+    target.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _measure(path: Path) -> Dict[str, int]:
@@ -165,7 +180,11 @@ def load_checkpoint(
         if path not in checkpoints:
             raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
         with _naming(path):
-            state = _read_state(path, name_sharding(accelerator), layout)
+            state = _read_state(path, name_sharding(accelerator), layout, checkpoints[:-1])
+            if accelerator.is_main_process and (path / BEST).is_file():
+                with writing(folder / BEST) as tmp:
+                    _link(path / BEST, tmp)
+                    os.replace(tmp, folder / BEST)
     with _naming(path):
         accelerator.load_state(str(path))
         if ema is not None:
@@ -173,8 +192,8 @@ def load_checkpoint(
     return state
 
 
-def _read_state(path: Path, sharding: str, layout: Dict[str, int]) -> TrainState:
-    """The state of a checkpoint, unless this run cannot go on from it."""
+def _read_state(path: Path, sharding: str, layout: Dict[str, int], earlier: Sequence[Path]) -> TrainState:
+    """The state of a checkpoint, unless this run cannot go on from it; from one of the earlier ones it may."""
     content = json.loads((path / 'state.json').read_text(encoding='utf-8'))
     content.pop('files')
     state = TrainState(**content)
@@ -188,7 +207,10 @@ def _read_state(path: Path, sharding: str, layout: Dict[str, int]) -> TrainState
             f'launch as many.')
     if state.layout != layout and state.batch:
         changed = ', '.join(f'{k} {v} (now {layout.get(k)})' for k, v in state.layout.items() if layout.get(k) != v)
-        raise InputError(f'Checkpoint {path} lies within an epoch of {changed}; resume with the earlier values.')
+        between = next((other.name for other in reversed(earlier) if not _place(other)[1]), None)
+        raise InputError(
+            f'Checkpoint {path} lies within an epoch of {changed}; resume with the earlier values' + (
+                f', or remove it to go on from {between}, the end of an epoch.' if between else '.'))
     return state
 
 
@@ -200,11 +222,8 @@ def _naming(path: Path) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError, DistError):  # the latter two are no fault of the checkpoint
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as e:
-        lines = str(e).strip().split('\n')
-        reason = lines[1] if lines[0].endswith(':') and lines[1:] else lines[0]  # PyTorch's first is a headline
         raise InputError(
-            f'Checkpoint {path} does not fit this run ({shorten(reason, 120, placeholder=" ...")}); resume with the '
-            f'same settings.') from e
+            f'Checkpoint {path} does not fit this run ({say_why_not_loaded(e)}); resume with the same settings.') from e
 
 
 def name_sharding(accelerator: Accelerator) -> str:

@@ -15,7 +15,7 @@ from timm_tmblock.errors import InputError, say_why_not_loaded
 from train.data import add_set_options
 
 SETTINGS = 'args.yaml'  # in the experiment folder
-METRICS = ('top1', 'top5', 'loss')  # of validation
+METRICS = ('top1', 'top5', 'balanced_accuracy', 'loss')  # of validation
 INTERPOLATIONS = ['nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos']
 # a setting discards these alternatives to it where they come from a source of lower precedence
 OVERRIDES = dict(
@@ -145,8 +145,8 @@ def create_parser() -> Parser:
         "fraction of a resized image kept by the center crop, in training too unless random resized crops are used "
         "(default: the model's)"))
     group.add_argument('--crop-mode', choices=['center', 'squash', 'border'], help=(
-        "how images of another aspect ratio are fitted to the input (default: the model's); models trained with "
-        "'border' cannot be exported"))
+        "how images of another aspect ratio are fitted to the input (default: the model's): 'center' cuts off what "
+        "does not fit, 'squash' changes the proportions, 'border' pads (such models cannot be exported)"))
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='rn26_tm', help='name of a model registered with timm')
@@ -207,7 +207,8 @@ def create_parser() -> Parser:
         'layers with a scale below this are not trained'))
     group.add_argument('--clip-grad', type=from_zero, help='clip gradients at this value (0: off)')
     group.add_argument('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='what --clip-grad limits')
-    group.add_argument('--grad-accum-steps', type=positive, default=1, help='batches per update, in each process')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, help=(
+        'batches per update, in each process; those at the end of an epoch that do not fill one are left out'))
 
     group = parser.add_argument_group('schedule (timm), stepped after each update')
     group.add_argument('--epochs', type=positive, default=30, help='length of the schedule')
@@ -311,7 +312,8 @@ def create_parser() -> Parser:
         'keep the weights of this many of the best epochs'))
     group.add_argument('--val-interval', type=positive, default=1, help='epochs between validations')
     group.add_argument('--eval-metric', choices=METRICS, default='top1', help=(
-        'metric that selects the best weights; ties are broken by the loss'))
+        'metric that selects the best weights (balanced_accuracy: mean of the top-1 accuracies of the classes); ties '
+        'are broken by the loss'))
     group.add_argument('--log-interval', type=not_negative, default=50, help=(
         'updates between values logged to trackers (0: none)'))
     group.add_argument('--tta', choices=['none', 'flip'], default='none', help=(

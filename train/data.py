@@ -131,8 +131,6 @@ def open_dataset(
     name = lower_kind(name)
     kind, _, rest = name.partition('/')
     kind = kind if rest and kind in KINDS else ''  # of a folder
-    if kind:
-        name = f'{kind}/{rest}'
     if kind in ('hfids', 'tfds', 'wds'):
         raise InputError(f'Dataset {name!r} is a stream, which has no order; open it as hfds/... or torch/....')
     kwargs = dict(root=root, split=split, download=download)
@@ -156,18 +154,7 @@ def open_dataset(
         dataset = create_dataset(name, **kwargs)
         size = len(dataset)
     except Exception as e:  # every kind of set has errors of its own
-        reason = first_line(e)
-        if reason == 'AssertionError':  # what timm says of it
-            reason = 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
-        elif reason.startswith('Found 0 images in subfolders of'):  # it names fewer kinds than were looked for
-            reason = f'there are no images in it ({", ".join(IMAGE_SUFFIXES)})'
-        elif reason == 'Config name is missing.':
-            reason = (
-                f'it has several configurations, of which timm opens none ({shorten(str(e), 200)}); download the files '
-                f'of one into a FOLDER and name hfds/FOLDER')
-        elif isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES):
-            reason += '; sets of the Hub and the sample are cached in HF_HOME, so set that to a folder you can write to'
-        raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {reason}') from e
+        raise InputError(f'Cannot open split {split!r} of dataset {name!r}: {_say_why_not_opened(e)}') from e
     if kind != 'hfds':
         _check_folder(dataset, name, split, Path(root or name))
         source = getattr(dataset, 'reader', dataset)
@@ -179,23 +166,48 @@ def open_dataset(
     if size == 0:
         raise InputError(f'Split {split!r} of dataset {name!r} has no images; check the path and the split.')
     if kind == 'hfds':
-        import pyarrow.compute as pc  # type: ignore[import-untyped]
-        table = dataset.reader.dataset.data
-        # timm casts the image column, which adds an empty one where there was none
-        columns = [c for c in table.column_names if table.column(c).null_count < size]
-        for key, option in ((input_key, '--input-key'), (target_key, '--target-key')):
-            if key not in columns:
-                raise InputError(
-                    f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
-        if not dataset.reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
-            largest = pc.max(table.column(target_key)).as_py()
-            if largest < MOST_CLASSES:
-                dataset.reader.class_to_idx = {str(i): i for i in range(largest + 1)}
-        elif _has_names_for_labels(dataset.reader):
-            names = pc.unique(table.column(target_key).drop_null()).to_pylist()
-            if len(names) < MOST_CLASSES:
-                dataset.reader.class_to_idx = _number(names)
+        _number_labels(dataset.reader, name, input_key, target_key)
     return dataset
+
+
+def _say_why_not_opened(e: Exception) -> str:
+    reason = first_line(e)
+    if reason == 'AssertionError':  # what timm says of it
+        return 'there is no such folder; sets of the Hub are named hfds/USER/NAME'
+    if reason.startswith('Found 0 images in subfolders of'):  # it names fewer kinds than were looked for
+        return f'there are no images in it ({", ".join(IMAGE_SUFFIXES)})'
+    if reason == 'Config name is missing.':
+        return (
+            f'it has several configurations, of which timm opens none ({shorten(str(e), 200)}); download the files of '
+            f'one into a FOLDER and name hfds/FOLDER')
+    if isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES):
+        return f'{reason}; sets of the Hub and the sample are cached in HF_HOME; set that to a folder you can write to'
+    return reason
+
+
+def _number_labels(reader: Any, name: str, input_key: str, target_key: str) -> None:
+    """Number the classes of an hfds/ set whose labels are integers, or names.
+
+    Raises:
+        InputError: If it has no such columns.
+    """
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    table = reader.dataset.data
+    # timm casts the image column, which adds an empty one where there was none
+    columns = [c for c in table.column_names if table.column(c).null_count < len(table)]
+    for key, option in ((input_key, '--input-key'), (target_key, '--target-key')):
+        if key not in columns:
+            raise InputError(
+                f'Dataset {name!r} has no column {key!r}, it has {", ".join(columns)}; name one with {option}.')
+    if not reader.class_to_idx and str(table.schema.field(target_key).type) in INTEGERS:
+        largest = pc.max(table.column(target_key)).as_py()
+        if largest < MOST_CLASSES:
+            reader.class_to_idx = {str(i): i for i in range(largest + 1)}
+    elif _has_names_for_labels(reader):
+        names = pc.unique(table.column(target_key).drop_null()).to_pylist()
+        if len(names) < MOST_CLASSES:
+            reader.class_to_idx = _number(names)
 
 
 def _has_names_for_labels(source: Any) -> bool:
@@ -309,6 +321,14 @@ def add_set_options(parser: Any) -> None:
         '--dataset-download', action=BooleanOptionalAction, default=False, help='let torchvision download the dataset')
     parser.add_argument('--input-key', default='image', help='image column of an hfds/ dataset')
     parser.add_argument('--target-key', default='label', help='label column of an hfds/ dataset')
+
+
+def to_set_flags(args: Namespace) -> List[str]:
+    """The flags of `add_set_options` that give these values."""
+    return [
+        '--dataset', args.dataset, '--input-key', args.input_key, '--target-key', args.target_key,
+        *(['--data-dir', args.data_dir] if args.data_dir else []),
+        *(['--dataset-download'] if args.dataset_download else [])]
 
 
 def add_data_options(parser: ArgumentParser) -> None:

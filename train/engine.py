@@ -157,7 +157,8 @@ def _check_fsdp(accelerator: Accelerator, args: Namespace) -> None:
 
 
 def _configure_deepspeed(config: Dict[str, Any], args: Namespace) -> None:
-    """
+    """Write the run's batch, accumulation and clipping into DeepSpeed's configuration.
+
     Raises:
         InputError: For what DeepSpeed does otherwise than the flags say.
     """

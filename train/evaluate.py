@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import check_writable
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.files import check_writable
 from train.augment import DataConfig
 from train.config import Parser, gigabytes, import_modules, not_negative, positive
 from train.data import (

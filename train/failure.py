@@ -84,17 +84,19 @@ def estimate_disk_space(model: torch.nn.Module, args: Namespace) -> int:
 
 
 def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
-    """Refuse a run whose weights and checkpoints will not find room.
+    """Refuse a run whose weights and checkpoints will not find room, beside what it has written already.
 
     Raises:
         InputError: If the disk of the folder has too little free space.
     """
-    needed = estimate_disk_space(model, args)
+    files = [p.stat() for p in (*folder.glob('checkpoints/**/*'), *folder.glob('**/*.safetensors')) if p.is_file()]
+    there = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())  # which is replaced
+    needed = estimate_disk_space(model, args) - there
     parent = next((path for path in (folder, *folder.parents) if path.exists()), None)
     if parent is None:  # a drive of Windows that is not there, which is told by what is written
         return
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f'{folder} needs up to {needed / 1e6:.0f} MB for weights and checkpoints and its disk has {free / 1e6:.0f} '
-            f'MB free; make room or choose another --output.')
+            f'{folder} needs up to {needed / 1e6:.0f} MB more for weights and checkpoints and its disk has '
+            f'{free / 1e6:.0f} MB free; make room or choose another --output.')

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from timm_tmblock.checkpoint import write_text, writing
+from timm_tmblock.files import write_text, writing
 
 
 def to_json(value: Any, indent: Optional[int] = None) -> str:
@@ -37,11 +37,12 @@ def hash_file(path: Union[None, str, Path]) -> Optional[str]:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
-def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
+def save_figure(figure: Any, path: Path, bbox_inches: Optional[str] = None) -> None:
     """Write a Matplotlib figure as the kind of file that the suffix names, without date or version in it."""
     from matplotlib import rc_context
 
     kind = path.suffix[1:]
     with writing(path) as tmp, rc_context({'svg.hashsalt': path.name}):
-        figure.savefig(tmp, format=kind, dpi=dpi, metadata={'Date': None} if kind == 'svg' else {'Software': None})
+        metadata = {'Date': None} if kind == 'svg' else {'Software': None}
+        figure.savefig(tmp, format=kind, dpi=110, bbox_inches=bbox_inches, metadata=metadata)
         os.replace(tmp, path)

@@ -4,11 +4,12 @@ A set in memory is cropped, flipped and normalised in batches; a larger one stre
 """
 import math
 import os
-from typing import Any, Iterator, List, Optional, Protocol, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Protocol, Tuple, Union
 
 import torch
 from accelerate import skip_first_batches
 from timm.data import create_loader, create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor
 from timm.task import evaluation_sample_limit
@@ -32,7 +33,7 @@ def say_too_few(images: int, batch_size: int, processes: int) -> str:
 class Loader(Protocol):
     """Batches of normalised images (B, C, H, W) and class indices (B,), already on the training device."""
     num_images: int  # of every process
-    max_samples: Optional[int]  # images of this process, where evaluation repeats one; None where it repeats none
+    max_samples: Optional[int]  # images of this process that count in evaluation; None: all
     augmentation: str  # how training crops
 
     def __len__(self) -> int:
@@ -95,8 +96,36 @@ class TrainingBatches(Dataset):
         return images, self.targets[index]
 
 
+class EvaluationBatches(Dataset):
+    """A process's share of a set by (epoch, batch): images (B, C, H, W) uint8 and targets (B,).
+
+    All processes have as many batches, or FSDP would wait for some: shares repeat an image after `max_samples`.
+    """
+
+    def __init__(
+            self,
+            dataset: InMemorySet,
+            batch_size: int,
+            device: torch.device,
+            rank: int = 0,
+            world_size: int = 1,
+    ) -> None:
+        sampler = OrderedDistributedSampler(dataset, world_size, rank)
+        share = torch.tensor(list(sampler), dtype=torch.int64)
+        self.max_samples = sampler.num_valid_samples
+        self.batch_size = batch_size
+        self.images, self.targets = dataset.images[share].to(device), dataset.targets[share].to(device)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.targets) / self.batch_size)
+
+    def __getitem__(self, key: Tuple[int, int]) -> Batch:
+        batch = slice(key[1] * self.batch_size, (key[1] + 1) * self.batch_size)
+        return self.images[batch], self.targets[batch]
+
+
 class InMemoryLoader:
-    """Batches of an InMemorySet. In evaluation all processes have as many: some repeat an image after `max_samples`."""
+    """Batches of an InMemorySet."""
 
     def __init__(
             self,
@@ -113,23 +142,21 @@ class InMemoryLoader:
     ) -> None:
         self.num_images = len(dataset)
         self.max_samples: Optional[int] = None
-        self.config = config
-        self.batch_size = batch_size
         self.device = device
         self.pinned = device.type == 'cuda'
-        self.keys: List[Tuple[int, int]] = []  # of TrainingBatches, in the epoch in progress
+        self.keys: List[Tuple[int, int]] = []  # of the epoch in progress, for workers
         self.workers: Optional[DataLoader] = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.training = training
         self.augmentation = f'random crops from {config.padding} pixels of padding' if config.augmented else UNCHANGED
         self.erase: Optional[RandomErasing] = None
+        self.batches: Union[TrainingBatches, EvaluationBatches]
         if training:
-            self.batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
-            if len(self.batches) == 0:
+            self.batches = batches = TrainingBatches(dataset, config, batch_size, device, seed, rank, world_size)
+            if len(batches) == 0:
                 raise InputError(say_too_few(len(dataset), batch_size, world_size))
-            if self.batches.policy is not None and num_workers > 0:
+            if batches.policy is not None and num_workers > 0:
                 self.workers = DataLoader(
-                    self.batches, batch_size=None, sampler=self.keys,
+                    batches, batch_size=None, sampler=self.keys,
                     num_workers=min(num_workers, os.cpu_count() or 1), pin_memory=self.pinned,
                     collate_fn=share_batch, worker_init_fn=init_worker,
                     persistent_workers=True,  # each imports PyTorch anew where processes are not forked
@@ -139,36 +166,24 @@ class InMemoryLoader:
                     self.erase = RandomErasing(
                         config.re_prob, mode=config.re_mode, max_count=config.re_count, device=device)
         else:
-            share = torch.arange(len(dataset))[rank::world_size]
-            self.max_samples = len(share)
-            missing = math.ceil(len(dataset) / world_size) - len(share)
-            share = torch.cat([share, torch.zeros(missing, dtype=share.dtype)])  # or FSDP would wait for batches
-            self.images, self.targets = dataset.images[share].to(device), dataset.targets[share].to(device)
+            self.batches = EvaluationBatches(dataset, batch_size, device, rank, world_size)
+            self.max_samples = self.batches.max_samples
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
         self.shift = (-mean / std).view(1, -1, 1, 1).to(device)
 
     def __len__(self) -> int:
-        return len(self.batches) if self.training else math.ceil(len(self.targets) / self.batch_size)
+        return len(self.batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for images, targets in self._augmented(epoch, start) if self.training else self._plain(start):
+        keys = [(epoch, batch) for batch in range(start, len(self.batches))]
+        self.keys[:] = keys
+        batches: Iterable[Batch] = map(self.batches.__getitem__, keys) if self.workers is None else self.workers
+        for images, targets in batches:
             images, targets = (t.to(self.device, non_blocking=self.pinned) for t in (images, targets))
             images = self.normalize(images)
             # its random numbers are the process's, which checkpoints hold
             yield images if self.erase is None else self.erase(images), targets
-
-    def _plain(self, start: int) -> Iterator[Batch]:
-        for first in range(start * self.batch_size, len(self.targets), self.batch_size):
-            batch = slice(first, first + self.batch_size)
-            yield self.images[batch], self.targets[batch]
-
-    def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.keys[:] = [(epoch, batch) for batch in range(start, len(self.batches))]
-        if self.workers is not None:
-            yield from self.workers
-        else:
-            yield from (self.batches[key] for key in self.keys)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) to float32 with mean 0 and standard deviation 1."""
@@ -255,8 +270,8 @@ class StreamingLoader:
         self.loader.generator = torch.Generator()  # of its own: the global one would advance
         sampler: Any = self.loader.sampler
         if hasattr(sampler, 'set_epoch'):
-            sampler.seed = self.seed
-            sampler.set_epoch(epoch)
+            sampler.seed = mix_seed(self.seed, epoch)  # by the sum of both seeds would share orders
+            sampler.set_epoch(0)
         elif hasattr(sampler, 'generator'):
             sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         loader: Any = skip_first_batches(self.loader, start) if start else self.loader

@@ -88,12 +88,6 @@ def _to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _count_classes(path: str, name: str, default: Optional[int] = None) -> Optional[int]:
-    """`count_classes`, or None where timm's config does not name the classifier."""
-    cfg = timm.get_pretrained_cfg(name)
-    return count_classes(path, name, default) if cfg and cfg.classifier else None
-
-
 def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None:
     """Refuse weights of other classes where they go on or are measured; elsewhere a new classifier takes their place.
 
@@ -103,7 +97,7 @@ def check_weights(args: Namespace, folder: Path, class_names: List[str]) -> None
     file = folder / 'last.safetensors' if args.resume else args.initial_checkpoint if args.eval_only else None
     if file is not None and Path(file).is_file():
         description = read_description(file)
-        number = description.get('num_classes') or _count_classes(str(file), args.model)
+        number = description.get('num_classes') or count_classes(str(file), args.model)
         if not number:  # of a network whose classifier timm does not name
             return
     elif args.eval_only and args.pretrained:
@@ -123,7 +117,7 @@ def create_model(args: Namespace, class_names: List[str]) -> torch.nn.Module:
         cfg = timm.get_pretrained_cfg(args.model)
         num_classes = description.get('num_classes')
         if num_classes is None:
-            found = _count_classes(args.initial_checkpoint, args.model, 0)
+            found = count_classes(args.initial_checkpoint, args.model, 0)
             num_classes = len(class_names) if found is None else found
         overlay = dict(file=args.initial_checkpoint, num_classes=num_classes)
         if cfg and 'input_size' in description:  # for the channels, which timm fits to those of the network

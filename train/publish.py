@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from timm_tmblock.errors import InputError, first_line
 from train.augment import DataConfig
+from train.data import to_set_flags
 from train.files import hash_file
 
 PRECISIONS = ('fp32', 'fp16')
@@ -68,14 +69,13 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         stderr with the command that tries again.
     """
     flags = [
-        str(weights), '--repo', args.push_to_hub, '--precisions', *PRECISIONS, '--dataset', args.dataset,
-        '--check-split', args.test_split or args.val_split or args.train_split, '--input-key', args.input_key,
-        '--target-key', args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
-        *(['--dataset-download'] if args.dataset_download else []), *(['--private'] if args.hub_private else [])]
+        str(weights), '--repo', args.push_to_hub, '--precisions', *PRECISIONS, *to_set_flags(args),
+        '--check-split', args.test_split or args.val_split or args.train_split,
+        *(['--private'] if args.hub_private else [])]
     from export.images import add_image_options, load_images
     from export.load import load
     from export.publish import create_files, save_model
-    from export.push import WEIGHTS, PushError, PushOptions, check_access, find_weights, get_endpoint, push
+    from export.push import WEIGHTS, PushError, PushOptions, check_access, find_weights_hash, get_endpoint, push
     parser = ArgumentParser()
     add_image_options(parser)
     image_args = parser.parse_known_args(flags)[0]
@@ -85,7 +85,7 @@ def publish(weights: Path, args: Namespace) -> Optional[str]:
         model = load(str(weights))
         with tempfile.TemporaryDirectory() as name:
             save_model(model, Path(name))
-            if find_weights(options) == hash_file(str(Path(name) / WEIGHTS)):
+            if find_weights_hash(options) == hash_file(Path(name) / WEIGHTS):
                 # of an earlier end of this run: its exports and its card may have been added to since
                 print(f'{args.push_to_hub} has these weights already and is left as it is.', file=sys.stderr)
                 return f'{get_endpoint()}/{args.push_to_hub}'

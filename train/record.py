@@ -17,8 +17,9 @@ except ImportError:  # Windows
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_tmblock.checkpoint import check_writable, remove, save_weights, writing
+from timm_tmblock.checkpoint import save_weights
 from timm_tmblock.errors import InputError
+from timm_tmblock.files import check_writable, remove, writing
 from train.checkpoint import TrainState, find_checkpoints
 from train.config import SETTINGS
 

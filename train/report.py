@@ -18,8 +18,8 @@ import yaml
 if __package__ in (None, ''):  # run as a script: find the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.files import write_text
 from train.analysis import FILLS, name_network
 from train.claims import adds_values, judge
 from train.comparison import RUNS, Comparison, compare_others, find_last

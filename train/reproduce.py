@@ -35,8 +35,8 @@ if __package__ in (None, ''):  # run as a script: find the checkout, not this fo
 import torch
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import write_text
 from timm_tmblock.errors import InputError, InterruptedWork, exiting_on_input_error
+from timm_tmblock.files import write_text
 from train.checkpoint import find_checkpoints
 from train.config import Parser, positive
 from train.config import create_parser as create_train_parser

@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -30,11 +31,12 @@ import yaml
 from safetensors.torch import load_file
 
 from export.images import name_set
-from timm_tmblock.checkpoint import read_description, remove, save_weights, writing
+from timm_tmblock.checkpoint import read_description, save_weights
 from timm_tmblock.errors import InputError, exiting_on_input_error
+from timm_tmblock.files import remove, writing
 from train import evaluate
 from train.config import SETTINGS, Parser
-from train.data import add_data_options, open_named, share_images
+from train.data import add_data_options, open_named, share_images, to_set_flags
 from train.files import hash_file, write_json
 from train.lineage import is_of
 
@@ -85,13 +87,21 @@ def round_weights(path: Path, target: Path) -> bool:
     return all(bool(v.isfinite().all()) for v in tensors.values())
 
 
-def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
-    """Ship as the flags say (the command line's if None) and return the entry of the index.
+@dataclass
+class Run:
+    """A finished run whose weights may be shipped."""
+    name: str  # of the weights, MODEL.TAG
+    model: str
+    weights: Path
+    result: Dict[str, Any]
+
+
+def read_run(args: argparse.Namespace) -> Run:
+    """The run that the flags name.
 
     Raises:
-        InputError: If the run is not finished, or its weights or the set cannot be used.
+        InputError: If it is not finished, saw images of the split, or its weights are not of a network by name.
     """
-    args = create_parser().parse_args(argv)
     if args.dataset == 'sample':
         raise InputError('The accuracy of a tag is that on a whole set; name it with --dataset.')
     missing = [name for name in RECORDS if not (args.run / name).is_file()]
@@ -111,7 +121,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         raise InputError(
             f'{args.run} trained {model} with {", ".join(arguments)} of its own; the tag would be another network, as '
             f'timm creates it without; ship a run without them.')
-    target, results = WEIGHTS / f'{name}.safetensors', RESULTS / name
+    results = RESULTS / name
     start, before = settings.get('initial_checkpoint'), results / SETTINGS
     recorded = yaml.safe_load(before.read_text(encoding='utf-8')) if before.is_file() else settings
     if start and recorded != settings and is_of(start, name, recorded):
@@ -120,41 +130,43 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             f'{results} records the run that {args.run} continues; rename it first, as {earlier} for example, and '
             f'let initial_checkpoint in {args.run / SETTINGS} name the weights by its experiment, so that the record '
             f'stays.')
-    data = ['--dataset', args.dataset, '--split', args.split, '--input-key', args.input_key, '--target-key',
-            args.target_key, *(['--data-dir', args.data_dir] if args.data_dir else []),
-            *(['--dataset-download'] if args.dataset_download else [])]
+    return Run(name, model, weights, result)
 
-    def measure(path: Path, *flags: str) -> Dict[str, Any]:
-        return evaluate.main([model, '--checkpoint', str(path), *data, *flags])
 
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    """Ship as the flags say (the command line's if None) and return the entry of the index.
+
+    Raises:
+        InputError: If the run is not finished, or its weights or the set cannot be used.
+    """
+    args = create_parser().parse_args(argv)
+    run = read_run(args)
+    target, results = WEIGHTS / f'{run.name}.safetensors', RESULTS / run.name
     with tempfile.TemporaryDirectory() as folder:
-        rounded, report = Path(folder) / 'float16.safetensors', Path(folder) / 'evaluation'
-        fully = ('--tta', 'flip', '--output', str(report))
-        held = round_weights(weights, rounded)
-        evaluation = measure(rounded if held else weights, *fully)
-        top1 = dict(float32=measure(weights)['top1'], float16=evaluation['top1']) if held else dict(
-            float32=evaluation['top1'])
+        files = dict(float32=run.weights, float16=Path(folder) / 'rounded.safetensors')
+        if not round_weights(run.weights, files['float16']):
+            del files['float16']
+        evaluations = {
+            dtype: evaluate.main([
+                run.model, '--checkpoint', str(path), *to_set_flags(args), '--split', args.split, '--tta', 'flip',
+                '--output', f'{folder}/{dtype}']) for dtype, path in files.items()}
+        top1 = {dtype: evaluation['top1'] for dtype, evaluation in evaluations.items()}
         dtype = choose_precision(top1)
-        if held and dtype == 'float32':
-            evaluation = measure(weights, *fully)
-        for path in (WEIGHTS, results):
-            path.mkdir(parents=True, exist_ok=True)
-        copy(rounded if dtype == 'float16' else weights, target)
+        copy(files[dtype], target)
         for suffix in ('.json', '.png'):
-            copy(report.with_suffix(suffix), results / f'evaluation{suffix}')
+            copy(Path(folder, f'{dtype}{suffix}'), results / f'evaluation{suffix}')
     for other in (results / 'analysis', results / 'explained.png'):
         remove(other)  # they were of the weights before
     for record in (SETTINGS, 'summary.csv'):
         copy(args.run / record, results / record)
-    write_json(results / 'result.json', {k: v for k, v in result.items() if k != 'weights'})
+    write_json(results / 'result.json', {k: v for k, v in run.result.items() if k != 'weights'})
     entry = dict(
-        sha256=hash_file(str(target)), bytes=target.stat().st_size, dtype=dtype,
-        top1=round(evaluation['top1'], 4), top1_by_dtype={k: round(v, 4) for k, v in top1.items()},
-        images=evaluation['images'], dataset=name_set(args.dataset),
-        source=results.relative_to(ROOT).as_posix())
+        sha256=hash_file(target), bytes=target.stat().st_size, dtype=dtype, top1=round(top1[dtype], 4),
+        top1_by_dtype={k: round(v, 4) for k, v in top1.items()}, images=evaluations[dtype]['images'],
+        dataset=name_set(args.dataset), source=results.relative_to(ROOT).as_posix())
     index = WEIGHTS / 'index.json'
     entries = json.loads(index.read_text(encoding='utf-8')) if index.is_file() else {}
-    write_json(index, dict(sorted({**entries, name: entry}.items())))
+    write_json(index, dict(sorted({**entries, run.name: entry}.items())))
     return entry
 
 

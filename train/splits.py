@@ -159,7 +159,7 @@ def _check_classes(args: Namespace, names: Dict[str, str], splits: Dict[str, Any
         if unknown:
             raise InputError(
                 f'Split {names[part]!r} has a class {unknown[0]!r} that {names["train"]!r} lacks; add images of it '
-                f'there, or remove those.')
+                f'there, or remove those. Slices of a set that is sorted by class differ so: divide it by --pool.')
         if classes[part] != classes['train']:
             one = next(iter(sorted(set(classes['train']) ^ set(classes[part]))), None)
             which = ' in their order' if one is None else f' ({one!r} is in only one of them)'
@@ -222,6 +222,14 @@ def load_parts(splits: Dict[str, Any], args: Namespace, config: DataConfig, acce
         train, validation = map(loaded['train'].subset, _hold_out(loaded['train'], fraction))
         return Parts(train, validation, loaded.get('test'))
     return Parts(loaded.get('train'), loaded.get('validation'), loaded.get('test'))
+
+
+def find_missing_classes(train: Any, class_names: List[str]) -> List[str]:
+    """Classes of which a set in memory has no image."""
+    if not isinstance(train, InMemorySet):
+        return []
+    counts = torch.bincount(train.targets, minlength=len(class_names)).tolist()
+    return [name for name, count in zip(class_names, counts) if not count]
 
 
 def _hold_out(dataset: InMemorySet, fraction: float) -> List[torch.Tensor]:

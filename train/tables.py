@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from timm_tmblock.checkpoint import write_text
+from timm_tmblock.files import write_text
 from train.files import save_figure
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 

@@ -1,5 +1,7 @@
 """Trackers of a run: what Accelerate logs to."""
+import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -49,10 +51,20 @@ def start_trackers(accelerator: Accelerator, args: Namespace, folder: Path, run_
 def fail_trackers(accelerator: Accelerator) -> None:
     """End the run in every tracker, as one that failed where it knows the difference."""
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
-        if tracker.name == 'wandb':
-            tracker.tracker.finish(exit_code=1)
-        elif tracker.name == 'mlflow':
-            import mlflow  # type: ignore[import-not-found]
-            mlflow.end_run('FAILED')
-        else:
-            tracker.finish()
+        with suppress(Exception):  # its server may be what failed
+            if tracker.name == 'wandb':
+                tracker.tracker.finish(exit_code=1)
+            elif tracker.name == 'mlflow':
+                import mlflow  # type: ignore[import-not-found]
+                mlflow.end_run('FAILED')
+            else:
+                tracker.finish()
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """End the run in every tracker; one that cannot spoils nothing, as the run is complete."""
+    try:
+        accelerator.end_training()
+    except Exception as e:  # each has errors of its own
+        print(f'The tracker could not be closed ({first_line(e)}); the run is complete.', file=sys.stderr)
+        accelerator.state.destroy_process_group()  # as Accelerate does after them

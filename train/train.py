@@ -47,8 +47,9 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
-from timm_tmblock.checkpoint import load_model, remove, save_weights, write_text
+from timm_tmblock.checkpoint import load_model, save_weights
 from timm_tmblock.errors import InputError, InterruptedWork, exiting_on_input_error
+from timm_tmblock.files import remove, write_text
 from train import checkpoint, record
 from train.augment import PREPROCESSING
 from train.checkpoint import TrainState
@@ -86,9 +87,9 @@ from train.optim import clip_gradients, create_optimizer, create_schedule, resol
 from train.processes import agreeing, join_tasks, leaving_it_to_the_first
 from train.publish import check_exportable, check_push, leave_hanging, publish
 from train.signals import stopping_at_signals
-from train.splits import load_parts, open_splits
+from train.splits import find_missing_classes, load_parts, open_splits
 from train.task import create_task, create_teachers
-from train.trackers import fail_trackers, start_trackers
+from train.trackers import fail_trackers, finish_trackers, start_trackers
 from train.validation import validate
 
 ASK_SECONDS = 2.  # after which processes ask each other whether one is to stop
@@ -136,6 +137,7 @@ class Trainer:
             self.val_loader, self.test_loader = (
                 None if part is None else create_loader(part, config, args, accelerator)
                 for part in (parts.validation, parts.test))
+        self.missing = find_missing_classes(parts.train, self.class_names)
         self.peak_lr = resolve_lr(args, args.batch_size * args.grad_accum_steps * accelerator.num_processes)
         optimizer = create_optimizer(args, model, self.peak_lr)
         if not args.eval_only:
@@ -264,6 +266,7 @@ class Trainer:
                     f'{args.dataset}: {self.train_loader.num_images} images to train on'
                     f'{f", {self.num_held_out} to choose the weights by" if self.num_held_out else ""}; classes '
                     f'{", ".join(self.class_names[:5])}{", ..." if len(self.class_names) > 5 else ""}\n'
+                    f'{self.tell_missing()}'
                     f'{self.batches_per_epoch} batches of {args.batch_size} an epoch on each of '
                     f'{processes} processes, {self.updates} updates of '
                     f'{args.batch_size * args.grad_accum_steps * processes} images in {self.epochs} epochs\n'
@@ -276,6 +279,12 @@ class Trainer:
                     (f', then pushing to {args.push_to_hub} on the Hub' if args.push_to_hub else ''), flush=True)
         with agreeing(accelerator):
             record.check_shared(self.folder / SETTINGS)
+
+    def tell_missing(self) -> str:
+        if not self.missing:
+            return ''
+        names = ', '.join(self.missing[:5]) + (', ...' if len(self.missing) > 5 else '')
+        return f'none of them is of {names}; --pool divides a set that is sorted by class\n'
 
     def describe_resumption(self) -> str:
         return record.describe_resumption(self.folder)
@@ -309,7 +318,7 @@ class Trainer:
                     result = self.result(self.test())
                     if self.main_process:
                         write_json(self.folder / 'result.json', result)
-                self.accelerator.end_training()
+                finish_trackers(self.accelerator)
                 return result
             except (KeyboardInterrupt, Exception) as e:
                 fail_trackers(self.accelerator)  # and no more, as the other processes would be waited for
@@ -352,6 +361,8 @@ class Trainer:
                     if asked or args.checkpoint_interval and state.update % args.checkpoint_interval == 0:
                         state.running_seconds = before + now - start
                         self.check_finite()
+                        if finished:  # no forward pass follows, which would share those of the first process
+                            self.distribute_statistics()
                         self.save()
                 if asked:
                     raise KeyboardInterrupt(STOP)
@@ -407,6 +418,17 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
+    def candidates(self) -> Dict[str, torch.nn.Module]:
+        """What is validated, by the prefix of its metrics."""
+        return {'': self.plain_model, **({} if self.ema is None else {'ema_': self.ema.module})}
+
+    def distribute_statistics(self) -> None:
+        """Let all processes, which have statistics of their own images in batch norms, have the same."""
+        if self.accelerator.num_processes > 1:
+            for model in self.candidates.values():
+                distribute_bn(model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+
+    @property
     def lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)  # they differ with --layer-decay
 
@@ -414,12 +436,8 @@ class Trainer:
         """Validate, keep the weights that deserve it, and write everything down."""
         args, state = self.args, self.state
         self.check_finite()
-        candidates = {'': self.plain_model}
-        if self.ema is not None:
-            candidates['ema_'] = self.ema.module
-        if self.accelerator.num_processes > 1:  # each process has statistics of its own images
-            for model in candidates.values():
-                distribute_bn(model, self.accelerator.num_processes, args.dist_bn == 'reduce')
+        self.distribute_statistics()
+        candidates = self.candidates
         metrics = self.meter.means(self.accelerator)
         evaluation: Dict[str, float] = {}
         last = state.update == self.updates

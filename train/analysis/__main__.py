@@ -22,9 +22,9 @@ import torch
 
 from export.load import load
 from timm_tmblock.analysis import measure_maximizer
-from timm_tmblock.checkpoint import check_writable
 from timm_tmblock.errors import InputError, exiting_on_input_error
 from timm_tmblock.explanation import class_color
+from timm_tmblock.files import check_writable
 from timm_tmblock.models._labels import list_class_names
 from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
@@ -179,13 +179,11 @@ def run_geometry(args: argparse.Namespace, model: Any) -> Outcome:
     spaces = {
         f'{name}: {layer}': x for name, network in networks.items()
         for layer, x in embed_regions(network, sample, layers, model.patch_size).items()}
-    points = {name: geometry.measure_points(x, sample) for name, x in spaces.items()}
-    measures = {name: geometry.summarize(measured, sample) for name, measured in points.items()}
+    values = geometry.measure_spaces(spaces, sample)
     maps = {name: geometry.project(x, args.seed, args.perplexity) for name, x in spaces.items()}
-    values = dict(spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample))
     if args.baseline:
         values['baseline_sha256'] = hash_file(find_weights(baseline))
-    return values, geometry.draw_geometry(maps, measures, sample, say_sample(args, sample))
+    return values, geometry.draw_geometry(maps, values['spaces'], sample, say_sample(args, sample))
 
 
 def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
@@ -195,8 +193,7 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
     sample = sample_regions(args, model)
     spaces = embed_regions(model, sample, ('scores', 'values'))
     spaces = {'class scores': spaces['scores'], 'value embeddings': spaces['values']}
-    points = {name: geometry.measure_points(x, sample) for name, x in spaces.items()}
-    measures = {name: geometry.summarize(measured, sample) for name, measured in points.items()}
+    values = geometry.measure_spaces(spaces, sample)
     patches = crop_patches(sample, model.patch_size, model.patch_reduction)
     _, names, color_of = geometry.choose_colors(sample)
     colors = colors_of(len(names))
@@ -205,9 +202,8 @@ def run_mosaic(args: argparse.Namespace, model: Any) -> Outcome:
         for x in spaces.values()]
     figure = mosaic.draw_mosaics(
         mosaics, [f'{name_network(args.model)}: patches by their {name}' for name in spaces],
-        [geometry.describe(measures[name]) for name in spaces], names, colors)
-    return dict(
-        spaces=measures, leads=geometry.compare(points, sample), chance=geometry.find_chance(sample)), figure
+        [geometry.describe(values['spaces'][name]) for name in spaces], names, colors)
+    return values, figure
 
 
 def run_words(args: argparse.Namespace, model: Any) -> Outcome:

@@ -113,6 +113,14 @@ def find_chance(sample: Sample) -> Dict[str, Optional[float]]:
     return found
 
 
+def measure_spaces(spaces: Dict[str, np.ndarray], sample: Sample) -> Dict[str, Any]:
+    """Measures of embeddings by name, how far apart they are, and what chance would give."""
+    points = {name: measure_points(x, sample) for name, x in spaces.items()}
+    return dict(
+        spaces={name: summarize(measured, sample) for name, measured in points.items()},
+        leads=compare(points, sample), chance=find_chance(sample))
+
+
 def project(x: np.ndarray, seed: int, perplexity: float = 30.) -> np.ndarray:
     """t-SNE in two dimensions: (N, D) -> (N, 2), begun at the first two principal components."""
     return TSNE(init='pca', perplexity=min(perplexity, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
