@@ -176,7 +176,7 @@ def write_unchecked(images):
 @pytest.fixture(scope='session')
 def forks():
     """Runs training scripts in processes of their own; its `run` takes what comes after `python` in a command."""
-    with Forks('train.train', 'train.reproduce', env={**os.environ, 'OMP_NUM_THREADS': '1'}) as server:
+    with Forks('train.train', 'train.reproduce', 'datasets', env={**os.environ, 'OMP_NUM_THREADS': '1'}) as server:
         yield server
 
 

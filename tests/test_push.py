@@ -648,7 +648,8 @@ def forks_of_hub(server, tmp_path_factory):
     if server[0].xet:
         pytest.skip('of plain LFS')
     env = environment(server[0], HF_HOME=str(tmp_path_factory.mktemp('hf')), OMP_NUM_THREADS='1')
-    with Forks('train.train', 'torch.onnx', 'onnxscript', 'export.__main__', 'export.push', env=env) as server:
+    modules = 'train.train', 'datasets', 'torch.onnx', 'onnxscript', 'export.__main__', 'export.push'
+    with Forks(*modules, env=env) as server:
         yield server
 
 

@@ -234,9 +234,10 @@ def test_checkpoint_within_an_epoch_of_another_batch_size_is_refused(tmp_path):
     newest = find_checkpoints(folder)[-1]
     state = json.loads((newest / 'state.json').read_text())
     (newest / 'state.json').write_text(json.dumps(dict(state, batch=2, epoch=0)))
-    earlier = newest.with_name('update-00000001')
-    for between, advice in ((False, 'resume with the earlier values.$'), (True, 'or remove it to go on from update-0')):
-        (earlier / 'state.json').write_text(json.dumps(dict(state, batch=0 if between else 1, epoch=0)))
+    earlier = newest.with_name('update-00000001') / 'state.json'
+    state = json.loads(earlier.read_text())
+    for batch, advice in ((1, 'resume with the earlier values.$'), (0, 'or remove it to go on from update-00000001')):
+        earlier.write_text(json.dumps(dict(state, batch=batch)))
         with pytest.raises(InputError, match=rf'within an epoch of batch_size 12 \(now 6\), .*{advice}'):
             main(['--resume', str(folder), '--batch-size', '6', '--max-steps', '9'])
     shutil.rmtree(newest)
