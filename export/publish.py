@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
@@ -62,9 +63,10 @@ def find_license(model: str) -> Optional[str]:
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, HfHubHTTPError) as e:
+        advice = f'unset HF_HUB_OFFLINE, or run "hf download {repo} README.md" first' if HF_HUB_OFFLINE else 'try again'
         raise InputError(
-            f'The card of {model}, which names the license of the weights, cannot be read ({first_line(e)}); try '
-            f'again.') from e
+            f'The card of {model}, which names the license of the weights, cannot be read ({first_line(e)}); '
+            f'{advice}.') from e
     return read_front_matter(text).get('license')
 
 

@@ -39,7 +39,8 @@ PICKLED = 'pytorch_model.bin'  # the same weights as timm writes them, too
 OUR_ONNX = re.compile(r'(onnx/model(?:_\w+)?\.onnx)(?:\.json)?')
 ENGINE_SOURCE = re.compile(r'engines/[^/]+/[^/]+-[0-9a-f]{8}\.onnx(?:\.json)?')  # of export/publish.py
 PULL_REQUEST = re.compile(r'refs/pr/\d+')
-NO_REF = re.compile(r'[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-./]|[./]$|\.lock$')  # by git check-ref-format
+NO_REF = re.compile(  # by git check-ref-format
+    r'[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^@$|^[-/]|(?:^|/)\.|[./]$|\.lock(?:/|$)')
 EXPORTS = ('onnx/', 'engines/')  # folders on the Hub
 # the bases of HfHubHTTPError for HTTP and connections, whatever the client uses; RuntimeError for uploads, ValueError
 # for what the Hub refuses

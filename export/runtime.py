@@ -1405,8 +1405,8 @@ def _refuse_several_networks(said: Dict[Path, Dict[str, Any]], source: Union[str
 def _find_engine(folder: Path, source: Union[str, Path], rebuild: bool = False, remote: bool = False) -> Path:
     """The engine of a folder, or of a repository's sidecars, that is best for this machine.
 
-    That is one built on such a GPU before others it can run too, of this version before a compatible one, fp16 before
-    others; if there is none and `rebuild` is set, one that can be built again.
+    That is one built on a GPU of this name before others it can run too, of this version before a compatible one, fp16
+    before others; if there is none and `rebuild` is set, one that can be built again.
     """
     order = ['fp16', 'bf16', 'fp32', 'int8']
     fitting: List[Tuple[Any, Path]] = []

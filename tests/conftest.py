@@ -162,11 +162,13 @@ def exporting_once(request, _exported):
 @pytest.fixture(scope='session')
 def write_unchecked(images):
     """A function that writes an ONNX file and its sidecar without comparing it with PyTorch, which takes longer."""
+    import export.onnx
     from export.metadata import write_sidecar
-    from export.onnx import create_onnx, serialize
+    from export.onnx import serialize
 
     def write(model: nn.Module, path, options) -> None:
-        proto, metadata = create_onnx(model, options, images(model) if options.precision == 'int8' else None)
+        calibration = images(model) if options.precision == 'int8' else None
+        proto, metadata = export.onnx.create_onnx(model, options, calibration)
         path.write_bytes(serialize(proto, metadata))
         write_sidecar(path, metadata)
 

@@ -121,10 +121,11 @@ def test_tracker_that_does_not_close_leaves_the_run_complete(tmp_path, monkeypat
     def fail(self):
         raise ConnectionError('no route to the server\nat some line')
 
-    monkeypatch.setattr('accelerate.Accelerator.end_training', fail)
-    result = main([*TINY, '--output', str(tmp_path), '--max-steps', '1', '--img-size', '8'])
+    monkeypatch.setattr('accelerate.tracking.TensorBoardTracker.finish', fail)
+    result = main([
+        *TINY, '--output', str(tmp_path), '--max-steps', '1', '--img-size', '8', '--report-to', 'tensorboard'])
     assert result['updates'] == 1 and (tmp_path / 'run' / 'result.json').is_file()
-    assert 'The tracker could not be closed (no route to the server); the run is complete.' in capsys.readouterr().err
+    assert 'tensorboard could not be closed (no route to the server); the run is complete.' in capsys.readouterr().err
 
 
 def test_tracker_that_does_not_start_is_named():

@@ -137,8 +137,6 @@ def test_cache_on_a_full_disk_is_not_data_that_is_gone(tmp_path, monkeypatch):
         main([*TINY, '--output', str(tmp_path), '--model', 'rn26', '--pretrained'])
 
 
-
-
 @needs_fork
 def test_worker_that_dies_is_named(tmp_path, monkeypatch):
     """Killed for real, as the kernel does it when memory is short."""

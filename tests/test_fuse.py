@@ -199,12 +199,23 @@ def test_block_that_overrides_something_keeps_it():
     torch.testing.assert_close(reparameterize_model(torch.nn.Sequential(block))(x), expected)
 
 
-def test_network_fused_in_training_is_not_supervised_any_more():
+@pytest.mark.parametrize('fuse', [lambda model: model.fuse(), partial(reparameterize_model, inplace=True)])
+def test_network_fused_in_training_is_not_supervised_any_more(fuse):
     model = timm.create_model('rn20_tm')
     task = TemplateMatchingTask(model, verbose=False)
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    task.train()(*batch)
+    fuse(model)
+    with pytest.raises(RuntimeError, match='A fused model is for inference; train it before fuse'):
+        task(*batch)
+
+
+def test_network_whose_block_does_not_fuse_is_supervised_on():
+    model = timm.create_model('rn20_tm')
+    model.tm = SoftMixing(model.tm.dim, 10, model.patch_size)
+    task = TemplateMatchingTask(model, verbose=False)
     model.fuse()
-    with pytest.raises(RuntimeError, match='only in training, before fuse'):
-        task.train()(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert task.train()(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))['patch_loss'] > 0
 
 
 def test_patches_of_a_fused_network_are_not_supervised():

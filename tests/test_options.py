@@ -656,6 +656,16 @@ def test_flags_of_the_optimizer_reach_it():
     assert (group['momentum'], group['nesterov'], len(group['params'])) == (0.7, True, 2)
 
 
+@pytest.mark.parametrize('flags, advice', [
+    ([], '; --pool divides a set that is sorted by class'), (['--pool', '60', '20', '20'], '')])
+def test_classes_that_a_run_has_no_images_of_are_told(tmp_path, flags, advice):
+    trainer = create_trainer(tmp_path, *flags)
+    trainer.missing = ['ant', 'bee', 'cow', 'dog', 'elk', 'fox']
+    assert trainer.tell_missing() == f'none of them is of ant, bee, cow, dog, elk, ...{advice}\n'
+    trainer.missing = []
+    assert trainer.tell_missing() == ''
+
+
 def test_flags_of_mixup_reach_it(tmp_path):
     mixup = create_trainer(
         tmp_path, '--mixup', '0.3', '--cutmix', '0.7', '--mixup-prob', '0.6', '--mixup-switch-prob', '0.2',

@@ -239,6 +239,7 @@ def test_an_open_pull_request_goes_on(hub, folder):
     (WRITE, dict(message=' '), '--message must not be empty'),
     (WRITE, dict(tag='release 1'), "--tag 'release 1' is no name that git takes; use letters, digits"),
     (WRITE, dict(revision='next..'), "--revision 'next..' is no name that git takes"),
+    (WRITE, dict(tag='v/.x'), 'is no name that git takes'), (WRITE, dict(tag='a.lock/b'), 'is no name that git takes'),
     (WRITE, dict(repo='no'), "'no' is not a repository name: its owner comes first, USER/no"),
     (WRITE, dict(repo='a b/c'), "'a b/c' is not a repository name"),
     (WRITE, dict(create_pr=True), 'There is no repository me/net for a pull request'),

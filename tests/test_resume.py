@@ -171,9 +171,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert not list((tmp_path / 'run').iterdir())
     main(flags)  # it is free again
     result = (tmp_path / 'run' / 'result.json').read_bytes()
+    (tmp_path / 'run' / 'best.safetensors').write_bytes(b'of the run in progress')
     with holding(tmp_path / 'run'), pytest.raises(InputError, match='A run is in progress'):
         main(['--resume', str(tmp_path / 'run'), '--max-steps', '2'])
     assert (tmp_path / 'run' / 'result.json').read_bytes() == result
+    assert (tmp_path / 'run' / 'best.safetensors').read_bytes() == b'of the run in progress'
 
 
 def test_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path, forks):
@@ -248,9 +250,10 @@ def test_what_killed_runs_leave_of_checkpoints_is_cleared_away(tmp_path):
     main([*FLAGS, '--batch-size', '12', '--max-steps', '2', '--output', str(tmp_path)])
     folder = tmp_path / 'run' / 'checkpoints'
     (folder / '.update-00000001.tmp').mkdir()
+    (folder / 'mine').mkdir()
     (folder / 'update-00000000').mkdir()  # cut short as it was removed
     main(['--resume', str(tmp_path / 'run'), '--max-steps', '3'])
-    assert sorted(p.name for p in folder.iterdir()) == ['update-00000002', 'update-00000003']
+    assert sorted(p.name for p in folder.iterdir()) == ['mine', 'update-00000002', 'update-00000003']
 
 
 def test_best_weights_are_those_of_the_checkpoint_a_run_goes_on_from(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from timm_tmblock.errors import InputError
 from train.augment import DataConfig
 from train.config import parse_args
 from train.data import SAMPLE, InMemorySet, decode
-from train.splits import hash_pixels, load_parts, open_splits, stratify
+from train.splits import find_missing_classes, hash_pixels, load_parts, open_splits, stratify
 
 CONFIG = DataConfig((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
 FROZEN = [21, 17, 24, 7, 13, 9, 22, 32, 20, 30]
@@ -157,6 +157,14 @@ def test_sets_whose_classes_teach_nothing_are_refused(tmp_path, splits, flags, m
             shutil.copytree(SAMPLE / 'images', tmp_path / split / name)
     with pytest.raises(InputError, match=message):
         load('--dataset', str(tmp_path), *flags)
+
+
+def test_classes_without_training_images_are_found():
+    names = ['ant', 'bee', 'cow', 'dog']
+    dataset = InMemorySet(torch.zeros(3, 3, 1, 1, dtype=torch.uint8), torch.tensor([0, 2, 2]), names)
+    assert find_missing_classes(dataset, names) == ['bee', 'dog']
+    dataset.targets = torch.tensor([3, 1, 2, 0])
+    assert find_missing_classes(dataset, names) == []
 
 
 def test_pool_is_refused_where_its_splits_fit_in_memory_one_by_one_alone(monkeypatch):

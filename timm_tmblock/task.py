@@ -141,12 +141,11 @@ class TemplateMatchingTask(ClassificationTask):
                 - 'patch_loss': Term of the patch logits
 
         Raises:
-            RuntimeError: If the model is in evaluation mode or fused, where it returns only logits.
+            RuntimeError: If the model is in evaluation mode, where it returns only logits, or fused.
         """
         output = self.trainable_module(input)
         if isinstance(output, torch.Tensor):
-            raise RuntimeError(
-                'The loss needs patch logits, which the model returns only in training, before fuse(); call train().')
+            raise RuntimeError('The loss needs patch logits, which the model returns only in training; call train().')
         logits, patch_logits = output
         regions = patch_logits.shape[-2] * patch_logits.shape[-1]
         patch_logits = patch_logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, K)

@@ -2,12 +2,12 @@
 
 An experiment folder holds, beside weights and records,
 
-    checkpoints/update-00001234/    Accelerate's state, the EMA weights and state.json; the newest two
+    checkpoints/update-00001234/    Accelerate's state, the EMA weights, the best so far and state.json; the newest two
 """
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
                 _link(folder / BEST, tmp / BEST)
             (tmp / 'state.json').write_text(json.dumps(dict(asdict(state), files=_measure(tmp))))
             for file in tmp.rglob('*'):
-                if file.is_file():
+                if file.is_file() and file.name != BEST:  # which may be somebody else's, and has the mode already
                     shutil.copymode(tmp / 'state.json', file)  # safetensors' are their owner's alone
                 _flush(file)  # the name must not reach the disk before the content
             remove(path)
@@ -105,9 +105,10 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, state: TrainState, e
         accelerator.wait_for_everyone()  # nobody cleans up before the rename
     if accelerator.is_main_process:
         kept = find_checkpoints(folder)[-KEEP:]
-        for other in path.parent.iterdir():  # older ones, and what killed runs have left
-            if other not in kept:
-                remove(other)
+        for other in (*path.parent.glob('update-*'), *path.parent.glob('.update-*.tmp')):
+            if other not in (path, *kept):  # an older one, or what a killed run has left
+                with suppress(OSError):
+                    remove(other)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -137,7 +138,7 @@ def _is_complete(path: Path) -> bool:
     try:
         files = json.loads((path / 'state.json').read_text(encoding='utf-8'))['files']
         found = _measure(path)
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
     return all(found.get(name) == size for name, size in files.items())
 
@@ -181,15 +182,20 @@ def load_checkpoint(
             raise InputError(f'{path} is not on all machines; name an experiment folder that they share.')
         with _naming(path):
             state = _read_state(path, name_sharding(accelerator), layout, checkpoints[:-1])
-            if accelerator.is_main_process and (path / BEST).is_file():
-                with writing(folder / BEST) as tmp:
-                    _link(path / BEST, tmp)
-                    os.replace(tmp, folder / BEST)
     with _naming(path):
         accelerator.load_state(str(path))
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))
     return state
+
+
+def restore_best(folder: Path) -> None:
+    """Put back the best weights of the newest checkpoint: the run may have ended before it recorded others."""
+    newest = next(reversed(find_checkpoints(folder)), None)
+    if newest is not None and (newest / BEST).is_file():
+        with writing(folder / BEST) as tmp:
+            _link(newest / BEST, tmp)
+            os.replace(tmp, folder / BEST)
 
 
 def _read_state(path: Path, sharding: str, layout: Dict[str, int], earlier: Sequence[Path]) -> TrainState:

@@ -347,6 +347,15 @@ def open_named(args: Namespace, split: str) -> Any:
         args.dataset, split, args.data_dir, args.input_key, args.target_key, args.dataset_download)
 
 
+def tell_whole_folder(args: Namespace, dataset: Any) -> None:
+    """Say so where a folder without one for the split is taken whole."""
+    root = Path(args.data_dir or args.dataset)
+    if is_whole_folder(dataset, root):
+        print(
+            f'{root} has no folder {args.split}; all of its images are measured, those of training too.',
+            file=sys.stderr)
+
+
 def get_class_names(dataset: Any) -> List[str]:
     """Class names in the order of their indices."""
     reader = getattr(dataset, 'reader', dataset)

@@ -35,9 +35,9 @@ from train.data import (
     check_classes,
     decode,
     fits_in_memory,
-    is_whole_folder,
     open_named,
     tell_other_names,
+    tell_whole_folder,
 )
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
@@ -78,9 +78,8 @@ def create_loader(args: argparse.Namespace, runner: Runner) -> Loader:
         InputError: If the set cannot be opened, or its classes are not the runner's.
     """
     config = DataConfig.of(runner.config)
-    dataset, root = open_named(args, args.split), Path(args.data_dir or args.dataset)
-    if is_whole_folder(dataset, root):
-        print(f'{root} has no folder {args.split}; all of its images are measured.', file=sys.stderr)
+    dataset = open_named(args, args.split)
+    tell_whole_folder(args, dataset)
     names = adopt_classes(dataset, runner.class_names or ())
     if runner.class_names:
         check_classes(args.model, runner.class_names, args.dataset, names)

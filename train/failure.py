@@ -2,7 +2,7 @@
 import re
 import shutil
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -80,7 +80,8 @@ def estimate_disk_space(model: torch.nn.Module, args: Namespace) -> int:
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     ema = weights if args.model_ema else 0
     checkpoint = 3 * weights + ema  # weights, and at most two moments in the optimizer
-    return (KEEP + 1) * checkpoint + (3 + args.checkpoint_hist) * weights  # one more of each while it is replaced
+    # one more of each while it is replaced; each checkpoint has the best weights of its time
+    return (KEEP + 1) * checkpoint + (3 + KEEP + args.checkpoint_hist) * weights
 
 
 def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
@@ -89,8 +90,10 @@ def check_disk_space(folder: Path, model: torch.nn.Module, args: Namespace) -> N
     Raises:
         InputError: If the disk of the folder has too little free space.
     """
-    files = [p.stat() for p in (*folder.glob('checkpoints/**/*'), *folder.glob('**/*.safetensors')) if p.is_file()]
-    there = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())  # which is replaced
+    there = 0  # which is replaced
+    with suppress(OSError):  # of files that another run removes meanwhile
+        files = [p.stat() for p in (*folder.glob('checkpoints/**/*'), *folder.glob('**/*.safetensors')) if p.is_file()]
+        there = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
     needed = estimate_disk_space(model, args) - there
     parent = next((path for path in (folder, *folder.parents) if path.exists()), None)
     if parent is None:  # a drive of Windows that is not there, which is told by what is written

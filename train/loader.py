@@ -270,7 +270,7 @@ class StreamingLoader:
         self.loader.generator = torch.Generator()  # of its own: the global one would advance
         sampler: Any = self.loader.sampler
         if hasattr(sampler, 'set_epoch'):
-            sampler.seed = mix_seed(self.seed, epoch)  # by the sum of both seeds would share orders
+            sampler.seed = mix_seed(self.seed, epoch)  # which PyTorch adds: seeds would share orders
             sampler.set_epoch(0)
         elif hasattr(sampler, 'generator'):
             sampler.generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))

@@ -42,6 +42,15 @@ def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
     return verdicts
 
 
+def say_leads(trust: Dict[str, Any]) -> List[str]:
+    """A sentence on the class map beside each other map."""
+    lines = []
+    for name in list(trust['maps'])[1:]:
+        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
+        lines.append(f'Against {name}, the class map is {"; ".join(found)}.')
+    return lines
+
+
 def say_fillings(fillings: Optional[List[str]]) -> str:
     """What training has to do with what a network makes of images masked by the mean colour."""
     if fillings is None:

@@ -11,7 +11,7 @@ them), of ship.py (train/results/MODEL.TAG) and of train.analysis (train/results
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 
@@ -26,7 +26,7 @@ from train.comparison import RUNS, Comparison, compare_others, find_last
 from train.config import Parser
 from train.evidence import Evidence, collect, read_json
 from train.lineage import count_epochs, count_taught_epochs, find_fillings, find_legs, find_teachers
-from train.maps import compare_maps, say_fillings
+from train.maps import compare_maps, say_fillings, say_leads
 from train.paper import DATASET_NAMES, DATASETS, TABLE_1
 from train.tables import (
     TITLES,
@@ -36,6 +36,7 @@ from train.tables import (
     name_hub_sets,
     read_results,
     render_table,
+    say_counts,
     say_provenance,
     tabulate,
 )
@@ -272,10 +273,6 @@ def ran_elsewhere(comparison: Comparison, evidence: Evidence) -> bool:
 MAPS = ('random', "another image's class map", 'occlusion', 'Grad-CAM', 'CAM probabilities')
 
 
-def say_counts(counts: Iterable[int]) -> str:
-    return ' or '.join(f'{count:,}' for count in sorted(set(counts)))
-
-
 def say_regions(analyses: Dict[str, Dict[str, Any]]) -> List[str]:
     """The table of all networks' class maps beside other maps."""
     lines = [
@@ -419,11 +416,7 @@ def say_trust(trust: Dict[str, Any], is_second: bool = False) -> List[str]:
         lines += [
             'Insertion starts from the blurred image whatever the mask, so it is compared only where that is the mask.',
             '']
-    lines += ['Differences above zero favour the class map:', '']
-    for name in list(trust['maps'])[1:]:
-        found = [f'{verdict} by {", ".join(parts)}' for verdict, parts in compare_maps(trust, name).items() if parts]
-        lines.append(f'- Against {name}, the class map is {"; ".join(found)}.')
-    return lines
+    return [*lines, 'Differences above zero favour the class map:', '', *(f'- {said}' for said in say_leads(trust))]
 
 
 def say_shift(model: str) -> str:

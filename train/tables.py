@@ -4,7 +4,7 @@ import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from timm_tmblock.files import write_text
 from train.files import save_figure
@@ -57,6 +57,10 @@ def read_results(folder: Path) -> Tuple[List[Dict[str, Any]], Scores]:
     for result in results:
         scores[result['setting'], result['data']].append(result['test']['top1'])
     return results, scores
+
+
+def say_counts(counts: Iterable[int]) -> str:
+    return ' or '.join(f'{count:,}' for count in sorted(set(counts)))
 
 
 def format_scores(values: List[float]) -> str:

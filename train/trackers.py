@@ -62,9 +62,10 @@ def fail_trackers(accelerator: Accelerator) -> None:
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """End the run in every tracker; one that cannot spoils nothing, as the run is complete."""
-    try:
-        accelerator.end_training()
-    except Exception as e:  # each has errors of its own
-        print(f'The tracker could not be closed ({first_line(e)}); the run is complete.', file=sys.stderr)
-        accelerator.state.destroy_process_group()  # as Accelerate does after them
+    """End the run in every tracker, as `Accelerator.end_training`; one that cannot spoils nothing of a complete run."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as e:  # each has errors of its own
+            print(f'{tracker.name} could not be closed ({first_line(e)}); the run is complete.', file=sys.stderr)
+    accelerator.state.destroy_process_group()

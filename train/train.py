@@ -245,6 +245,8 @@ class Trainer:
             if self.main_process:
                 check_disk_space(self.folder, network(self.model), args)
                 stack.enter_context(record.holding(self.folder))
+                if self.state.best is not None:
+                    checkpoint.restore_best(self.folder)
                 finished = self.state.update >= self.updates and not self.state.batch
                 settings = self.folder / SETTINGS
                 if finished and settings.is_file() and (changes := find_changes_of_finished(args, settings)):
@@ -284,7 +286,8 @@ class Trainer:
         if not self.missing:
             return ''
         names = ', '.join(self.missing[:5]) + (', ...' if len(self.missing) > 5 else '')
-        return f'none of them is of {names}; --pool divides a set that is sorted by class\n'
+        advice = '' if self.args.pool else '; --pool divides a set that is sorted by class'
+        return f'none of them is of {names}{advice}\n'
 
     def describe_resumption(self) -> str:
         return record.describe_resumption(self.folder)

@@ -33,7 +33,8 @@ class Evaluator(ClassificationEvaluator):
         by_class = self.by_class.clone()
         if distributed:
             dist.all_reduce(by_class)
-        images, right = by_class[:, by_class[0] > 0].double().cpu()
+        by_class = by_class.cpu().double()  # Apple's GPUs have no float64
+        images, right = by_class[:, by_class[0] > 0]
         return {**values, 'balanced_accuracy': 100 * (right / images).mean().item()}
 
 

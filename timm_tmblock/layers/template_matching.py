@@ -197,7 +197,13 @@ class FusedTemplateMatching(nn.Module):
         return self.patch_mean(self.match(x))
 
     def forward(self, x: torch.Tensor, return_patch_logits: bool = False):
-        """As the unfused block's."""
+        """As the unfused block's, but for patch logits in training, which what it mixes no longer depends on.
+
+        Raises:
+            RuntimeError: If these are asked for.
+        """
+        if return_patch_logits and self.training and not torch.jit.is_scripting():
+            raise RuntimeError('A fused model is for inference; train it before fuse().')
         y = self.conv(x)  # (B, K, H, W) or (B, K + D, H, W)
         values = self.value(self.act(self.patch_mean(y[:, :self.num_templates])))
         y = torch.cat([x, values], dim=1) if self.concat else y[:, self.num_templates:] + values

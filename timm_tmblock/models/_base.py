@@ -250,7 +250,6 @@ class TemplateMatchingNet(nn.Module):
             The model.
         """
         reparameterize_model(self, inplace=True)
-        self.patch_supervision = False  # what the fused block mixes no longer depends on the templates
         return self
 
     def forward_intermediates(

@@ -30,10 +30,19 @@ from train.analysis import FILLS, name_network
 from train.analysis.regions import Sample, crop_patches, draw_sample, embed_regions, map_size, normalize
 from train.augment import DataConfig
 from train.config import Parser, not_negative, number, positive, seed
-from train.data import InMemorySet, add_data_options, adopt_classes, check_classes, decode, open_named
+from train.data import (
+    InMemorySet,
+    add_data_options,
+    adopt_classes,
+    check_classes,
+    decode,
+    open_named,
+    tell_whole_folder,
+)
 from train.failure import naming_failures
 from train.files import hash_file, save_figure, write_json
 from train.hardware import describe_hardware, describe_versions, resolve_device
+from train.maps import say_leads
 from train.runner import find_weights
 
 PAPER_MU, PAPER_ETA = 2.5, 17.
@@ -115,6 +124,7 @@ def open_images(args: argparse.Namespace, model: Any) -> InMemorySet:
     cfg = model.pretrained_cfg
     config = DataConfig.of(cfg)
     dataset = open_named(args, args.split)
+    tell_whole_folder(args, dataset)
     names = list_class_names(cfg) or [f'class {i}' for i in range(model.num_classes)]
     check_classes(args.model, names, args.dataset, adopt_classes(dataset, names))
     return decode(dataset, config, num_workers=args.workers)
@@ -331,6 +341,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             save_figure(figure, Path(f'{args.output}.{suffix}'))
     write_json(Path(f'{args.output}.json'), result)
     print(f'wrote {args.output}.json' + ('' if figure is None else ', .png and .svg'))
+    if args.command == 'trust':
+        print('\n'.join(say_leads(result)))
     return result
 
 
