@@ -63,7 +63,12 @@ def find_license(model: str) -> Optional[str]:
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, HfHubHTTPError) as e:
-        advice = f'unset HF_HUB_OFFLINE, or run "hf download {repo} README.md" first' if HF_HUB_OFFLINE else 'try again'
+        advice = 'try again'
+        if kind == 'local-dir':
+            advice = 'save it as UTF-8'
+        elif HF_HUB_OFFLINE:
+            command = f'hf download {repo} README.md{f" --revision {revision}" if revision else ""}'
+            advice = f'unset HF_HUB_OFFLINE, or run "{command}" first'
         raise InputError(
             f'The card of {model}, which names the license of the weights, cannot be read ({first_line(e)}); '
             f'{advice}.') from e

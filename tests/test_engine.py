@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from timm_tmblock.errors import InputError
 from train.config import parse_args
 from train.engine import _configure_deepspeed, create_accelerator
-from train.trackers import fail_trackers, start_trackers
+from train.trackers import fail_trackers, finish_trackers, start_trackers
 from train.train import Trainer, main
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,18 @@ def test_trackers_know_the_run_and_whether_it_failed(monkeypatch):
     accelerator.is_main_process = False
     fail_trackers(accelerator)
     assert len(ended) == 3
+
+
+def test_trackers_are_closed_one_by_one():
+    ended = []
+
+    def fail():
+        raise ConnectionError
+
+    finish_trackers(SimpleNamespace(
+        trackers=[SimpleNamespace(name='a', finish=fail), SimpleNamespace(name='b', finish=lambda: ended.append('b'))],
+        state=SimpleNamespace(destroy_process_group=lambda: ended.append('group'))))
+    assert ended == ['b', 'group']
 
 
 def test_tracker_that_does_not_close_leaves_the_run_complete(tmp_path, monkeypatch, capsys):

@@ -152,7 +152,8 @@ def test_streamed_set_measures_the_same():
     assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
 
 
-@pytest.mark.parametrize('folders, said', [(('',), 'has no folder test; all of its images'), (('train', 'test'), '')])
+@pytest.mark.parametrize('folders, said', [
+    (('',), 'has no folder test; images are taken from all of it'), (('train', 'test'), '')])
 def test_folder_without_the_split_is_said_to_be_measured_whole(tmp_path, capsys, folders, said):
     for folder in folders:
         for name in ('ant', 'bee'):

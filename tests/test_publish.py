@@ -186,6 +186,10 @@ def test_license_is_that_of_the_card_beside_the_weights(tmp_path, monkeypatch):
     assert find_license(f'local-dir:{tmp_path}') is None and find_license('rn26_tm') is None
     (tmp_path / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
     assert find_license(f'local-dir:{tmp_path}') == 'cc-by-nc-4.0'
+    (tmp_path / 'latin').mkdir()
+    (tmp_path / 'latin' / 'README.md').write_bytes(b'\xe9')
+    with pytest.raises(InputError, match='cannot be read .*; save it as UTF-8'):
+        find_license(f'local-dir:{tmp_path}/latin')
     asked = []
 
     def download(repo, name, revision):
@@ -206,8 +210,10 @@ def test_license_that_cannot_be_asked_for_is_not_taken_for_none(monkeypatch, err
 
     monkeypatch.setattr('export.publish.hf_hub_download', fail)
     if told:
-        with pytest.raises(InputError, match='The card of hf-hub:a/b, .* cannot be read .*; (try again|unset HF)'):
-            find_license('hf-hub:a/b')
+        for offline, advice in ((False, 'try again'), (True, 'unset .* "hf download a/b README.md --revision v1"')):
+            monkeypatch.setattr('export.publish.HF_HUB_OFFLINE', offline)
+            with pytest.raises(InputError, match=f'The card of hf-hub:a/b@v1, .* cannot be read .*; {advice}'):
+                find_license('hf-hub:a/b@v1')
     else:
         assert find_license('hf-hub:a/b') is None
 

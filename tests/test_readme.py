@@ -193,8 +193,8 @@ def test_what_is_said_of_the_class_map_follows_from_both_masks():
     assert max(counts['trust']) == (1, 0) and all(worse == 0 for _, worse in counts['trust'])
     assert set(counts['trust_blur']) == {(0, 3)}
     assert (
-        'significantly better on at most one of three measures and worse on none with the mean colour, and worse on '
-        'three of four and better on none with the blurred mask') in PLAIN
+        'it is with the mean colour significantly worse on no measure and better on at most one of three, with the '
+        'blurred mask worse on three of four and better on none') in PLAIN
 
     for mask in ('trust', 'trust_blur'):
         for tag in ('dist_cifar10', 'dist_cifar100'):
@@ -227,9 +227,10 @@ def test_neighbours_of_regions():
         return f'{100 * found["spaces"][name]["class_neighbour_rate"]:.0f} %'
 
     assert (
-        f'{share("stage 3")} have its class before the block of `rn26_tm` and {share("block output")} after it, '
-        f'{100 * found["chance"]["class"]:.0f} % by chance. But averaging over patches alone gives '
-        f'{share("patch mean")}, and {share("patch mean", "rn26: ")} in `rn26`') in PLAIN
+        f'by the features before the block of `rn26_tm` {share("stage 3")} of them are of its class, by those after it '
+        f'{share("block output")}, by chance {100 * found["chance"]["class"]:.0f} %. But averaging the features over '
+        f'patches, without the rest of the block, already gives {share("patch mean")} (in `rn26` '
+        f'{share("patch mean", "rn26: ")};') in PLAIN
 
 
 def test_what_the_block_mixes():
@@ -400,8 +401,9 @@ def test_table_of_the_paper_redone():
     rn26, wrn16, elsewhere = (compare(f'{m}_tm', m, d) for m, d in (
         ('rn26', 'cifar10'), ('wrn16', 'cifar10'), ('rn26', 'cifar100')))
     assert (
-        f'The difference is {rn26} points (p = {rn26.p:.2f}; ± one standard error), for `wrn16` {wrn16} (p = '
-        f'{wrn16.p:.2g}, not corrected for several tests), for `rn26` on CIFAR-100 {elsewhere} (two runs each)'
+        f'differs by (here ± is one standard error) {rn26} points for `rn26` (p = {rn26.p:.2f}) and {wrn16} for '
+        f'`wrn16` (p = {wrn16.p:.2g}, not corrected for several tests) on CIFAR-10, and by {elsewhere} for `rn26` on '
+        f'CIFAR-100 (two runs each)'
     ) in PLAIN.replace('−', '-')
     assert (rn26.verdict, wrn16.verdict) == (UNDECIDED, HOLDS)
     assert compare('rn26_tm', 'rn26_aux').verdict == UNDECIDED and compare('rn26_aux', 'rn26').verdict == HOLDS

@@ -1,5 +1,6 @@
 """Regions of images: what is drawn and measured is what the network saw, against loops and brute force."""
 import json
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -458,10 +459,12 @@ def test_command_writes_the_same_pictures_and_numbers_again(tmp_path, command, f
     assert str(tmp_path) not in (tmp_path / '0' / f'{command}.json').read_text()
 
 
-def test_masks_of_two_kinds_are_written_side_by_side(tmp_path, monkeypatch):
+def test_masks_of_two_kinds_are_written_side_by_side_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for flags in ([], ['--fill', 'blur']):
         main(['trust', 'rn26_tm', '--images', '2', '--steps', '2', *flags])
+        assert re.findall(r'\nAgainst (.*), the class map is .* by ', capsys.readouterr().out) == [
+            'Grad-CAM', 'CAM probabilities', 'occlusion', "another image's class map", 'random']
     names = ('rn26_tm.trust', 'rn26_tm.trust_blur')
     found = [json.loads((tmp_path / 'output' / 'analysis' / f'{name}.json').read_text()) for name in names]
     assert [result['settings']['fill'] for result in found] == ['mean', 'blur']

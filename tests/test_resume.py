@@ -171,6 +171,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert not list((tmp_path / 'run').iterdir())
     main(flags)  # it is free again
     result = (tmp_path / 'run' / 'result.json').read_bytes()
+    (tmp_path / 'run' / 'best.safetensors').unlink()  # a name of weights in a checkpoint
     (tmp_path / 'run' / 'best.safetensors').write_bytes(b'of the run in progress')
     with holding(tmp_path / 'run'), pytest.raises(InputError, match='A run is in progress'):
         main(['--resume', str(tmp_path / 'run'), '--max-steps', '2'])
@@ -271,6 +272,15 @@ def test_best_weights_are_those_of_the_checkpoint_a_run_goes_on_from(tmp_path, m
     assert (folder / 'best.safetensors').read_bytes() != best
     result = main(['--resume', str(folder), '--epochs', '2'])  # which is worse this time
     assert result['best']['epoch'] == 0 and (folder / 'best.safetensors').read_bytes() == best
+
+
+def test_run_does_not_go_on_from_a_checkpoint_that_another_has_gone_on_from(tmp_path):
+    main([*FLAGS, '--batch-size', '12', '--max-steps', '1', '--output', str(tmp_path)])
+    again = ['--resume', str(tmp_path / 'run'), '--max-steps', '2']
+    trainer = Trainer(parse_args(again))
+    main(again)
+    with pytest.raises(InputError, match='Another run went on in .*run meanwhile; run the same command again'):
+        trainer.start_record(ExitStack())
 
 
 def test_epochs_that_max_steps_was_counted_in_are_those_of_the_run(tmp_path):

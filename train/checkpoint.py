@@ -160,8 +160,8 @@ def load_checkpoint(
         accelerator: Accelerator,
         ema: Optional[torch.nn.Module],
         layout: Dict[str, int],
-) -> TrainState:
-    """Restore the newest checkpoint of an experiment folder.
+) -> Tuple[TrainState, Path]:
+    """Restore the newest checkpoint of an experiment folder, and return its state and which it is.
 
     Args:
         folder: Experiment folder.
@@ -186,15 +186,20 @@ def load_checkpoint(
         accelerator.load_state(str(path))
         if ema is not None:
             ema.load_state_dict(load_file(path / 'ema.safetensors'))
-    return state
+    return state, path
 
 
-def restore_best(folder: Path) -> None:
-    """Put back the best weights of the newest checkpoint: the run may have ended before it recorded others."""
-    newest = next(reversed(find_checkpoints(folder)), None)
-    if newest is not None and (newest / BEST).is_file():
+def restore_best(folder: Path, path: Path) -> None:
+    """Put back the best weights of the checkpoint a run goes on from, which may have ended before it recorded others.
+
+    Raises:
+        InputError: If there is a newer checkpoint by now.
+    """
+    if find_checkpoints(folder)[-1:] != [path]:
+        raise InputError(f'Another run went on in {folder} meanwhile; run the same command again.')
+    if (path / BEST).is_file():
         with writing(folder / BEST) as tmp:
-            _link(newest / BEST, tmp)
+            _link(path / BEST, tmp)
             os.replace(tmp, folder / BEST)
 
 

@@ -352,7 +352,7 @@ def tell_whole_folder(args: Namespace, dataset: Any) -> None:
     root = Path(args.data_dir or args.dataset)
     if is_whole_folder(dataset, root):
         print(
-            f'{root} has no folder {args.split}; all of its images are measured, those of training too.',
+            f'{root} has no folder {args.split}; images are taken from all of it, also any that were trained on.',
             file=sys.stderr)
 
 

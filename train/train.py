@@ -145,6 +145,7 @@ class Trainer:
         with refusing('These settings of the compiler') if args.torchcompile else nullcontext():
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         checkpoint.store_plain_names(accelerator)
+        self.begun_from: Optional[Path] = None  # checkpoint
         self.state = TrainState(run_id=uuid.uuid4().hex, sharding=checkpoint.name_sharding(accelerator))
         if not args.eval_only:
             self.set_up_training(teachers)
@@ -198,7 +199,7 @@ class Trainer:
         args, accelerator, updates_per_epoch = self.args, self.accelerator, self.layout['updates_per_epoch']
         settings = self.folder / SETTINGS  # read before the first process may write it anew
         recounted = settings.is_file() and bool(find_changes(args, settings, ('max_steps',)))
-        self.state = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
+        self.state, self.begun_from = checkpoint.load_checkpoint(self.folder, accelerator, self.ema, self.layout)
         if self.state.layout != self.layout:  # between epochs, or after a part of one, by --max-steps
             before = self.state.layout['updates_per_epoch']
             if args.max_steps and before != updates_per_epoch and not recounted:
@@ -245,8 +246,8 @@ class Trainer:
             if self.main_process:
                 check_disk_space(self.folder, network(self.model), args)
                 stack.enter_context(record.holding(self.folder))
-                if self.state.best is not None:
-                    checkpoint.restore_best(self.folder)
+                if self.begun_from is not None:
+                    checkpoint.restore_best(self.folder, self.begun_from)
                 finished = self.state.update >= self.updates and not self.state.batch
                 settings = self.folder / SETTINGS
                 if finished and settings.is_file() and (changes := find_changes_of_finished(args, settings)):

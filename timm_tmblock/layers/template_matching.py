@@ -203,7 +203,7 @@ class FusedTemplateMatching(nn.Module):
             RuntimeError: If these are asked for.
         """
         if return_patch_logits and self.training and not torch.jit.is_scripting():
-            raise RuntimeError('A fused model is for inference; train it before fuse().')
+            raise RuntimeError('A fused model is for inference; train it before fuse(), or call eval().')
         y = self.conv(x)  # (B, K, H, W) or (B, K + D, H, W)
         values = self.value(self.act(self.patch_mean(y[:, :self.num_templates])))
         y = torch.cat([x, values], dim=1) if self.concat else y[:, self.num_templates:] + values

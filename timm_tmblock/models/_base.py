@@ -349,6 +349,7 @@ class TemplateMatchingNet(nn.Module):
 
         Raises:
             ValueError: If the model has no template matching block.
+            RuntimeError: If it is fused and in training mode.
         """
         self._check_template_matching()
         x = self._forward_trunk(x)

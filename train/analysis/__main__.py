@@ -342,7 +342,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     write_json(Path(f'{args.output}.json'), result)
     print(f'wrote {args.output}.json' + ('' if figure is None else ', .png and .svg'))
     if args.command == 'trust':
-        print('\n'.join(say_leads(result)))
+        print('\n'.join(['Differences above zero favour the class map.', *say_leads(result)]))
     return result
 
 
