@@ -560,14 +560,16 @@ def test_flags_of_the_command_are_what_is_pushed(monkeypatch, tmp_path):
             ('push.read_published', export.push.read_published, Published()), ('push.push', export.push.push, 'there'),
             ('publish.create_files', create_files, []), ('images.load_images', load_images, None)):
         monkeypatch.setattr(f'export.{name}', record(name.partition('.')[2], function, answer))
-    flags = ['--precisions', 'bf16', 'int8', '--engines', 'a.engine', 'b.plan', '--card', 'CARD.md', '--create-pr',
+    card = tmp_path / 'CARD.md'
+    card.write_text('---\nlicense: mit\n---\n')
+    flags = ['--precisions', 'bf16', 'int8', '--engines', 'a.engine', 'b.plan', '--card', str(card), '--create-pr',
              '--message', 'Hi', '--deadline', '7', '--private', '--checkpoint', 'w.safetensors']
     export.__main__.main(['push', 'rn26_tm', '--repo', 'me/net', *flags])
     options = export.push.PushOptions('me/net', private=True, message='Hi', create_pr=True, deadline=7.)
     assert seen['push']['options'] == seen['check_access']['options'] == options
     files = seen['create_files']
     assert files['precisions'] == ['bf16', 'int8'] and files['engines'] == [Path('a.engine'), Path('b.plan')]
-    assert (files['card'], files['weights_file'], files['keep_card']) == (Path('CARD.md'), Path('w.safetensors'), False)
+    assert (files['card'], files['weights_file'], files['keep_card']) == (card, Path('w.safetensors'), False)
     assert (files['model'], files['repo'], files['published']) == (network, 'me/net', Published())
     assert seen['load_images']['calibrate'] is True
     export.__main__.main(['push', 'rn26_tm', '--repo', 'me/net', '--revision', 'next', '--tag', 'v1', '--keep-card'])
