@@ -32,7 +32,7 @@ def compare_maps(trust: Dict[str, Any], name: str) -> Dict[str, List[str]]:
             ('without_least', 1, 'accuracy without the lower-ranked half')):
         if key == 'insertion' and trust['fill'] == 'mean':
             continue
-        lead, error = sign * row[f'{key}_lead'], row[f'{key}_lead_error']
+        lead, error = sign * row[f'{key}_lead'] + 0., row[f'{key}_lead_error']  # nor is 0 negative
         if key.startswith('without'):
             same, digits = find_p(lead / 100, error / 100, trust['images']) > 0.05, 1
         else:
